@@ -1,0 +1,270 @@
+"""What a finished store publishes: neighbours, weights, their metadata, and the manifest that flips it all at once.
+
+No torch and no search here: ``recompute_weights`` turns stored distances into new weights in seconds. Every file is named
+by the digest of what it was made from, so a new version never touches a file that a published manifest lists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embstore.core.config import WeightingConfig
+from embstore.core.density import (
+    NOISE_FLOOR,
+    WeightsResult,
+    effective_sample_size,
+    mean_distance,
+    sampling_weights,
+    total_variation,
+)
+from embstore.core.errors import ConfigError
+from embstore.core.format import (
+    CHUNKS,
+    COORDINATES,
+    FORMAT_VERSION,
+    NEIGHBORS,
+    RESIDUALS,
+    WEIGHTS,
+    FileDigest,
+    JournalState,
+    JsonObject,
+    Manifest,
+    StoreSpec,
+    canonical_json,
+    chunk_table,
+    document,
+    neighbors_paths,
+    weights_paths,
+)
+from embstore.storage.atomic import make_directory, write_durable
+from embstore.storage.prompts import save_array
+from embstore.storage.store import EmbeddingStore, open_store
+from embstore.storage.writer import StoreWriter
+
+DEFAULT_NAME = "default"
+
+
+def digest_of(value: object) -> str:
+    """16 hex digits that name files made from ``value``."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NeighborFiles:
+    """A written neighbour graph: its digest, its arrays (as they lie on disk), its spec, and the digests of its files."""
+
+    digest: str
+    distances_NK: NDArray[np.float32]
+    groups_N: NDArray[np.int32]
+    spec: JsonObject
+    files: dict[str, FileDigest]
+
+
+def write_neighbors(
+    root: Path,
+    digest: str,
+    ids_NK: NDArray[np.int32],
+    distances_NK: NDArray[np.float32],
+    groups_N: NDArray[np.int32],
+    spec: JsonObject,
+) -> NeighborFiles:
+    """Write one neighbour graph durably under its digest; nothing refers to it before a manifest does."""
+    paths = neighbors_paths(digest)
+    make_directory(root / NEIGHBORS / digest)
+    files = {
+        paths.ids: save_array(root / paths.ids, ids_NK),
+        paths.distances: save_array(root / paths.distances, distances_NK),
+        paths.groups: save_array(root / paths.groups, groups_N),
+        paths.spec: write_durable(root / paths.spec, document(spec)),
+    }
+    return NeighborFiles(digest=digest, distances_NK=distances_NK, groups_N=groups_N, spec=spec, files=files)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightFiles:
+    """Written weights: digest, values, metadata, and the digests of both files."""
+
+    digest: str
+    result: WeightsResult
+    metadata: JsonObject
+    files: dict[str, FileDigest]
+
+
+def write_weights(
+    root: Path,
+    spec: StoreSpec,
+    state: JournalState,
+    neighbors: NeighborFiles,
+    residual_N: NDArray[np.float32],
+    config: WeightingConfig,
+) -> WeightFiles:
+    """Compute weights from stored distances and write them durably with their metadata."""
+    mean_distance_N = mean_distance(neighbors.distances_NK, config.k)
+    result = sampling_weights(mean_distance_N, neighbors.groups_N, config)
+    digest = digest_of({"neighbors": neighbors.digest, "weighting": dataclasses.asdict(config)})
+    metadata = _metadata(spec, state, neighbors, mean_distance_N, residual_N, config, result)
+    array, sidecar = weights_paths(digest)
+    make_directory(root / WEIGHTS)
+    files = {
+        array: save_array(root / array, result.weights),
+        sidecar: write_durable(root / sidecar, document(metadata)),
+    }
+    return WeightFiles(digest=digest, result=result, metadata=metadata, files=files)
+
+
+def publish(
+    writer: StoreWriter,
+    spec: StoreSpec,
+    neighbors: NeighborFiles,
+    weights: WeightFiles,
+    *,
+    name: str,
+    kept: Manifest | None,
+) -> Manifest:
+    """Seal the row files, write the chunk table, and flip the manifest.
+
+    ``kept`` is the manifest so far; its other named weights stay listed, everything it alone listed goes.
+    """
+    state = writer.state
+    if state.prompts is None or state.spec is None:
+        raise AssertionError("publish before stage 0")
+    names = {**(kept.names if kept else {}), name: weights.digest}
+    names.setdefault(DEFAULT_NAME, weights.digest)
+    named_files = {path for digest in names.values() for path in weights_paths(digest)}
+    files = {path: digest for path, digest in (kept.files.items() if kept else ()) if path in named_files}
+    files |= state.prompts.files | state.spec.files | neighbors.files | weights.files
+    if kept is None:
+        files |= writer.seal_rows(spec)
+        chunks = [chunk for window in state.windows.values() for chunk in window.chunks]
+        files[CHUNKS] = write_durable(writer.root / CHUNKS, chunk_table(chunks))
+    else:
+        files |= {path: kept.files[path] for path in (COORDINATES, RESIDUALS, CHUNKS)}
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        rows=spec.rows,
+        dimension=spec.embedding.dimension,
+        neighbors=neighbors.digest,
+        names=names,
+        files=files,
+    )
+    writer.publish(manifest)
+    return manifest
+
+
+def recompute_weights(path: str | Path, config: WeightingConfig, *, name: str = DEFAULT_NAME) -> JsonObject:
+    """New weights from the neighbours a store already has; takes seconds, searches nothing.
+
+    Parameters
+    ----------
+    path
+        A finished store.
+    config
+        Method, k (at most the neighbours kept), gamma or target_ess, uniform_mix.
+    name
+        ``default`` replaces what training maps; another name is kept beside it.
+
+    Returns
+    -------
+    The metadata of the new weights.
+
+    Raises
+    ------
+    IncompleteStoreError, StoreLockedError, ConfigError, CorruptStoreError
+        The store is unfinished, being written, the settings are out of range, or a file is damaged.
+    """
+    if not name or "/" in name:
+        raise ConfigError(f"a name for weights must not be empty or hold a slash, got {name!r}")
+    store = open_store(path)
+    with StoreWriter(store.root, resume=True) as writer:
+        store = open_store(path)  # again: now nobody else can replace it
+        if store.manifest is None:
+            raise AssertionError("open_store gave an unfinished store")
+        neighbors = read_neighbors(store)
+        weights = write_weights(store.root, store.spec, writer.state, neighbors, store.residuals, config)
+        publish(writer, store.spec, neighbors, weights, name=name, kept=store.manifest)
+    return weights.metadata
+
+
+def read_neighbors(store: EmbeddingStore) -> NeighborFiles:
+    """The published neighbour graph of a store."""
+    if store.manifest is None:
+        raise AssertionError("an unfinished store has no neighbours")
+    paths = dataclasses.asdict(neighbors_paths(store.manifest.neighbors))
+    return NeighborFiles(
+        digest=store.manifest.neighbors,
+        distances_NK=store.neighbor_distances,
+        groups_N=store.groups,
+        spec=store.neighbor_spec,
+        files={path: store.manifest.files[path] for path in paths.values()},
+    )
+
+
+def extremes(mean_distance_N: NDArray[np.float64], count: int) -> tuple[list[int], list[int]]:
+    """Rows with the largest and the smallest mean neighbour distance: the rarest and the most crowded prompts."""
+    finite = np.flatnonzero(np.isfinite(mean_distance_N))
+    order = finite[np.argsort(mean_distance_N[finite], kind="stable")]
+    return [int(row) for row in order[::-1][:count]], [int(row) for row in order[:count]]
+
+
+def _metadata(
+    spec: StoreSpec,
+    state: JournalState,
+    neighbors: NeighborFiles,
+    mean_distance_N: NDArray[np.float64],
+    residual_N: NDArray[np.float32],
+    config: WeightingConfig,
+    result: WeightsResult,
+) -> JsonObject:
+    weights_N = result.weights.astype(np.float64)
+    valid = neighbors.groups_N >= 0
+    num_valid = int(np.count_nonzero(valid))
+    group_sizes = np.bincount(neighbors.groups_N[valid]) if num_valid else np.zeros(0, dtype=np.int64)
+    shared = group_sizes[group_sizes > 1]
+    ess = effective_sample_size(weights_N)
+    uniform = valid.astype(np.float64)
+    return {
+        # the original's keys, in its order, with correct values
+        "n_prompts": spec.rows,
+        "n_items": spec.rows,
+        "embedding_dim": spec.embedding.dimension,
+        "embedding_dtype": "float16",
+        "weights_dtype": "float32",
+        "normalization": spec.embedding.normalization,
+        "weights_min": float(weights_N.min()),
+        "weights_max": float(weights_N.max()),
+        "weights_mean": float(weights_N.mean()),
+        "weights_std": float(weights_N.std()),
+        "format_version": FORMAT_VERSION,
+        "model": spec.model.name,
+        "prompts_fingerprint": spec.prompts_fingerprint,
+        "direction": "distance up, density down, weight up" if result.method != "legacy-inverse" else "inverted",
+        "weighting": {**dataclasses.asdict(config), "weighting": result.method, "gamma": result.gamma},
+        "requested_weighting": config.weighting,
+        "noise_floor": NOISE_FLOOR,
+        "ess": ess,
+        "ess_share": ess / max(1, num_valid),
+        "max_over_mean": float(weights_N.max() * max(1, num_valid)),
+        "tv_to_uniform": total_variation(weights_N, uniform),
+        "mean_distance": _quantiles(mean_distance_N[np.isfinite(mean_distance_N)]),
+        "residual": _quantiles(np.asarray(residual_N, dtype=np.float64)[valid]),
+        "vector_groups": {"groups": len(shared), "rows": int(shared.sum())},
+        "failed_rows": spec.rows - num_valid,
+        "neighbors": {"digest": neighbors.digest, **neighbors.spec},
+        "byte_identity_voided": state.voids_identity,
+        "warnings": list(result.warnings),
+    }
+
+
+def _quantiles(values: NDArray[np.float64]) -> Mapping[str, float] | None:
+    if not len(values):
+        return None
+    low, median, high = (float(value) for value in np.quantile(values, [0.05, 0.5, 0.95]))
+    return {"min": float(values.min()), "q05": low, "median": median, "q95": high, "max": float(values.max())}
+

@@ -1,0 +1,127 @@
+"""Prompts to token rows, and token rows to padded batches. A pure function of prompts, tokenizer and batch size.
+
+Token rule (``TOKEN_RULE``): text goes through the tokenizer's default special tokens, which condition the model but are not
+pooled; chats use the chat template without generation prompt (``role: content`` lines when there is none) and their special
+tokens are not pooled either; the first max_tokens are kept. Padding is always on the right, where causal attention keeps it
+away from real tokens.
+
+Shapes: B rows of a batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embstore.core.errors import ModelError
+from embstore.core.prompts import Prompt, render_messages
+
+TOKEN_RULE = "own-tokens-1"  # names the rule above; another rule needs another name, because rows would differ
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenRow:
+    """Tokens of one prompt: ``ids_T`` int64, and ``pooled_T`` bool, true where the token is the prompt's own."""
+
+    ids_T: NDArray[np.int64]
+    pooled_T: NDArray[np.bool_]
+    was_cut: bool
+
+
+class PromptTokenizer:
+    """A Hugging Face tokenizer under the token rule."""
+
+    def __init__(self, tokenizer: Any, max_tokens: int) -> None:  # noqa: ANN401 - transformers is untyped
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        self._special_ids = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
+
+    @property
+    def pad_id(self) -> int:
+        """What fills a batch; masked, so any valid id does when the tokenizer names none."""
+        pad = self._tokenizer.pad_token_id
+        return int(pad) if pad is not None else int(self._tokenizer.eos_token_id or 0)
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[TokenRow]:
+        """Token rows in prompt order."""
+        texts = [index for index, prompt in enumerate(prompts) if not self._is_templated(prompt)]
+        chats = [index for index, prompt in enumerate(prompts) if self._is_templated(prompt)]
+        rows: dict[int, TokenRow] = {}
+        if texts:
+            encoded = self._tokenizer(
+                [_text_of(prompts[index]) for index in texts],
+                return_special_tokens_mask=True,
+                return_attention_mask=False,
+                verbose=False,
+            )
+            for index, ids, special in zip(texts, encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+                rows[index] = self._cut(np.asarray(ids, dtype=np.int64), ~np.asarray(special, dtype=np.bool_))
+        if chats:
+            rendered = [self._apply_template(prompts[index]) for index in chats]
+            # the template writes the special tokens itself
+            encoded = self._tokenizer(rendered, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            for index, ids in zip(chats, encoded["input_ids"], strict=True):
+                ids_T = np.asarray(ids, dtype=np.int64)
+                rows[index] = self._cut(ids_T, ~np.isin(ids_T, self._special_ids))
+        return [rows[index] for index in range(len(prompts))]
+
+    def _is_templated(self, prompt: Prompt) -> bool:
+        return prompt.messages is not None and bool(self._tokenizer.chat_template)
+
+    def _apply_template(self, prompt: Prompt) -> str:
+        messages = [dict(message) for message in prompt.messages or ()]
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+        except Exception as error:  # jinja raises whatever the model's template raises
+            raise ModelError(
+                f"the chat template refuses prompt {prompt.id!r}: {error}", hint="mend or remove that prompt"
+            ) from error
+
+    def _cut(self, ids_T: NDArray[np.int64], pooled_T: NDArray[np.bool_]) -> TokenRow:
+        keep = slice(0, self._max_tokens)
+        return TokenRow(ids_T=ids_T[keep], pooled_T=pooled_T[keep], was_cut=len(ids_T) > self._max_tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenBatch:
+    """Padded tokens: ``rows_B`` window-local row numbers, ``tokens_BT`` int64, ``real_BT`` and ``pooled_BT`` bool."""
+
+    rows_B: NDArray[np.int64]
+    tokens_BT: NDArray[np.int64]
+    real_BT: NDArray[np.bool_]
+    pooled_BT: NDArray[np.bool_]
+
+
+def token_batches(rows: Sequence[TokenRow], *, batch_tokens: int, pad_id: int) -> Iterator[TokenBatch]:
+    """Batches of at most ``batch_tokens`` padded tokens, longest rows first; rows that pool nothing are left out.
+
+    Sorting by length inside a window keeps padding near 2 % at 4096 rows (18.6 % at 256). A row longer than
+    ``batch_tokens`` is a batch of its own.
+    """
+    lengths = np.array([len(row.ids_T) for row in rows], dtype=np.int64)
+    usable = np.array([row.pooled_T.any() for row in rows], dtype=np.bool_)
+    order = np.argsort(-lengths, kind="stable")
+    order = order[usable[order]]
+    start = 0
+    while start < len(order):
+        longest = int(lengths[order[start]])
+        rows_B = order[start : start + max(1, batch_tokens // longest)]
+        shape = (len(rows_B), longest)
+        tokens_BT = np.full(shape, pad_id, dtype=np.int64)
+        real_BT = np.zeros(shape, dtype=np.bool_)
+        pooled_BT = np.zeros(shape, dtype=np.bool_)
+        for position, row in enumerate(rows_B):
+            length = lengths[row]
+            tokens_BT[position, :length] = rows[row].ids_T
+            real_BT[position, :length] = True
+            pooled_BT[position, :length] = rows[row].pooled_T
+        yield TokenBatch(rows_B=rows_B, tokens_BT=tokens_BT, real_BT=real_BT, pooled_BT=pooled_BT)
+        start += len(rows_B)
+
+
+def _text_of(prompt: Prompt) -> str:
+    return render_messages(prompt.messages) if prompt.messages is not None else prompt.text or ""

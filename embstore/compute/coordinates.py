@@ -1,0 +1,81 @@
+"""An orthonormal basis in which rows are tens of times narrower and keep their distances.
+
+Pooled logits of an affine head lie in the column span of [W | b] (Finlayson et al. 2024, arXiv:2403.09539), so R <= d_model + 1
+coordinates hold them exactly. Other heads get the span of a sample of their own rows (a range finder, Halko et al. 2011,
+arXiv:0909.4061): better at equal rank than the head's own basis. What a basis misses is stored as each row's residual r and bounds every
+distance: d^2 in [dc^2 + (ra - rb)^2, dc^2 + (ra + rb)^2].
+
+The basis is computed once and stored before row 0, because a factorisation differs in bits between thread counts.
+
+Shapes: V vocabulary, R coordinates, M spanning vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Directions weaker than this, relative to the strongest, are float32 noise of the weights.
+_SINGULAR_TOLERANCE = 1e-6
+_BLOCK_BYTES = 16 << 20
+
+# Rows start <= v < stop of the spanning matrix [V, M], any float dtype.
+ReadBlock = Callable[[int, int], NDArray[np.floating]]
+
+
+def orthonormal_basis(
+    read_block: ReadBlock, num_columns: int, width: int, *, max_rank: int, scratch: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Orthonormal basis of the columns of a tall matrix [V, M], strongest directions first.
+
+    Eigenvectors of the Gram matrix in float64, then one Cholesky correction, which squares away the loss of
+    orthogonality of the first step. Memory: M^2 float64, one block, and the result.
+
+    Parameters
+    ----------
+    read_block
+        Gives rows of the matrix; called three times over.
+    num_columns, width
+        V and M.
+    max_rank
+        Keep at most this many directions.
+    scratch
+        Flat memory for the result, at least V * min(M, max_rank) long, when it should not be anonymous.
+
+    Returns
+    -------
+    float32 [V, R] with R <= min(M, max_rank); |Q^T Q - 1| is at float32 rounding.
+    """
+    gram_MM = sum((block.T @ block for _, block in _blocks(read_block, num_columns, width)), np.zeros((width, width)))
+    values_M, vectors_MM = np.linalg.eigh(gram_MM)
+    strongest = values_M[::-1]
+    rank = min(max_rank, int(np.count_nonzero(strongest > strongest[0] * _SINGULAR_TOLERANCE**2)))
+    mixing_MR = vectors_MM[:, ::-1][:, :rank] / np.sqrt(strongest[:rank])
+    nearly_RR = np.zeros((rank, rank))
+    for _, block in _blocks(read_block, num_columns, width):
+        projected = block @ mixing_MR
+        nearly_RR += projected.T @ projected
+    mixing_MR = mixing_MR @ np.linalg.inv(np.linalg.cholesky(nearly_RR)).T
+    flat = np.empty(num_columns * rank, dtype=np.float32) if scratch is None else scratch[: num_columns * rank]
+    basis_VR = flat.reshape(num_columns, rank)
+    for start, block in _blocks(read_block, num_columns, width):
+        basis_VR[start : start + len(block)] = block @ mixing_MR
+    return basis_VR
+
+
+def project(basis_VR: NDArray[np.float32], read_block: ReadBlock, width: int) -> NDArray[np.float64]:
+    """Q^T A, float64 [R, M]: the spanning matrix in coordinates."""
+    num_columns, rank = basis_VR.shape
+    total_RM = np.zeros((rank, width))
+    for start, block in _blocks(read_block, num_columns, width):
+        total_RM += basis_VR[start : start + len(block)].astype(np.float64).T @ block
+    return total_RM
+
+
+def _blocks(read_block: ReadBlock, num_columns: int, width: int) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    step = max(256, _BLOCK_BYTES // (8 * width))
+    for start in range(0, num_columns, step):
+        stop = min(start + step, num_columns)
+        yield start, read_block(start, stop).astype(np.float64)

@@ -1,0 +1,157 @@
+"""Backbone and head of a causal LM, taken apart: mean of logits without ever holding logits of every token.
+
+For an affine head mean_t(W h_t + b) = W mean_t(h_t) + b, so one V-wide product a prompt replaces one a token. A head counts as
+affine only when its configuration names no soft cap, the class reproduces ``scale * (W h + b)`` on a probe of long prompts to 1e-5
+in float32, and still does with hidden states 64 times as large: tiny random models look affine even under a cap, because
+their logits never reach it. Any doubt means streaming: logits of real tokens only, a few hundred at a time, by the class's
+own code.
+
+Shapes: B rows, T tokens, D model width, V vocabulary, L tokens in a flat list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from embstore.core.errors import ModelError
+
+_AFFINE_TOLERANCE = 1e-5
+_LOUD = 64.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AffineHead:
+    """``scale * (W h + b)``: ``weight_VD`` and ``bias_V`` float32 on the model's device."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    scale: float
+
+    def __call__(self, hidden_BD: Tensor) -> Tensor:
+        """Logits float32 [B, V]."""
+        logits_BV = nn.functional.linear(hidden_BD, self.weight_VD, self.bias_V)
+        return logits_BV if self.scale == 1.0 else logits_BV.mul_(self.scale)
+
+
+class SplitModel:
+    """A causal LM cut into its backbone and everything its class does after it.
+
+    ``width`` is D, ``inner_width`` that of the feed-forward layers. The backbone runs in the dtype asked for; the head's weights are held apart in float32, also when they are tied.
+    """
+
+    def __init__(self, model: Any) -> None:  # noqa: ANN401 - transformers is untyped
+        self._model = model
+        self._backbone = model.base_model
+        if self._backbone is model:
+            raise ModelError(
+                f"{type(model).__name__} names no backbone (base_model), so logits cannot be pooled",
+                hint="use a causal LM class of transformers",
+            )
+        config = model.config.get_text_config()
+        self.width: int = config.hidden_size
+        self.inner_width: int = getattr(config, "intermediate_size", None) or 4 * self.width
+        # what a token is multiplied with; the embedding table is only looked up
+        looked_up = model.get_input_embeddings().weight.numel()
+        self.backbone_parameters = sum(parameter.numel() for parameter in self._backbone.parameters()) - looked_up
+        self._output_type: type[Any] | None = None
+        head = model.get_output_embeddings()
+        if head is not None and getattr(head, "weight", None) is not None:
+            # untie: the backbone may go to bfloat16, the head stays in float32
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+    def to_dtype(self, dtype: torch.dtype) -> None:
+        """Move the backbone to ``dtype``; the head stays in float32."""
+        self._backbone.to(dtype)
+
+    def hidden(self, tokens_BT: Tensor, real_BT: Tensor) -> Tensor:
+        """Final hidden states float32 [B, T, D], as the head receives them."""
+        output = self._backbone(input_ids=tokens_BT, attention_mask=real_BT.long(), use_cache=False)
+        self._output_type = type(output)
+        hidden_BTD: Tensor = output.last_hidden_state
+        return hidden_BTD.float()
+
+    def head(self, hidden_LD: Tensor) -> Tensor:
+        """Logits float32 [L, V] of single hidden states, by the class's own code after its backbone."""
+        if self._output_type is None:
+            raise AssertionError("hidden() must run once before head()")
+        with self._backbone_gives(self._output_type(last_hidden_state=hidden_LD[None])):
+            dummy_1L = torch.zeros((1, len(hidden_LD)), dtype=torch.long, device=hidden_LD.device)
+            logits_1LV: Tensor = self._model(input_ids=dummy_1L, use_cache=False).logits
+        return logits_1LV[0].float()
+
+    def logits(self, tokens_BT: Tensor, real_BT: Tensor) -> Tensor:
+        """Logits float32 [B, T, V] by the unmodified class: probes only, never the embedding pass."""
+        output: Tensor = self._model(input_ids=tokens_BT, attention_mask=real_BT.long(), use_cache=False).logits
+        return output.float()
+
+    def affine_head(self, tokens_1T: Tensor) -> AffineHead | None:
+        """The head as an affine map if it provably is one on this prompt, else None.
+
+        Raises
+        ------
+        ModelError
+            The class's logits cannot be reproduced from its backbone at all.
+        """
+        real_1T = torch.ones_like(tokens_1T, dtype=torch.bool)
+        hidden_TD = self.hidden(tokens_1T, real_1T)[0]
+        logits_TV = self.head(hidden_TD)
+        whole_TV = self.logits(tokens_1T, real_1T)[0]
+        if not torch.isfinite(whole_TV).all():
+            return None  # rows will fail one by one, with their names; no verdict on the head
+        if _relative_error(logits_TV, whole_TV) > _AFFINE_TOLERANCE:
+            raise ModelError(
+                f"{type(self._model).__name__}: logits cannot be reproduced from the backbone's last hidden state",
+                hint="this model class is not supported; please report it",
+            )
+        plain = self.stored_affine_head(1.0)
+        if self._names_soft_cap() or plain is None or len(plain.weight_VD) != logits_TV.shape[1]:
+            return None
+        mean_V, pooled_V = whole_TV.double().mean(0), plain(hidden_TD.double().mean(0).float()[None])[0].double()
+        scale = float(mean_V @ pooled_V / (pooled_V @ pooled_V))
+        if abs(scale - 1) < _AFFINE_TOLERANCE:
+            scale = 1.0
+        loud_TV = self.head(_LOUD * hidden_TD)
+        fits = (
+            scale > 0
+            and _relative_error(scale * pooled_V, mean_V) < _AFFINE_TOLERANCE
+            and _relative_error(scale * plain(_LOUD * hidden_TD), loud_TV) < _AFFINE_TOLERANCE
+        )
+        return self.stored_affine_head(scale) if fits else None
+
+    def stored_affine_head(self, scale: float) -> AffineHead | None:
+        """The output layer's own weight and bias with a known scale; None if it is no linear layer over hidden states."""
+        linear = self._model.get_output_embeddings()
+        if not isinstance(linear, nn.Linear) or linear.weight.shape[1] != self.width:
+            return None
+        bias_V = linear.bias.detach().float() if linear.bias is not None else None
+        return AffineHead(weight_VD=linear.weight.detach().float(), bias_V=bias_V, scale=scale)
+
+    def _names_soft_cap(self) -> bool:
+        def named(config: Any) -> bool:  # noqa: ANN401
+            values = config.to_dict()
+            return any(
+                value and "soft" in name and "cap" in name and "attn" not in name for name, value in values.items()
+            )
+
+        text_config = self._model.config.get_text_config()
+        return named(self._model.config) or named(text_config)
+
+    @contextlib.contextmanager
+    def _backbone_gives(self, output: Any) -> Iterator[None]:  # noqa: ANN401
+        # an instance attribute shadows the class's forward, and deleting it restores that
+        self._backbone.forward = lambda *_, **__: output
+        try:
+            yield
+        finally:
+            del self._backbone.forward
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    difference = torch.linalg.vector_norm(found.double() - expected.double())
+    return float(difference / torch.linalg.vector_norm(expected.double()).clamp_min(1e-30))

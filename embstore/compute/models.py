@@ -1,0 +1,222 @@
+"""Find, identify and load a causal LM and its tokenizer. Nothing is unpickled, no remote code runs unless asked.
+
+Identity is content: digests of the weight files, the configuration and the tokenizer files, so a resume that needs no row
+never loads the model, and a renamed folder is still the same model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+
+from embstore.core.config import EmbeddingConfig
+from embstore.core.errors import ConfigError, ModelError
+from embstore.core.format import ModelIdentity, canonical_json
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+_READ_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFiles:
+    """A model folder on this machine, checked for what it must hold."""
+
+    folder: Path
+    name: str
+    revision: str | None
+    weight_files: tuple[Path, ...]
+    trust_remote_code: bool
+
+    @property
+    def use_safetensors(self) -> bool:
+        """False only for folders that have nothing but ``.bin``, which load through weights_only."""
+        return self.weight_files[0].suffix == ".safetensors"
+
+    def identity(self) -> ModelIdentity:
+        """Digests of everything that decides a row. Price: one read of the weights, 1 to 2 GB/s."""
+        config = json.loads((self.folder / "config.json").read_bytes())
+        present = [name for name in _TOKENIZER_FILES if (self.folder / name).is_file()]
+        return ModelIdentity(
+            name=self.name,
+            architecture=", ".join(config.get("architectures") or ["unknown"]),
+            revision=self.revision,
+            weights_sha256=_digest_of([path.name for path in self.weight_files], self.folder),
+            config_sha256=hashlib.sha256(canonical_json(config).encode()).hexdigest(),
+            tokenizer_sha256=_digest_of(present, self.folder),
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+def locate_model(config: EmbeddingConfig) -> ModelFiles:
+    """The files of a local folder, or of a hub id (downloaded to the hub's cache when absent).
+
+    Raises
+    ------
+    ModelError
+        No such folder or id, no configuration, no tokenizer, or no weights.
+    """
+    if config.model is None:
+        raise ConfigError("no model was given", hint="add --model, a folder or a hub id such as org/name")
+    folder = Path(config.model)
+    looks_local = folder.exists() or config.model.startswith((".", "/", "~")) or config.model.count("/") > 1
+    if looks_local:
+        if not folder.is_dir():
+            raise ModelError(f"{config.model} is no folder", hint="give a model folder or a hub id such as org/name")
+        if config.revision is not None:
+            raise ConfigError(f"--revision {config.revision} needs a hub id, {config.model} is a local folder")
+        name = folder.resolve().name
+    else:
+        folder, name = _download(config.model, config.revision), config.model
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds no model: config.json is missing", hint="give a Hugging Face model folder")
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise ModelError(f"{folder} holds no tokenizer", hint="save the tokenizer beside the model")
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not weights:
+        raise ModelError(
+            f"{folder} holds no weights: neither *.safetensors nor pytorch_model*.bin", hint="is the download complete?"
+        )
+    return ModelFiles(
+        folder=folder,
+        name=name,
+        revision=config.revision,
+        weight_files=tuple(weights),
+        trust_remote_code=bool(config.trust_remote_code),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedModel:
+    """Model in float32 eval mode on ``device``, its tokenizer, and the longest input it takes (None: no limit known)."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    max_positions: int | None
+
+
+def load_model(files: ModelFiles, device: str) -> LoadedModel:
+    """Load weights in float32 and the tokenizer; every library message that is no error is silenced.
+
+    Raises
+    ------
+    ModelError
+        The library cannot load it; its own message is included.
+    """
+    target = resolve_device(device)
+    common: dict[str, Any] = {"trust_remote_code": files.trust_remote_code, "local_files_only": True}
+    with _quiet_transformers():
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, **common)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                files.folder, dtype=torch.float32, use_safetensors=files.use_safetensors, weights_only=True, **common
+            )
+        except Exception as error:  # any class's constructor runs here
+            message = str(error).strip().splitlines() or [type(error).__name__]
+            raise ModelError(
+                f"loading {files.name} failed: {message[0][:300]}", hint="does it load with transformers alone?"
+            ) from error
+    model.requires_grad_(False)
+    model.eval().to(target)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return LoadedModel(model=model, tokenizer=tokenizer, device=target, max_positions=positions)
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is cuda, then mps, then cpu; a device that is not there is a ConfigError."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"no such device: {device!r}", hint="use auto, cpu, cuda, cuda:N or mps") from error
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (target.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(target.type, False):
+        raise ConfigError(f"device {device!r} is not available here", hint="use --device auto or cpu")
+    return target
+
+
+def capability_of(device: torch.device) -> str:
+    """What decides a kernel's bits on this device: the CPU's vector instructions, or the GPU's model."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
+    if device.type == "cpu":
+        return str(torch.backends.cpu.get_cpu_capability())
+    return device.type
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is computed by the hardware, not emulated (emulated it is several times slower than float32)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
+
+
+def _download(model: str, revision: str | None) -> Path:
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        folder = Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
+        if not list(folder.glob("*.safetensors")):
+            patterns.append("pytorch_model*.bin")
+            folder = Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises errors of three libraries
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"{model} is no local folder, and the hub gave: {reason[0][:200]}", hint="check the path or the id"
+        ) from error
+    return folder
+
+
+def _digest_of(names: list[str], folder: Path) -> str:
+    """sha256 over names, sizes and contents of files, in sorted order."""
+    total = hashlib.sha256()
+    for name in sorted(names):
+        content = hashlib.sha256()
+        with (folder / name).open("rb") as file:
+            while block := file.read(_READ_BYTES):
+                content.update(block)
+        total.update(f"{name}\0{content.hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

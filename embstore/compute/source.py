@@ -1,0 +1,267 @@
+"""From a located model to an embedder: probe once on a new store, take every setting from the spec on a resume.
+
+Everything resolved here changes bytes, so it is decided by arithmetic and capabilities, never by a clock: two builds of the
+same input must pin the same spec (docs/decisions/0003). The clock is only asked for the preflight's estimate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from embstore.compute.batching import TOKEN_RULE, PromptTokenizer, TokenRow
+from embstore.compute.coordinates import orthonormal_basis
+from embstore.compute.embed import DTYPES, LogitEmbedder, ModelParts, spanning_columns, window_bytes
+from embstore.compute.exact import exact_neighbors
+from embstore.compute.heads import SplitModel
+from embstore.compute.models import (
+    LoadedModel,
+    ModelFiles,
+    capability_of,
+    has_fast_bfloat16,
+    load_model,
+    resolve_device,
+)
+from embstore.core.config import EmbeddingConfig, format_bytes
+from embstore.core.density import NOISE_FLOOR, total_variation
+from embstore.core.embedder import PromptReader
+from embstore.core.errors import BudgetError, ModelError, RowError
+from embstore.core.events import Notice, Observer, StageFinished, StageStarted
+from embstore.core.format import EmbeddingSpec, ModelIdentity
+
+_SAMPLE_ROWS = 256
+_TIMED_ROWS = 32
+_HEAD_PROBE_TOKENS = 128  # one [1, T, V] tensor of this length is the only place where logits of every token exist
+_DTYPE_PROBE_K = 10
+_DTYPE_MAX_TV = 1e-3
+_BATCH_TOKENS = 4096
+_MIN_BATCH_TOKENS = 256
+# Nominal rates for "a window is about a minute of work"; a constant, so that the window does not depend on the day's load.
+_NOMINAL_FLOPS = {"cpu": 1e11, "mps": 2e12, "cuda": 5e13}
+_WINDOW_SECONDS = 60
+
+
+class TorchSource:
+    """A Hugging Face causal LM; implements ``core.embedder.EmbedderSource``."""
+
+    def __init__(self, files: ModelFiles) -> None:
+        self._files = files
+
+    def identity(self) -> ModelIdentity:
+        """Digests of weights, configuration and tokenizer; no model is loaded."""
+        return self._files.identity()
+
+    def hardware(self, config: EmbeddingConfig) -> dict[str, object]:
+        """Device kind, its capability, and threads, as this run would use them."""
+        device = resolve_device(config.device or "auto")
+        return {"device": device.type, "capability": capability_of(device), "threads": config.threads or _cores()}
+
+    def create(
+        self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path, observer: Observer
+    ) -> LogitEmbedder:
+        """Load the model, probe it on a seeded sample, resolve every setting, and make the basis.
+
+        Raises
+        ------
+        ModelError, BudgetError, RowError
+            The model cannot be used, cannot fit, or gives no usable row on any sampled prompt.
+        """
+        started = time.perf_counter()
+        observer(StageStarted(stage="model", total=1, unit="model"))
+        threads = config.threads or _cores()
+        torch.set_num_threads(threads)
+        loaded = load_model(self._files, config.device or "auto")
+        max_tokens = _max_tokens(config, loaded, observer)
+        tokenizer = PromptTokenizer(loaded.tokenizer, max_tokens)
+        sample = tokenizer.encode(prompts.sample(_seeded_rows(len(prompts), _SAMPLE_ROWS)))
+        model = SplitModel(loaded.model)
+        with torch.inference_mode():
+            probe_1T = _probe_tokens(sample).to(loaded.device)
+            head = model.affine_head(probe_1T)
+            columns = model.head(model.hidden(probe_1T, torch.ones_like(probe_1T, dtype=torch.bool))[0][:1]).shape[1]
+        if config.vocab == "tokenizer":
+            columns = min(columns, len(loaded.tokenizer))
+        parts = ModelParts(model=model, head=head, tokenizer=tokenizer, device=loaded.device)
+        spec = EmbeddingSpec(
+            dimension=columns,
+            rank=0,
+            columns=config.vocab or "model",
+            head="streamed" if head is None else "affine",
+            head_scale=1.0 if head is None else head.scale,
+            pooling="mean of logits over own tokens",
+            normalization="l2",
+            token_rule=TOKEN_RULE,
+            max_tokens=max_tokens,
+            batch_tokens=config.batch_tokens or _BATCH_TOKENS,
+            dtype="float32",
+            device=loaded.device.type,
+            capability=capability_of(loaded.device),
+            threads=threads,
+            basis="head" if head is not None else "range-finder",
+        )
+        spec = _fit_batch(spec, config, model, memory_bytes)
+        embedder = _with_basis(parts, spec, prompts, work)
+        dtype = self._pick_dtype(embedder, parts, config.dtype or "auto", sample, observer)
+        if dtype != "float32":
+            model.to_dtype(DTYPES[dtype])
+        timed = time.perf_counter()
+        embedder.pool(sample[:_TIMED_ROWS], _no_check)
+        seconds = time.perf_counter() - timed
+        observer(StageFinished(stage="model", seconds=time.perf_counter() - started))
+        return LogitEmbedder(
+            parts,
+            dataclasses.replace(embedder.spec, dtype=dtype),
+            embedder.basis_VR,
+            minute_rows=_minute_rows(model.backbone_parameters, sample, spec.device),
+            truncated_share=sum(row.was_cut for row in sample) / len(sample),
+            seconds_per_row=seconds / len(sample[:_TIMED_ROWS]),
+        )
+
+    def _pick_dtype(
+        self, embedder: LogitEmbedder, parts: ModelParts, wanted: str, sample: Sequence[TokenRow], observer: Observer
+    ) -> str:
+        """The backbone's dtype; ``auto`` takes bfloat16 only where it is fast and a probe shows it moves no weight."""
+        if wanted != "auto":
+            return wanted
+        if not has_fast_bfloat16(parts.device):
+            return "float32"
+        # a second copy, because rounding the weights in place could not be undone
+        copy = SplitModel(load_model(self._files, str(parts.device)).model)
+        copy.to_dtype(torch.bfloat16)
+        lower = LogitEmbedder(dataclasses.replace(parts, model=copy), embedder.spec, embedder.basis_VR)
+        tv = total_variation(_probe_distances(embedder, sample), _probe_distances(lower, sample))
+        if tv <= _DTYPE_MAX_TV:
+            return "bfloat16"
+        observer(Notice(message=f"bfloat16 would move the weights by TV {tv:.1e} on {len(sample)} prompts: float32 used"))
+        return "float32"
+
+    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> LogitEmbedder:
+        """Load the model under a stored spec; nothing is probed or decided."""
+        torch.set_num_threads(spec.threads)
+        loaded = load_model(self._files, spec.device)
+        model = SplitModel(loaded.model)
+        head = model.stored_affine_head(spec.head_scale) if spec.head == "affine" else None
+        if (head is None) != (spec.head != "affine") or spec.token_rule != TOKEN_RULE:
+            raise ModelError(
+                f"the store has head {spec.head!r} and token rule {spec.token_rule!r}, which this embstore cannot continue",
+                hint="continue it with the embstore release that began it",
+            )
+        model.to_dtype(DTYPES[spec.dtype])
+        tokenizer = PromptTokenizer(loaded.tokenizer, spec.max_tokens)
+        parts = ModelParts(model=model, head=head, tokenizer=tokenizer, device=loaded.device)
+        return LogitEmbedder(parts, spec, basis_VR)
+
+
+def _cores() -> int:
+    """Cores this process may use: the affinity mask, not the machine's count."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _seeded_rows(num_rows: int, size: int) -> list[int]:
+    words = np.random.Philox(key=0).random_raw(num_rows)
+    return sorted(int(row) for row in np.argsort(words, kind="stable")[:size])
+
+
+def _max_tokens(config: EmbeddingConfig, loaded: LoadedModel, observer: Observer) -> int:
+    wanted = config.max_tokens or 512
+    if loaded.max_positions is not None and wanted > loaded.max_positions:
+        observer(Notice(message=f"max_tokens {wanted} is more than the model's positions: {loaded.max_positions} used"))
+        return loaded.max_positions
+    return wanted
+
+
+def _probe_tokens(sample: Sequence[TokenRow]) -> torch.Tensor:
+    longest = max(sample, key=lambda row: len(row.ids_T)).ids_T[:_HEAD_PROBE_TOKENS]
+    return torch.from_numpy(longest if len(longest) else np.zeros(1, dtype=np.int64))[None]
+
+
+def _minute_rows(parameters: int, sample: Sequence[TokenRow], device: str) -> int:
+    mean_tokens = float(np.mean([len(row.ids_T) for row in sample]))
+    return int(_WINDOW_SECONDS * _NOMINAL_FLOPS[device] / max(1.0, 2 * parameters * mean_tokens))
+
+
+def _fit_batch(spec: EmbeddingSpec, config: EmbeddingConfig, model: SplitModel, memory_bytes: int) -> EmbeddingSpec:
+    """Halve the batch until a window with the smallest chunk fits the budget; an explicit batch is taken as it is."""
+    full = dataclasses.replace(spec, rank=min(model.width + 1, spec.dimension))
+
+    def needs(tokens: int) -> int:
+        trial = dataclasses.replace(full, batch_tokens=tokens)
+        return window_bytes(trial, model.width, model.inner_width, chunk_rows=16, window_rows=16)
+
+    tokens = spec.batch_tokens
+    while config.batch_tokens is None and tokens > _MIN_BATCH_TOKENS and needs(tokens) > memory_bytes:
+        tokens //= 2
+    if needs(tokens) > memory_bytes:
+        raise BudgetError(
+            f"embedding needs at least {format_bytes(needs(tokens))}, --memory-budget is {format_bytes(memory_bytes)}",
+            hint=f"give --memory-budget {-(-needs(tokens) // (1 << 20))}MiB or more",
+        )
+    return dataclasses.replace(spec, batch_tokens=tokens)
+
+
+def _with_basis(parts: ModelParts, spec: EmbeddingSpec, prompts: PromptReader, work: Path) -> LogitEmbedder:
+    """An embedder with its basis: the head's own span, or that of min(N, 4 R) embedded prompts."""
+    max_rank = min(parts.model.width + 1, spec.dimension)
+    if parts.head is not None:
+        read_block, width = spanning_columns(parts.head, spec.dimension)
+    else:
+        pilot_NV = _pilot_rows(parts, spec, prompts, 4 * max_rank, work)
+        width = len(pilot_NV)
+
+        def read_block(start: int, stop: int) -> NDArray[np.floating]:
+            return np.asarray(pilot_NV[:, start:stop]).T
+
+    # a mapped scratch file: the basis does not count as anonymous memory
+    flat = np.lib.format.open_memmap(
+        work / "basis.npy", mode="w+", dtype=np.float32, shape=(spec.dimension * min(max_rank, width),)
+    )
+    basis_VR = orthonormal_basis(read_block, spec.dimension, width, max_rank=max_rank, scratch=flat)
+    return LogitEmbedder(parts, dataclasses.replace(spec, rank=basis_VR.shape[1]), basis_VR)
+
+
+def _pilot_rows(
+    parts: ModelParts, spec: EmbeddingSpec, prompts: PromptReader, wanted: int, work: Path
+) -> NDArray[np.float32]:
+    """Unit rows float32 [n, V] of a seeded sample, in a mapped scratch file."""
+    rows = _seeded_rows(len(prompts), wanted)
+    pilot_NV: NDArray[np.float32] = np.lib.format.open_memmap(
+        work / "pilot.npy", mode="w+", dtype=np.float32, shape=(len(rows), spec.dimension)
+    )
+    pilot = LogitEmbedder(parts, spec, np.zeros((spec.dimension, 0), dtype=np.float32))
+    count = 0
+    step = pilot.max_window_rows
+    for start in range(0, len(rows), step):
+        window = pilot.pool(parts.tokenizer.encode(prompts.sample(rows[start : start + step])), _no_check)
+        unit_BV, _, norm_B = pilot.unit_rows(window, 0, len(window.ok_W))
+        norms = norm_B.cpu().numpy()
+        chosen = unit_BV.cpu().numpy()[window.ok_W & np.isfinite(norms) & (norms > 0)]
+        pilot_NV[count : count + len(chosen)] = chosen
+        count += len(chosen)
+    if count == 0:
+        raise RowError("no sampled prompt gives a usable row", hint="can this model process any of these prompts?")
+    return pilot_NV[:count]
+
+
+def _probe_distances(embedder: LogitEmbedder, sample: Sequence[TokenRow]) -> NDArray[np.float64]:
+    """Floored mean distance of each sampled prompt to its nearest others in the sample."""
+    window = embedder.pool(sample, _no_check)
+    coordinates = embedder.unit_rows(window, 0, len(sample))[1].cpu().numpy()
+    coordinates = coordinates[np.isfinite(coordinates).all(axis=1)]
+    centred = (coordinates - coordinates.mean(axis=0, dtype=np.float64)).astype(np.float32)
+    k = min(_DTYPE_PROBE_K, len(centred) - 1)
+    if k < 1:
+        return np.ones(max(1, len(centred)))
+    distances = exact_neighbors(centred, np.arange(len(centred)), k)[1]
+    return np.maximum(distances.mean(axis=1), NOISE_FLOOR)
+
+
+def _no_check() -> None:
+    """Probes are short: nothing interrupts them."""

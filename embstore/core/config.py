@@ -1,0 +1,141 @@
+"""What the user chooses, as frozen values: strings such as ``"2GiB"`` are parsed at the edge, never further in.
+
+Fields are of two kinds. *Identity* fields change a byte of the rows; they are resolved once into ``spec.json`` and a resume
+with another value is refused. *Density* fields change neighbours and weights; another value redoes those, never rows.
+Runtime fields (memory budget, observer) may differ on every run.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from embstore.core.errors import ConfigError
+
+K_MAX = 32  # neighbours kept on disk, so that `embstore weights --k` up to this needs no search
+
+DTypeName = Literal["float32", "bfloat16", "float16"]
+Weighting = Literal["inverse-density", "legacy-inverse", "uniform"]
+Compressor = Literal["lz4", "none"]
+KnnMethod = Literal["hnsw", "exact"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddingConfig:
+    """Identity fields as the user gave them; None means "decide for me" on a new store, "as stored" on resume."""
+
+    model: str | None = None
+    revision: str | None = None
+    device: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    max_tokens: int | None = None
+    vocab: Literal["model", "tokenizer"] | None = None
+    batch_tokens: int | None = None
+    window_rows: int | None = None
+    chunk_rows: int | None = None
+    threads: int | None = None
+    compressor: Compressor | None = None
+    trust_remote_code: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "batch_tokens", "window_rows", "chunk_rows", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DensityConfig:
+    """How neighbours are found. ``shards`` None lets the memory budget and the cores decide."""
+
+    knn: KnnMethod = "hnsw"
+    shards: int | None = None
+    links: int = 16  # hnswlib's M
+    ef_construction: int = 100
+    ef: int = 64
+    seed: int = 0
+    target_recall: float = 0.999
+    target_tv: float = 1e-3
+    audit_rows: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.shards is not None and self.shards < 1:
+            raise ConfigError(f"shards must be at least 1, got {self.shards}")
+        if not 0 < self.target_recall < 1:
+            raise ConfigError(f"target_recall must lie strictly between 0 and 1, got {self.target_recall}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightingConfig:
+    """How mean neighbour distances become weights."""
+
+    weighting: Weighting = "inverse-density"
+    k: int = 10
+    gamma: float = 1.0
+    target_ess: float | None = None
+    uniform_mix: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= K_MAX:
+            raise ConfigError(f"k must lie in 1..{K_MAX} (the neighbours kept on disk), got {self.k}")
+        if not 0 <= self.gamma <= 1024:
+            raise ConfigError(f"gamma must lie in 0..1024, got {self.gamma}")
+        if self.target_ess is not None and not 0 < self.target_ess <= 1:
+            raise ConfigError(f"target_ess is a share of the rows in (0, 1], got {self.target_ess}")
+        if not 0 <= self.uniform_mix <= 1:
+            raise ConfigError(f"uniform_mix must lie in 0..1, got {self.uniform_mix}")
+        if self.target_ess is not None and self.weighting != "inverse-density":
+            raise ConfigError(f"target_ess needs weighting inverse-density, got {self.weighting}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildConfig:
+    """Everything a build needs besides prompts and the store's path."""
+
+    embedding: EmbeddingConfig = EmbeddingConfig()
+    density: DensityConfig = DensityConfig()
+    weighting: WeightingConfig = WeightingConfig()
+    memory_budget_bytes: int = 2 << 30
+    on_error: Literal["stop", "quarantine"] = "stop"
+    strict: bool = False
+    limit: int | None = None
+    allow_drift: bool = False
+    trust_journal: bool = False
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit must be at least 1, got {self.limit}")
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from a size such as ``"2GiB"``, ``"500 MB"`` or ``"1048576"``.
+
+    Examples
+    --------
+    >>> parse_bytes("2GiB"), parse_bytes("1.5 kB")
+    (2147483648, 1500)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ConfigError(f"not a size: {text!r}", hint="write a number and a unit, such as 2GiB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def format_bytes(count: float) -> str:
+    """A size for people, in binary units.
+
+    Examples
+    --------
+    >>> format_bytes(33554432), format_bytes(12)
+    ('32.0 MiB', '12 B')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,84 @@
+"""What a build tells its observers. The library never prints: the command line turns these into lines and bars.
+
+``RowsCommitted`` is only sent after the window's journal line is durable, so progress never shows work a crash would lose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Stage = Literal["prompts", "model", "embed", "knn", "audit", "publish"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageStarted:
+    """A stage begins; ``total`` counts ``unit`` items, ``done`` of them were committed by earlier runs."""
+
+    stage: Stage
+    total: int
+    done: int = 0
+    unit: str = "rows"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageAdvanced:
+    """``count`` more items of a stage are finished (for the embedding stage: see RowsCommitted)."""
+
+    stage: Stage
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowsCommitted:
+    """One window is durable: rows ``start <= row < stop``, its stored bytes, tokens and seconds since the last commit."""
+
+    start: int
+    stop: int
+    num_tokens: int
+    stored_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageFinished:
+    """A stage ended after ``seconds`` of this run."""
+
+    stage: Stage
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preflight:
+    """What the build is about to do and cost, known before the first row is computed."""
+
+    num_rows: int
+    remaining_rows: int
+    quarantined_lines: int
+    truncated_share: float
+    dimension: int
+    head: str
+    dtype: str
+    device: str
+    remaining_bytes: int
+    free_bytes: int
+    embed_memory_bytes: int
+    memory_budget_bytes: int
+    num_shards: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Notice:
+    """Something a person should know: a warning with what was seen and what follows."""
+
+    message: str
+
+
+Event = StageStarted | StageAdvanced | RowsCommitted | StageFinished | Preflight | Notice
+Observer = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """The observer of a caller that wants no progress."""

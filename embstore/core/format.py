@@ -1,0 +1,491 @@
+"""The on-disk contract, format version 1: names, JSON records, journal lines. Pure: bytes in, values out, no files.
+
+``docs/format.md`` states the same in MUST and MAY sentences. Who writes what, and in which order, is storage's concern.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_type_hints
+
+from embstore.core.errors import CorruptStoreError, FieldMismatch, IdentityMismatchError
+
+FORMAT_VERSION = 1
+
+SPEC = "spec.json"
+MANIFEST = "manifest.json"
+JOURNAL = "journal.jsonl"
+RUNS = "runs.jsonl"
+LOCK = ".lock"
+WORK = "work"
+PROMPTS = "prompts.jsonl"
+IDS = "ids.json"
+ALIASES = "aliases.json"
+PROMPTS_LIST = "prompts_list.json"
+QUARANTINE = "quarantine.jsonl"
+LINE_ROWS = "line_rows.npy"
+MULTIPLICITY = "multiplicity.npy"
+KEYS = "keys.npy"
+BASIS = "basis.npy"
+COORDINATES = "coordinates.npy"
+RESIDUALS = "residuals.npy"
+EMBEDDINGS = "embeddings.zarr"
+ARRAY_METADATA = "embeddings.zarr/zarr.json"
+CHUNKS = "chunks.json"
+NEIGHBORS = "neighbors"
+WEIGHTS = "weights"
+WEIGHTS_LINK = "density_weights.npy"
+METADATA_LINK = "embeddings_metadata.json"
+
+STAGE0_FILES = (PROMPTS, IDS, ALIASES, PROMPTS_LIST, QUARANTINE, LINE_ROWS, MULTIPLICITY, KEYS)
+
+JsonObject = dict[str, Any]
+_Record = TypeVar("_Record")
+
+
+def chunk_name(index: int) -> str:
+    """File of chunk ``index``, relative to the store: Zarr v3 default key encoding with separator '.'."""
+    return f"{EMBEDDINGS}/c.{index}.0"
+
+
+def canonical_json(value: object) -> str:
+    """One spelling per value: sorted keys, no spaces, ASCII. Digests are taken over this.
+
+    Examples
+    --------
+    >>> canonical_json({"b": 1, "a": [1.0, "é"]})
+    '{"a":[1.0,"\\\\u00e9"],"b":1}'
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def document(value: object) -> bytes:
+    """A JSON file for people and programs: indented, keys in the order given, newline at the end."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileDigest:
+    """Size and sha256 of a file, made while it was written."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelIdentity:
+    """Which model and tokenizer made the rows. ``name`` is for people (no path); the digests decide."""
+
+    name: str
+    architecture: str
+    revision: str | None
+    weights_sha256: str
+    config_sha256: str
+    tokenizer_sha256: str
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddingSpec:
+    """Everything about the embedding pass that changes a byte, resolved.
+
+    ``dimension`` is V, ``rank`` is R. ``head`` is "affine" (pooled before the head) or "streamed"; ``head_scale`` the factor
+    a class applies after its head. ``max_window_rows`` is what the embedder can hold of a window; the grid keeps to it.
+    """
+
+    dimension: int
+    rank: int
+    columns: str
+    head: str
+    head_scale: float
+    pooling: str
+    normalization: str
+    token_rule: str
+    max_tokens: int
+    batch_tokens: int
+    dtype: str
+    device: str
+    capability: str
+    threads: int
+    basis: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreSpec:
+    """``spec.json``: the identity of a store, written once, before row 0."""
+
+    format_version: int
+    rows: int
+    prompts_fingerprint: str
+    model: ModelIdentity
+    embedding: EmbeddingSpec
+    window_rows: int
+    chunk_rows: int
+    compressor: str
+    basis_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptsRecord:
+    """Journal: stage 0 is durable. ``files`` are the digests of its files."""
+
+    rows: int
+    lines: int
+    quarantined: int
+    repeats: int
+    fingerprint: str
+    files: dict[str, FileDigest]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpecRecord:
+    """Journal: spec, basis, array metadata and the preallocated coordinate files are durable; rows may follow."""
+
+    files: dict[str, FileDigest]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChunkRecord:
+    """One chunk file: its index, size in bytes, and crc32c of the encoded bytes before their 4-byte trailer (hex)."""
+
+    index: int
+    bytes: int
+    crc32c: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FailedRow:
+    """A row without a vector, kept under ``--on-error quarantine``."""
+
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowRecord:
+    """Journal: the commit of one window. The two crc32c cover the window's slices of coordinates and residuals."""
+
+    window: int
+    start: int
+    stop: int
+    chunks: list[ChunkRecord]
+    coordinates_crc32c: str
+    residuals_crc32c: str
+    tokens: int
+    truncated: int
+    splits: int
+    failed: list[FailedRow]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemotedRecord:
+    """Journal: ``verify --repair`` found window ``window`` damaged; a resume computes it again."""
+
+    window: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DriftRecord:
+    """Journal: rows after this line were made with other hardware or threads (``--allow-drift``)."""
+
+    fields: list[str]
+
+
+JournalRecord = PromptsRecord | SpecRecord | WindowRecord | DemotedRecord | DriftRecord
+
+_RECORDS: Mapping[str, type[JournalRecord]] = {
+    "prompts": PromptsRecord,
+    "spec": SpecRecord,
+    "window": WindowRecord,
+    "demoted": DemotedRecord,
+    "drift": DriftRecord,
+}
+_RECORD_NAMES = {record_type: name for name, record_type in _RECORDS.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JournalState:
+    """What a journal says is committed: the fold of its records, in order."""
+
+    prompts: PromptsRecord | None = None
+    spec: SpecRecord | None = None
+    windows: Mapping[int, WindowRecord] = dataclasses.field(default_factory=dict)
+    drifts: tuple[DriftRecord, ...] = ()
+
+    @property
+    def committed_rows(self) -> int:
+        """Rows in committed windows."""
+        return sum(window.stop - window.start for window in self.windows.values())
+
+    @property
+    def failed(self) -> list[FailedRow]:
+        """Rows without a vector, over all committed windows, by row."""
+        return sorted((row for window in self.windows.values() for row in window.failed), key=lambda failed: failed.row)
+
+    @property
+    def voids_identity(self) -> bool:
+        """Whether a drift or an out-of-memory split voided byte identity with an uninterrupted build."""
+        return bool(self.drifts) or any(window.splits for window in self.windows.values())
+
+
+def replay(records: Iterable[JournalRecord]) -> JournalState:
+    """Fold journal records into the committed state; the last record of a window wins."""
+    state = JournalState()
+    windows: dict[int, WindowRecord] = {}
+    for record in records:
+        match record:
+            case PromptsRecord():
+                state = dataclasses.replace(state, prompts=record)
+            case SpecRecord():
+                state = dataclasses.replace(state, spec=record)
+            case WindowRecord():
+                windows[record.window] = record
+            case DemotedRecord():
+                windows.pop(record.window, None)
+            case DriftRecord():
+                state = dataclasses.replace(state, drifts=(*state.drifts, record))
+    return dataclasses.replace(state, windows=dict(sorted(windows.items())))
+
+
+def encode_journal_header() -> bytes:
+    """The first line of a journal."""
+    return _journal_line({"record": "header", "format_version": FORMAT_VERSION, "seq": 0})
+
+
+def encode_journal_record(seq: int, record: JournalRecord) -> bytes:
+    """One journal line: canonical JSON, a tab, the crc32 of the JSON in hex, a newline."""
+    name = _RECORD_NAMES[type(record)]
+    return _journal_line({"record": name, "seq": seq, **dataclasses.asdict(record)})
+
+
+def decode_journal(content: bytes, *, name: str) -> tuple[list[JournalRecord], int]:
+    """Records of a journal and the number of bytes they take; what follows is a torn tail.
+
+    Parameters
+    ----------
+    content
+        All bytes of the file.
+    name
+        The file, for messages.
+
+    Returns
+    -------
+    records, valid_bytes
+        ``valid_bytes < len(content)`` means that the last line is torn, as a crash leaves it: it was never acknowledged.
+
+    Raises
+    ------
+    CorruptStoreError
+        A line before the last one is damaged, or a line is missing, doubled or out of order.
+    IdentityMismatchError
+        Another format version.
+    """
+    records: list[JournalRecord] = []
+    offset = 0
+    seq = 0
+    hint = "run embstore verify STORE, then verify --repair"
+    while offset < len(content):
+        end = content.find(b"\n", offset)
+        value = None if end < 0 else _parse_journal_line(content[offset:end])
+        if value is None:
+            if 0 <= end < len(content) - 1:
+                raise CorruptStoreError(f"{name}: line {seq + 1} (byte {offset}) fails its checksum", hint=hint)
+            break
+        found = value.pop("seq", None)
+        if found != seq:
+            raise CorruptStoreError(f"{name}: line {seq + 1} has sequence number {found}, expected {seq}", hint=hint)
+        kind = value.pop("record", None)
+        if seq == 0:
+            check_format_version(value.get("format_version"), name=name)
+        elif kind in _RECORDS:
+            records.append(from_json(_RECORDS[kind], value, name=f"{name} line {seq + 1}"))
+        else:
+            raise CorruptStoreError(f"{name}: line {seq + 1} is of unknown kind {kind!r}", hint=hint)
+        offset = end + 1
+        seq += 1
+    return records, offset
+
+
+def check_format_version(found: object, *, name: str) -> None:
+    """Refuse a store of another format version before reading anything else of it."""
+    if found != FORMAT_VERSION:
+        raise IdentityMismatchError(
+            [FieldMismatch(field=f"format_version in {name}", stored=found, given=FORMAT_VERSION)],
+            hint="use the embstore release that wrote this store, or build it anew",
+        )
+
+
+def parse_document(content: bytes, *, name: str) -> JsonObject:
+    """A JSON object from a store file; damage is a CorruptStoreError, another version an IdentityMismatchError."""
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise CorruptStoreError(f"{name} is no JSON ({error})", hint="run embstore verify STORE") from error
+    if not isinstance(value, dict):
+        raise CorruptStoreError(f"{name} holds no JSON object", hint="run embstore verify STORE")
+    if "format_version" in value:
+        check_format_version(value["format_version"], name=name)
+    return value
+
+
+def from_json(record_type: type[_Record], value: object, *, name: str) -> _Record:
+    """A frozen record from parsed JSON, nested records included; fields must match exactly.
+
+    Raises
+    ------
+    CorruptStoreError
+        A field is missing, unknown, or of another JSON type.
+    """
+    if not isinstance(value, dict):
+        raise CorruptStoreError(f"{name}: expected an object, found {type(value).__name__}")
+    hints = get_type_hints(record_type)
+    if set(value) != set(hints):
+        unlike = sorted(set(value) ^ set(hints))
+        raise CorruptStoreError(f"{name}: fields missing or unknown: {', '.join(unlike)}", hint="run embstore verify STORE")
+    return record_type(**{field: _convert(hints[field], value[field], f"{name}.{field}") for field in hints})
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:  # noqa: ANN401 - type hints are data here
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_json(hint, value, name=name)
+    origin, arguments = getattr(hint, "__origin__", None), getattr(hint, "__args__", ())
+    if origin is list and isinstance(value, list):
+        return [_convert(arguments[0], item, f"{name}[{index}]") for index, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {key: _convert(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+    expected = float | int if hint is float else hint
+    if origin is None and (not isinstance(value, expected) or (hint is int and isinstance(value, bool))):
+        raise CorruptStoreError(f"{name}: expected {hint}, found {type(value).__name__}", hint="run embstore verify STORE")
+    return value
+
+
+def diff_fields(stored: object, given: object, *, prefix: str = "") -> list[FieldMismatch]:
+    """Leaf fields in which two records of one type differ, with dotted names."""
+    mismatches: list[FieldMismatch] = []
+    for entry in dataclasses.fields(stored):  # type: ignore[arg-type]  # both are records
+        left, right = getattr(stored, entry.name), getattr(given, entry.name)
+        if dataclasses.is_dataclass(left) and type(left) is type(right):
+            mismatches += diff_fields(left, right, prefix=f"{prefix}{entry.name}.")
+        elif left != right:
+            mismatches.append(FieldMismatch(field=f"{prefix}{entry.name}", stored=left, given=right))
+    return mismatches
+
+
+def weights_paths(digest: str) -> tuple[str, str]:
+    """Array and sidecar of one weighting, relative to the store."""
+    return f"{WEIGHTS}/{digest}.npy", f"{WEIGHTS}/{digest}.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NeighborsPaths:
+    """Files of one neighbour graph, relative to the store.
+
+    ``ids`` int32 [N, K_max], ``distances`` float32 [N, K_max], ``groups`` int32 [N] (the first row with the same vector, -1
+    for failed rows), ``spec`` how they were found.
+    """
+
+    ids: str
+    distances: str
+    groups: str
+    spec: str
+
+
+def neighbors_paths(digest: str) -> NeighborsPaths:
+    """Files of the neighbour graph ``digest``."""
+    folder = f"{NEIGHBORS}/{digest}"
+    return NeighborsPaths(
+        ids=f"{folder}/ids.npy",
+        distances=f"{folder}/distances.npy",
+        groups=f"{folder}/groups.npy",
+        spec=f"{folder}/spec.json",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """``manifest.json``: the artefact's only flip. Readers follow it and nothing else.
+
+    ``files`` covers every listed file; ``neighbors`` and ``weights`` are digests that name files under those folders;
+    ``names`` maps a weighting's name to its digest ("default" is what ``density_weights.npy`` links to).
+    """
+
+    format_version: int
+    rows: int
+    dimension: int
+    neighbors: str
+    names: dict[str, str]
+    files: dict[str, FileDigest]
+
+    def encode(self) -> bytes:
+        """The file's bytes, with names in sorted order."""
+        value = dataclasses.asdict(self)
+        value["names"] = dict(sorted(self.names.items()))
+        value["files"] = {name: dataclasses.asdict(self.files[name]) for name in sorted(self.files)}
+        return document(value)
+
+
+def decode_manifest(content: bytes) -> Manifest:
+    """Read ``manifest.json``."""
+    return from_json(Manifest, parse_document(content, name=MANIFEST), name=MANIFEST)
+
+
+def decode_spec(content: bytes) -> StoreSpec:
+    """Read ``spec.json``."""
+    return from_json(StoreSpec, parse_document(content, name=SPEC), name=SPEC)
+
+
+def array_metadata(spec: StoreSpec) -> bytes:
+    """``zarr.json`` of the embedding array: float16 [N, V], NaN fill, crc32c last so that it covers the stored bytes."""
+    codecs: list[JsonObject] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    if spec.compressor == "lz4":
+        blosc = {"typesize": 2, "cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
+        codecs.append({"name": "blosc", "configuration": blosc})
+    codecs.append({"name": "crc32c"})
+    grid = {"chunk_shape": [spec.chunk_rows, spec.embedding.dimension]}
+    return document(
+        {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": [spec.rows, spec.embedding.dimension],
+            "data_type": "float16",
+            "chunk_grid": {"name": "regular", "configuration": grid},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "fill_value": "NaN",
+            "codecs": codecs,
+            "attributes": {},
+            "dimension_names": ["row", "vocabulary"],
+        }
+    )
+
+
+def chunk_table(chunks: Sequence[ChunkRecord]) -> bytes:
+    """``chunks.json``: the committed chunks by index, one line each so that a diff of two tables can be read."""
+    rows = ",\n".join(canonical_json([chunk.index, chunk.bytes, chunk.crc32c]) for chunk in chunks)
+    return f'{{"format_version":{FORMAT_VERSION},"columns":["index","bytes","crc32c"],"chunks":[\n{rows}\n]}}\n'.encode()
+
+
+def decode_chunk_table(content: bytes) -> list[ChunkRecord]:
+    """Read ``chunks.json``."""
+    table = parse_document(content, name=CHUNKS)
+    try:
+        return [ChunkRecord(index=index, bytes=size, crc32c=crc) for index, size, crc in table["chunks"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptStoreError(f"{CHUNKS}: no table of chunks ({error})", hint="run embstore verify STORE") from error
+
+
+def _journal_line(value: JsonObject) -> bytes:
+    body = canonical_json(value).encode()
+    return body + b"\t%08x\n" % zlib.crc32(body)
+
+
+def _parse_journal_line(line: bytes) -> JsonObject | None:
+    body, _, crc = line.rpartition(b"\t")
+    if b"%08x" % zlib.crc32(body) != crc:
+        return None
+    value = json.loads(body)
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,101 @@
+"""Which windows are left, and whether a resume is about the same store. Pure: values in, values or a refusal out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from embstore.core.config import EmbeddingConfig
+from embstore.core.errors import FieldMismatch, IdentityMismatchError
+from embstore.core.format import JournalState, ModelIdentity, StoreSpec, diff_fields
+from embstore.core.rows import RowGrid
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildPlan:
+    """What remains of the embedding stage: windows in row order, and the rows they hold."""
+
+    grid: RowGrid
+    windows: tuple[int, ...]
+
+    @property
+    def remaining_rows(self) -> int:
+        """Rows still to be computed."""
+        return sum(self.grid.window(window).num_rows for window in self.windows)
+
+
+def grid_of(spec: StoreSpec) -> RowGrid:
+    """The row grid pinned in a spec."""
+    return RowGrid(num_rows=spec.rows, window_rows=spec.window_rows, chunk_rows=spec.chunk_rows)
+
+
+def plan(spec: StoreSpec, state: JournalState) -> BuildPlan:
+    """The windows without a commit."""
+    grid = grid_of(spec)
+    windows = tuple(window for window in range(grid.num_windows) if window not in state.windows)
+    return BuildPlan(grid=grid, windows=windows)
+
+
+def refuse_other_input(
+    spec: StoreSpec, config: EmbeddingConfig, model: ModelIdentity | None, hardware: Mapping[str, object] | None
+) -> list[str]:
+    """Compare everything that was given with what the store pinned.
+
+    Parameters
+    ----------
+    spec
+        The stored spec.
+    config
+        Options of this run; None means "as stored" and never differs.
+    model
+        Identity of the model given or found, None when none is needed.
+    hardware
+        Device, capability and threads of this run, None when no row will be computed.
+
+    Returns
+    -------
+    list of str
+        Hardware fields that differ (only drift can excuse those).
+
+    Raises
+    ------
+    IdentityMismatchError
+        Any other field differs; all of them are named with both values.
+    """
+    stored = spec.embedding
+    explicit: dict[str, tuple[object, object]] = {
+        "max_tokens": (stored.max_tokens, config.max_tokens),
+        "vocab": (stored.columns, config.vocab),
+        "batch_tokens": (stored.batch_tokens, config.batch_tokens),
+        "dtype": (stored.dtype, None if config.dtype == "auto" else config.dtype),
+        "window_rows": (spec.window_rows, config.window_rows),
+        "chunk_rows": (spec.chunk_rows, config.chunk_rows),
+        "compressor": (spec.compressor, config.compressor),
+        "trust_remote_code": (spec.model.trust_remote_code, config.trust_remote_code),
+    }
+    mismatches = [
+        FieldMismatch(field=name, stored=left, given=right)
+        for name, (left, right) in explicit.items()
+        if right is not None and left != right
+    ]
+    if model is not None:
+        # the name is for people; a renamed or moved folder is the same model
+        mismatches += [
+            mismatch
+            for mismatch in diff_fields(spec.model, model, prefix="model.")
+            if mismatch.field not in ("model.name", "model.trust_remote_code")
+        ]
+    if mismatches:
+        raise IdentityMismatchError(mismatches)
+    return [name for name, value in (hardware or {}).items() if getattr(stored, name) != value]
+
+
+def refuse_drift(spec: StoreSpec, fields: list[str], hardware: Mapping[str, object]) -> None:
+    """Refuse other hardware or thread counts, which change low bits of rows."""
+    mismatches = [
+        FieldMismatch(field=name, stored=getattr(spec.embedding, name), given=hardware[name]) for name in fields
+    ]
+    raise IdentityMismatchError(
+        mismatches,
+        hint="resume on the same hardware and threads, or add --allow-drift (recorded; rows then differ in low bits)",
+    )

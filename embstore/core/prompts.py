@@ -1,0 +1,182 @@
+"""One prompt: how an input line becomes a canonical row, and what identifies it. Pure functions on bytes and values.
+
+Identity is content, never position: rows with the same whitespace-collapsed text, or the same messages, are one row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from embstore.core.format import canonical_json
+
+Message = Mapping[str, object]
+
+_PROMPT_FIELDS = frozenset({"id", "prompt", "messages", "prefix"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """A prompt as written: either ``text`` or ``messages`` is set; ``fields`` are the line's other fields (such as src)."""
+
+    id: str | None
+    text: str | None = None
+    messages: tuple[Message, ...] | None = None
+    fields: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> bytes:
+        """Row identity: sha256 of the canonical rendering (32 bytes)."""
+        if self.messages is not None:
+            return hashlib.sha256(b"messages\0" + canonical_json(list(self.messages)).encode()).digest()
+        return hashlib.sha256(b"text\0" + collapse_whitespace(self.text or "").encode()).digest()
+
+    @property
+    def derived_id(self) -> str:
+        """md5-16 of the whitespace-collapsed first user message (or of the text), as existing artefacts have it."""
+        return hashlib.md5(collapse_whitespace(self._first_user_text()).encode(), usedforsecurity=False).hexdigest()[:16]
+
+    @property
+    def rendered(self) -> str:
+        """The prompt as one string that needs no tokenizer: the text itself, or ``role: content`` lines."""
+        if self.messages is not None:
+            return render_messages(self.messages)
+        return self.text or ""
+
+    def _first_user_text(self) -> str:
+        for message in self.messages or ():
+            if message["role"] == "user":
+                return str(message["content"])
+        return self.rendered
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejected:
+    """A line that holds no prompt, with the reason a person reads in ``quarantine.jsonl``."""
+
+    reason: str
+
+
+def parse_line(line: bytes) -> Prompt | Rejected:
+    """Read one JSONL line.
+
+    Accepts ``prompt`` (text), ``messages`` (a chat list) or ``prefix`` (``{"messages": [...]}`` or text), in this order.
+
+    Examples
+    --------
+    >>> parse_line(b'{"prompt": "2 + 2?", "src": "maths"}').fields
+    {'src': 'maths'}
+    >>> parse_line(b'{"prompt": "  "}')
+    Rejected(reason='the prompt is empty')
+    """
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Rejected(reason=f"not UTF-8 (byte {error.start})")
+    if not text.strip():
+        return Rejected(reason="empty line")
+    try:
+        record = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        return Rejected(reason=f"no JSON ({str(error)[:80]})")
+    if not isinstance(record, dict):
+        return Rejected(reason=f"not a JSON object but {type(record).__name__}")
+    if "\\ud" in text.lower() and not _encodable(record):
+        return Rejected(reason="holds a lone surrogate, which is no Unicode text")
+    given = record.get("id")
+    if isinstance(given, bool) or not isinstance(given, str | int | None):
+        return Rejected(reason=f"the id is neither text nor a whole number but {type(given).__name__}")
+    row_id = str(given) if given not in (None, "") else None
+    fields = {name: value for name, value in record.items() if name not in _PROMPT_FIELDS}
+    content = record.get("prompt")
+    if content is None:
+        content = record.get("messages", record.get("prefix"))
+        if isinstance(content, dict):
+            content = content.get("messages")
+        elif isinstance(content, str):
+            content = [{"role": "user", "content": content}]
+    if isinstance(content, str):
+        if not content.strip():
+            return Rejected(reason="the prompt is empty")
+        return Prompt(id=row_id, text=content, fields=fields)
+    if content is None:
+        return Rejected(reason="no text: none of the fields prompt, messages, prefix")
+    return _chat(row_id, content, fields)
+
+
+def collapse_whitespace(text: str) -> str:
+    """Strip, and turn each run of whitespace into one space.
+
+    Examples
+    --------
+    >>> collapse_whitespace("  a\\n\\t b ")
+    'a b'
+    """
+    return " ".join(text.split())
+
+
+def render_messages(messages: Sequence[Message]) -> str:
+    """``role: content`` lines: the rendering for tokenizers without a chat template."""
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def encode_row(prompt: Prompt) -> bytes:
+    """The canonical line of a row in ``prompts.jsonl``, newline included; ``decode_row`` reads it back."""
+    record: dict[str, object] = {"id": prompt.id}
+    if prompt.messages is not None:
+        record["messages"] = list(prompt.messages)
+    else:
+        record["prompt"] = prompt.text
+    if prompt.fields:
+        record["fields"] = dict(prompt.fields)
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+
+def decode_row(line: bytes) -> Prompt:
+    """A row of ``prompts.jsonl``; the file's digest was checked, so its shape is trusted."""
+    record = json.loads(line)
+    messages = record.get("messages")
+    return Prompt(
+        id=record["id"],
+        text=record.get("prompt"),
+        messages=tuple(messages) if messages is not None else None,
+        fields=record.get("fields", {}),
+    )
+
+
+def _chat(row_id: str | None, content: object, fields: Mapping[str, object]) -> Prompt | Rejected:
+    if not isinstance(content, list):
+        return Rejected(reason=f"the prompt is neither text nor a list of messages but {type(content).__name__}")
+    if not content:
+        return Rejected(reason="the list of messages is empty")
+    for position, message in enumerate(content):
+        if not isinstance(message, dict):
+            return Rejected(reason=f"message {position} is no object")
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            return Rejected(reason=f"message {position} lacks a text role or a text content")
+    if not any(message["content"].strip() for message in content):
+        return Rejected(reason="every message is empty")
+    return Prompt(id=row_id, messages=tuple(content), fields=fields)
+
+
+def _encodable(record: object) -> bool:
+    # JSON can spell a lone surrogate (backslash-u-d800); no tokenizer takes one, no UTF-8 file holds one
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _no_number(name: str) -> object:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(literal: str) -> float:
+    value = float(literal)
+    if math.isinf(value):
+        raise ValueError(f"{literal[:20]} is too large a number")
+    return value

@@ -1,0 +1,122 @@
+"""Row algebra: half-open row ranges, and the grid that cuts rows into windows and chunks.
+
+Pure values, no I/O. A *chunk* is one file of the embedding array; a *window* is the run of chunks that commits as one
+journal line. A window holds a whole number of chunks, so a commit never leaves a chunk half owned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from embstore.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class RowRange:
+    """Rows ``start <= row < stop``.
+
+    Examples
+    --------
+    >>> RowRange(4, 10).num_rows
+    6
+    >>> list(RowRange(0, 5).split(2))
+    [RowRange(start=0, stop=2), RowRange(start=2, stop=4), RowRange(start=4, stop=5)]
+    """
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.stop:
+            raise ConfigError(f"a row range needs 0 <= start <= stop, got start {self.start}, stop {self.stop}")
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows in the range."""
+        return self.stop - self.start
+
+    def split(self, rows: int) -> Iterator[RowRange]:
+        """Cut the range into consecutive pieces of at most ``rows`` rows."""
+        for start in range(self.start, self.stop, rows):
+            yield RowRange(start, min(start + rows, self.stop))
+
+    def as_slice(self) -> slice:
+        """The range as a slice over global rows."""
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowGrid:
+    """How ``num_rows`` rows are cut into windows, and windows into chunks.
+
+    Examples
+    --------
+    >>> grid = RowGrid(num_rows=10, window_rows=4, chunk_rows=2)
+    >>> grid.num_windows, grid.num_chunks
+    (3, 5)
+    >>> grid.window(2)
+    RowRange(start=8, stop=10)
+    >>> [(chunk, rows.start, rows.stop) for chunk, rows in grid.chunks(1)]
+    [(2, 4, 6), (3, 6, 8)]
+    """
+
+    num_rows: int
+    window_rows: int
+    chunk_rows: int
+
+    def __post_init__(self) -> None:
+        if self.num_rows < 1 or self.chunk_rows < 1:
+            raise ConfigError(f"rows and chunk rows must be positive, got {self.num_rows} and {self.chunk_rows}")
+        if self.window_rows < self.chunk_rows or self.window_rows % self.chunk_rows:
+            raise ConfigError(
+                f"window rows must be a multiple of chunk rows, got {self.window_rows} and {self.chunk_rows}"
+            )
+
+    @property
+    def num_windows(self) -> int:
+        """Number of windows; the last may be short."""
+        return -(-self.num_rows // self.window_rows)
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of chunk files; the last may hold fewer than ``chunk_rows`` rows."""
+        return -(-self.num_rows // self.chunk_rows)
+
+    def window(self, index: int) -> RowRange:
+        """Rows of window ``index``."""
+        if not 0 <= index < self.num_windows:
+            raise ConfigError(f"window {index} is outside 0..{self.num_windows - 1}")
+        start = index * self.window_rows
+        return RowRange(start, min(start + self.window_rows, self.num_rows))
+
+    def chunk(self, index: int) -> RowRange:
+        """Rows of chunk ``index``."""
+        if not 0 <= index < self.num_chunks:
+            raise ConfigError(f"chunk {index} is outside 0..{self.num_chunks - 1}")
+        start = index * self.chunk_rows
+        return RowRange(start, min(start + self.chunk_rows, self.num_rows))
+
+    def chunks(self, window: int) -> Iterator[tuple[int, RowRange]]:
+        """Chunk indices and rows of one window, in row order."""
+        rows = self.window(window)
+        first = rows.start // self.chunk_rows
+        for index in range(first, -(-rows.stop // self.chunk_rows)):
+            yield index, self.chunk(index)
+
+
+def chunk_rows_near(row_bytes: int, target_bytes: int, *, num_rows: int, max_rows: int = 4096) -> int:
+    """The multiple of 16 rows whose chunk comes nearest ``target_bytes``, never more than the array needs.
+
+    16 rows of 50,304 float16 columns are exactly 393 pages, so an uncompressed chunk maps page-aligned.
+
+    Examples
+    --------
+    >>> chunk_rows_near(50304 * 2, 32 << 20, num_rows=28000)
+    336
+    >>> chunk_rows_near(1024, 32 << 20, num_rows=100)
+    112
+    """
+    wanted = round(target_bytes / row_bytes / 16) * 16
+    needed = -(-num_rows // 16) * 16
+    return max(16, min(wanted, max_rows // 16 * 16, needed))

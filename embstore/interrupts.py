@@ -1,0 +1,64 @@
+"""SIGINT and SIGTERM during a build: the window in flight is finished and committed first.
+
+A second signal abandons the window in flight at the next batch. Outside a window a signal stops at once: everything there is
+either durable or rewritten by the next run. Nothing is written after the exception left ``deferred``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from embstore.core.embedder import Check
+from embstore.core.errors import BuildInterruptedError
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HINT = "run the same command with --resume to continue"
+
+
+class StopSignals:
+    """Handlers for the time of a build; the previous ones come back on exit. Does nothing outside the main thread."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._is_deferred = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[Check]:
+        """One window: a signal is acted on when it ends; yields what abandons the window after a second one.
+
+        Raises
+        ------
+        BuildInterruptedError
+            A signal arrived.
+        """
+        self._is_deferred = True
+        try:
+            yield self._check
+        finally:
+            self._is_deferred = False
+        if self._count:
+            raise BuildInterruptedError("stopped after committing the window in flight", hint=_HINT)
+
+    def _check(self) -> None:
+        if self._count > 1:
+            raise BuildInterruptedError("stopped; the window in flight was abandoned", hint=_HINT)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+        if not self._is_deferred:
+            raise BuildInterruptedError(f"stopped by {signal.Signals(number).name}", hint=_HINT)

@@ -1,0 +1,226 @@
+"""Durable files, directories and the writer lock: the only module that syncs, renames or locks.
+
+Every published file goes temp -> write -> fsync -> rename -> fsync(directory). A failed fsync is never retried on the same
+file: Linux marks the pages clean, so a second fsync would lie. Shared rule: temp files live beside their target, named
+``.<target>.<pid>.tmp``, and belong to nobody once the writer that made them is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from embstore.core.errors import ExitCode, StorageError, StoreLockedError
+from embstore.core.format import FileDigest
+
+Buffer = bytes | bytearray | memoryview
+
+_BUFFER_BYTES = 1 << 20  # rows of a JSONL file are small: one write call a MiB, not one a row
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def storage_errors(doing: str, path: Path, *, resumable: bool = True) -> Iterator[None]:
+    """Turn an OSError into a StorageError that says what was being done, where, and what to do next."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        hint = "mend the file system, then run the same command with --resume"
+        if error.errno in _FULL:
+            hint = "free some space, then run the same command with --resume"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            hint = "make the folder writable, or choose another --out"
+        failure = StorageError(f"{doing} {path} failed: {error.strerror or error}", hint=hint)
+        failure.errno = error.errno
+        if not resumable:
+            failure.exit_code = ExitCode.ERROR
+        raise failure from error
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames and new names in ``path`` durable."""
+    with storage_errors("syncing folder", path):
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def make_directory(path: Path) -> None:
+    """Create ``path`` and missing parents, each made durable in its own parent."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        with storage_errors("creating folder", folder, resumable=False):
+            folder.mkdir()
+        fsync_directory(folder.parent)
+
+
+def write_all(handle: int, data: Buffer) -> None:
+    """Write every byte; the kernel may take fewer than asked."""
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[os.write(handle, view) :]
+
+
+def sync_data(handle: int) -> None:
+    """fdatasync where the platform has it (macOS has only fsync); never retried."""
+    getattr(os, "fdatasync", os.fsync)(handle)
+
+
+def pwrite_all(handle: int, data: Buffer, offset: int) -> None:
+    """Write every byte at ``offset``."""
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(handle, view, offset)
+        view, offset = view[written:], offset + written
+
+
+class DurableFile:
+    """A new file that appears under its name complete and synced, or not at all.
+
+    Use as a context manager: leaving it normally publishes, an exception leaves no trace. ``digest`` is valid afterwards.
+    ``sync_directory=False`` leaves the directory fsync to the caller, who may group many renames under one.
+    """
+
+    def __init__(self, path: Path, *, sync_directory: bool = True, sha256: bool = True) -> None:
+        self._path = path
+        self._temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._sync_directory = sync_directory
+        self._sha256 = hashlib.sha256() if sha256 else None
+        self._size = 0
+        self._pending = bytearray()
+        self._handle = -1
+
+    def __enter__(self) -> Self:
+        with storage_errors("creating", self._path):
+            self._handle = os.open(self._temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
+        return self
+
+    def write(self, data: Buffer) -> int:
+        """Append bytes (also the interface ``numpy.lib.format`` writes to)."""
+        size = memoryview(data).nbytes
+        self._size += size
+        if self._sha256 is not None:
+            self._sha256.update(data)
+        if size < _BUFFER_BYTES:
+            self._pending += data
+            if len(self._pending) >= _BUFFER_BYTES:
+                self._flush()
+        else:
+            self._flush()
+            with storage_errors("writing", self._path):
+                write_all(self._handle, data)
+        return size
+
+    @property
+    def digest(self) -> FileDigest:
+        """Size and sha256 of what was written."""
+        if self._sha256 is None:
+            raise AssertionError("this file was opened without a digest")
+        return FileDigest(bytes=self._size, sha256=self._sha256.hexdigest())
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._handle)
+            self._discard()
+            return
+        try:
+            with storage_errors("writing", self._path):
+                try:
+                    self._flush()
+                    os.fsync(self._handle)
+                finally:
+                    os.close(self._handle)
+                os.rename(self._temp, self._path)
+        except BaseException:
+            self._discard()
+            raise
+        if self._sync_directory:
+            fsync_directory(self._path.parent)
+
+    def _flush(self) -> None:
+        if self._pending:
+            with storage_errors("writing", self._path):
+                write_all(self._handle, self._pending)
+            self._pending = bytearray()
+
+    def _discard(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self._temp)
+
+
+def write_durable(path: Path, data: Buffer) -> FileDigest:
+    """Publish ``data`` as the file ``path``."""
+    with DurableFile(path) as file:
+        file.write(data)
+    return file.digest
+
+
+def link_durable(target: str, link: Path) -> None:
+    """Point the symbolic link ``link`` at ``target`` (relative), atomically."""
+    if link.is_symlink() and os.readlink(link) == target:
+        return
+    temp = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    with storage_errors("linking", link):
+        os.symlink(target, temp)
+        os.rename(temp, link)
+    fsync_directory(link.parent)
+
+
+def remove_temp_files(folder: Path) -> None:
+    """Delete temp files of writers that are gone; only the lock holder may call this."""
+    with storage_errors("reading folder", folder), os.scandir(folder) as entries:
+        stale = [entry.path for entry in entries if entry.name.startswith(".") and entry.name.endswith(".tmp")]
+    for path in stale:
+        with storage_errors("removing", Path(path)):
+            os.unlink(path)
+
+
+class WriterLock:
+    """One writer per store: flock on a permanent file. The kernel drops it when the process dies, so it is never stale."""
+
+    def __init__(self, path: Path) -> None:
+        with storage_errors("opening", path, resumable=False):
+            self._handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        try:
+            self._acquire(path)
+        except BaseException:
+            os.close(self._handle)
+            raise
+
+    def _acquire(self, path: Path) -> None:
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._handle, 4096, 0).decode(errors="replace").strip() or "unknown"
+            raise StoreLockedError(
+                f"another process is writing {path.parent}: {holder}", hint="wait for it to end, or stop it"
+            ) from None
+        except OSError as error:
+            raise StoreLockedError(
+                f"the file system of {path.parent} cannot lock files ({error.strerror})",
+                hint="build on a local disk, then copy the finished store",
+            ) from error
+        # for the message above only: nobody decides anything by this text
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        with storage_errors("writing", path, resumable=False):
+            os.ftruncate(self._handle, 0)
+            pwrite_all(self._handle, json.dumps(owner).encode(), 0)
+
+    def release(self) -> None:
+        """Let the next writer in; the file stays."""
+        os.close(self._handle)

@@ -1,0 +1,339 @@
+"""The one writer of a store: creation, window commits, publication. Order on disk is the promise, so it is all here.
+
+Per chunk: temp -> write -> fsync -> rename. Per window: fsync(folder), coordinates and residuals pwritten and fdatasynced,
+then ONE journal line. Everything before that line may be lost and is then computed again; nothing after it ever is.
+``manifest.json`` is renamed into place last and is the artefact's only flip. Leaving this writer by an exception publishes
+nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embstore.core.embedder import RowBlock, WindowCounts
+from embstore.core.errors import CorruptStoreError, StoreExistsError, StoreNotFoundError
+from embstore.core.format import (
+    ARRAY_METADATA,
+    BASIS,
+    COORDINATES,
+    EMBEDDINGS,
+    JOURNAL,
+    LOCK,
+    MANIFEST,
+    METADATA_LINK,
+    NEIGHBORS,
+    RESIDUALS,
+    RUNS,
+    SPEC,
+    WEIGHTS,
+    WEIGHTS_LINK,
+    WORK,
+    ChunkRecord,
+    FileDigest,
+    JournalRecord,
+    JournalState,
+    Manifest,
+    SpecRecord,
+    StoreSpec,
+    WindowRecord,
+    array_metadata,
+    canonical_json,
+    chunk_name,
+    decode_spec,
+    document,
+    weights_paths,
+)
+from embstore.core.plan import grid_of
+from embstore.core.rows import RowRange
+from embstore.storage.atomic import (
+    DurableFile,
+    WriterLock,
+    fsync_directory,
+    link_durable,
+    make_directory,
+    pwrite_all,
+    remove_temp_files,
+    storage_errors,
+    sync_data,
+    write_durable,
+)
+from embstore.storage.chunks import crc32c, encode_chunk
+from embstore.storage.journal import Journal
+from embstore.storage.prompts import array_header, save_array
+
+
+class StoreWriter:
+    """Exclusive write access to the store at ``root``; use as a context manager.
+
+    Parameters
+    ----------
+    root
+        The store's folder; created with missing parents when absent.
+    resume
+        Whether an existing store may be continued. Without it any store with committed prompts is refused.
+
+    Raises
+    ------
+    StoreExistsError
+        ``root`` holds a store and ``resume`` is off, or holds files that are no store.
+    StoreLockedError
+        Another process is writing.
+    CorruptStoreError
+        The journal is damaged before its last line.
+    """
+
+    def __init__(self, root: Path, *, resume: bool) -> None:
+        self.root = root
+        self._handles: dict[str, int] = {}
+        _refuse_foreign(root)
+        make_directory(root)
+        self._lock = WriterLock(root / LOCK)
+        try:
+            self._journal = Journal(root)
+        except BaseException:
+            self._lock.release()
+            raise
+        try:
+            if self.state.prompts is not None and not resume:
+                raise StoreExistsError(
+                    f"{root} already holds a store", hint="add --resume to continue it, or choose another --out"
+                )
+            self._remove_leftovers()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the store; whatever is not committed is abandoned."""
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
+        self._journal.close()
+        self._lock.release()
+
+    @property
+    def state(self) -> JournalState:
+        """What is committed so far."""
+        return self._journal.state
+
+    @property
+    def work(self) -> Path:
+        """Scratch folder inside the store, deleted at publication; nothing in it is ever trusted."""
+        folder = self.root / WORK
+        make_directory(folder)
+        return folder
+
+    def commit(self, record: JournalRecord) -> None:
+        """Append one record to the journal; durable when this returns."""
+        self._journal.append(record)
+
+    def log_run(self, entry: dict[str, object]) -> None:
+        """Append to ``runs.jsonl``: times, hosts, versions. For people; nothing depends on it, so it is not synced."""
+        with storage_errors("writing", self.root / RUNS), (self.root / RUNS).open("a", encoding="utf-8") as file:
+            file.write(canonical_json(entry) + "\n")
+
+    def create(self, spec: StoreSpec, basis_VR: NDArray[np.float32]) -> StoreSpec:
+        """Write basis, array metadata, empty coordinate files and spec, then commit them as one record.
+
+        Returns the spec with the basis digest filled in, as it now stands in ``spec.json``.
+        """
+        make_directory(self.root / EMBEDDINGS)
+        basis = save_array(self.root / BASIS, basis_VR)
+        spec = dataclasses.replace(spec, basis_sha256=basis.sha256)
+        files = {BASIS: basis}
+        files[ARRAY_METADATA] = write_durable(self.root / ARRAY_METADATA, array_metadata(spec))
+        rank = spec.embedding.rank
+        for name, shape in ((COORDINATES, (spec.rows, rank)), (RESIDUALS, (spec.rows,))):
+            _preallocate(self.root / name, shape)
+        files[SPEC] = write_durable(self.root / SPEC, document(dataclasses.asdict(spec)))
+        self.commit(SpecRecord(files=files))
+        return spec
+
+    def read_spec(self) -> StoreSpec:
+        """The committed spec, checked against its digest in the journal."""
+        record = self.state.spec
+        if record is None:
+            raise StoreNotFoundError(f"{self.root} has no spec yet", hint="run embstore build")
+        content = (self.root / SPEC).read_bytes()
+        check_digest(SPEC, content, record.files[SPEC])
+        return decode_spec(content)
+
+    def write_window(
+        self, spec: StoreSpec, window: int, blocks: Iterator[RowBlock], counts: Callable[[], WindowCounts]
+    ) -> WindowRecord:
+        """Write one window and commit it; the returned record is durable.
+
+        ``blocks`` yields one RowBlock per chunk; ``counts`` is asked once they are exhausted.
+        """
+        grid = grid_of(spec)
+        rows = grid.window(window)
+        rank = spec.embedding.rank
+        coord_WR = np.empty((rows.num_rows, rank), dtype="<f4")
+        residual_W = np.empty(rows.num_rows, dtype="<f4")
+        chunks: list[ChunkRecord] = []
+        failed = []
+        for (index, chunk_rows), block in zip(grid.chunks(window), blocks, strict=True):
+            chunks.append(self._write_chunk(spec, index, chunk_rows, block))
+            local = slice(chunk_rows.start - rows.start, chunk_rows.stop - rows.start)
+            coord_WR[local], residual_W[local] = block.coord_BR, block.residual_B
+            failed += block.failed
+        fsync_directory(self.root / EMBEDDINGS)
+        self._write_rows(COORDINATES, rows, coord_WR)
+        self._write_rows(RESIDUALS, rows, residual_W)
+        seen = counts()
+        record = WindowRecord(
+            window=window,
+            start=rows.start,
+            stop=rows.stop,
+            chunks=chunks,
+            coordinates_crc32c=crc32c(memoryview(coord_WR).cast("B")),
+            residuals_crc32c=crc32c(memoryview(residual_W).cast("B")),
+            tokens=seen.tokens,
+            truncated=seen.truncated,
+            splits=seen.splits,
+            failed=failed,
+        )
+        self.commit(record)
+        return record
+
+    def seal_rows(self, spec: StoreSpec) -> dict[str, FileDigest]:
+        """Digests of coordinates and residuals, made in one read that checks every window against its commit.
+
+        Raises
+        ------
+        CorruptStoreError
+            A window's bytes are not those that were committed.
+        """
+        row_bytes = {COORDINATES: 4 * spec.embedding.rank, RESIDUALS: 4}
+        digests = {}
+        for name, width in row_bytes.items():
+            total = hashlib.sha256()
+            with storage_errors("reading", self.root / name), (self.root / name).open("rb") as file:
+                header_bytes = self._header_bytes(name)
+                total.update(file.read(header_bytes))
+                size = header_bytes
+                for record in self.state.windows.values():
+                    data = file.read((record.stop - record.start) * width)
+                    check_rows(name, data, record)
+                    total.update(data)
+                    size += len(data)
+            digests[name] = FileDigest(bytes=size, sha256=total.hexdigest())
+        return digests
+
+    def publish(self, manifest: Manifest) -> None:
+        """Flip the artefact to ``manifest``; afterwards refresh the links and drop what nothing lists."""
+        write_durable(self.root / MANIFEST, manifest.encode())
+        array, sidecar = weights_paths(manifest.names["default"])
+        link_durable(array, self.root / WEIGHTS_LINK)
+        link_durable(sidecar, self.root / METADATA_LINK)
+        with storage_errors("cleaning", self.root):
+            shutil.rmtree(self.root / WORK, ignore_errors=True)
+            for path in (self.root / WEIGHTS).iterdir():
+                if f"{WEIGHTS}/{path.name}" not in manifest.files:
+                    path.unlink()
+            for folder in (self.root / NEIGHBORS).iterdir():
+                if folder.name != manifest.neighbors:
+                    shutil.rmtree(folder)
+
+    def unpublish(self) -> None:
+        """Take the manifest back, durably: the store is unfinished again, and a resume publishes it anew."""
+        with storage_errors("removing", self.root / MANIFEST):
+            (self.root / MANIFEST).unlink(missing_ok=True)
+        fsync_directory(self.root)
+
+    def _write_chunk(self, spec: StoreSpec, index: int, rows: RowRange, block: RowBlock) -> ChunkRecord:
+        expected = (rows.num_rows, spec.embedding.dimension)
+        if block.emb_BV.shape != expected:
+            raise AssertionError(f"chunk {index} needs {expected}, the embedder gave {block.emb_BV.shape}")
+        pieces, record = encode_chunk(block.emb_BV, chunk_rows=spec.chunk_rows, compressor=spec.compressor)
+        with DurableFile(self.root / chunk_name(index), sync_directory=False, sha256=False) as file:
+            for piece in pieces:
+                file.write(piece)
+        return dataclasses.replace(record, index=index)
+
+    def _write_rows(self, name: str, rows: RowRange, values: NDArray[np.float32]) -> None:
+        path = self.root / name
+        if name not in self._handles:
+            with storage_errors("opening", path):
+                self._handles[name] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        row_bytes = values[:1].nbytes
+        with storage_errors("writing", path):
+            pwrite_all(self._handles[name], values.data, self._header_bytes(name) + rows.start * row_bytes)
+            sync_data(self._handles[name])
+
+    def _header_bytes(self, name: str) -> int:
+        """Length of a row file's .npy header; the file is ours, so its header is what ``create`` wrote."""
+        with storage_errors("reading", self.root / name), (self.root / name).open("rb") as file:
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+            return file.tell()
+
+    def _remove_leftovers(self) -> None:
+        for folder in (self.root, self.root / EMBEDDINGS, self.root / WEIGHTS, *_subfolders(self.root / NEIGHBORS)):
+            if folder.is_dir():
+                remove_temp_files(folder)
+        with storage_errors("cleaning", self.root / WORK):
+            shutil.rmtree(self.root / WORK, ignore_errors=True)
+
+
+def check_digest(name: str, content: bytes, digest: FileDigest) -> None:
+    """Compare a file's bytes with the digest made when it was written; a difference is a CorruptStoreError."""
+    found = hashlib.sha256(content).hexdigest()
+    if found != digest.sha256:
+        raise CorruptStoreError(
+            f"{name} has sha256 {found[:16]} ({len(content)} bytes), committed was {digest.sha256[:16]} ({digest.bytes} bytes)",
+            hint="run embstore verify STORE",
+        )
+
+
+def check_rows(name: str, data: bytes, record: WindowRecord) -> None:
+    """Compare a window's slice of coordinates or residuals with its commit; a difference is a CorruptStoreError."""
+    expected = record.coordinates_crc32c if name == COORDINATES else record.residuals_crc32c
+    found = crc32c(data)
+    if found != expected:
+        raise CorruptStoreError(
+            f"{name}, rows {record.start} to {record.stop - 1}: crc32c {found}, committed was {expected}",
+            hint="run embstore verify STORE --repair, then embstore build --resume",
+        )
+
+
+def _refuse_foreign(root: Path) -> None:
+    """Never write into a folder of somebody else's files."""
+    with storage_errors("opening", root, resumable=False):
+        if not root.exists():
+            return
+        names = {entry.name for entry in root.iterdir()}
+    if names and not names & {JOURNAL, LOCK}:
+        example = sorted(names)[0]
+        raise StoreExistsError(f"{root} is not empty and holds no store (it has {example})", hint="choose another --out")
+
+
+def _preallocate(path: Path, shape: tuple[int, ...]) -> None:
+    """A float32 .npy of full size, every value NaN: an unwritten row never reads as a plausible zero."""
+    remaining = int(np.prod(shape, dtype=np.int64))
+    block = np.full(min(remaining, 1 << 20), np.nan, dtype="<f4")
+    with DurableFile(path, sha256=False) as file:
+        file.write(array_header(np.dtype("<f4"), shape))
+        while remaining:
+            count = min(remaining, len(block))
+            file.write(block[:count].data)
+            remaining -= count
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [entry for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []

@@ -1,0 +1,324 @@
+"""What a training run imports: map the weights of a finished store, validate them fully, draw prompts. numpy only.
+
+Import cost is numpy's; mapping and validating a million weights takes milliseconds, so nothing is left unchecked by default.
+The map is read-only and shared through the page cache by every rank on a node.
+
+    weights = load_weights("STORE", expect_len=len(dataset))
+    loader = DataLoader(dataset, batch_size=32, sampler=DensitySampler(weights, seed=0))
+
+Shapes: N rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from embstore.core.density import effective_sample_size
+from embstore.core.errors import (
+    ConfigError,
+    CorruptStoreError,
+    IncompleteStoreError,
+    InvalidWeightsError,
+    KeyMismatchError,
+    LengthMismatchError,
+    StoreNotFoundError,
+    WeightsError,
+)
+from embstore.core.format import (
+    JOURNAL,
+    KEYS,
+    MANIFEST,
+    FileDigest,
+    Manifest,
+    decode_manifest,
+    parse_document,
+    weights_paths,
+)
+
+Verify = Literal["full", "shape", "off"]
+
+_SUM_TOLERANCE = 1e-6
+_STATE_VERSION = 1
+_METHOD = "systematic-1"  # names the drawing algorithm; another order needs another name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Sampling weights of one store.
+
+    ``array`` is a read-only memory map, float32 [N], finite, >= 0, sum 1 (or what ``verify`` let through). Pickles by path, so
+    a spawned worker maps the file instead of receiving it.
+    """
+
+    path: Path
+    array: NDArray[np.float32]
+    fingerprint: str
+    metadata: Mapping[str, object]
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def ess(self) -> float:
+        """Kish's effective sample size, in rows."""
+        return effective_sample_size(self.array)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _reopen, (self.path, self.fingerprint, dict(self.metadata))
+
+
+def load_weights(
+    path: str | Path,
+    *,
+    name: str = "default",
+    expect_len: int | None = None,
+    expect_keys: ArrayLike | None = None,
+    verify: Verify = "full",
+) -> Weights:
+    """Map the weights of a finished store, or of a bare ``.npy`` file.
+
+    Parameters
+    ----------
+    path
+        A store's folder (the manifest is followed), or a ``.npy`` of weights (no provenance: a warning says so).
+    name
+        Which weighting of the store.
+    expect_len
+        Length of the dataset these weights are for.
+    expect_keys
+        uint64 [N] row keys in dataset order; they must equal the store's ``keys.npy``.
+    verify
+        "full" checks digest, dtype, finiteness, sign and sum; "shape" only dtype and length; "off" nothing.
+
+    Returns
+    -------
+    Weights
+
+    Raises
+    ------
+    StoreNotFoundError, IncompleteStoreError
+        Nothing is there, or the store is not finished.
+    CorruptStoreError
+        The bytes are not those that were published.
+    LengthMismatchError, KeyMismatchError, InvalidWeightsError
+        The weights do not fit the dataset, or are no weights.
+    """
+    root = Path(path)
+    if root.is_dir():
+        manifest = _read_manifest(root)
+        if name not in manifest.names:
+            raise ConfigError(f"no weights are called {name!r}; there are {', '.join(sorted(manifest.names))}")
+        array_name, sidecar = weights_paths(manifest.names[name])
+        file, digest = root / array_name, manifest.files[array_name]
+        metadata = _read_metadata(root, sidecar, manifest)
+    elif root.is_file():
+        file, digest, metadata, manifest = root, None, {}, None
+        warnings.warn(f"{root} is a bare file: no manifest says what it belongs to", stacklevel=2)
+    else:
+        raise StoreNotFoundError(f"{root} does not exist", hint="run embstore build PROMPTS --model MODEL --out STORE")
+    array = _map(file)
+    if verify != "off":
+        _check(file, array, digest, rows=manifest.rows if manifest else None, full=verify == "full")
+    if expect_len is not None and expect_len != len(array):
+        raise LengthMismatchError(
+            f"{root} has {len(array)} weights, the dataset has {expect_len} items",
+            hint="weights are per distinct prompt: expand by line_rows.npy, or join by keys.npy",
+        )
+    if expect_keys is not None:
+        _check_keys(root, np.asarray(expect_keys, dtype=np.uint64), manifest)
+    fingerprint = digest.sha256 if digest is not None else _sha256(array)
+    return Weights(path=file, array=array, fingerprint=fingerprint, metadata=metadata)
+
+
+class DensitySampler:
+    """Draws dataset indices in proportion to their weights; a sampler for any loader that takes an iterable with a length.
+
+    Each pass is a systematic resample (Kitagawa 1996): an index is drawn floor or ceil of ``num_samples * weight`` times,
+    then the pass is shuffled. Quotas therefore hold within one in every pass, where independent draws would never see a
+    third of the rows. The order is a pure function of (weights, num_samples, seed, epoch), from raw Philox words, which
+    numpy promises not to change. Rank-agnostic: trainers that shard by themselves (TRL, accelerate, verl) get the same
+    sequence on every rank.
+
+    Parameters
+    ----------
+    weights
+        ``Weights``, or any non-negative vector with a positive sum.
+    num_samples
+        Draws per pass; default one per row.
+    seed
+        Any integer >= 0.
+
+    Raises
+    ------
+    InvalidWeightsError
+        The vector is empty, not finite, negative somewhere, or sums to 0.
+    """
+
+    def __init__(self, weights: Weights | ArrayLike, *, num_samples: int | None = None, seed: int = 0) -> None:
+        self._fingerprint = weights.fingerprint if isinstance(weights, Weights) else None
+        array = weights.array if isinstance(weights, Weights) else np.asarray(weights)
+        _check_vector("weights", array)
+        if num_samples is not None and num_samples < 1:
+            raise ConfigError(f"num_samples must be at least 1, got {num_samples}")
+        self._weights_N = array
+        self._num_samples = len(array) if num_samples is None else num_samples
+        self._seed = seed
+        self._epoch = 0
+        self._position = 0
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the pass; a new epoch starts at its beginning."""
+        if epoch != self._epoch:
+            self._epoch, self._position = epoch, 0
+
+    def plan(self, epoch: int) -> NDArray[np.int64]:
+        """All indices of one pass, in order, int64 [num_samples]."""
+        stream = np.random.Philox(key=[self._seed, epoch])
+        offset, *_ = stream.random_raw(1)
+        # one uniform offset, then evenly spaced points through the cumulative weights
+        cumulative_N = np.cumsum(self._weights_N, dtype=np.float64)
+        points = (np.arange(self._num_samples) + float(offset >> np.uint64(11)) * 2.0**-53) / self._num_samples
+        drawn = np.searchsorted(cumulative_N, points * cumulative_N[-1], side="right")
+        # rounding at the very end must not fall off, nor onto a row of weight 0
+        drawn = np.minimum(drawn, int(np.flatnonzero(self._weights_N)[-1])).astype(np.int64)
+        shuffled: NDArray[np.int64] = drawn[np.argsort(stream.random_raw(self._num_samples), kind="stable")]
+        return shuffled
+
+    def __iter__(self) -> Iterator[int]:
+        order = self.plan(self._epoch)
+        for position in range(self._position, len(order)):
+            # the state names the next draw, also while the consumer holds this one
+            self._position = position + 1
+            if self._position == len(order):
+                self._epoch, self._position = self._epoch + 1, 0
+            yield int(order[position])
+
+    def state_dict(self) -> dict[str, object]:
+        """Where the next draw is; plain values, safe to save anywhere."""
+        return {
+            "version": _STATE_VERSION,
+            "method": _METHOD,
+            "seed": self._seed,
+            "epoch": self._epoch,
+            "position": self._position,
+            "num_samples": self._num_samples,
+            "fingerprint": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Continue exactly where ``state_dict`` was taken.
+
+        Raises
+        ------
+        WeightsError
+            The state is of other weights, another method, seed or length.
+        """
+        own = self.state_dict()
+        for field in ("version", "method", "seed", "num_samples", "fingerprint"):
+            if state.get(field) != own[field]:
+                raise WeightsError(
+                    f"sampler state differs in {field}: saved {state.get(field)!r}, here {own[field]!r}",
+                    hint="make the sampler from the same store and settings as the saved run",
+                )
+        self._epoch, self._position = int(str(state["epoch"])), int(str(state["position"]))
+
+
+def _read_manifest(root: Path) -> Manifest:
+    try:
+        content = (root / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        if (root / JOURNAL).exists():
+            raise IncompleteStoreError(
+                f"{root} is not finished: no weights are published", hint=f"run embstore build --resume --out {root}"
+            ) from None
+        raise StoreNotFoundError(
+            f"{root} holds no store", hint="run embstore build PROMPTS --model MODEL --out STORE"
+        ) from None
+    return decode_manifest(content)
+
+
+def _read_metadata(root: Path, sidecar: str, manifest: Manifest) -> Mapping[str, object]:
+    content = _read(root / sidecar)
+    if hashlib.sha256(content).hexdigest() != manifest.files[sidecar].sha256:
+        raise CorruptStoreError(f"{root / sidecar} is not what was published", hint=f"run embstore verify {root}")
+    return parse_document(content, name=sidecar)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CorruptStoreError(f"{path} cannot be read ({error.strerror})", hint="run embstore verify STORE") from error
+
+
+def _map(file: Path) -> NDArray[np.float32]:
+    try:
+        array: NDArray[np.float32] = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise CorruptStoreError(f"{file} cannot be mapped ({error})", hint="run embstore verify STORE") from error
+    return array
+
+
+def _check(file: Path, array: NDArray[np.float32], digest: FileDigest | None, *, rows: int | None, full: bool) -> None:
+    if array.ndim != 1 or array.dtype != np.float32:
+        raise InvalidWeightsError(f"{file} holds {array.dtype} of shape {array.shape}, not float32 of one dimension")
+    if rows is not None and len(array) != rows:
+        raise CorruptStoreError(f"{file} has {len(array)} weights, the manifest says {rows}", hint="run embstore verify STORE")
+    if not full:
+        return
+    if digest is not None and (found := hashlib.sha256(_read(file)).hexdigest()) != digest.sha256:
+        raise CorruptStoreError(
+            f"{file} has sha256 {found[:16]}, published was {digest.sha256[:16]}", hint="run embstore verify STORE"
+        )
+    total = _check_vector(str(file), array)
+    if abs(total - 1) > _SUM_TOLERANCE:
+        raise InvalidWeightsError(f"{file} sums to {total!r}, not 1")
+
+
+def _check_vector(name: str, array: NDArray[np.floating]) -> float:
+    """Refuse what cannot be sampled from; returns the float64 sum."""
+    if array.ndim != 1 or not len(array):
+        raise InvalidWeightsError(f"{name}: weights must be a non-empty vector, got shape {array.shape}")
+    bad = np.flatnonzero(~(np.isfinite(array) & (array >= 0)))
+    if len(bad):
+        raise InvalidWeightsError(f"{name}: weight {int(bad[0])} is {array[bad[0]]}, not finite and >= 0")
+    total = float(array.sum(dtype=np.float64))
+    if total <= 0:
+        raise InvalidWeightsError(f"{name}: the weights sum to {total}")
+    return total
+
+
+def _check_keys(root: Path, given_N: NDArray[np.uint64], manifest: Manifest | None) -> None:
+    if manifest is None:
+        raise ConfigError(f"{root} is a bare file and has no keys", hint="pass the store's folder")
+    stored_N = np.load(root / KEYS, mmap_mode="r", allow_pickle=False)
+    if len(given_N) != len(stored_N):
+        raise LengthMismatchError(f"{root} has {len(stored_N)} rows, expect_keys has {len(given_N)}")
+    different = np.flatnonzero(stored_N != given_N)
+    if len(different):
+        first = int(different[0])
+        same_set = np.array_equal(np.sort(stored_N), np.sort(given_N))
+        reason = "the same prompts in another order" if same_set else "other prompts"
+        raise KeyMismatchError(
+            f"{root}: {reason}; first at position {first}: the store has key {int(stored_N[first]):016x}, "
+            f"given {int(given_N[first]):016x}",
+            hint="reorder the dataset, or look weights up by keys.npy",
+        )
+
+
+def _sha256(array: NDArray[np.float32]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+
+
+def _reopen(path: Path, fingerprint: str, metadata: Mapping[str, object]) -> Weights:
+    return Weights(path=path, array=_map(path), fingerprint=fingerprint, metadata=metadata)
