@@ -1,0 +1,43 @@
+# The front door. Every target creates .venv and installs what is missing; run twice, nothing is installed twice.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow test-faults check lint benchmark clean
+
+demo: $(STAMP)  ## the main job end to end, on input made on the spot
+	@$(BIN)/python -m scripts.demo
+
+test: $(STAMP) lint  ## what CI runs: lint, types, layers, tests
+	@$(BIN)/python -m pytest -m "not slow and not faults"
+
+lint: $(STAMP)
+	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache | tail -n 3
+
+test-slow: $(STAMP)  ## minutes: long kill loops, real-model kills
+	@$(BIN)/python -m pytest -m "slow"
+
+test-faults: $(STAMP)  ## minutes: faults injected into every system call (needs strace)
+	@$(BIN)/python -m pytest -m "faults"
+
+check: test
+
+benchmark: $(STAMP)  ## needs PROMPTS=file and MODEL=folder; writes benchmarks/results/
+	@$(BIN)/python -m benchmarks.acceptance --prompts "$(PROMPTS)" --model "$(MODEL)"
+
+# torch first and alone: with a CPU build in place, what follows does not pull gigabytes of CUDA packages on Linux.
+# hnswlib without -march=native: an environment may be copied to another CPU.
+$(STAMP): pyproject.toml
+	@./scripts/check_compiler.sh "$(PYTHON)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (first time: a few minutes)"
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@HNSWLIB_NO_NATIVE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

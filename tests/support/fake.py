@@ -1,0 +1,130 @@
+"""A fake embedder: the hash of a prompt decides its row. Imports no torch, so a build takes milliseconds.
+
+Rows lie in an R-dimensional subspace, as logits of an affine head do: coordinates are hashed, the row is their image. A
+prompt whose text holds "FAIL" has no usable row. ``calls`` records every window that was computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embstore.core.config import EmbeddingConfig
+from embstore.core.embedder import Check, PromptReader, RowBlock, WindowCounts
+from embstore.core.events import Observer
+from embstore.core.format import EmbeddingSpec, FailedRow, ModelIdentity
+from embstore.core.prompts import Prompt
+
+DIMENSION = 64
+RANK = 12
+
+
+class FakeSource:
+    """An EmbedderSource whose identity and hardware tests may change."""
+
+    def __init__(self, *, dimension: int = DIMENSION, rank: int = RANK, window_rows: int = 32) -> None:
+        self.dimension = dimension
+        self.rank = rank
+        self.window_rows = window_rows
+        self.model = ModelIdentity(
+            name="fake",
+            architecture="Fake",
+            revision=None,
+            weights_sha256="w" * 64,
+            config_sha256="c" * 64,
+            tokenizer_sha256="t" * 64,
+            trust_remote_code=False,
+        )
+        self.calls: list[tuple[int, int]] = []  # rows start, stop of every window computed
+        self.creations = 0
+        self.reopenings = 0
+
+    def identity(self) -> ModelIdentity:
+        return self.model
+
+    def hardware(self, config: EmbeddingConfig) -> dict[str, object]:
+        return {"device": config.device or "cpu", "capability": "FAKE", "threads": config.threads or 1}
+
+    def create(
+        self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path, observer: Observer
+    ) -> FakeEmbedder:
+        self.creations += 1
+        spec = EmbeddingSpec(
+            dimension=self.dimension,
+            rank=self.rank,
+            columns=config.vocab or "model",
+            head="affine",
+            head_scale=1.0,
+            pooling="hash",
+            normalization="l2",
+            token_rule="characters",
+            max_tokens=config.max_tokens or 512,
+            batch_tokens=config.batch_tokens or 4096,
+            dtype=config.dtype if config.dtype not in (None, "auto") else "float32",
+            device=config.device or "cpu",
+            capability="FAKE",
+            threads=config.threads or 1,
+            basis="head",
+        )
+        random = np.random.default_rng(0)
+        basis_VR = np.linalg.qr(random.standard_normal((self.dimension, self.rank)))[0].astype(np.float32)
+        return FakeEmbedder(self, spec, basis_VR)
+
+    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> FakeEmbedder:
+        self.reopenings += 1
+        return FakeEmbedder(self, spec, basis_VR)
+
+
+class FakeEmbedder:
+    """Deterministic rows from hashes."""
+
+    truncated_share = 0.0
+    seconds_per_row = 1e-6
+
+    def __init__(self, source: FakeSource, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> None:
+        self._source = source
+        self.spec = spec
+        self.basis_VR = basis_VR
+        self.max_window_rows = source.window_rows
+        self.counts = WindowCounts(tokens=0, truncated=0, splits=0)
+
+    def memory_bytes(self, chunk_rows: int) -> int:
+        return 1 << 20
+
+    def embed(self, prompts: Sequence[Prompt], *, first_row: int, chunk_rows: int, check: Check) -> Iterator[RowBlock]:
+        self._source.calls.append((first_row, first_row + len(prompts)))
+        for start in range(0, len(prompts), chunk_rows):
+            check()
+            yield self._block(prompts[start : start + chunk_rows], first_row + start)
+        tokens = sum(len(prompt.rendered) for prompt in prompts)
+        self.counts = WindowCounts(tokens=tokens, truncated=0, splits=0)
+
+    def _block(self, prompts: Sequence[Prompt], first_row: int) -> RowBlock:
+        coord_BR = np.stack([self._coordinates(prompt) for prompt in prompts])
+        emb_BV = (coord_BR @ self.basis_VR.T).astype(np.float16)
+        residual_B = np.linalg.norm(emb_BV.astype(np.float32) - coord_BR @ self.basis_VR.T, axis=1).astype(np.float32)
+        failed = []
+        for position, prompt in enumerate(prompts):
+            if "FAIL" in prompt.rendered:
+                emb_BV[position] = coord_BR[position] = residual_B[position] = np.nan
+                failed.append(FailedRow(row=first_row + position, reason="the text says so"))
+        return RowBlock(emb_BV=emb_BV, coord_BR=coord_BR, residual_B=residual_B, failed=tuple(failed))
+
+    def _coordinates(self, prompt: Prompt) -> NDArray[np.float32]:
+        # "same:" texts share one vector, as prompts do that are alike up to max_tokens
+        text = "same" if prompt.rendered.startswith("same:") else prompt.rendered
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+        vector = np.random.default_rng(seed).standard_normal(self.spec.rank)
+        return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
+def renamed(source: FakeSource, **changes: str) -> FakeSource:
+    """The same source with another model identity."""
+    other = FakeSource(dimension=source.dimension, rank=source.rank, window_rows=source.window_rows)
+    other.model = dataclasses.replace(source.model, **changes)
+    return other
