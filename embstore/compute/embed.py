@@ -100,7 +100,7 @@ class LogitEmbedder:
         window = self.pool(rows, check)
         for start in range(0, len(prompts), chunk_rows):
             check()
-            yield self._block(window, start, min(start + chunk_rows, len(prompts)), first_row)
+            yield self._block(window, start, min(start + chunk_rows, len(prompts)), first_row, chunk_rows)
         self.counts = WindowCounts(
             tokens=sum(int(row.pooled_T.sum()) for row in rows),
             truncated=sum(row.was_cut for row in rows),
@@ -170,13 +170,13 @@ class LogitEmbedder:
             mean_BV[first:last] += share_BL @ logits_LV
         return mean_BV
 
-    def _block(self, window: PooledWindow, start: int, stop: int, first_row: int) -> RowBlock:
+    def _block(self, window: PooledWindow, start: int, stop: int, first_row: int, chunk_rows: int) -> RowBlock:
         """Rows start <= row < stop of the window, V-wide work done in small pieces."""
         emb_BV = np.empty((stop - start, self.spec.dimension), dtype=np.float16)
         coord_BR = np.empty((stop - start, self.spec.rank), dtype=np.float32)
         residual_B = np.empty(stop - start, dtype=np.float32)
         failed: list[FailedRow] = []
-        step = wide_rows(self.spec.dimension)
+        step = wide_rows(self.spec.dimension, chunk_rows)
         for low in range(start, stop, step):
             high = min(low + step, stop)
             row_BV, coordinate_BR, norm_B = self.unit_rows(window, low, high)
@@ -212,9 +212,9 @@ class LogitEmbedder:
         return row_BV, coordinate_BR, norm_B
 
 
-def wide_rows(dimension: int) -> int:
-    """Rows of V-wide float32 work done at a time."""
-    return max(8, _WIDE_BLOCK_BYTES // (4 * dimension))
+def wide_rows(dimension: int, chunk_rows: int) -> int:
+    """Rows of V-wide float32 work done at a time; follows from pinned values, because it decides low bits."""
+    return min(chunk_rows, max(8, _WIDE_BLOCK_BYTES // (4 * dimension)))
 
 
 def streamed_tokens(dimension: int) -> int:
@@ -227,9 +227,9 @@ def window_bytes(spec: EmbeddingSpec, width: int, inner_width: int, chunk_rows: 
 
     Calibrated with VmRSS - RssFile on the CPU (benchmarks/results/); on another device activations live there.
     """
-    activations = spec.batch_tokens * (12 * width + 4 * inner_width) * 4 if spec.device == "cpu" else 0
+    activations = max(spec.batch_tokens, spec.max_tokens) * (12 * width + 4 * inner_width) * 4 if spec.device == "cpu" else 0
     means = window_rows * (width if spec.head == "affine" else spec.dimension) * 4
-    wide = 4 * wide_rows(spec.dimension) * spec.dimension * 4
+    wide = 4 * wide_rows(spec.dimension, chunk_rows) * spec.dimension * 4
     if spec.head != "affine":
         wide += 3 * streamed_tokens(spec.dimension) * spec.dimension * 4
     chunk = chunk_rows * spec.dimension * 2
@@ -237,7 +237,7 @@ def window_bytes(spec: EmbeddingSpec, width: int, inner_width: int, chunk_rows: 
     return activations + means + wide + 2 * chunk + coordinates + _FIXED_BYTES
 
 
-_FIXED_BYTES = 64 << 20  # token lists, allocator slack, thread pools
+_FIXED_BYTES = 48 << 20  # token lists, allocator slack, thread pools
 
 
 def _coordinate_map(head: AffineHead, basis_VR: NDArray[np.float32], device: torch.device) -> Tensor:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 # Candidates kept beyond k, so that float32 rounding in the scan cannot push a true neighbour out.
 MARGIN = 16
-_BASE_ROWS = 8192
-_QUERY_ROWS = 1024
+_BASE_ROWS = 4096
+_QUERY_ROWS = 512
 
 IntMatrix = NDArray[np.int32]
 FloatMatrix = NDArray[np.float64]
@@ -132,7 +132,7 @@ def rerank(
 
 
 def _rerank_rows(rank: int, num_candidates: int) -> int:
-    return max(1, (8 << 20) // (num_candidates * rank * 8))
+    return max(1, (4 << 20) // (num_candidates * rank * 8))
 
 
 def _half_squared_norms(coord_GR: NDArray[np.float32]) -> FloatMatrix:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from embstore.compute.exact import IntMatrix
 
-_BLOCK_ROWS = 8192  # Ctrl-C is not honoured inside a call, and each call copies its block
+_BLOCK_ROWS = 4096  # Ctrl-C is not honoured inside a call, and each call copies its block
 _MERGE_BYTES = 4 + 4 + 8
 
 

@@ -30,6 +30,9 @@ _BLOCK_ROWS = 8192
 # The exact scan is the last rung of the effort ladder while it takes minutes, not hours (N^2 R multiply-adds).
 _EXACT_RUNG_NODES = 200_000
 _REPAIRED_SHARE = 0.05
+# Anonymous bytes a row: candidates with distances, ranked nodes in float64, the result, and the hash that groups it.
+_ROW_BYTES = (K_MAX + 1) * (4 + 4) + K_MAX * (4 + 8) + K_MAX * (4 + 4) + 200
+_FIXED_BYTES = 32 << 20  # thread pools, visited lists, allocator slack
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,10 +72,11 @@ def plan_search(num_rows: int, rank: int, config: DensityConfig, *, threads: int
     BudgetError
         The budget holds neither a graph of 64 rows nor the buffers around it; names the least that would do.
     """
-    audit_bytes = scan_bytes(rank, K_MAX)
+    held_bytes = num_rows * _ROW_BYTES + _FIXED_BYTES
+    audit_bytes = held_bytes + scan_bytes(rank, K_MAX)
     if config.knn == "exact":
         return _fitting(SearchPlan(method="exact", shards=0, memory_bytes=audit_bytes), memory_bytes)
-    buffers = query_bytes(rank, K_MAX + 1) + rerank_bytes(rank, K_MAX + 1)
+    buffers = held_bytes + query_bytes(rank, K_MAX + 1) + rerank_bytes(rank, K_MAX + 1)
     smallest = threads * graph_bytes(64, rank, config.links)
     shards = config.shards or num_shards(
         num_rows, rank, config.links, threads=threads, memory_bytes=max(smallest, memory_bytes - buffers)

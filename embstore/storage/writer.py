@@ -108,6 +108,7 @@ class StoreWriter:
                     f"{root} already holds a store", hint="add --resume to continue it, or choose another --out"
                 )
             self._remove_leftovers()
+            self._settle_published()
         except BaseException:
             self.close()
             raise
@@ -238,17 +239,7 @@ class StoreWriter:
     def publish(self, manifest: Manifest) -> None:
         """Flip the artefact to ``manifest``; afterwards refresh the links and drop what nothing lists."""
         write_durable(self.root / MANIFEST, manifest.encode())
-        array, sidecar = weights_paths(manifest.names["default"])
-        link_durable(array, self.root / WEIGHTS_LINK)
-        link_durable(sidecar, self.root / METADATA_LINK)
-        with storage_errors("cleaning", self.root):
-            shutil.rmtree(self.root / WORK, ignore_errors=True)
-            for path in (self.root / WEIGHTS).iterdir():
-                if f"{WEIGHTS}/{path.name}" not in manifest.files:
-                    path.unlink()
-            for folder in (self.root / NEIGHBORS).iterdir():
-                if folder.name != manifest.neighbors:
-                    shutil.rmtree(folder)
+        self._settle(manifest)
 
     def unpublish(self) -> None:
         """Take the manifest back, durably: the store is unfinished again, and a resume publishes it anew."""
@@ -283,8 +274,29 @@ class StoreWriter:
             np.lib.format.read_array_header_1_0(file)
             return file.tell()
 
+    def _settle_published(self) -> None:
+        """Finish what a writer that died after its flip left to do; a settled store is not touched."""
+        if not (self.root / MANIFEST).exists():
+            return
+        with contextlib.suppress(CorruptStoreError):  # a damaged manifest is for verify to name
+            self._settle(decode_manifest(_read(self.root, MANIFEST)))
+
+    def _settle(self, manifest: Manifest) -> None:
+        """Point the links at what ``manifest`` publishes, and drop what it does not list."""
+        array, sidecar = weights_paths(manifest.names["default"])
+        link_durable(array, self.root / WEIGHTS_LINK)
+        link_durable(sidecar, self.root / METADATA_LINK)
+        with storage_errors("cleaning", self.root):
+            shutil.rmtree(self.root / WORK, ignore_errors=True)
+            for path in _entries(self.root / WEIGHTS):
+                if f"{WEIGHTS}/{path.name}" not in manifest.files:
+                    path.unlink()
+            for folder in _entries(self.root / NEIGHBORS):
+                if folder.name != manifest.neighbors:
+                    shutil.rmtree(folder)
+
     def _remove_leftovers(self) -> None:
-        for folder in (self.root, self.root / EMBEDDINGS, self.root / WEIGHTS, *_subfolders(self.root / NEIGHBORS)):
+        for folder in (self.root, self.root / EMBEDDINGS, self.root / WEIGHTS, *_entries(self.root / NEIGHBORS)):
             if folder.is_dir():
                 remove_temp_files(folder)
         with storage_errors("cleaning", self.root / WORK):
@@ -335,5 +347,5 @@ def _preallocate(path: Path, shape: tuple[int, ...]) -> None:
             remaining -= count
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return [entry for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
