@@ -37,7 +37,9 @@ Method = Annotated[
     Literal["inverse-density", "legacy-inverse", "uniform"],
     typer.Option("--weighting", help="legacy-inverse favours crowds, as the original did: for comparison only."),
 ]
-K = Annotated[int, typer.Option("--k", help="Nearest distinct vectors whose mean distance is a prompt's rarity (at most 32).")]
+K = Annotated[
+    int, typer.Option("--k", help="Nearest distinct vectors whose mean distance is a prompt's rarity (at most 32).")
+]
 Gamma = Annotated[float, typer.Option("--gamma", help="Weight is proportional to mean distance ** gamma.")]
 TargetEss = Annotated[
     float | None, typer.Option("--target-ess", help="Solve gamma for this effective sample size, as a share of the rows.")
@@ -77,7 +79,9 @@ def _print_version(value: bool) -> None:
 
 @app.callback()
 def _app(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Offline embedding and density store for LLM post-training."""
 
@@ -85,7 +89,9 @@ def _app(
 @app.command()
 @_reporting
 def build(
-    prompts: Annotated[str | None, typer.Argument(help="JSONL, also gzipped, or - for stdin; not needed on a resume.")] = None,
+    prompts: Annotated[
+        str | None, typer.Argument(help="JSONL, also gzipped, or - for stdin; not needed on a resume.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of the store.", show_default=False)] = ...,  # type: ignore[assignment]
     model: Annotated[str | None, typer.Option("--model", help="Folder or hub id of a causal LM.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what is there; starts anew if nothing is.")] = False,
@@ -95,13 +101,19 @@ def build(
         Literal["auto", "float32", "bfloat16", "float16"] | None,
         typer.Option("--dtype", help="Of the backbone; pooling and head are float32. auto: fastest that moves no weight."),
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="First tokens kept of each prompt; default 512.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="First tokens kept of each prompt; default 512.")
+    ] = None,
     vocab: Annotated[
         Literal["model", "tokenizer"] | None,
         typer.Option("--vocab", help="All columns of the model's logits, or without its padding columns."),
     ] = None,
-    compressor: Annotated[Literal["lz4", "none"] | None, typer.Option("--compressor", help="none: chunks can be mapped.")] = None,
-    batch_tokens: Annotated[int | None, typer.Option("--batch-tokens", help="Padded tokens in a batch; default 4096.")] = None,
+    compressor: Annotated[
+        Literal["lz4", "none"] | None, typer.Option("--compressor", help="none: chunks can be mapped.")
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option("--batch-tokens", help="Padded tokens in a batch; default 4096.")
+    ] = None,
     window_rows: Annotated[int | None, typer.Option("--window-rows", help="Rows of one commit.")] = None,
     chunk_rows: Annotated[int | None, typer.Option("--chunk-rows", help="Rows of one chunk file.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads; default all this process may use.")] = None,
@@ -110,14 +122,17 @@ def build(
     ] = None,
     memory_budget: Annotated[str, typer.Option("--memory-budget", help="Anonymous memory above the loaded model.")] = "2GiB",
     knn: Annotated[Literal["hnsw", "exact"], typer.Option("--knn", help="How neighbours are found.")] = "hnsw",
-    shards: Annotated[int | None, typer.Option("--shards", help="HNSW shards; default what memory and cores ask for.")] = None,
+    shards: Annotated[
+        int | None, typer.Option("--shards", help="HNSW shards; default what memory and cores ask for.")
+    ] = None,
     weighting: Method = "inverse-density",
     k: K = 10,
     gamma: Gamma = 1.0,
     target_ess: TargetEss = None,
     uniform_mix: UniformMix = 0.0,
     on_error: Annotated[
-        Literal["stop", "quarantine"], typer.Option("--on-error", help="A prompt that fails in the model: stop, or keep its row empty.")
+        Literal["stop", "quarantine"],
+        typer.Option("--on-error", help="A prompt that fails in the model: stop, or keep its row empty."),
     ] = "stop",
     strict: Annotated[bool, typer.Option("--strict", help="Refuse the file if any line holds no prompt.")] = False,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N distinct prompts.")] = None,
@@ -125,7 +140,9 @@ def build(
     allow_drift: Annotated[
         bool, typer.Option("--allow-drift", help="Resume on other hardware or threads; recorded, voids byte identity.")
     ] = False,
-    trust_journal: Annotated[bool, typer.Option("--trust-journal", help="Resume without reading committed rows back.")] = False,
+    trust_journal: Annotated[
+        bool, typer.Option("--trust-journal", help="Resume without reading committed rows back.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Embed prompts, find neighbours, write weights. Killed at any moment, the same line with --resume continues it."""
@@ -172,7 +189,9 @@ def build(
 @_reporting
 def inspect(
     store: Store,
-    neighbors: Annotated[str | None, typer.Option("--neighbors", help="Show the nearest distinct prompts of this id.")] = None,
+    neighbors: Annotated[
+        str | None, typer.Option("--neighbors", help="Show the nearest distinct prompts of this id.")
+    ] = None,
     by: Annotated[str | None, typer.Option("--by", help="Share of weight by this field of the input lines.")] = None,
     name: Annotated[str, typer.Option("--name", help="Which weights.")] = "default",
     as_json: AsJson = False,
@@ -221,7 +240,9 @@ def verify(
 @_reporting
 def weights(
     store: Store,
-    name: Annotated[str, typer.Option("--name", help="Keep these weights under a name, beside the default ones.")] = "default",
+    name: Annotated[
+        str, typer.Option("--name", help="Keep these weights under a name, beside the default ones.")
+    ] = "default",
     weighting: Method = "inverse-density",
     k: K = 10,
     gamma: Gamma = 1.0,
@@ -244,7 +265,7 @@ def weights(
 def export(
     store: Store,
     out: Annotated[Path, typer.Option("--out", help="Folder for the files.", show_default=False)],
-    format: Annotated[  # noqa: A002 - the option's name
+    format: Annotated[
         Literal["npy", "kat"], typer.Option("--format", help="npy: float32 rows. kat: the original scripts' files.")
     ] = "npy",
     as_json: AsJson = False,

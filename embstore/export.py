@@ -21,7 +21,7 @@ from embstore.storage.store import EmbeddingStore, open_store
 ExportFormat = Literal["npy", "kat"]
 
 
-def export_store(path: str | Path, out: str | Path, *, format: ExportFormat = "npy") -> list[Path]:  # noqa: A002 - the option's name
+def export_store(path: str | Path, out: str | Path, *, format: ExportFormat = "npy") -> list[Path]:
     """Write a store in another format.
 
     Parameters
@@ -72,7 +72,7 @@ def export_store(path: str | Path, out: str | Path, *, format: ExportFormat = "n
 
 
 def _write_rows(store: EmbeddingStore, path: Path, rows_L: NDArray[np.int64]) -> None:
-    """float32 [L, V]: lines in order, so a repeated line reads its chunk again; a run of lines in one chunk reads it once."""
+    """float32 [L, V] in line order: a run of lines in one chunk reads it once, a repeated line reads its chunk again."""
     chunk_rows = store.spec.chunk_rows
     header = array_header(np.dtype("<f4"), (len(rows_L), store.spec.embedding.dimension))
     held, held_index = np.empty((0, 0), dtype=np.float16), -1

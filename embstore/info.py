@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from embstore.artifact import extremes
 from embstore.core.density import mean_distance
 from embstore.core.errors import EmbstoreError, StoreNotFoundError
-from embstore.core.format import JOURNAL, MANIFEST, DemotedRecord, JsonObject
+from embstore.core.format import (
+    ARRAY_METADATA,
+    BASIS,
+    JOURNAL,
+    MANIFEST,
+    SPEC,
+    STAGE0_FILES,
+    DemotedRecord,
+    JsonObject,
+)
 from embstore.core.plan import grid_of
 from embstore.core.rows import RowRange
 from embstore.storage.journal import read_journal
@@ -25,11 +34,12 @@ from embstore.storage.writer import StoreWriter
 
 _EXCERPT_CHARACTERS = 100
 _HISTOGRAM_BINS = 16
+_ONLY_A_NEW_BUILD = frozenset({*STAGE0_FILES, SPEC, BASIS, JOURNAL})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptInfo:
-    """One prompt as inspect shows it: ``mean_distance`` to its k nearest distinct vectors, ``weight`` in units of the mean."""
+    """One prompt: ``mean_distance`` to its k nearest distinct vectors, ``weight`` in units of the mean."""
 
     row: int
     id: str
@@ -134,7 +144,9 @@ def inspect(path: str | Path, *, by: str | None = None, name: str = "default", c
     weights_N = store.named_weights(name)
     distance_N = mean_distance(store.neighbor_distances, metadata["weighting"]["k"])
     relative_N = weights_N.astype(np.float64) * np.count_nonzero(store.groups >= 0)
-    counts, edges = np.histogram(relative_N, bins=_HISTOGRAM_BINS, range=(0, max(2.0, float(np.quantile(relative_N, 0.999)))))
+    counts, edges = np.histogram(
+        relative_N, bins=_HISTOGRAM_BINS, range=(0, max(2.0, float(np.quantile(relative_N, 0.999))))
+    )
     rarest, most_crowded = extremes(distance_N, count)
     return dataclasses.replace(
         info,
@@ -168,8 +180,9 @@ def verify(path: str | Path, *, repair: bool = False) -> VerifyReport:
     path
         The store's folder.
     repair
-        Demote damaged windows, so that ``build --resume`` computes them again; the store is unpublished until then. Touches
-        nothing else, and never a file that only a new build can make.
+        Unpublish a damaged store and demote its damaged windows, so that ``build --resume`` makes again what is wrong: those
+        windows and no other, neighbours, weights, small files. Never touches what only a new build can make: prompts, spec,
+        basis. Weights kept under another name than ``default`` go with the manifest; ``embstore weights`` makes them again.
 
     Returns
     -------
@@ -187,11 +200,13 @@ def verify(path: str | Path, *, repair: bool = False) -> VerifyReport:
         return verify_store(root)
     with StoreWriter(root, resume=True) as writer:
         report = verify_store(root)
-        damaged = {finding.window: finding for finding in report.findings if finding.window is not None}
-        if damaged:
+        if any(finding.path not in _ONLY_A_NEW_BUILD for finding in report.findings):
             writer.unpublish()
+        damaged = {finding.window: finding for finding in report.findings if finding.window is not None}
         for window, finding in sorted(damaged.items()):
             writer.commit(DemotedRecord(window=window, reason=f"{finding.path}: {finding.message}"))
+        if any(finding.path == ARRAY_METADATA for finding in report.findings):
+            writer.restore_array_metadata()
     return report
 
 

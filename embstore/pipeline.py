@@ -234,7 +234,9 @@ def _commit_prompts(run: _Run, source: str | Path | None) -> PromptsRecord:
                 _refuse_other_prompts(writer.root, record, source, config)
     if record.quarantined:
         run.observer(
-            Notice(message=f"{record.quarantined} of {record.lines} lines hold no prompt; see {writer.root}/quarantine.jsonl")
+            Notice(
+                message=f"{record.quarantined} of {record.lines} lines hold no prompt; see {writer.root}/quarantine.jsonl"
+            )
         )
     return record
 
@@ -271,16 +273,17 @@ def _torch_source(run: _Run) -> EmbedderSource | None:
     if embedding.model is None:
         if state.spec is not None and not plan(run.writer.read_spec(), state).windows:
             return None
-        embedding = dataclasses.replace(embedding, **_model_of_last_run(run.writer.root))
+        model, revision = _model_of_last_run(run.writer.root)
+        embedding = dataclasses.replace(embedding, model=model, revision=revision)
     return TorchSource(locate_model(embedding))
 
 
-def _model_of_last_run(root: Path) -> dict[str, str | None]:
+def _model_of_last_run(root: Path) -> tuple[str, str | None]:
     path = root / RUNS
     entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for entry in reversed(entries):
         if entry.get("model"):
-            return {"model": entry["model"], "revision": entry.get("revision")}
+            return entry["model"], entry.get("revision")
     raise ConfigError("no model was given", hint="add --model, a folder or a hub id such as org/name")
 
 
@@ -358,7 +361,9 @@ def _fit_rows(config: BuildConfig, embedder: Embedder, num_rows: int) -> tuple[i
     chunk_rows = embedding.chunk_rows or chunk_rows_near(
         2 * embedder.spec.dimension, CHUNK_BYTES, num_rows=num_rows, max_rows=embedder.max_window_rows
     )
-    while embedding.chunk_rows is None and chunk_rows > 16 and embedder.memory_bytes(chunk_rows) > config.memory_budget_bytes:
+    while (
+        embedding.chunk_rows is None and chunk_rows > 16 and embedder.memory_bytes(chunk_rows) > config.memory_budget_bytes
+    ):
         chunk_rows = max(16, chunk_rows // 2 // 16 * 16)
     needed = embedder.memory_bytes(chunk_rows)
     if needed > config.memory_budget_bytes:
@@ -405,7 +410,7 @@ def _preflight(run: _Run, spec: StoreSpec, embedder: Embedder, todo: BuildPlan, 
     run.observer(event)
     if remaining_bytes > free_bytes:
         raise BudgetError(
-            f"the store may need {format_bytes(remaining_bytes)} more, {run.writer.root} has {format_bytes(free_bytes)} free",
+            f"the store may need {format_bytes(remaining_bytes)}, {run.writer.root} has {format_bytes(free_bytes)} free",
             hint="free some space, choose another --out, or try --limit",
         )
     return event
@@ -435,9 +440,7 @@ def _embed_windows(run: _Run, spec: StoreSpec, embedder: Embedder | None) -> Non
             rows = todo.grid.window(window)
             since = time.perf_counter()
             with run.stop.deferred() as check:
-                blocks = embedder.embed(
-                    prompts.read(rows), first_row=rows.start, chunk_rows=spec.chunk_rows, check=check
-                )
+                blocks = embedder.embed(prompts.read(rows), first_row=rows.start, chunk_rows=spec.chunk_rows, check=check)
                 record = run.writer.write_window(
                     spec, window, _refuse_failed(blocks, run.config, prompts), lambda: embedder.counts
                 )
@@ -460,7 +463,7 @@ def _embed_windows(run: _Run, spec: StoreSpec, embedder: Embedder | None) -> Non
 
 
 def _refuse_failed(blocks: Iterator[RowBlock], config: BuildConfig, prompts: PromptTable) -> Iterator[RowBlock]:
-    """Pass blocks on; a failed row stops the run before anything of its chunk is written, unless quarantine was asked for."""
+    """Pass blocks on; without quarantine a failed row stops the run before anything of its chunk is written."""
     for block in blocks:
         if block.failed and config.on_error == "stop":
             failed = block.failed[0]
@@ -524,9 +527,7 @@ def _find_neighbors(run: _Run, spec: StoreSpec, finished: EmbeddingStore | None)
     return write_neighbors(run.writer.root, digest, graph.ids_NK, graph.distances_NK, graph.groups_N, found)
 
 
-def _publish_weights(
-    run: _Run, spec: StoreSpec, neighbors: NeighborFiles, finished: EmbeddingStore | None
-) -> WeightFiles:
+def _publish_weights(run: _Run, spec: StoreSpec, neighbors: NeighborFiles, finished: EmbeddingStore | None) -> WeightFiles:
     started = time.perf_counter()
     run.observer(StageStarted(stage="publish", total=1, unit="manifest"))
     with run.stage("publish"):
@@ -573,4 +574,3 @@ def _log_start(run: _Run) -> None:
             "memory_budget_bytes": run.config.memory_budget_bytes,
         }
     )
-

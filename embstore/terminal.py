@@ -122,7 +122,9 @@ class TerminalObserver:
         if event.stage == "embed":
             self._total, self._done = event.total, event.done
         if self._plain and event.stage in _COUNTED:
-            self._console.print(f"{_TITLES[event.stage]}: {event.total:,} {event.unit} {escape(resumed)}".rstrip(), highlight=False)
+            self._console.print(
+                f"{_TITLES[event.stage]}: {event.total:,} {event.unit} {escape(resumed)}".rstrip(), highlight=False
+            )
 
     def _commit(self, event: RowsCommitted) -> None:
         rows = event.stop - event.start
@@ -158,7 +160,9 @@ def preflight_line(event: Preflight) -> str:
 def print_report(console: Console, report: BuildReport, info: StoreInfo) -> None:
     """The end of a build: what was done, how right it is, what the weights say."""
     seconds = report.seconds.get("embed", 0.0)
-    console.print(f"[bold green]complete[/bold green] {escape(str(report.store))}: {report.num_rows:,} rows", highlight=False)
+    console.print(
+        f"[bold green]complete[/bold green] {escape(str(report.store))}: {report.num_rows:,} rows", highlight=False
+    )
     if report.embedded_rows and seconds:
         console.print(
             f"  embedded {report.embedded_rows:,} rows in {seconds:.1f} s: {report.embedded_rows / seconds:,.0f} rows/s, "
@@ -166,7 +170,9 @@ def print_report(console: Console, report: BuildReport, info: StoreInfo) -> None
             highlight=False,
         )
     if report.peak_anonymous_bytes is not None:
-        console.print(f"  memory {format_bytes(report.peak_anonymous_bytes)} above the baseline at its peak", highlight=False)
+        console.print(
+            f"  memory {format_bytes(report.peak_anonymous_bytes)} above the baseline at its peak", highlight=False
+        )
     _print_density(console, report.metadata)
     _print_prompts(console, "rarest", info.rarest)
     _print_prompts(console, "most crowded", info.most_crowded)
@@ -178,8 +184,8 @@ def print_info(console: Console, info: StoreInfo) -> None:
     state = "[green]complete[/green]" if info.is_complete else f"[yellow]unfinished[/yellow] ({info.stage})"
     console.print(f"[bold]{escape(info.path)}[/bold]  {state}", highlight=False)
     console.print(
-        f"  rows {info.committed_rows:,}/{info.total_rows:,} committed, windows {info.committed_windows}/{info.total_windows}, "
-        f"{format_bytes(info.stored_bytes)} of rows",
+        f"  rows {info.committed_rows:,}/{info.total_rows:,} committed, "
+        f"windows {info.committed_windows}/{info.total_windows}, {format_bytes(info.stored_bytes)} of rows",
         highlight=False,
     )
     console.print(
@@ -268,9 +274,13 @@ def _print_density(console: Console, metadata: JsonObject) -> None:
         console.print("  the weighting is mild: sampling is close to uniform; [bold]--target-ess 0.5[/bold] makes it matter")
     groups = metadata["vector_groups"]
     if groups["rows"]:
-        console.print(f"  {groups['rows']:,} rows share a vector with another, in {groups['groups']:,} groups", highlight=False)
+        console.print(
+            f"  {groups['rows']:,} rows share a vector with another, in {groups['groups']:,} groups", highlight=False
+        )
     if metadata["byte_identity_voided"]:
-        console.print("  [yellow]note[/yellow]: hardware drift or memory splits: rows are not bit-reproducible", highlight=False)
+        console.print(
+            "  [yellow]note[/yellow]: hardware drift or memory splits: rows are not bit-reproducible", highlight=False
+        )
     for warning in metadata["warnings"]:
         console.print(f"  [yellow]note[/yellow]: {escape(warning)}", highlight=False)
 

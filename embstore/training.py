@@ -54,8 +54,8 @@ _METHOD = "systematic-1"  # names the drawing algorithm; another order needs ano
 class Weights:
     """Sampling weights of one store.
 
-    ``array`` is a read-only memory map, float32 [N], finite, >= 0, sum 1 (or what ``verify`` let through). Pickles by path, so
-    a spawned worker maps the file instead of receiving it.
+    ``array`` is a read-only memory map, float32 [N], finite, >= 0, sum 1 (or what ``verify`` let through). Pickles by path,
+    so a spawned worker maps the file instead of receiving it.
     """
 
     path: Path
@@ -273,7 +273,9 @@ def _check(file: Path, array: NDArray[np.float32], digest: FileDigest | None, *,
     if array.ndim != 1 or array.dtype != np.float32:
         raise InvalidWeightsError(f"{file} holds {array.dtype} of shape {array.shape}, not float32 of one dimension")
     if rows is not None and len(array) != rows:
-        raise CorruptStoreError(f"{file} has {len(array)} weights, the manifest says {rows}", hint="run embstore verify STORE")
+        raise CorruptStoreError(
+            f"{file} has {len(array)} weights, the manifest says {rows}", hint="run embstore verify STORE"
+        )
     if not full:
         return
     if digest is not None and (found := hashlib.sha256(_read(file)).hexdigest()) != digest.sha256:

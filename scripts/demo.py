@@ -40,7 +40,9 @@ def main() -> int:
 
     _title("1. Real input, made here: docstrings of the standard library, a tokenizer and a small Llama")
     made = _make_input(options.folder, options.prompts, options.train_seconds)
-    _console.print(f"{made.num_prompts:,} prompts in {made.prompts}, a model in {made.model} (loss {made.loss:.2f})", highlight=False)
+    _console.print(
+        f"{made.num_prompts:,} prompts in {made.prompts}, a model in {made.model} (loss {made.loss:.2f})", highlight=False
+    )
 
     store = options.folder / "store"
     build = ["build", str(made.prompts), "--model", str(made.model), "--out", str(store)]
@@ -69,7 +71,11 @@ def main() -> int:
 
 
 def _make_input(folder: Path, num_prompts: int, seconds: float) -> DemoInput:
-    columns = (TextColumn("training"), BarColumn(bar_width=30), TextColumn("step {task.fields[step]}  loss {task.fields[loss]:.2f}"))
+    columns = (
+        TextColumn("training"),
+        BarColumn(bar_width=30),
+        TextColumn("step {task.fields[step]}  loss {task.fields[loss]:.2f}"),
+    )
     with Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal) as progress:
         task = progress.add_task("training", total=seconds, step=0, loss=0.0)
 
@@ -111,7 +117,9 @@ def _show(arguments: list[str]) -> None:
 def _run(command: list[str], *, head: int | None = None) -> None:
     """Run a command that must succeed; with ``head``, show only that many lines of its output (inspect may report 6)."""
     sys.stdout.flush()
-    process = subprocess.run(command, env=os.environ | _OFFLINE, check=False, text=True, stdout=subprocess.PIPE if head else None)
+    process = subprocess.run(
+        command, env=os.environ | _OFFLINE, check=False, text=True, stdout=subprocess.PIPE if head else None
+    )
     if head:
         lines = process.stdout.splitlines()
         _console.print("\n".join(lines[:head]), highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,7 @@
-"""Twenty lines of training on density weights: map them, sample by them, take steps. ``python -m scripts.demo_train STORE MODEL``."""
+"""Twenty lines of training on density weights: map them, sample by them, take steps.
+
+Usage: ``python -m scripts.demo_train STORE MODEL``.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ def main(store_path: str, model_path: str, num_steps: int = 30) -> None:
 
     weights = load_weights(store_path, expect_len=len(texts))  # read-only memory map, fully validated
     sampler = DensitySampler(weights, num_samples=8 * num_steps, seed=0)
-    for step, batch in enumerate(DataLoader(texts, batch_size=8, sampler=sampler), start=1):
+    loader: DataLoader[str] = DataLoader(texts, batch_size=8, sampler=sampler)  # type: ignore[arg-type]  # a list will do
+    for step, batch in enumerate(loader, start=1):
         tokens = tokenizer(batch, padding=True, truncation=True, max_length=128, return_tensors="pt")
         labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
         loss = model(**tokens, labels=labels).loss
@@ -37,4 +41,4 @@ def main(store_path: str, model_path: str, num_steps: int = 30) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(sys.argv[1], sys.argv[2])

@@ -1,8 +1,9 @@
 """How right a neighbour graph is: recall and weight error on fresh sampled nodes, with a bound, against the exact scan.
 
-A neighbour counts as found when its distance is at most d_k (1 + 1e-4), d_k being the exact k-th distance: ties and distances
-that float16 storage cannot tell apart are no misses. The bound is one-sided 95 % (Wilson score on pairs, with the number of
-pairs reduced by the design effect, because the pairs of one node hit or miss together).
+A neighbour counts as found when its distance is at most d_k (1 + 1e-4), d_k being the exact k-th distance: ties and
+distances that float16 storage cannot tell apart are no misses. The bound is one-sided 95 % (Wilson score on pairs, with the
+number of pairs reduced by the design effect, because the pairs of one node hit or miss together, and raised by the
+finite-population correction: an audit of every node leaves nothing to chance).
 """
 
 from __future__ import annotations
@@ -40,28 +41,31 @@ def sample_nodes(num_nodes: int, size: int, *, seed: int, level: int) -> NDArray
     return np.sort(np.argsort(words, kind="stable")[:size])
 
 
-def compare(found_QK: NDArray[np.float64], exact_QK: NDArray[np.float64]) -> Audit:
+def compare(found_QK: NDArray[np.float64], exact_QK: NDArray[np.float64], *, num_nodes: int) -> Audit:
     """Audit from the distances a graph found and the exact ones, both ascending, float64 [Q, K].
+
+    ``num_nodes`` is the size of the graph that the Q nodes were sampled from, without replacement.
 
     Examples
     --------
     >>> exact = np.array([[1.0, 2.0]])
-    >>> compare(np.array([[1.0, 2.5]]), exact).recall
+    >>> compare(np.array([[1.0, 2.5]]), exact, num_nodes=100).recall
     0.5
     """
     num_rows, k = exact_QK.shape
     hits_Q = (found_QK <= exact_QK[:, -1:] * (1 + TIE_TOLERANCE)).sum(axis=1)
     recall = float(hits_Q.sum() / (num_rows * k))
-    tv = total_variation(
-        np.maximum(found_QK.mean(axis=1), NOISE_FLOOR), np.maximum(exact_QK.mean(axis=1), NOISE_FLOOR)
-    )
-    return Audit(k=k, num_rows=num_rows, recall=recall, recall_lower=_lower_bound(hits_Q / k, k), tv=tv)
+    tv = total_variation(np.maximum(found_QK.mean(axis=1), NOISE_FLOOR), np.maximum(exact_QK.mean(axis=1), NOISE_FLOOR))
+    recall_lower = _lower_bound(hits_Q / k, k, num_nodes)
+    return Audit(k=k, num_rows=num_rows, recall=recall, recall_lower=recall_lower, tv=tv)
 
 
-def _lower_bound(share_Q: NDArray[np.float64], k: int) -> float:
+def _lower_bound(share_Q: NDArray[np.float64], k: int, num_nodes: int) -> float:
     """One-sided 95 % lower bound of the mean of per-node recall (Wilson 1927, with Kish's design effect)."""
     recall = float(share_Q.mean())
-    pairs = share_Q.size * k
+    if share_Q.size >= num_nodes:
+        return recall
+    pairs = share_Q.size * k * (num_nodes - 1) / (num_nodes - share_Q.size)
     if 0 < recall < 1 and share_Q.size > 1:
         design_effect = float(share_Q.var(ddof=1)) * k / (recall * (1 - recall))
         pairs /= max(1.0, design_effect)

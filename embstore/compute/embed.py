@@ -122,22 +122,24 @@ class LogitEmbedder:
     def _pool_batch(self, batch: TokenBatch, mean_WX: Tensor) -> None:
         try:
             self._pool_whole(batch, mean_WX)
+            return
         except torch.OutOfMemoryError as error:
             if len(batch.rows_B) == 1:
                 raise ModelError(
                     f"a prompt of {batch.tokens_BT.shape[1]} tokens does not fit the device's memory",
                     hint="build with a lower --max-tokens, or on another device",
                 ) from error
-            self._splits += 1
-            middle = len(batch.rows_B) // 2
-            for half in (slice(0, middle), slice(middle, None)):
-                part = TokenBatch(
-                    rows_B=batch.rows_B[half],
-                    tokens_BT=batch.tokens_BT[half],
-                    real_BT=batch.real_BT[half],
-                    pooled_BT=batch.pooled_BT[half],
-                )
-                self._pool_batch(part, mean_WX)
+        # outside the handler: the error's traceback holds every tensor of the batch that did not fit
+        self._splits += 1
+        middle = len(batch.rows_B) // 2
+        for half in (slice(0, middle), slice(middle, None)):
+            part = TokenBatch(
+                rows_B=batch.rows_B[half],
+                tokens_BT=batch.tokens_BT[half],
+                real_BT=batch.real_BT[half],
+                pooled_BT=batch.pooled_BT[half],
+            )
+            self._pool_batch(part, mean_WX)
 
     def _pool_whole(self, batch: TokenBatch, mean_WX: Tensor) -> None:
         tokens_BT = torch.from_numpy(batch.tokens_BT).to(self._device)

@@ -1,8 +1,9 @@
 """Exact nearest neighbours by blocked scan, and exact re-ranking of candidates. The oracle of the audit, and an engine.
 
 Coordinates must be centred: logit rows share one direction that carries nearly all of their norm, and without centring the
-float32 cancellation in |x - y|^2 loses true neighbours (recall 0.9976 for an exact search, docs/decisions/0006). The scan selects in
-float32 with a margin; the answer is ranked by float64 direct differences, ties by row, so it does not depend on tiling.
+float32 cancellation in |x - y|^2 loses true neighbours (recall 0.9976 for an exact search, docs/decisions/0006). The scan
+selects in float32 with a margin; the answer is ranked by float64 direct differences, ties by row, so it does not depend on
+tiling.
 
 Shapes: G nodes, Q queries, K neighbours, C candidates, R coordinates.
 """
@@ -61,7 +62,9 @@ def exact_neighbors(
     keep = min(k + MARGIN, num_nodes - 1)
     ids_QK = np.full((len(queries_Q), k), -1, dtype=np.int32)
     distances_QK = np.full((len(queries_Q), k), np.inf)
-    half_norm_G = _half_squared_norms(coord_GR).astype(np.float64 if double else np.float32)
+    half_norm_G: NDArray[np.floating] = _half_squared_norms(coord_GR)
+    if not double:
+        half_norm_G = half_norm_G.astype(np.float32)
     for start in range(0, len(queries_Q), _QUERY_ROWS):
         queries = queries_Q[start : start + _QUERY_ROWS]
         if keep > 0:
@@ -76,7 +79,7 @@ def exact_neighbors(
 def _scan(
     coord_GR: NDArray[np.float32], half_norm_G: NDArray[np.floating], queries: NDArray[np.int64], keep: int
 ) -> IntMatrix:
-    """Indices of the ``keep`` smallest |y|^2 / 2 - x.y for each query x: the same order as |x - y|; in half_norm_G's dtype."""
+    """Indices of the ``keep`` smallest |y|^2 / 2 - x.y for each query x, as |x - y| orders; in half_norm_G's dtype."""
     dtype = half_norm_G.dtype
     query_QR = np.ascontiguousarray(coord_GR[queries], dtype=dtype)
     best_QC = np.full((len(queries), 0), np.inf, dtype=dtype)

@@ -1,10 +1,10 @@
 """Backbone and head of a causal LM, taken apart: mean of logits without ever holding logits of every token.
 
-For an affine head mean_t(W h_t + b) = W mean_t(h_t) + b, so one V-wide product a prompt replaces one a token. A head counts as
-affine only when its configuration names no soft cap, the class reproduces ``scale * (W h + b)`` on a probe of long prompts to 1e-5
-in float32, and still does with hidden states 64 times as large: tiny random models look affine even under a cap, because
-their logits never reach it. Any doubt means streaming: logits of real tokens only, a few hundred at a time, by the class's
-own code.
+For an affine head mean_t(W h_t + b) = W mean_t(h_t) + b, so one V-wide product a prompt replaces one a token. A head counts
+as affine only when its configuration names no soft cap, the class reproduces ``scale * (W h + b)`` on a probe of long
+prompts to 1e-5 in float32, and still does with hidden states 64 times as large: tiny random models look affine even under a
+cap, because their logits never reach it. Any doubt means streaming: logits of real tokens only, a few hundred at a time, by
+the class's own code.
 
 Shapes: B rows, T tokens, D model width, V vocabulary, L tokens in a flat list.
 """
@@ -42,7 +42,8 @@ class AffineHead:
 class SplitModel:
     """A causal LM cut into its backbone and everything its class does after it.
 
-    ``width`` is D, ``inner_width`` that of the feed-forward layers. The backbone runs in the dtype asked for; the head's weights are held apart in float32, also when they are tied.
+    ``width`` is D, ``inner_width`` that of the feed-forward layers. The backbone runs in the dtype asked for; the head's
+    weights are held apart in float32, also when they are tied.
     """
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401 - transformers is untyped
@@ -126,18 +127,16 @@ class SplitModel:
 
     def stored_affine_head(self, scale: float) -> AffineHead | None:
         """The output layer's own weight and bias with a known scale; None if it is no linear layer over hidden states."""
-        linear = self._model.get_output_embeddings()
+        linear: object = self._model.get_output_embeddings()
         if not isinstance(linear, nn.Linear) or linear.weight.shape[1] != self.width:
             return None
-        bias_V = linear.bias.detach().float() if linear.bias is not None else None
+        bias_V = None if linear.bias is None else linear.bias.detach().float()  # type: ignore[redundant-expr]  # torch's stub
         return AffineHead(weight_VD=linear.weight.detach().float(), bias_V=bias_V, scale=scale)
 
     def _names_soft_cap(self) -> bool:
         def named(config: Any) -> bool:  # noqa: ANN401
             values = config.to_dict()
-            return any(
-                value and "soft" in name and "cap" in name and "attn" not in name for name, value in values.items()
-            )
+            return any(value and "soft" in name and "cap" in name and "attn" not in name for name, value in values.items())
 
         text_config = self._model.config.get_text_config()
         return named(self._model.config) or named(text_config)

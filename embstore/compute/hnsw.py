@@ -2,9 +2,9 @@
 
 Malkov & Yashunin 2018 (arXiv:1603.09320), by hnswlib. Its traps and what is done here: equal vectors wreck a graph (callers
 pass distinct vectors only); insertion order matters (fixed shuffle); two threads in one graph give other graphs every run
-(one thread a shard, shards in parallel); ``ip`` cancels (``l2`` on coordinates, square root at this border); self is found by
-label, never by column; one row with too few answers fails its whole batch (retried alone, then scanned); graphs are never
-persisted: they have no checksum and load silently wrong.
+(one thread a shard, shards in parallel); ``ip`` cancels (``l2`` on coordinates, square root at this border); self is found
+by label, never by column; one row with too few answers fails its whole batch (retried alone, then scanned); graphs are
+never persisted: they have no checksum and load silently wrong.
 
 Shapes: G nodes, C candidates, R coordinates.
 """
@@ -62,8 +62,9 @@ def num_shards(num_nodes: int, rank: int, links: int, *, threads: int, memory_by
     >>> num_shards(28_000, 256, 16, threads=2, memory_bytes=16 << 20)
     6
     """
-    per_wave = max(1, memory_bytes // graph_bytes(1, rank, links))
-    wanted = max(threads, -(-num_nodes * threads // per_wave))
+    # floored per graph, not per wave: every graph of a wave may hold the odd row
+    per_graph = max(1, memory_bytes // threads // graph_bytes(1, rank, links))
+    wanted = max(threads, -(-num_nodes // per_graph))
     wanted = -(-wanted // threads) * threads  # whole waves
     return max(1, min(wanted, num_nodes // 64))
 
@@ -114,9 +115,7 @@ def _build(
     coord_GR: NDArray[np.float32], nodes: NDArray[np.int64], effort: Effort, tell: Callable[[int], None]
 ) -> hnswlib.Index:
     graph = hnswlib.Index(space="l2", dim=coord_GR.shape[1])
-    graph.init_index(
-        max_elements=len(nodes), M=effort.links, ef_construction=effort.ef_construction, random_seed=100
-    )
+    graph.init_index(max_elements=len(nodes), M=effort.links, ef_construction=effort.ef_construction, random_seed=100)
     for start in range(0, len(nodes), _BLOCK_ROWS):
         block = nodes[start : start + _BLOCK_ROWS]
         graph.add_items(np.ascontiguousarray(coord_GR[block]), block, num_threads=1)

@@ -49,8 +49,8 @@ class KnnGraph:
     """Nearest distinct vectors of every row.
 
     ``ids_NK`` int32 rows (-1 none), ``distances_NK`` float32 metric (+inf none), both ascending by distance, self and own
-    group excluded. ``groups_N`` int32: the first row with the same vector (-1 for failed rows). ``audit`` is None when there are
-    too few distinct vectors to have neighbours. ``meets_target``: the audit reached recall and TV targets.
+    group excluded. ``groups_N`` int32: the first row with the same vector (-1 for failed rows). ``audit`` is None when
+    there are too few distinct vectors to have neighbours. ``meets_target``: the audit reached recall and TV targets.
     """
 
     ids_NK: NDArray[np.int32]
@@ -83,9 +83,7 @@ def plan_search(num_rows: int, rank: int, config: DensityConfig, *, threads: int
     )
     in_flight = min(threads, shards)
     graphs = in_flight * graph_bytes(-(-num_rows // shards), rank, config.links)
-    return _fitting(
-        SearchPlan(method="hnsw", shards=shards, memory_bytes=max(graphs + buffers, audit_bytes)), memory_bytes
-    )
+    return _fitting(SearchPlan(method="hnsw", shards=shards, memory_bytes=max(graphs + buffers, audit_bytes)), memory_bytes)
 
 
 def _fitting(plan: SearchPlan, memory_bytes: int) -> SearchPlan:
@@ -152,9 +150,7 @@ def build_graph(
     )
 
 
-def group_rows(
-    coord_NR: NDArray[np.float32], failed_N: NDArray[np.bool_]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def group_rows(coord_NR: NDArray[np.float32], failed_N: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Group rows with bit-equal vectors.
 
     Returns
@@ -234,7 +230,7 @@ class _Search:
             return None
         sample = sample_nodes(len(self.coord_GR), self.config.audit_rows, seed=self.config.seed, level=level)
         exact = exact_neighbors(self.coord_GR, sample, AUDIT_K, double=True)[1]
-        return compare(distances_GK[sample, :AUDIT_K], exact)
+        return compare(distances_GK[sample, :AUDIT_K], exact, num_nodes=len(self.coord_GR))
 
 
 def _raise_until_met(

@@ -174,7 +174,7 @@ def capability_of(device: torch.device) -> str:
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 is computed by the hardware, not emulated (emulated it is several times slower than float32)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

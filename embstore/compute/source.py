@@ -260,7 +260,8 @@ def _probe_distances(embedder: LogitEmbedder, sample: Sequence[TokenRow]) -> NDA
     if k < 1:
         return np.ones(max(1, len(centred)))
     distances = exact_neighbors(centred, np.arange(len(centred)), k)[1]
-    return np.maximum(distances.mean(axis=1), NOISE_FLOOR)
+    floored: NDArray[np.float64] = np.maximum(distances.mean(axis=1), NOISE_FLOOR)
+    return floored
 
 
 def _no_check() -> None:

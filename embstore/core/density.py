@@ -71,12 +71,11 @@ def mean_distance(distances_NK: NDArray[np.floating], k: int) -> FloatVector:
             f"k must lie in 1..{distances_NK.shape[1]} (the neighbours kept on disk), got {k}",
             hint="a larger k needs a new search: build with another --out",
         )
-    return np.mean(distances_NK[:, :k], axis=1, dtype=np.float64)
+    mean_N: FloatVector = np.mean(distances_NK[:, :k], axis=1, dtype=np.float64)
+    return mean_N
 
 
-def sampling_weights(
-    mean_distance_N: FloatVector, groups_N: NDArray[np.integer], config: WeightingConfig
-) -> WeightsResult:
+def sampling_weights(mean_distance_N: FloatVector, groups_N: NDArray[np.integer], config: WeightingConfig) -> WeightsResult:
     """Sampling weights from mean neighbour distances; see the module docstring for the method.
 
     Parameters
@@ -106,7 +105,9 @@ def sampling_weights(
     """
     valid_N = groups_N >= 0
     if not valid_N.any():
-        raise ConfigError("no row has a vector: every prompt failed in the model", hint="see the failed rows in journal.jsonl")
+        raise ConfigError(
+            "no row has a vector: every prompt failed in the model", hint="see the failed rows in journal.jsonl"
+        )
     sizes = np.bincount(groups_N[valid_N], minlength=len(groups_N))
     share_N = np.where(valid_N, 1.0 / np.maximum(sizes[groups_N], 1), 0.0)
     usable = bool(np.isfinite(mean_distance_N[valid_N]).all())
@@ -121,7 +122,7 @@ def sampling_weights(
         weights_N = share_N.copy()
     elif method == "legacy-inverse":
         warnings.append(
-            "legacy-inverse applies the original formula 1 / mean distance, which favours crowded prompts; for comparison only"
+            "legacy-inverse is the original formula 1 / mean distance, which favours crowded prompts; for comparison only"
         )
         weights_N = share_N / np.maximum(np.where(valid_N, mean_distance_N, 1.0), LEGACY_FLOOR)
     else:
@@ -148,7 +149,7 @@ def normalise_float32(weights_N: FloatVector) -> NDArray[np.float32]:
     """
     if not np.isfinite(weights_N).all() or (weights_N < 0).any():
         raise CorruptStoreError("weights are not finite and non-negative", hint="run embstore verify")
-    rounded = (weights_N / weights_N.sum()).astype(np.float32)
+    rounded: NDArray[np.float32] = (weights_N / weights_N.sum()).astype(np.float32)
     total = float(rounded.sum(dtype=np.float64))
     if abs(total - 1) > 1e-6:
         raise CorruptStoreError(f"weights sum to {total!r}, not 1", hint="run embstore verify")

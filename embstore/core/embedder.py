@@ -95,7 +95,9 @@ class EmbedderSource(Protocol):
     def identity(self) -> ModelIdentity:
         """Digests of weights, configuration and tokenizer."""
 
-    def create(self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path, observer: Observer) -> Embedder:
+    def create(
+        self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path, observer: Observer
+    ) -> Embedder:
         """Load, probe on a seeded sample of ``prompts``, and resolve every open setting; ``work`` is scratch space."""
 
     def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> Embedder:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 from embstore.core.errors import CorruptStoreError, FieldMismatch, IdentityMismatchError
 
@@ -53,12 +54,12 @@ def chunk_name(index: int) -> str:
 
 
 def canonical_json(value: object) -> str:
-    """One spelling per value: sorted keys, no spaces, ASCII. Digests are taken over this.
+    r"""One spelling per value: sorted keys, no spaces, ASCII. Digests are taken over this.
 
     Examples
     --------
     >>> canonical_json({"b": 1, "a": [1.0, "é"]})
-    '{"a":[1.0,"\\\\u00e9"],"b":1}'
+    '{"a":[1.0,"\\u00e9"],"b":1}'
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
@@ -343,7 +344,7 @@ def from_json(record_type: type[_Record], value: object, *, name: str) -> _Recor
     """
     if not isinstance(value, dict):
         raise CorruptStoreError(f"{name}: expected an object, found {type(value).__name__}")
-    hints = get_type_hints(record_type)
+    hints = typing.get_type_hints(record_type)
     if set(value) != set(hints):
         unlike = sorted(set(value) ^ set(hints))
         raise CorruptStoreError(f"{name}: fields missing or unknown: {', '.join(unlike)}", hint="run embstore verify STORE")
@@ -353,7 +354,7 @@ def from_json(record_type: type[_Record], value: object, *, name: str) -> _Recor
 def _convert(hint: Any, value: Any, name: str) -> Any:  # noqa: ANN401 - type hints are data here
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_json(hint, value, name=name)
-    origin, arguments = getattr(hint, "__origin__", None), getattr(hint, "__args__", ())
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is list and isinstance(value, list):
         return [_convert(arguments[0], item, f"{name}[{index}]") for index, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
@@ -430,8 +431,19 @@ class Manifest:
 
 
 def decode_manifest(content: bytes) -> Manifest:
-    """Read ``manifest.json``."""
-    return from_json(Manifest, parse_document(content, name=MANIFEST), name=MANIFEST)
+    """Read ``manifest.json``; one that does not list what it publishes is a CorruptStoreError."""
+    manifest = from_json(Manifest, parse_document(content, name=MANIFEST), name=MANIFEST)
+    paths = neighbors_paths(manifest.neighbors)
+    needed = [paths.ids, paths.distances, paths.groups, paths.spec]
+    needed += [path for digest in manifest.names.values() for path in weights_paths(digest)]
+    missing = sorted(
+        {*needed, *STAGE0_FILES, SPEC, BASIS, ARRAY_METADATA, COORDINATES, RESIDUALS, CHUNKS} - set(manifest.files)
+    )
+    if "default" not in manifest.names:
+        missing.append("default weights")
+    if missing:
+        raise CorruptStoreError(f"{MANIFEST} does not list {', '.join(missing)}", hint="run embstore verify STORE")
+    return manifest
 
 
 def decode_spec(content: bytes) -> StoreSpec:

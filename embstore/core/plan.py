@@ -92,9 +92,7 @@ def refuse_other_input(
 
 def refuse_drift(spec: StoreSpec, fields: list[str], hardware: Mapping[str, object]) -> None:
     """Refuse other hardware or thread counts, which change low bits of rows."""
-    mismatches = [
-        FieldMismatch(field=name, stored=getattr(spec.embedding, name), given=hardware[name]) for name in fields
-    ]
+    mismatches = [FieldMismatch(field=name, stored=getattr(spec.embedding, name), given=hardware[name]) for name in fields]
     raise IdentityMismatchError(
         mismatches,
         hint="resume on the same hardware and threads, or add --allow-drift (recorded; rows then differ in low bits)",

@@ -60,7 +60,7 @@ class Rejected:
     reason: str
 
 
-def parse_line(line: bytes) -> Prompt | Rejected:
+def parse_line(line: bytes) -> Prompt | Rejected:  # noqa: PLR0911 - one return a reason
     """Read one JSONL line.
 
     Accepts ``prompt`` (text), ``messages`` (a chat list) or ``prefix`` (``{"messages": [...]}`` or text), in this order.
@@ -93,7 +93,8 @@ def parse_line(line: bytes) -> Prompt | Rejected:
     fields = {name: value for name, value in record.items() if name not in _PROMPT_FIELDS}
     content = record.get("prompt")
     if content is None:
-        content = record.get("messages", record.get("prefix"))
+        # tables exported as JSONL have every field on every line, null where it does not apply
+        content = record["messages"] if record.get("messages") is not None else record.get("prefix")
         if isinstance(content, dict):
             content = content.get("messages")
         elif isinstance(content, str):
@@ -108,11 +109,11 @@ def parse_line(line: bytes) -> Prompt | Rejected:
 
 
 def collapse_whitespace(text: str) -> str:
-    """Strip, and turn each run of whitespace into one space.
+    r"""Strip, and turn each run of whitespace into one space.
 
     Examples
     --------
-    >>> collapse_whitespace("  a\\n\\t b ")
+    >>> collapse_whitespace("  a\n\t b ")
     'a b'
     """
     return " ".join(text.split())

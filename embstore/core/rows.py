@@ -69,9 +69,7 @@ class RowGrid:
         if self.num_rows < 1 or self.chunk_rows < 1:
             raise ConfigError(f"rows and chunk rows must be positive, got {self.num_rows} and {self.chunk_rows}")
         if self.window_rows < self.chunk_rows or self.window_rows % self.chunk_rows:
-            raise ConfigError(
-                f"window rows must be a multiple of chunk rows, got {self.window_rows} and {self.chunk_rows}"
-            )
+            raise ConfigError(f"window rows must be a multiple of chunk rows, got {self.window_rows} and {self.chunk_rows}")
 
     @property
     def num_windows(self) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from embstore.core.errors import ExitCode, StorageError, StoreLockedError
+from embstore.core.errors import CorruptStoreError, EmbstoreError, ExitCode, StorageError, StoreLockedError
 from embstore.core.format import FileDigest
 
 Buffer = bytes | bytearray | memoryview
@@ -34,7 +34,7 @@ def storage_errors(doing: str, path: Path, *, resumable: bool = True) -> Iterato
     """Turn an OSError into a StorageError that says what was being done, where, and what to do next."""
     try:
         yield
-    except StorageError:
+    except EmbstoreError:  # some are OSErrors too, and say more than their errno
         raise
     except OSError as error:
         hint = "mend the file system, then run the same command with --resume"
@@ -47,6 +47,15 @@ def storage_errors(doing: str, path: Path, *, resumable: bool = True) -> Iterato
         if not resumable:
             failure.exit_code = ExitCode.ERROR
         raise failure from error
+
+
+def read_committed(root: Path, name: str) -> bytes:
+    """Bytes of a file that a commit promised; that it is missing is damage (CorruptStoreError), not a wrong path."""
+    with storage_errors("reading", root / name):
+        try:
+            return (root / name).read_bytes()
+        except FileNotFoundError:
+            raise CorruptStoreError(f"{name} is missing", hint=f"run embstore verify {root}") from None
 
 
 def fsync_directory(path: Path) -> None:
@@ -76,7 +85,7 @@ def write_all(handle: int, data: Buffer) -> None:
 
 
 def sync_data(handle: int) -> None:
-    """fdatasync where the platform has it (macOS has only fsync); never retried."""
+    """Fdatasync where the platform has it (macOS has only fsync); never retried."""
     getattr(os, "fdatasync", os.fsync)(handle)
 
 

@@ -1,8 +1,8 @@
 """Chunk files of the embedding array: float16 rows to the exact bytes Zarr v3 expects, and back.
 
 Codecs: bytes (little endian), blosc lz4 with bitshuffle unless ``--compressor none``, crc32c last. Blosc runs in contextual
-mode only: with its own threads it returned different bytes for equal input (docs/decisions/0004). The edge chunk is padded with NaN to full shape, as
-Zarr stores it, so unwritten rows can never read as plausible zeros.
+mode only: with its own threads it returned different bytes for equal input (docs/decisions/0004). The edge chunk is padded
+with NaN to full shape, as Zarr stores it, so unwritten rows can never read as plausible zeros.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def crc32c(data: bytes | memoryview) -> str:
     return f"{google_crc32c.value(np.frombuffer(data, dtype=np.uint8)):08x}"
 
 
-def encode_chunk(emb_BV: NDArray[np.float16], *, chunk_rows: int, compressor: str) -> tuple[list[bytes | memoryview], ChunkRecord]:
+def encode_chunk(
+    emb_BV: NDArray[np.float16], *, chunk_rows: int, compressor: str
+) -> tuple[list[bytes | memoryview], ChunkRecord]:
     """Encode rows of one chunk; returns the pieces to write, in order, and their record (index still 0).
 
     Price: one compressed copy of the chunk (about 0.74 of it); uncompressed rows are not copied at all.
@@ -37,7 +39,7 @@ def encode_chunk(emb_BV: NDArray[np.float16], *, chunk_rows: int, compressor: st
         padded = np.full((chunk_rows, rows.shape[1]), np.nan, dtype="<f2")
         padded[: len(rows)] = rows
         rows = padded
-    raw = memoryview(rows).cast("B")
+    raw = rows.data.cast("B")
     body = memoryview(_BLOSC.encode(rows.reshape(-1))) if compressor == "lz4" else raw
     crc = crc32c(body)
     record = ChunkRecord(index=0, bytes=body.nbytes + _TRAILER_BYTES, crc32c=crc)

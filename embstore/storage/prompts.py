@@ -142,7 +142,8 @@ def ingest(source: str | Path, folder: Path, spool_folder: Path, *, strict: bool
         _refuse_unusable(rows, str(source), strict=strict)
         return _write_files(rows, spool_path, folder)
     finally:
-        spool_path.unlink(missing_ok=True)
+        with storage_errors("removing", spool_path):
+            spool_path.unlink(missing_ok=True)
 
 
 def _read(line: bytes) -> Prompt | Rejected:

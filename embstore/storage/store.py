@@ -45,6 +45,7 @@ from embstore.core.format import (
 )
 from embstore.core.plan import grid_of
 from embstore.core.rows import RowRange
+from embstore.storage.atomic import read_committed
 from embstore.storage.chunks import check_chunk, decode_chunk
 from embstore.storage.journal import read_journal
 from embstore.storage.prompts import PromptTable
@@ -262,7 +263,7 @@ class EmbeddingStore:
 
     def _listed(self, name: str) -> bytes:
         """Bytes of a small file, checked against the manifest, or against the journal while unfinished."""
-        content = (self.root / name).read_bytes()
+        content = read_committed(self.root, name)
         digests = self.manifest.files if self.manifest else self.journal.prompts.files if self.journal.prompts else {}
         if name in digests:
             check_digest(name, content, digests[name])
@@ -299,10 +300,10 @@ def open_store(path: str | Path, *, partial: bool = False) -> EmbeddingStore:
             raise _incomplete(root, state)
         if state.spec is None:
             raise StoreNotFoundError(f"{root} has no planned rows yet", hint="run embstore build --resume")
-        content = (root / SPEC).read_bytes()
+        content = read_committed(root, SPEC)
         check_digest(SPEC, content, state.spec.files[SPEC])
         return EmbeddingStore(root, None, state, decode_spec(content))
-    manifest = decode_manifest((root / MANIFEST).read_bytes())
+    manifest = decode_manifest(read_committed(root, MANIFEST))
     for name, digest in manifest.files.items():
         try:
             size = (root / name).stat().st_size
@@ -311,7 +312,7 @@ def open_store(path: str | Path, *, partial: bool = False) -> EmbeddingStore:
         if size != digest.bytes:
             found = "is missing" if size is None else f"has {size} bytes"
             raise CorruptStoreError(f"{name} {found}, committed were {digest.bytes}", hint=f"run embstore verify {root}")
-    content = (root / SPEC).read_bytes()
+    content = read_committed(root, SPEC)
     check_digest(SPEC, content, manifest.files[SPEC])
     return EmbeddingStore(root, manifest, state, decode_spec(content))
 

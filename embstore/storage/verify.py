@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from embstore.core.errors import CorruptStoreError, EmbstoreError
 from embstore.core.format import (
     ARRAY_METADATA,
+    BASIS,
     CHUNKS,
     COORDINATES,
     JOURNAL,
@@ -30,7 +32,6 @@ from embstore.core.format import (
     WEIGHTS,
     WEIGHTS_LINK,
     WORK,
-    BASIS,
     FileDigest,
     JournalState,
     Manifest,
@@ -43,14 +44,13 @@ from embstore.core.format import (
     decode_journal,
     decode_manifest,
     decode_spec,
-    neighbors_paths,
     replay,
     weights_paths,
 )
 from embstore.core.plan import grid_of
 from embstore.core.rows import RowRange
 from embstore.storage.chunks import check_chunk, decode_chunk
-from embstore.storage.writer import check_rows
+from embstore.storage.rowfiles import ROW_FILES, header_problem, slice_problem
 
 NORM_TOLERANCE = 2e-3  # float16 rounding moves the norm of a unit row by about 2e-4
 _READ_BYTES = 8 << 20
@@ -104,7 +104,17 @@ def compare_file(path: Path, digest: FileDigest) -> str | None:
 
 
 def damaged_windows(root: Path, spec: StoreSpec, state: JournalState) -> Iterator[tuple[int, str]]:
-    """Committed windows whose bytes differ from their commit, with the first finding of each. Bound by the disk."""
+    """Committed windows whose bytes differ from their commit, with the first finding of each. Bound by the disk.
+
+    Raises
+    ------
+    CorruptStoreError
+        The basis or another file that every window is made with is not what was committed: no window can be computed again.
+    """
+    for name, digest in (state.spec.files if state.spec is not None else {}).items():
+        problem = compare_file(root / name, digest)
+        if problem is not None:
+            raise CorruptStoreError(f"{name} {problem}", hint=f"run embstore verify {root} --repair")
     for record in state.windows.values():
         finding = next(_window_findings(root, spec, record, decode=False), None)
         if finding is not None:
@@ -139,7 +149,7 @@ def verify_store(root: Path) -> VerifyReport:
         digests |= record.files if record is not None else {}
     if manifest is not None:
         findings += [
-            Finding(path=name, message="its digest in the manifest is not the one in the journal")
+            Finding(path=MANIFEST, message=f"its digest of {name} is not the one in the journal")
             for name, digest in digests.items()
             if manifest.files.get(name) != digest
         ]
@@ -147,13 +157,15 @@ def verify_store(root: Path) -> VerifyReport:
     total_bytes = 0
     for name, digest in digests.items():
         problem = compare_file(root / name, digest)
-        window = None
-        if problem is not None and name not in (COORDINATES, RESIDUALS):  # those are reported by window below
-            findings.append(Finding(path=name, message=problem, window=window))
+        if problem is not None and name not in ROW_FILES:  # those are reported by window below
+            findings.append(Finding(path=name, message=problem))
         total_bytes += digest.bytes
     spec = _read_spec(root, state, findings)
     num_chunks = 0
     if spec is not None:
+        for name in ROW_FILES:
+            if (problem := header_problem(root, spec, name)) is not None:
+                findings.append(Finding(path=name, message=problem))
         for window in state.windows.values():
             findings += _window_findings(root, spec, window, decode=True)
             num_chunks += len(window.chunks)
@@ -170,6 +182,21 @@ def verify_store(root: Path) -> VerifyReport:
         findings=findings,
         notes=notes,
     )
+
+
+def _expected_digests(state: JournalState, manifest: Manifest | None, findings: list[Finding]) -> dict[str, FileDigest]:
+    """Digests of all listed files: the journal's word, and the manifest's for what was made after the rows."""
+    digests: dict[str, FileDigest] = {}
+    for record in (state.prompts, state.spec):
+        digests |= record.files if record is not None else {}
+    if manifest is None:
+        return digests
+    findings += [
+        Finding(path=name, message="its digest in the manifest is not the one in the journal")
+        for name, digest in digests.items()
+        if manifest.files.get(name) != digest
+    ]
+    return {**manifest.files, **digests}
 
 
 def _read_manifest(root: Path, findings: list[Finding]) -> Manifest | None:
@@ -205,7 +232,9 @@ def _window_findings(root: Path, spec: StoreSpec, record: WindowRecord, *, decod
     if grid.window(record.window) != rows or [chunk.index for chunk in record.chunks] != [
         index for index, _ in grid.chunks(record.window)
     ]:
-        yield Finding(path=JOURNAL, message=f"window {record.window} does not fit the grid of spec.json", window=record.window)
+        yield Finding(
+            path=JOURNAL, message=f"window {record.window} does not fit the grid of spec.json", window=record.window
+        )
         return
     failed = np.array([failed.row for failed in record.failed], dtype=np.int64)
     for chunk in record.chunks:
@@ -224,16 +253,14 @@ def _window_findings(root: Path, spec: StoreSpec, record: WindowRecord, *, decod
             problem = _row_problem(data, spec, chunk_rows, failed)
             if problem is not None:
                 yield Finding(path=path, message=problem, window=record.window)
-    for name, width in ((COORDINATES, 4 * spec.embedding.rank), (RESIDUALS, 4)):
-        problem = _slice_problem(root / name, name, width, record)
+    for name in ROW_FILES:
+        problem = slice_problem(root, spec, name, record)
         if problem is not None:
             yield Finding(path=name, message=problem, window=record.window)
 
 
-def _row_problem(data: bytes, spec: StoreSpec, rows: RowRange, failed: np.ndarray) -> str | None:  # type: ignore[type-arg]
-    emb_BV = decode_chunk(
-        data, chunk_rows=spec.chunk_rows, dimension=spec.embedding.dimension, compressor=spec.compressor
-    )
+def _row_problem(data: bytes, spec: StoreSpec, rows: RowRange, failed: NDArray[np.int64]) -> str | None:
+    emb_BV = decode_chunk(data, chunk_rows=spec.chunk_rows, dimension=spec.embedding.dimension, compressor=spec.compressor)
     is_failed = np.isin(np.arange(rows.start, rows.stop), failed)
     for start in range(0, rows.num_rows, 64):  # float64 norms of 64 rows at a time
         block = emb_BV[start : min(start + 64, rows.num_rows)].astype(np.float32)
@@ -247,34 +274,16 @@ def _row_problem(data: bytes, spec: StoreSpec, rows: RowRange, failed: np.ndarra
     return None
 
 
-def _slice_problem(path: Path, name: str, width: int, record: WindowRecord) -> str | None:
-    try:
-        with path.open("rb") as file:
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
-            file.seek(record.start * width, 1)
-            check_rows(name, file.read((record.stop - record.start) * width), record)
-    except FileNotFoundError:
-        return "is missing"
-    except (OSError, ValueError, CorruptStoreError) as error:
-        return str(error)
-    return None
-
-
 def _published_findings(root: Path, spec: StoreSpec, state: JournalState, manifest: Manifest) -> Iterator[Finding]:
-    """What the manifest promises beyond bytes: everything is listed, every row committed, weights and neighbours valid."""
-    required = {*STAGE0_FILES, SPEC, BASIS, ARRAY_METADATA, COORDINATES, RESIDUALS, CHUNKS}
-    paths = neighbors_paths(manifest.neighbors)
-    required |= {paths.ids, paths.distances, paths.groups, paths.spec}
-    required |= {path for digest in manifest.names.values() for path in weights_paths(digest)}
-    for name in sorted(required - set(manifest.files)):
-        yield Finding(path=MANIFEST, message=f"does not list {name}")
-    for name in (COORDINATES, RESIDUALS):
-        # window slices are checked above; this covers the header and the file's length
-        if name in manifest.files and (problem := compare_file(root / name, manifest.files[name])) is not None:
+    """What the manifest promises beyond bytes: every row committed, row files as sealed, weights valid, links in place."""
+    for name in ROW_FILES:
+        if (problem := compare_file(root / name, manifest.files[name])) is not None:
             yield Finding(path=name, message=problem)
-    if manifest.rows != spec.rows or state.committed_rows != spec.rows:
-        message = f"publishes {manifest.rows} rows, the spec has {spec.rows}, the journal committed {state.committed_rows}"
+    if (manifest.rows, manifest.dimension) != (spec.rows, spec.embedding.dimension) or state.committed_rows != spec.rows:
+        message = (
+            f"publishes {manifest.rows} x {manifest.dimension}, the spec has {spec.rows} x {spec.embedding.dimension}, "
+            f"the journal committed {state.committed_rows} rows"
+        )
         yield Finding(path=MANIFEST, message=message)
     chunks = [chunk for window in state.windows.values() for chunk in window.chunks]
     if (root / CHUNKS).exists() and (root / CHUNKS).read_bytes() != chunk_table(chunks):
@@ -291,9 +300,9 @@ def _published_findings(root: Path, spec: StoreSpec, state: JournalState, manife
             yield Finding(path=link, message=f"does not link to {target}; run embstore build --resume")
 
 
-def _load(path: Path) -> np.ndarray | None:  # type: ignore[type-arg]
+def _load(path: Path) -> NDArray[np.float32] | None:
     try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[type-arg]
+        array: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):
         return None
     return array
@@ -311,5 +320,3 @@ def _strays(root: Path, spec: StoreSpec | None, manifest: Manifest | None) -> It
         if path.is_dir() or name in known or top == WORK or top in unfinished:
             continue
         yield name
-
-

@@ -8,6 +8,7 @@ nothing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -24,20 +25,19 @@ from embstore.core.errors import CorruptStoreError, StoreExistsError, StoreNotFo
 from embstore.core.format import (
     ARRAY_METADATA,
     BASIS,
-    COORDINATES,
     EMBEDDINGS,
     JOURNAL,
     LOCK,
     MANIFEST,
     METADATA_LINK,
     NEIGHBORS,
-    RESIDUALS,
     RUNS,
     SPEC,
     WEIGHTS,
     WEIGHTS_LINK,
     WORK,
     ChunkRecord,
+    FailedRow,
     FileDigest,
     JournalRecord,
     JournalState,
@@ -48,6 +48,7 @@ from embstore.core.format import (
     array_metadata,
     canonical_json,
     chunk_name,
+    decode_manifest,
     decode_spec,
     document,
     weights_paths,
@@ -61,6 +62,7 @@ from embstore.storage.atomic import (
     link_durable,
     make_directory,
     pwrite_all,
+    read_committed,
     remove_temp_files,
     storage_errors,
     sync_data,
@@ -68,7 +70,8 @@ from embstore.storage.atomic import (
 )
 from embstore.storage.chunks import crc32c, encode_chunk
 from embstore.storage.journal import Journal
-from embstore.storage.prompts import array_header, save_array
+from embstore.storage.prompts import save_array
+from embstore.storage.rowfiles import ROW_FILES, check_rows, header, mend, preallocate, row_bytes
 
 
 class StoreWriter:
@@ -158,9 +161,8 @@ class StoreWriter:
         spec = dataclasses.replace(spec, basis_sha256=basis.sha256)
         files = {BASIS: basis}
         files[ARRAY_METADATA] = write_durable(self.root / ARRAY_METADATA, array_metadata(spec))
-        rank = spec.embedding.rank
-        for name, shape in ((COORDINATES, (spec.rows, rank)), (RESIDUALS, (spec.rows,))):
-            _preallocate(self.root / name, shape)
+        for name in ROW_FILES:
+            preallocate(self.root, spec, name)
         files[SPEC] = write_durable(self.root / SPEC, document(dataclasses.asdict(spec)))
         self.commit(SpecRecord(files=files))
         return spec
@@ -170,9 +172,13 @@ class StoreWriter:
         record = self.state.spec
         if record is None:
             raise StoreNotFoundError(f"{self.root} has no spec yet", hint="run embstore build")
-        content = (self.root / SPEC).read_bytes()
+        content = read_committed(self.root, SPEC)
         check_digest(SPEC, content, record.files[SPEC])
         return decode_spec(content)
+
+    def restore_array_metadata(self) -> None:
+        """Write ``zarr.json`` again: it follows from the spec."""
+        write_durable(self.root / ARRAY_METADATA, array_metadata(self.read_spec()))
 
     def write_window(
         self, spec: StoreSpec, window: int, blocks: Iterator[RowBlock], counts: Callable[[], WindowCounts]
@@ -187,23 +193,23 @@ class StoreWriter:
         coord_WR = np.empty((rows.num_rows, rank), dtype="<f4")
         residual_W = np.empty(rows.num_rows, dtype="<f4")
         chunks: list[ChunkRecord] = []
-        failed = []
+        failed: list[FailedRow] = []
         for (index, chunk_rows), block in zip(grid.chunks(window), blocks, strict=True):
             chunks.append(self._write_chunk(spec, index, chunk_rows, block))
             local = slice(chunk_rows.start - rows.start, chunk_rows.stop - rows.start)
             coord_WR[local], residual_W[local] = block.coord_BR, block.residual_B
             failed += block.failed
         fsync_directory(self.root / EMBEDDINGS)
-        self._write_rows(COORDINATES, rows, coord_WR)
-        self._write_rows(RESIDUALS, rows, residual_W)
+        for name, values in zip(ROW_FILES, (coord_WR, residual_W), strict=True):
+            self._write_rows(spec, name, rows, values)
         seen = counts()
         record = WindowRecord(
             window=window,
             start=rows.start,
             stop=rows.stop,
             chunks=chunks,
-            coordinates_crc32c=crc32c(memoryview(coord_WR).cast("B")),
-            residuals_crc32c=crc32c(memoryview(residual_W).cast("B")),
+            coordinates_crc32c=crc32c(coord_WR.data.cast("B")),
+            residuals_crc32c=crc32c(residual_W.data.cast("B")),
             tokens=seen.tokens,
             truncated=seen.truncated,
             splits=seen.splits,
@@ -220,16 +226,15 @@ class StoreWriter:
         CorruptStoreError
             A window's bytes are not those that were committed.
         """
-        row_bytes = {COORDINATES: 4 * spec.embedding.rank, RESIDUALS: 4}
         digests = {}
-        for name, width in row_bytes.items():
-            total = hashlib.sha256()
+        for name in ROW_FILES:
+            mend(self.root, spec, name)  # no window may have been written since its header was damaged
+            start = header(spec, name)
+            total, size = hashlib.sha256(start), len(start)
             with storage_errors("reading", self.root / name), (self.root / name).open("rb") as file:
-                header_bytes = self._header_bytes(name)
-                total.update(file.read(header_bytes))
-                size = header_bytes
+                file.seek(size)
                 for record in self.state.windows.values():
-                    data = file.read((record.stop - record.start) * width)
+                    data = file.read((record.stop - record.start) * row_bytes(spec, name))
                     check_rows(name, data, record)
                     total.update(data)
                     size += len(data)
@@ -257,29 +262,22 @@ class StoreWriter:
                 file.write(piece)
         return dataclasses.replace(record, index=index)
 
-    def _write_rows(self, name: str, rows: RowRange, values: NDArray[np.float32]) -> None:
+    def _write_rows(self, spec: StoreSpec, name: str, rows: RowRange, values: NDArray[np.float32]) -> None:
         path = self.root / name
         if name not in self._handles:
+            mend(self.root, spec, name)
             with storage_errors("opening", path):
                 self._handles[name] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        row_bytes = values[:1].nbytes
         with storage_errors("writing", path):
-            pwrite_all(self._handles[name], values.data, self._header_bytes(name) + rows.start * row_bytes)
+            pwrite_all(self._handles[name], values.data, len(header(spec, name)) + rows.start * row_bytes(spec, name))
             sync_data(self._handles[name])
-
-    def _header_bytes(self, name: str) -> int:
-        """Length of a row file's .npy header; the file is ours, so its header is what ``create`` wrote."""
-        with storage_errors("reading", self.root / name), (self.root / name).open("rb") as file:
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
-            return file.tell()
 
     def _settle_published(self) -> None:
         """Finish what a writer that died after its flip left to do; a settled store is not touched."""
         if not (self.root / MANIFEST).exists():
             return
         with contextlib.suppress(CorruptStoreError):  # a damaged manifest is for verify to name
-            self._settle(decode_manifest(_read(self.root, MANIFEST)))
+            self._settle(decode_manifest(read_committed(self.root, MANIFEST)))
 
     def _settle(self, manifest: Manifest) -> None:
         """Point the links at what ``manifest`` publishes, and drop what it does not list."""
@@ -308,19 +306,9 @@ def check_digest(name: str, content: bytes, digest: FileDigest) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != digest.sha256:
         raise CorruptStoreError(
-            f"{name} has sha256 {found[:16]} ({len(content)} bytes), committed was {digest.sha256[:16]} ({digest.bytes} bytes)",
+            f"{name} has sha256 {found[:16]} ({len(content)} bytes), "
+            f"committed was {digest.sha256[:16]} ({digest.bytes} bytes)",
             hint="run embstore verify STORE",
-        )
-
-
-def check_rows(name: str, data: bytes, record: WindowRecord) -> None:
-    """Compare a window's slice of coordinates or residuals with its commit; a difference is a CorruptStoreError."""
-    expected = record.coordinates_crc32c if name == COORDINATES else record.residuals_crc32c
-    found = crc32c(data)
-    if found != expected:
-        raise CorruptStoreError(
-            f"{name}, rows {record.start} to {record.stop - 1}: crc32c {found}, committed was {expected}",
-            hint="run embstore verify STORE --repair, then embstore build --resume",
         )
 
 
@@ -330,21 +318,9 @@ def _refuse_foreign(root: Path) -> None:
         if not root.exists():
             return
         names = {entry.name for entry in root.iterdir()}
-    if names and not names & {JOURNAL, LOCK}:
-        example = sorted(names)[0]
+    if JOURNAL not in names and names - {LOCK}:  # a writer that died at once leaves only its lock
+        example = sorted(names - {LOCK})[0]
         raise StoreExistsError(f"{root} is not empty and holds no store (it has {example})", hint="choose another --out")
-
-
-def _preallocate(path: Path, shape: tuple[int, ...]) -> None:
-    """A float32 .npy of full size, every value NaN: an unwritten row never reads as a plausible zero."""
-    remaining = int(np.prod(shape, dtype=np.int64))
-    block = np.full(min(remaining, 1 << 20), np.nan, dtype="<f4")
-    with DurableFile(path, sha256=False) as file:
-        file.write(array_header(np.dtype("<f4"), shape))
-        while remaining:
-            count = min(remaining, len(block))
-            file.write(block[:count].data)
-            remaining -= count
 
 
 def _entries(folder: Path) -> list[Path]:

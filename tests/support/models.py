@@ -1,0 +1,172 @@
+"""Tiny causal LMs of real transformers classes, saved as users have them: a folder with config, weights and tokenizer.
+
+Nothing is downloaded: weights are random and seeded, the tokenizer is a byte-level BPE trained on a few sentences. The head is
+scaled until logits have a standard deviation of at least 5, because small logits make every soft cap look linear.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from embstore.compute.embed import LogitEmbedder
+from embstore.compute.models import locate_model
+from embstore.compute.source import TorchSource
+from embstore.core.config import EmbeddingConfig
+from embstore.core.events import Event, ignore
+from embstore.core.prompts import Prompt
+
+VOCABULARY = 320  # columns of the logits; the tokenizer has fewer
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<|turn|>{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+
+_WORDS = "the of a sum proof why does matrix light seven write code for prime numbers in rust and explain ünïcode".split()
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+_GROUPED = _COMMON | {"num_key_value_heads": 2}
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**_GROUPED, tie_word_embeddings=False),
+    "llama-tied": lambda: transformers.LlamaConfig(**_GROUPED, tie_word_embeddings=True),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=1
+    ),
+    "phi": lambda: transformers.PhiConfig(**_COMMON),
+    "granite": lambda: transformers.GraniteConfig(**_GROUPED, logits_scaling=3.0, embedding_multiplier=4.0),
+    "cohere": lambda: transformers.CohereConfig(**_GROUPED, logit_scale=0.25),
+    "gemma2": lambda: transformers.Gemma2Config(**_GROUPED, head_dim=8, final_logit_softcapping=30.0),
+    "nanochat": lambda: transformers.NanoChatConfig(**_GROUPED, final_logit_softcapping=15.0),
+    "modernbert-decoder": lambda: transformers.ModernBertDecoderConfig(
+        **_COMMON, local_attention=8, cls_token_id=0, sep_token_id=1
+    ),
+}
+
+
+def make_tokenizer(*, bos: bool = False, template: bool = False, left: bool = False, pad: bool = True) -> Any:
+    """A byte-level BPE of fewer than VOCABULARY tokens: ids 0 to 2 are <s>, </s> and <|turn|>, special all three."""
+    core = tokenizers.Tokenizer.from_str(_trained())
+    if bos:
+        core.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>" if pad else None,
+        padding_side="left" if left else "right",
+    )
+    tokenizer.chat_template = TEMPLATE if template else None
+    return tokenizer
+
+
+def make_model(name: str, *, seed: int = 0, logit_std: float = 5.0, **changes: object) -> Any:
+    """A random model of one of CONFIGS, in float32 eval mode, its output layer scaled to the wanted logits."""
+    config = CONFIGS[name]()
+    config.update(changes)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        head.bias.normal_()
+    tokens = torch.randint(3, 256, (4, 48))
+    while (found := float(model(input_ids=tokens).logits.std())) < logit_std:
+        factor = min(2.0, 1.05 * logit_std / found)
+        head.weight.mul_(factor)
+        if head.bias is not None:
+            head.bias.mul_(factor)
+    return model
+
+
+def save_model(folder: Path, model: Any, tokenizer: Any) -> Path:
+    """A model folder as ``save_pretrained`` leaves it."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptList:
+    """Prompts in memory; a ``core.embedder.PromptReader``."""
+
+    prompts: list[Prompt]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def sample(self, rows: Sequence[int]) -> list[Prompt]:
+        return [self.prompts[row] for row in rows]
+
+
+def make_prompts(count: int, *, seed: int = 0, longest: int = 24) -> list[Prompt]:
+    """Texts of 1 to ``longest`` words, short ones more often."""
+    random = np.random.default_rng(seed)
+    lengths = 1 + (random.random(count) ** 2 * longest).astype(int)
+    texts = [" ".join(random.choice(_WORDS, size=length)) for length in lengths]
+    return [Prompt(id=None, text=f"{text} {row}") for row, text in enumerate(texts)]
+
+
+def open_embedder(
+    folder: Path,
+    prompts: Sequence[Prompt],
+    work: Path,
+    *,
+    observer: Callable[[Event], None] = ignore,
+    memory_bytes: int = 1 << 30,
+    **settings: Any,
+) -> LogitEmbedder:
+    """A new embedder as ``build`` makes it; float32 unless told otherwise."""
+    config = EmbeddingConfig(model=str(folder), **({"dtype": "float32", "device": "cpu", "threads": 2} | settings))
+    source = TorchSource(locate_model(config))
+    work.mkdir(exist_ok=True)
+    return source.create(PromptList(list(prompts)), config, memory_bytes=memory_bytes, work=work, observer=observer)
+
+
+def rows_before_rounding(embedder: LogitEmbedder, prompts: Sequence[Prompt]) -> NDArray[np.float64]:
+    """Unit rows float64 [N, V] as the embedder has them before they become float16."""
+    with torch.inference_mode():
+        window = embedder.pool(embedder._tokenizer.encode(prompts), lambda: None)
+        return embedder.unit_rows(window, 0, len(prompts))[0].double().cpu().numpy()
+
+
+def oracle_rows(model: Any, tokens: Sequence[Sequence[int]], own: Sequence[Sequence[bool]]) -> NDArray[np.float64]:
+    """Unit mean logits in float64 by the unmodified class, one unpadded prompt at a time: [N, V]."""
+    rows = []
+    with torch.inference_mode():
+        for ids, mask in zip(tokens, own, strict=True):
+            logits_TV = model(input_ids=torch.tensor([ids])).logits[0]
+            mean_V = logits_TV[torch.tensor(mask)].mean(0).numpy()
+            rows.append(mean_V / np.linalg.norm(mean_V))
+    return np.stack(rows)
+
+
+@functools.cache
+def _trained() -> str:
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>", "<|turn|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([" ".join(_WORDS)] * 8, trainer)
+    return str(core.to_str())
