@@ -63,7 +63,8 @@ class Share:
 class StoreInfo:
     """What ``embstore inspect`` prints; ``--json`` prints the same fields.
 
-    ``weights_histogram`` holds counts over ``histogram_edges``, which are weights in units of the mean weight.
+    ``weights_histogram`` holds counts over ``histogram_edges``, which are weights in units of the mean weight; its last bin
+    is open upwards.
     """
 
     path: str
@@ -144,9 +145,9 @@ def inspect(path: str | Path, *, by: str | None = None, name: str = "default", c
     weights_N = store.named_weights(name)
     distance_N = mean_distance(store.neighbor_distances, metadata["weighting"]["k"])
     relative_N = weights_N.astype(np.float64) * np.count_nonzero(store.groups >= 0)
-    counts, edges = np.histogram(
-        relative_N, bins=_HISTOGRAM_BINS, range=(0, max(2.0, float(np.quantile(relative_N, 0.999))))
-    )
+    # the last bin holds everything above it, so that a few outliers do not squeeze the rest
+    top = max(2.0, float(np.quantile(relative_N, 0.999)))
+    counts, edges = np.histogram(np.minimum(relative_N, top), bins=_HISTOGRAM_BINS, range=(0, top))
     rarest, most_crowded = extremes(distance_N, count)
     return dataclasses.replace(
         info,
@@ -205,7 +206,7 @@ def verify(path: str | Path, *, repair: bool = False) -> VerifyReport:
         damaged = {finding.window: finding for finding in report.findings if finding.window is not None}
         for window, finding in sorted(damaged.items()):
             writer.commit(DemotedRecord(window=window, reason=f"{finding.path}: {finding.message}"))
-        if any(finding.path == ARRAY_METADATA for finding in report.findings):
+        if {ARRAY_METADATA, SPEC} & {finding.path for finding in report.findings} == {ARRAY_METADATA}:
             writer.restore_array_metadata()
     return report
 

@@ -33,12 +33,15 @@ class TokenRow:
 
 
 class PromptTokenizer:
-    """A Hugging Face tokenizer under the token rule."""
+    """A Hugging Face tokenizer under the token rule, for a model that knows ``num_tokens`` tokens."""
 
-    def __init__(self, tokenizer: Any, max_tokens: int) -> None:  # noqa: ANN401 - transformers is untyped
+    def __init__(self, tokenizer: Any, max_tokens: int, num_tokens: int) -> None:  # noqa: ANN401 - transformers is untyped
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
-        self._special_ids = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
+        self._num_tokens = num_tokens
+        # tokens that are special only to the chat template (turn markers) are flagged in no list of names
+        flagged = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special_ids = np.array(sorted(flagged | set(tokenizer.all_special_ids)), dtype=np.int64)
 
     @property
     def pad_id(self) -> int:
@@ -47,7 +50,13 @@ class PromptTokenizer:
         return int(pad) if pad is not None else int(self._tokenizer.eos_token_id or 0)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[TokenRow]:
-        """Token rows in prompt order."""
+        """Token rows in prompt order.
+
+        Raises
+        ------
+        ModelError
+            The chat template refuses a prompt, or the tokenizer is another model's.
+        """
         texts = [index for index, prompt in enumerate(prompts) if not self._is_templated(prompt)]
         chats = [index for index, prompt in enumerate(prompts) if self._is_templated(prompt)]
         rows: dict[int, TokenRow] = {}
@@ -82,6 +91,11 @@ class PromptTokenizer:
             ) from error
 
     def _cut(self, ids_T: NDArray[np.int64], pooled_T: NDArray[np.bool_]) -> TokenRow:
+        if len(ids_T) and ids_T.max() >= self._num_tokens:
+            raise ModelError(
+                f"the tokenizer gives token {ids_T.max()}, the model knows {self._num_tokens} tokens",
+                hint="is this the model's own tokenizer?",
+            )
         keep = slice(0, self._max_tokens)
         return TokenRow(ids_T=ids_T[keep], pooled_T=pooled_T[keep], was_cut=len(ids_T) > self._max_tokens)
 

@@ -2,8 +2,9 @@
 
 Pooled logits of an affine head lie in the column span of [W | b] (Finlayson et al. 2024, arXiv:2403.09539), so R <= d_model
 + 1 coordinates hold them exactly. Other heads get the span of a sample of their own rows (a range finder, Halko et al.
-2011, arXiv:0909.4061): better at equal rank than the head's own basis. What a basis misses is stored as each row's residual
-r and bounds every distance: d^2 in [dc^2 + (ra - rb)^2, dc^2 + (ra + rb)^2].
+2011, arXiv:0909.4061): better at equal rank than the head's own basis. What a basis misses, and
+what float16 rounds away, is stored as each row's residual r = |x16 - Q c| and bounds every distance: |d - dc| <= ra + rb.
+(Rounding is not orthogonal to the basis, so squares do not simply add.)
 
 The basis is computed once and stored before row 0, because a factorisation differs in bits between thread counts.
 

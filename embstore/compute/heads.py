@@ -42,8 +42,8 @@ class AffineHead:
 class SplitModel:
     """A causal LM cut into its backbone and everything its class does after it.
 
-    ``width`` is D, ``inner_width`` that of the feed-forward layers. The backbone runs in the dtype asked for; the head's
-    weights are held apart in float32, also when they are tied.
+    ``width`` is D, ``inner_width`` that of the feed-forward layers, ``num_tokens`` the number of input embeddings. The
+    backbone runs in the dtype asked for; the head's weights are held apart in float32, also when they are tied.
     """
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401 - transformers is untyped
@@ -58,8 +58,9 @@ class SplitModel:
         self.width: int = config.hidden_size
         self.inner_width: int = getattr(config, "intermediate_size", None) or 4 * self.width
         # what a token is multiplied with; the embedding table is only looked up
-        looked_up = model.get_input_embeddings().weight.numel()
-        self.backbone_parameters = sum(parameter.numel() for parameter in self._backbone.parameters()) - looked_up
+        table = model.get_input_embeddings().weight
+        self.num_tokens: int = table.shape[0]
+        self.backbone_parameters = sum(parameter.numel() for parameter in self._backbone.parameters()) - table.numel()
         self._output_type: type[Any] | None = None
         head = model.get_output_embeddings()
         if head is not None and getattr(head, "weight", None) is not None:

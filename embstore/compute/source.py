@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from embstore.compute.batching import TOKEN_RULE, PromptTokenizer, TokenRow
 from embstore.compute.coordinates import orthonormal_basis
-from embstore.compute.embed import DTYPES, LogitEmbedder, ModelParts, spanning_columns, window_bytes
+from embstore.compute.embed import DTYPES, MAX_WINDOW_ROWS, LogitEmbedder, ModelParts, spanning_columns, window_bytes
 from embstore.compute.exact import exact_neighbors
 from embstore.compute.heads import SplitModel
 from embstore.compute.models import (
@@ -46,6 +46,7 @@ _MIN_BATCH_TOKENS = 256
 # Nominal rates for "a window is about a minute of work"; a constant, so that the window does not depend on the day's load.
 _NOMINAL_FLOPS = {"cpu": 1e11, "mps": 2e12, "cuda": 5e13}
 _WINDOW_SECONDS = 60
+_STREAMED_WINDOW_BYTES = 256 << 20  # of V-wide float32 means
 
 
 class TorchSource:
@@ -79,9 +80,9 @@ class TorchSource:
         torch.set_num_threads(threads)
         loaded = load_model(self._files, config.device or "auto")
         max_tokens = _max_tokens(config, loaded, observer)
-        tokenizer = PromptTokenizer(loaded.tokenizer, max_tokens)
-        sample = tokenizer.encode(prompts.sample(_seeded_rows(len(prompts), _SAMPLE_ROWS)))
         model = SplitModel(loaded.model)
+        tokenizer = PromptTokenizer(loaded.tokenizer, max_tokens, model.num_tokens)
+        sample = tokenizer.encode(prompts.sample(_seeded_rows(len(prompts), _SAMPLE_ROWS)))
         with torch.inference_mode():
             probe_1T = _probe_tokens(sample).to(loaded.device)
             head = model.affine_head(probe_1T)
@@ -106,8 +107,9 @@ class TorchSource:
             threads=threads,
             basis="head" if head is not None else "range-finder",
         )
-        spec = _fit_batch(spec, config, model, memory_bytes)
-        embedder = _with_basis(parts, spec, prompts, work)
+        window_rows = _window_rows(spec, model, sample, memory_bytes)
+        spec = _fit_batch(spec, config, model, window_rows, memory_bytes)
+        embedder = _with_basis(parts, spec, prompts, window_rows, work)
         dtype = self._pick_dtype(embedder, parts, config.dtype or "auto", sample, observer)
         if dtype != "float32":
             model.to_dtype(DTYPES[dtype])
@@ -119,7 +121,7 @@ class TorchSource:
             parts,
             dataclasses.replace(embedder.spec, dtype=dtype),
             embedder.basis_VR,
-            minute_rows=_minute_rows(model.backbone_parameters, sample, spec.device),
+            max_window_rows=window_rows,
             truncated_share=sum(row.was_cut for row in sample) / len(sample),
             seconds_per_row=seconds / len(sample[:_TIMED_ROWS]),
         )
@@ -154,7 +156,7 @@ class TorchSource:
                 hint="continue it with the embstore release that began it",
             )
         model.to_dtype(DTYPES[spec.dtype])
-        tokenizer = PromptTokenizer(loaded.tokenizer, spec.max_tokens)
+        tokenizer = PromptTokenizer(loaded.tokenizer, spec.max_tokens, model.num_tokens)
         parts = ModelParts(model=model, head=head, tokenizer=tokenizer, device=loaded.device)
         return LogitEmbedder(parts, spec, basis_VR)
 
@@ -183,18 +185,25 @@ def _probe_tokens(sample: Sequence[TokenRow]) -> torch.Tensor:
     return torch.from_numpy(longest if len(longest) else np.zeros(1, dtype=np.int64))[None]
 
 
-def _minute_rows(parameters: int, sample: Sequence[TokenRow], device: str) -> int:
+def _window_rows(spec: EmbeddingSpec, model: SplitModel, sample: Sequence[TokenRow], memory_bytes: int) -> int:
+    """Rows of one window: 4096, about a minute of work at most, and what V-wide means allow on the streaming path."""
     mean_tokens = float(np.mean([len(row.ids_T) for row in sample]))
-    return int(_WINDOW_SECONDS * _NOMINAL_FLOPS[device] / max(1.0, 2 * parameters * mean_tokens))
+    minute = int(_WINDOW_SECONDS * _NOMINAL_FLOPS[spec.device] / max(1.0, 2 * model.backbone_parameters * mean_tokens))
+    wide = MAX_WINDOW_ROWS
+    if spec.head == "streamed":
+        wide = min(_STREAMED_WINDOW_BYTES, memory_bytes // 4) // (4 * spec.dimension)
+    return max(16, min(MAX_WINDOW_ROWS, minute, wide))
 
 
-def _fit_batch(spec: EmbeddingSpec, config: EmbeddingConfig, model: SplitModel, memory_bytes: int) -> EmbeddingSpec:
+def _fit_batch(
+    spec: EmbeddingSpec, config: EmbeddingConfig, model: SplitModel, window_rows: int, memory_bytes: int
+) -> EmbeddingSpec:
     """Halve the batch until a window with the smallest chunk fits the budget; an explicit batch is taken as it is."""
     full = dataclasses.replace(spec, rank=min(model.width + 1, spec.dimension))
 
     def needs(tokens: int) -> int:
         trial = dataclasses.replace(full, batch_tokens=tokens)
-        return window_bytes(trial, model.width, model.inner_width, chunk_rows=16, window_rows=16)
+        return window_bytes(trial, model.width, model.inner_width, chunk_rows=16, window_rows=window_rows)
 
     tokens = spec.batch_tokens
     while config.batch_tokens is None and tokens > _MIN_BATCH_TOKENS and needs(tokens) > memory_bytes:
@@ -207,13 +216,15 @@ def _fit_batch(spec: EmbeddingSpec, config: EmbeddingConfig, model: SplitModel, 
     return dataclasses.replace(spec, batch_tokens=tokens)
 
 
-def _with_basis(parts: ModelParts, spec: EmbeddingSpec, prompts: PromptReader, work: Path) -> LogitEmbedder:
+def _with_basis(
+    parts: ModelParts, spec: EmbeddingSpec, prompts: PromptReader, window_rows: int, work: Path
+) -> LogitEmbedder:
     """An embedder with its basis: the head's own span, or that of min(N, 4 R) embedded prompts."""
     max_rank = min(parts.model.width + 1, spec.dimension)
     if parts.head is not None:
         read_block, width = spanning_columns(parts.head, spec.dimension)
     else:
-        pilot_NV = _pilot_rows(parts, spec, prompts, 4 * max_rank, work)
+        pilot_NV = _pilot_rows(parts, spec, prompts, 4 * max_rank, window_rows, work)
         width = len(pilot_NV)
 
         def read_block(start: int, stop: int) -> NDArray[np.floating]:
@@ -228,7 +239,7 @@ def _with_basis(parts: ModelParts, spec: EmbeddingSpec, prompts: PromptReader, w
 
 
 def _pilot_rows(
-    parts: ModelParts, spec: EmbeddingSpec, prompts: PromptReader, wanted: int, work: Path
+    parts: ModelParts, spec: EmbeddingSpec, prompts: PromptReader, wanted: int, window_rows: int, work: Path
 ) -> NDArray[np.float32]:
     """Unit rows float32 [n, V] of a seeded sample, in a mapped scratch file."""
     rows = _seeded_rows(len(prompts), wanted)
@@ -237,9 +248,8 @@ def _pilot_rows(
     )
     pilot = LogitEmbedder(parts, spec, np.zeros((spec.dimension, 0), dtype=np.float32))
     count = 0
-    step = pilot.max_window_rows
-    for start in range(0, len(rows), step):
-        window = pilot.pool(parts.tokenizer.encode(prompts.sample(rows[start : start + step])), _no_check)
+    for start in range(0, len(rows), window_rows):
+        window = pilot.pool(parts.tokenizer.encode(prompts.sample(rows[start : start + window_rows])), _no_check)
         unit_BV, _, norm_B = pilot.unit_rows(window, 0, len(window.ok_W))
         norms = norm_B.cpu().numpy()
         chosen = unit_BV.cpu().numpy()[window.ok_W & np.isfinite(norms) & (norms > 0)]

@@ -294,6 +294,9 @@ def decode_journal(content: bytes, *, name: str) -> tuple[list[JournalRecord], i
         end = content.find(b"\n", offset)
         value = None if end < 0 else _parse_journal_line(content[offset:end])
         if value is None:
+            if seq == 0 and not encode_journal_header().startswith(content.rstrip(b"\0")):
+                # cutting a torn tail must never empty a file of somebody else's
+                raise CorruptStoreError(f"{name} does not begin with a journal header", hint="is this a store?")
             if 0 <= end < len(content) - 1:
                 raise CorruptStoreError(f"{name}: line {seq + 1} (byte {offset}) fails its checksum", hint=hint)
             break

@@ -10,11 +10,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from embstore.core.format import canonical_json
 
 Message = Mapping[str, object]
 
+# Python's JSON gives up at a depth that depends on the caller's stack: what one run took, another could not read back.
+_MAX_NESTING = 100
+_TOO_DEEP = f"nested more than {_MAX_NESTING} levels deep"
 _PROMPT_FIELDS = frozenset({"id", "prompt", "messages", "prefix"})
 
 
@@ -60,7 +64,7 @@ class Rejected:
     reason: str
 
 
-def parse_line(line: bytes) -> Prompt | Rejected:  # noqa: PLR0911 - one return a reason
+def parse_line(line: bytes) -> Prompt | Rejected:
     """Read one JSONL line.
 
     Accepts ``prompt`` (text), ``messages`` (a chat list) or ``prefix`` (``{"messages": [...]}`` or text), in this order.
@@ -72,20 +76,9 @@ def parse_line(line: bytes) -> Prompt | Rejected:  # noqa: PLR0911 - one return 
     >>> parse_line(b'{"prompt": "  "}')
     Rejected(reason='the prompt is empty')
     """
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return Rejected(reason=f"not UTF-8 (byte {error.start})")
-    if not text.strip():
-        return Rejected(reason="empty line")
-    try:
-        record = json.loads(text, parse_constant=_no_number, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        return Rejected(reason=f"no JSON ({str(error)[:80]})")
-    if not isinstance(record, dict):
-        return Rejected(reason=f"not a JSON object but {type(record).__name__}")
-    if "\\ud" in text.lower() and not _encodable(record):
-        return Rejected(reason="holds a lone surrogate, which is no Unicode text")
+    record = _decode_object(line)
+    if isinstance(record, Rejected):
+        return record
     given = record.get("id")
     if isinstance(given, bool) or not isinstance(given, str | int | None):
         return Rejected(reason=f"the id is neither text nor a whole number but {type(given).__name__}")
@@ -148,6 +141,28 @@ def decode_row(line: bytes) -> Prompt:
     )
 
 
+def _decode_object(line: bytes) -> dict[str, Any] | Rejected:  # noqa: PLR0911 - one return a reason
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Rejected(reason=f"not UTF-8 (byte {error.start})")
+    if not text.strip():
+        return Rejected(reason="empty line")
+    try:
+        record = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+    except ValueError as error:
+        return Rejected(reason=f"no JSON ({str(error)[:80]})")
+    except RecursionError:
+        return Rejected(reason=_TOO_DEEP)
+    if not isinstance(record, dict):
+        return Rejected(reason=f"not a JSON object but {type(record).__name__}")
+    if text.count("[") + text.count("{") > _MAX_NESTING and _is_deeper(record, _MAX_NESTING):
+        return Rejected(reason=_TOO_DEEP)
+    if "\\ud" in text.lower() and not _encodable(record):
+        return Rejected(reason="holds a lone surrogate, which is no Unicode text")
+    return record
+
+
 def _chat(row_id: str | None, content: object, fields: Mapping[str, object]) -> Prompt | Rejected:
     if not isinstance(content, list):
         return Rejected(reason=f"the prompt is neither text nor a list of messages but {type(content).__name__}")
@@ -170,6 +185,14 @@ def _encodable(record: object) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _is_deeper(record: object, levels: int) -> bool:
+    layer: list[Any] = [record]
+    for _ in range(levels):
+        children = (list(value.values()) if isinstance(value, dict) else value for value in layer)
+        layer = [child for values in children for child in values if isinstance(child, dict | list)]
+    return bool(layer)
 
 
 def _no_number(name: str) -> object:

@@ -27,24 +27,29 @@ Buffer = bytes | bytearray | memoryview
 
 _BUFFER_BYTES = 1 << 20  # rows of a JSONL file are small: one write call a MiB, not one a row
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_WRONG_PLACE = (*_NOT_ALLOWED, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 @contextlib.contextmanager
-def storage_errors(doing: str, path: Path, *, resumable: bool = True) -> Iterator[None]:
-    """Turn an OSError into a StorageError that says what was being done, where, and what to do next."""
+def storage_errors(doing: str, path: Path, *, opening: bool = False) -> Iterator[None]:
+    """Turn an OSError into a StorageError that says what was being done, where, and what to do next.
+
+    ``opening``: the store is not open yet, so a place that cannot be written is a wrong --out, not an unfinished build.
+    """
     try:
         yield
     except EmbstoreError:  # some are OSErrors too, and say more than their errno
         raise
     except OSError as error:
-        hint = "mend the file system, then run the same command with --resume"
+        hint = "mend the file system, then run the command again (a build: with --resume)"
         if error.errno in _FULL:
-            hint = "free some space, then run the same command with --resume"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            hint = "free some space, then run the command again (a build: with --resume)"
+        elif error.errno in _NOT_ALLOWED or (opening and error.errno in _WRONG_PLACE):
             hint = "make the folder writable, or choose another --out"
         failure = StorageError(f"{doing} {path} failed: {error.strerror or error}", hint=hint)
         failure.errno = error.errno
-        if not resumable:
+        if opening and error.errno in _WRONG_PLACE:
             failure.exit_code = ExitCode.ERROR
         raise failure from error
 
@@ -68,11 +73,11 @@ def fsync_directory(path: Path) -> None:
             os.close(handle)
 
 
-def make_directory(path: Path) -> None:
+def make_directory(path: Path, *, opening: bool = False) -> None:
     """Create ``path`` and missing parents, each made durable in its own parent."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
-        with storage_errors("creating folder", folder, resumable=False):
+        with storage_errors("creating folder", folder, opening=opening):
             folder.mkdir()
         fsync_directory(folder.parent)
 
@@ -203,7 +208,7 @@ class WriterLock:
     """One writer per store: flock on a permanent file. The kernel drops it when the process dies, so it is never stale."""
 
     def __init__(self, path: Path) -> None:
-        with storage_errors("opening", path, resumable=False):
+        with storage_errors("opening", path, opening=True):
             self._handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
         try:
             self._acquire(path)
@@ -226,7 +231,7 @@ class WriterLock:
             ) from error
         # for the message above only: nobody decides anything by this text
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with storage_errors("writing", path, resumable=False):
+        with storage_errors("writing", path, opening=True):
             os.ftruncate(self._handle, 0)
             pwrite_all(self._handle, json.dumps(owner).encode(), 0)
 

@@ -40,7 +40,7 @@ class Journal:
 
     def __init__(self, root: Path) -> None:
         path = root / JOURNAL
-        with storage_errors("opening", path, resumable=False):
+        with storage_errors("opening", path, opening=True):
             self._handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._path = path
         self._broken = False
@@ -53,7 +53,7 @@ class Journal:
     def _open(self, root: Path) -> None:
         content = self._path.read_bytes()
         self._records, valid_bytes = decode_journal(content, name=JOURNAL)
-        with storage_errors("opening", self._path, resumable=False):
+        with storage_errors("opening", self._path, opening=True):
             if valid_bytes < len(content):
                 os.ftruncate(self._handle, valid_bytes)
             if valid_bytes == 0:

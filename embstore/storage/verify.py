@@ -144,16 +144,7 @@ def verify_store(root: Path) -> VerifyReport:
             findings.append(Finding(path=JOURNAL, message=torn))
         else:
             notes.append(f"{JOURNAL} {torn}: it was never acknowledged, a resume drops it")
-    digests: dict[str, FileDigest] = {}
-    for record in (state.prompts, state.spec):
-        digests |= record.files if record is not None else {}
-    if manifest is not None:
-        findings += [
-            Finding(path=MANIFEST, message=f"its digest of {name} is not the one in the journal")
-            for name, digest in digests.items()
-            if manifest.files.get(name) != digest
-        ]
-        digests = {**manifest.files, **digests}
+    digests = _expected_digests(state, manifest, findings)
     total_bytes = 0
     for name, digest in digests.items():
         problem = compare_file(root / name, digest)
@@ -163,9 +154,11 @@ def verify_store(root: Path) -> VerifyReport:
     spec = _read_spec(root, state, findings)
     num_chunks = 0
     if spec is not None:
-        for name in ROW_FILES:
-            if (problem := header_problem(root, spec, name)) is not None:
-                findings.append(Finding(path=name, message=problem))
+        findings += [
+            Finding(path=name, message=problem)
+            for name in ROW_FILES
+            if (problem := header_problem(root, spec, name)) is not None
+        ]
         for window in state.windows.values():
             findings += _window_findings(root, spec, window, decode=True)
             num_chunks += len(window.chunks)
@@ -192,7 +185,7 @@ def _expected_digests(state: JournalState, manifest: Manifest | None, findings: 
     if manifest is None:
         return digests
     findings += [
-        Finding(path=name, message="its digest in the manifest is not the one in the journal")
+        Finding(path=MANIFEST, message=f"its digest of {name} is not the one in the journal")
         for name, digest in digests.items()
         if manifest.files.get(name) != digest
     ]

@@ -98,7 +98,7 @@ class StoreWriter:
         self.root = root
         self._handles: dict[str, int] = {}
         _refuse_foreign(root)
-        make_directory(root)
+        make_directory(root, opening=True)
         self._lock = WriterLock(root / LOCK)
         try:
             self._journal = Journal(root)
@@ -314,7 +314,7 @@ def check_digest(name: str, content: bytes, digest: FileDigest) -> None:
 
 def _refuse_foreign(root: Path) -> None:
     """Never write into a folder of somebody else's files."""
-    with storage_errors("opening", root, resumable=False):
+    with storage_errors("opening", root, opening=True):
         if not root.exists():
             return
         names = {entry.name for entry in root.iterdir()}

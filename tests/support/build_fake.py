@@ -1,6 +1,7 @@
-"""A build with the fake embedder in a process of its own, for tests that kill it: ``python -m tests.support.build_fake PROMPTS STORE``.
+"""A build with the fake embedder in a process of its own, for tests that kill it.
 
-Prints one line for every acknowledged window, flushed, so the parent knows what must survive.
+``python -m tests.support.build_fake PROMPTS STORE`` prints ``ready`` once everything is imported, and a line for every window
+that is acknowledged, flushed, so that the parent knows when work began and what must survive.
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ from embstore.core.events import Event, RowsCommitted
 from embstore.pipeline import build
 from tests.support.fake import FakeSource
 
-CONFIG = BuildConfig(embedding=EmbeddingConfig(model="fake", chunk_rows=16, window_rows=32), density=DensityConfig(knn="exact"))
+CONFIG = BuildConfig(
+    embedding=EmbeddingConfig(model="fake", chunk_rows=16, window_rows=32), density=DensityConfig(knn="exact")
+)
 
 
 def main(prompts: str, store: str) -> int:
+    def say(line: str) -> None:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+
     def tell(event: Event) -> None:
         if isinstance(event, RowsCommitted):
-            sys.stdout.write(f"committed {event.start} {event.stop}\n")
-            sys.stdout.flush()
+            say(f"committed {event.start} {event.stop}")
 
+    say("ready")
     try:
         build(prompts, out=Path(store), config=CONFIG, resume=True, observer=tell, source=FakeSource())
     except EmbstoreError as error:

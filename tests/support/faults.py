@@ -16,8 +16,11 @@ from typing import Any
 
 import pytest
 
+from tests.support.power import Disk
+
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _BY_DESCRIPTOR = ("write", "pwrite", "fsync", "fdatasync", "ftruncate")
+SYNCS = ("fsync", "fdatasync")
 _BY_PATH = ("open", "rename", "unlink", "symlink", "mkdir", "rmdir")
 
 
@@ -37,15 +40,16 @@ class Call:
 class SystemCalls:
     """Records calls under ``root``; call ``fail_at`` (1-based, 0 never) dies or raises ``error``.
 
-    ``torn``: a write that dies writes its first half. ``before_sync`` is told of each fsync before it happens. Syncs are not
-    passed on to the kernel: what they would make durable is a model's business (tests/support/power.py), not the disk's.
+    ``torn``: a write that dies writes its first half. Syncs are not passed on to the kernel: what they make durable is the
+    business of ``disk``, a model; ``before_sync`` is told of each, and may look at what a power cut would leave.
     """
 
     root: Path
     fail_at: int = 0
     error: int | None = None
     torn: bool = False
-    before_sync: Callable[[int, str], None] | None = None
+    disk: Disk | None = None
+    before_sync: Callable[[], None] | None = None
     calls: list[Call] = field(default_factory=list)
     is_dead: bool = False
     _paths: dict[int, str] = field(default_factory=dict)
@@ -65,13 +69,18 @@ class SystemCalls:
             path = self._touched(name, args, options)
             if path is not None and (name != "open" or args[1] & _WRITING):
                 self._account(name, path, args, real)
-            if path is not None and name in ("fsync", "fdatasync"):
+            if path is not None and name in SYNCS:
                 if self.before_sync is not None:
-                    self.before_sync(args[0], path)
+                    self.before_sync()
+                if self.disk is not None:
+                    self.disk.synced(path)
                 return None
+            is_new = name == "open" and path is not None and not os.path.lexists(path)
             result = real(*args, **options)
             if name == "open" and path is not None:
                 self._paths[result] = path
+                if is_new and self.disk is not None:
+                    self.disk.created(path)
             return result
 
         return call

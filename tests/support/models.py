@@ -1,11 +1,12 @@
 """Tiny causal LMs of real transformers classes, saved as users have them: a folder with config, weights and tokenizer.
 
-Nothing is downloaded: weights are random and seeded, the tokenizer is a byte-level BPE trained on a few sentences. The head is
-scaled until logits have a standard deviation of at least 5, because small logits make every soft cap look linear.
+Nothing is downloaded: weights are random and seeded, the tokenizer is a byte-level BPE trained on a few words. The head
+is scaled until logits have a standard deviation of at least 5, because small logits make every soft cap look linear.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -22,13 +23,14 @@ from embstore.compute.embed import LogitEmbedder
 from embstore.compute.models import locate_model
 from embstore.compute.source import TorchSource
 from embstore.core.config import EmbeddingConfig
+from embstore.core.embedder import RowBlock
 from embstore.core.events import Event, ignore
 from embstore.core.prompts import Prompt
 
 VOCABULARY = 320  # columns of the logits; the tokenizer has fewer
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<|turn|>{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
 
-_WORDS = "the of a sum proof why does matrix light seven write code for prime numbers in rust and explain ünïcode".split()
+_TEXT = "the of a sum proof why does matrix light seven write code for prime numbers in rust and explain ünïcode"
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -59,7 +61,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
-def make_tokenizer(*, bos: bool = False, template: bool = False, left: bool = False, pad: bool = True) -> Any:
+def make_tokenizer(
+    *, bos: bool = False, template: bool = False, left: bool = False, pad: str | None = "</s>", eos: str | None = "</s>"
+) -> Any:
     """A byte-level BPE of fewer than VOCABULARY tokens: ids 0 to 2 are <s>, </s> and <|turn|>, special all three."""
     core = tokenizers.Tokenizer.from_str(_trained())
     if bos:
@@ -69,15 +73,15 @@ def make_tokenizer(*, bos: bool = False, template: bool = False, left: bool = Fa
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<s>",
-        eos_token="</s>",
-        pad_token="</s>" if pad else None,
+        eos_token=eos,
+        pad_token=pad,
         padding_side="left" if left else "right",
     )
     tokenizer.chat_template = TEMPLATE if template else None
     return tokenizer
 
 
-def make_model(name: str, *, seed: int = 0, logit_std: float = 5.0, **changes: object) -> Any:
+def make_model(name: str, *, seed: int = 0, logit_std: float = 6.0, **changes: object) -> Any:
     """A random model of one of CONFIGS, in float32 eval mode, its output layer scaled to the wanted logits."""
     config = CONFIGS[name]()
     config.update(changes)
@@ -86,7 +90,7 @@ def make_model(name: str, *, seed: int = 0, logit_std: float = 5.0, **changes: o
     head = model.get_output_embeddings()
     if head.bias is not None:
         head.bias.normal_()
-    tokens = torch.randint(3, 256, (4, 48))
+    tokens = torch.randint(3, min(256, config.vocab_size), (4, 48))
     while (found := float(model(input_ids=tokens).logits.std())) < logit_std:
         factor = min(2.0, 1.05 * logit_std / found)
         head.weight.mul_(factor)
@@ -97,8 +101,12 @@ def make_model(name: str, *, seed: int = 0, logit_std: float = 5.0, **changes: o
 
 def save_model(folder: Path, model: Any, tokenizer: Any) -> Path:
     """A model folder as ``save_pretrained`` leaves it."""
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if bars:
+        transformers.utils.logging.enable_progress_bar()
     return folder
 
 
@@ -119,7 +127,7 @@ def make_prompts(count: int, *, seed: int = 0, longest: int = 24) -> list[Prompt
     """Texts of 1 to ``longest`` words, short ones more often."""
     random = np.random.default_rng(seed)
     lengths = 1 + (random.random(count) ** 2 * longest).astype(int)
-    texts = [" ".join(random.choice(_WORDS, size=length)) for length in lengths]
+    texts = [" ".join(random.choice(_TEXT.split(), size=length)) for length in lengths]
     return [Prompt(id=None, text=f"{text} {row}") for row, text in enumerate(texts)]
 
 
@@ -133,7 +141,7 @@ def open_embedder(
     **settings: Any,
 ) -> LogitEmbedder:
     """A new embedder as ``build`` makes it; float32 unless told otherwise."""
-    config = EmbeddingConfig(model=str(folder), **({"dtype": "float32", "device": "cpu", "threads": 2} | settings))
+    config = EmbeddingConfig(model=str(folder), **({"dtype": "float32", "device": "cpu", "threads": 1} | settings))
     source = TorchSource(locate_model(config))
     work.mkdir(exist_ok=True)
     return source.create(PromptList(list(prompts)), config, memory_bytes=memory_bytes, work=work, observer=observer)
@@ -146,15 +154,74 @@ def rows_before_rounding(embedder: LogitEmbedder, prompts: Sequence[Prompt]) -> 
         return embedder.unit_rows(window, 0, len(prompts))[0].double().cpu().numpy()
 
 
-def oracle_rows(model: Any, tokens: Sequence[Sequence[int]], own: Sequence[Sequence[bool]]) -> NDArray[np.float64]:
-    """Unit mean logits in float64 by the unmodified class, one unpadded prompt at a time: [N, V]."""
-    rows = []
+def oracle_logits(model: Any, tokens: Sequence[Sequence[int]]) -> list[NDArray[np.float64]]:
+    """Logits float64 [T, V] of each prompt by the unmodified class, one unpadded prompt at a time."""
+    double = copy.deepcopy(model).double()
     with torch.inference_mode():
-        for ids, mask in zip(tokens, own, strict=True):
-            logits_TV = model(input_ids=torch.tensor([ids])).logits[0]
-            mean_V = logits_TV[torch.tensor(mask)].mean(0).numpy()
-            rows.append(mean_V / np.linalg.norm(mean_V))
-    return np.stack(rows)
+        return [double(input_ids=torch.tensor([list(ids)])).logits[0].numpy() for ids in tokens]
+
+
+def unit_mean(logits_TV: NDArray[np.float64], own_T: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+    """The row these logits make: mean over own tokens (all of them by default), L2 norm 1."""
+    mean_V = (logits_TV if own_T is None else logits_TV[own_T]).mean(axis=0)
+    return mean_V / np.linalg.norm(mean_V)
+
+
+PROMPTS = make_prompts(24)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One model class, embedded and computed by the oracle."""
+
+    folder: Path
+    model: Any
+    embedder: LogitEmbedder
+    logits: list[NDArray[np.float64]]  # [T, V] of each prompt
+    rows_NV: NDArray[np.float64]  # before rounding
+    blocks: list[RowBlock]  # as stored
+
+    @functools.cached_property
+    def stored_NV(self) -> NDArray[np.float64]:
+        return np.concatenate([block.emb_BV for block in self.blocks]).astype(np.float64)
+
+    @functools.cached_property
+    def coord_NR(self) -> NDArray[np.float64]:
+        return np.concatenate([block.coord_BR for block in self.blocks]).astype(np.float64)
+
+    @functools.cached_property
+    def residual_N(self) -> NDArray[np.float64]:
+        return np.concatenate([block.residual_B for block in self.blocks]).astype(np.float64)
+
+
+def make_case(name: str, root: Path) -> Case:
+    """One of CONFIGS, saved under ``root``, with PROMPTS embedded."""
+    tokenizer, model = make_tokenizer(), make_model(name)
+    folder = save_model(root / name, model, tokenizer)
+    embedder = open_embedder(folder, PROMPTS, root / f"{name} work")
+    return Case(
+        folder=folder,
+        model=model,
+        embedder=embedder,
+        logits=oracle_logits(model, [tokenizer(prompt.text).input_ids for prompt in PROMPTS]),
+        rows_NV=rows_before_rounding(embedder, PROMPTS),
+        blocks=embed(embedder, PROMPTS),
+    )
+
+
+def embed(embedder: LogitEmbedder, prompts: list[Prompt]) -> list[RowBlock]:
+    """All prompts in one window, ten rows a block."""
+    return list(embedder.embed(prompts, first_row=0, chunk_rows=10, check=lambda: None))
+
+
+def reopened(folder: Path, like: LogitEmbedder) -> LogitEmbedder:
+    """An embedder of another model under the spec and basis of ``like``, as a resume makes it."""
+    return TorchSource(locate_model(EmbeddingConfig(model=str(folder)))).reopen(like.spec, like.basis_VR)
+
+
+def distances(first_NV: NDArray[np.float64], second_NV: NDArray[np.float64]) -> NDArray[np.float64]:
+    """L2 distance of each pair of rows."""
+    return np.linalg.norm(first_NV - second_NV, axis=-1)
 
 
 @functools.cache
@@ -168,5 +235,5 @@ def _trained() -> str:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator([" ".join(_WORDS)] * 8, trainer)
+    core.train_from_iterator([_TEXT] * 8, trainer)
     return str(core.to_str())

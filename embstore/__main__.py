@@ -1,0 +1,5 @@
+"""``python -m embstore`` is the ``embstore`` command."""
+
+from embstore.cli import main
+
+main()

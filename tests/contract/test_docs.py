@@ -1,0 +1,48 @@
+"""Documents that are made from the code, or make claims about it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from embstore.core import format as contract
+from embstore.core.errors import EmbstoreError
+from scripts import cli_docs
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_cli_page_is_what_the_commands_say() -> None:
+    assert cli_docs.PAGE.read_text(encoding="utf-8") == cli_docs.page(), "run: python -m scripts.cli_docs"
+
+
+def test_format_page_names_every_file_of_a_store() -> None:
+    page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    names = [
+        value for name, value in vars(contract).items() if name.isupper() and isinstance(value, str) and "/" not in value
+    ]
+    assert names
+    assert [name for name in names if name not in page] == []
+
+
+def test_every_link_of_the_readme_leads_somewhere() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_decisions_have_unique_numbers() -> None:
+    numbers = [path.name[:4] for path in (ROOT / "docs" / "decisions").glob("*.md")]
+    assert sorted(numbers) == [f"{number:04d}" for number in range(1, len(numbers) + 1)]
+
+
+def test_error_kinds_are_unique_and_drawn_in_the_tree() -> None:
+    def leaves(error: type[EmbstoreError]) -> list[type[EmbstoreError]]:
+        return [error, *(leaf for child in error.__subclasses__() for leaf in leaves(child))]
+
+    errors = leaves(EmbstoreError)
+    kinds = [error.kind for error in errors]
+    assert len(kinds) == len(set(kinds))
+    module = __import__("embstore.core.errors", fromlist=["errors"])
+    assert [error.__name__ for error in errors if error.__name__ not in str(module.__doc__)] == []

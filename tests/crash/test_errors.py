@@ -1,0 +1,248 @@
+"""What a file system or a person does to a running build: an error with the right code, nothing committed lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from embstore.core.errors import (
+    BuildInterruptedError,
+    ExitCode,
+    StorageError,
+    StoreExistsError,
+    StoreLockedError,
+)
+from embstore.storage.journal import read_journal
+from embstore.storage.writer import StoreWriter
+from tests.support.fake import FakeSource
+from tests.support.faults import SYNCS, Call, SystemCalls
+from tests.support.stores import (
+    WINDOWS,
+    Acknowledged,
+    HookedSource,
+    Stopped,
+    build_small,
+    snapshot,
+    whole_tree,
+)
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+def _calls(prompts: Path, store: Path) -> list[Call]:
+    with SystemCalls(root=store).watching() as calls:
+        build_small(prompts, store)
+    return calls.calls
+
+
+def _distinct(calls: list[Call]) -> list[int]:
+    """The first call of each kind on each file; chunks count as one file, temp names without the process id."""
+    seen: dict[tuple[str, str], int] = {}
+    for point, call in enumerate(calls, start=1):
+        name = "chunk" if "/c." in call.path or "/.c." in call.path else call.path
+        seen.setdefault((call.name, name), point)
+    return sorted(seen.values())
+
+
+def test_any_disk_error_ends_the_build_with_a_storage_error_and_a_resume_finishes_it(
+    small_prompts: Path, finished_store: Path, tmp_path: Path
+) -> None:
+    reference = snapshot(finished_store)
+    points = _distinct(_calls(small_prompts, tmp_path / "count"))
+    assert len(points) > 80
+    for number, point in enumerate(points):
+        store = tmp_path / f"store-{point}"
+        acknowledged, source = Acknowledged(), FakeSource()
+        code = DISK_ERRORS[number % len(DISK_ERRORS)]
+        with SystemCalls(root=store, fail_at=point, error=code).watching() as calls:
+            error = _storage_error(small_prompts, store, acknowledged)
+            failed = calls.calls[point - 1]
+            if error is None:
+                assert failed.path.startswith("work"), f"{failed}: only scratch files are not worth failing for"
+            else:
+                assert error.errno == code
+                assert os.strerror(code) in str(error)
+                assert str(store) in str(error)
+                assert error.hint is not None
+                assert error.exit_code == ExitCode.INCOMPLETE
+            _assert_no_sync_twice(calls.calls, point)
+            build_small(small_prompts, store, source=source)
+        assert snapshot(store) == reference, calls.calls[point - 1]
+        assert not set(source.calls) & set(acknowledged.windows)
+
+
+def _storage_error(prompts: Path, store: Path, acknowledged: Acknowledged) -> StorageError | None:
+    try:
+        build_small(prompts, store, observer=acknowledged)
+    except StorageError as error:
+        return error
+    return None
+
+
+def _assert_no_sync_twice(calls: list[Call], point: int) -> None:
+    """A failed fsync marks pages clean: trying again on the same file would claim what is not true."""
+    failed = calls[point - 1]
+    if failed.name in SYNCS:
+        assert failed not in calls[point:], f"{failed} was tried again"
+
+
+def test_a_folder_that_cannot_be_written_is_refused_with_a_hint(small_prompts: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    for code in (errno.EROFS, errno.EACCES, errno.EPERM):
+        with (
+            SystemCalls(root=store, fail_at=1, error=code).watching() as calls,
+            pytest.raises(StorageError, match="store") as caught,
+        ):
+            build_small(small_prompts, store)
+        assert calls.calls == [Call("mkdir", ".")]
+        assert caught.value.exit_code == ExitCode.ERROR, "there is nothing to resume"
+        assert caught.value.hint == "make the folder writable, or choose another --out"
+        assert not store.exists()
+
+
+def test_a_path_below_a_file_is_refused(small_prompts: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    for store in (tmp_path / "file", tmp_path / "file" / "store"):
+        with pytest.raises((StorageError, StoreExistsError)) as caught:
+            build_small(small_prompts, store)
+        assert caught.value.exit_code == ExitCode.ERROR
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_a_full_disk_while_logging_the_run_is_a_storage_error(
+    unfinished: Path, small_prompts: Path, finished_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("embstore.storage.writer.RUNS", "no such folder/runs.jsonl")
+        with pytest.raises(StorageError, match=r"runs\.jsonl"):
+            build_small(small_prompts, unfinished)
+    build_small(small_prompts, unfinished)
+    assert snapshot(unfinished) == snapshot(finished_store)
+
+
+def test_a_signal_during_a_window_commits_it_and_stops(small_prompts: Path, tmp_path: Path, finished_store: Path) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        store = tmp_path / number.name
+        source = HookedSource(lambda row, number=number: signal.raise_signal(number) if row == 32 else None)
+        with pytest.raises(BuildInterruptedError, match="after committing") as caught:
+            build_small(small_prompts, store, source=source)
+        assert caught.value.exit_code == ExitCode.INTERRUPTED == 130
+        assert "--resume" in str(caught.value.hint)
+        assert source.calls == WINDOWS[:2]
+        assert [(window.start, window.stop) for window in read_journal(store).windows.values()] == WINDOWS[:2]
+        assert not (store / "manifest.json").exists()
+        again = FakeSource()
+        build_small(None, store, source=again)
+        assert again.calls == WINDOWS[2:]
+        assert snapshot(store) == snapshot(finished_store)
+
+
+def test_a_second_signal_abandons_the_window_and_writes_nothing_more(small_prompts: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    before: dict[str, str] = {}
+
+    def twice(row: int) -> None:
+        if row == 32:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            before.update(whole_tree(store))
+
+    with pytest.raises(BuildInterruptedError, match="abandoned") as caught:
+        build_small(small_prompts, store, source=HookedSource(twice))
+    assert caught.value.exit_code == ExitCode.INTERRUPTED
+    assert list(read_journal(store).windows) == [0]
+    after = whole_tree(store)
+    # the chunk at hand may still land, as nobody's; no commit, no other file
+    assert {name for name in after if after[name] != before.get(name)} <= {"embeddings.zarr/c.2.0"}
+
+
+def test_a_signal_outside_a_window_stops_at_once(small_prompts: Path, tmp_path: Path, finished_store: Path) -> None:
+    store = tmp_path / "store"
+
+    def interrupt(event: object) -> None:
+        if type(event).__name__ == "Preflight":
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(BuildInterruptedError, match="SIGTERM"):
+        build_small(small_prompts, store, observer=interrupt)
+    assert not read_journal(store).windows
+    build_small(None, store)
+    assert snapshot(store) == snapshot(finished_store)
+
+
+def test_handlers_for_signals_are_given_back(small_prompts: Path, tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    build_small(small_prompts, tmp_path / "store")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_an_error_in_the_embedder_publishes_nothing(small_prompts: Path, tmp_path: Path) -> None:
+    def stop(row: int) -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        build_small(small_prompts, tmp_path / "store", source=HookedSource(stop))
+    assert not (tmp_path / "store" / "manifest.json").exists()
+    assert not list((tmp_path / "store").rglob("*.tmp"))
+
+
+def test_a_second_writer_is_refused_while_the_first_builds(
+    small_prompts: Path, tmp_path: Path, finished_store: Path
+) -> None:
+    store = tmp_path / "store"
+    refused: list[StoreLockedError] = []
+
+    def build_too(row: int) -> None:
+        if row == 16:
+            with pytest.raises(StoreLockedError) as caught:
+                build_small(small_prompts, store)
+            refused.append(caught.value)
+
+    build_small(small_prompts, store, source=HookedSource(build_too))
+    assert len(refused) == 1
+    assert refused[0].exit_code == ExitCode.LOCKED
+    assert f'"pid": {os.getpid()}' in str(refused[0])
+    assert snapshot(store) == snapshot(finished_store)
+
+
+def test_a_second_process_is_refused_and_names_the_holder(unfinished: Path, small_prompts: Path) -> None:
+    with StoreWriter(unfinished, resume=True):
+        command = [sys.executable, "-m", "tests.support.build_fake", str(small_prompts), str(unfinished)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == ExitCode.LOCKED
+    assert f'"pid": {os.getpid()}' in done.stderr
+
+
+@pytest.mark.parametrize("names", [["thesis.tex"], [".lock", "thesis.tex"], ["weights"]])
+def test_a_folder_of_somebody_elses_files_is_never_written_to(names: list[str], small_prompts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("mine")
+    with pytest.raises(StoreExistsError, match="not empty and holds no store"):
+        build_small(small_prompts, folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    assert {path.read_text() for path in folder.iterdir()} == {"mine"}
+
+
+@pytest.mark.parametrize("content", [b"hello", b"hello\n", b'{"my": "journal"}\n', b"one\ntwo\n"])
+def test_a_journal_that_is_not_ours_is_never_cut(content: bytes, small_prompts: Path, tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").write_bytes(content)
+    with pytest.raises(Exception, match=r"journal\.jsonl") as caught:
+        build_small(small_prompts, tmp_path)
+    assert caught.value.exit_code == ExitCode.CORRUPT  # type: ignore[attr-defined]
+    assert (tmp_path / "journal.jsonl").read_bytes() == content
+
+
+def test_a_store_is_not_built_over_without_resume(store: Path, small_prompts: Path) -> None:
+    before = whole_tree(store)
+    with pytest.raises(StoreExistsError, match="already holds a store") as caught:
+        build_small(small_prompts, store, resume=False)
+    assert "--resume" in str(caught.value.hint)
+    assert whole_tree(store) == before

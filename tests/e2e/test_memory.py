@@ -1,0 +1,53 @@
+"""The memory promise: anonymous memory above the baseline stays under the budget, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embstore.memory import MemoryMeter, read_memory
+from tests.support.models import make_model, make_tokenizer, save_model
+
+pytestmark = pytest.mark.skipif(read_memory() is None, reason="the kernel does not tell anonymous memory (not Linux)")
+
+
+def wait_for(meter: MemoryMeter, wanted: int) -> int:
+    deadline = time.monotonic() + 5
+    while (meter.peak_anonymous_bytes or 0) < wanted and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return meter.peak_anonymous_bytes or 0
+
+
+def test_the_meter_counts_what_is_allocated_and_not_what_is_mapped(tmp_path: Path) -> None:
+    size = 96 << 20
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * size)
+    with MemoryMeter() as meter:
+        meter.set_baseline()
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            assert sum(mapped[offset] for offset in range(0, size, 4096)) > 0  # every page is resident
+            assert wait_for(meter, size) < size // 2
+        held = np.ones(size // 8)
+        assert wait_for(meter, size) >= size
+    assert held[0] == 1
+
+
+@pytest.mark.parametrize(("budget_mib", "kind"), [(96, "llama"), (160, "gemma2")])
+def test_a_build_stays_under_its_budget(budget_mib: int, kind: str, tmp_path: Path) -> None:
+    # 20,000 columns: rows are 40 kB, a default chunk would be 32 MiB and its float32 work several times that
+    model = save_model(tmp_path / "model", make_model(kind, vocab_size=20_000, logit_std=1.0), make_tokenizer())
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"prompt number {index} of many"}) + "\n" for index in range(700)))
+    command = [sys.executable, "-m", "embstore", "build", prompts, "--model", model, "--out", tmp_path / "store"]
+    command += ["--memory-budget", f"{budget_mib}MiB", "--json"]
+    result = subprocess.run([str(word) for word in command], check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    peak = json.loads(result.stdout)["peak_anonymous_bytes"]
+    assert 0 < peak <= budget_mib << 20

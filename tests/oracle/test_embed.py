@@ -1,0 +1,224 @@
+"""Rows of real model classes against the mean of their full logits in float64, and what may not move a row."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embstore.core.errors import ModelError
+from embstore.core.events import Event, Notice
+from embstore.core.prompts import Prompt
+from tests.support.models import (
+    PROMPTS,
+    VOCABULARY,
+    Case,
+    distances,
+    embed,
+    make_model,
+    make_tokenizer,
+    open_embedder,
+    oracle_logits,
+    reopened,
+    rows_before_rounding,
+    save_model,
+    unit_mean,
+)
+
+AFFINE_SCALES = {"llama": 1.0, "llama-tied": 1.0, "gpt2": 1.0, "phi": 1.0, "granite": 1 / 3, "cohere": 0.25}
+STREAMED = ("gemma2", "nanochat", "modernbert-decoder")
+CLASSES = [*AFFINE_SCALES, *STREAMED]
+# Rows of these share one direction (a bias), as rows of trained models do; others spread ten times as far, and so do errors.
+BIASED = ("phi", "modernbert-decoder")
+
+CaseOf = Callable[[str], Case]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_rows_are_the_float64_mean_of_full_logits(case_of: CaseOf, name: str) -> None:
+    case = case_of(name)
+    assert np.concatenate(case.logits).std() >= 5
+    expected_NV = np.stack([unit_mean(logits_TV) for logits_TV in case.logits])
+    assert distances(case.rows_NV, expected_NV).max() <= 5e-6
+
+
+@pytest.mark.parametrize(("name", "scale"), AFFINE_SCALES.items())
+def test_a_linear_head_is_pooled_before(case_of: CaseOf, name: str, scale: float) -> None:
+    spec = case_of(name).embedder.spec
+    assert spec.head == "affine"
+    assert spec.head_scale == pytest.approx(scale, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_capped_or_network_head_is_streamed(case_of: CaseOf, name: str) -> None:
+    assert case_of(name).embedder.spec.head == "streamed"
+
+
+@pytest.mark.parametrize("name", ["gemma2", "nanochat"])
+def test_a_cap_streams_even_where_logits_never_reach_it(name: str, tmp_path: Path) -> None:
+    model = make_model(name, logit_std=0.0)
+    model.get_output_embeddings().weight.mul_(1e-4)
+    embedder = open_embedder(save_model(tmp_path / "model", model, make_tokenizer()), PROMPTS, tmp_path / "work")
+    assert embedder.spec.head == "streamed"
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_batch_mates_do_not_move_a_row(case_of: CaseOf, name: str) -> None:
+    embedder, together_NV = case_of(name).embedder, case_of(name).rows_NV
+    for row in range(0, len(PROMPTS), 3):
+        assert distances(rows_before_rounding(embedder, [PROMPTS[row]])[0], together_NV[row]) <= 2e-6
+    some = list(range(len(PROMPTS) - 1, 0, -2))
+    assert distances(rows_before_rounding(embedder, [PROMPTS[row] for row in some]), together_NV[some]).max() <= 2e-6
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_batch_mates_hardly_move_a_bfloat16_row(case_of: CaseOf, name: str, tmp_path: Path) -> None:
+    case = case_of(name)
+    embedder = open_embedder(case.folder, PROMPTS, tmp_path, dtype="bfloat16")
+    assert embedder.spec.dtype == "bfloat16"
+    together_NV = rows_before_rounding(embedder, PROMPTS)
+    assert 1e-5 < distances(together_NV, case.rows_NV).max() < 1e-2  # it did run in bfloat16
+    for row in range(0, len(PROMPTS), 4):
+        assert distances(rows_before_rounding(embedder, [PROMPTS[row]])[0], together_NV[row]) <= 5e-4
+
+
+def test_padding_side_and_pad_token_do_not_matter(case_of: CaseOf, tmp_path: Path) -> None:
+    case = case_of("llama")
+    variants = [{"left": True}, {"pad": "<s>"}, {"pad": "<|turn|>"}, {"pad": None}, {"pad": None, "eos": None}]
+    for number, options in enumerate(variants):
+        folder = save_model(tmp_path / str(number), case.model, make_tokenizer(**options))
+        rows_NV = rows_before_rounding(open_embedder(folder, PROMPTS, tmp_path / "work"), PROMPTS)
+        assert distances(rows_NV, case.rows_NV).max() <= 1e-7, options
+
+
+def test_a_tokenizer_file_that_pads_and_truncates_changes_no_row(case_of: CaseOf, tmp_path: Path) -> None:
+    case, tokenizer = case_of("llama"), make_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=100)
+    folder = save_model(tmp_path / "model", case.model, tokenizer)
+    rows_NV = rows_before_rounding(open_embedder(folder, PROMPTS, tmp_path / "work"), PROMPTS)
+    assert distances(rows_NV, case.rows_NV).max() <= 1e-7
+
+
+@pytest.mark.parametrize("name", ["llama", "nanochat"])
+def test_special_tokens_condition_but_are_not_pooled(case_of: CaseOf, name: str, tmp_path: Path) -> None:
+    case, tokenizer = case_of(name), make_tokenizer(bos=True)
+    folder = save_model(tmp_path / "model", case.model, tokenizer)
+    rows_NV = rows_before_rounding(open_embedder(folder, PROMPTS, tmp_path / "work"), PROMPTS)
+    with_special = [tokenizer(prompt.text).input_ids for prompt in PROMPTS]
+    assert all(ids[0] == 0 and ids[-1] == 1 for ids in with_special)
+    logits = oracle_logits(case.model, with_special)
+    assert distances(rows_NV, np.stack([unit_mean(logits_TV[1:-1]) for logits_TV in logits])).max() <= 5e-6
+    assert distances(rows_NV, np.stack([unit_mean(logits_TV) for logits_TV in logits])).min() > 1e-3
+    assert distances(rows_NV, case.rows_NV).min() > 1e-3
+
+
+def chats() -> list[Prompt]:
+    turns = [("system", "be brief"), ("user", "why does light"), ("assistant", "a sum of seven"), ("user", "explain")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return [Prompt(id=None, messages=tuple(messages[start:stop])) for start, stop in ((0, 2), (1, 2), (0, 4), (1, 4))]
+
+
+def test_a_chat_goes_through_the_template_and_pools_no_marker(case_of: CaseOf, tmp_path: Path) -> None:
+    """<|turn|> is special only to the template: no named special token of the tokenizer."""
+    case, tokenizer = case_of("llama"), make_tokenizer(bos=True, template=True)
+    folder = save_model(tmp_path / "model", case.model, tokenizer)
+    rows_NV = rows_before_rounding(open_embedder(folder, chats(), tmp_path / "work"), chats())
+    texts = ["<s>" + "".join(f"<|turn|>{m['role']}: {m['content']}" for m in chat.messages or ()) for chat in chats()]
+    tokens = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    assert [ids.count(2) for ids in tokens] == [2, 1, 4, 3]
+    own = [np.array(ids) > 2 for ids in tokens]
+    logits = oracle_logits(case.model, tokens)
+    expected_NV = np.stack([unit_mean(logits_TV, own_T) for logits_TV, own_T in zip(logits, own, strict=True)])
+    assert distances(rows_NV, expected_NV).max() <= 5e-6
+
+
+def test_a_chat_without_a_template_is_its_lines(case_of: CaseOf) -> None:
+    embedder = case_of("llama").embedder
+    lines = "system: be brief\nuser: why does light"
+    as_chat_NV = rows_before_rounding(embedder, chats()[:1])
+    assert np.array_equal(as_chat_NV, rows_before_rounding(embedder, [Prompt(id=None, text=lines)]))
+
+
+def test_a_template_that_refuses_names_the_prompt(case_of: CaseOf, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(template=True)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    folder = save_model(tmp_path / "model", case_of("llama").model, tokenizer)
+    with pytest.raises(ModelError, match="'chat-7': roles must alternate"):
+        open_embedder(folder, [dataclasses.replace(chats()[0], id="chat-7")], tmp_path / "work")
+
+
+def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", make_model("llama", vocab_size=150), make_tokenizer())
+    with pytest.raises(ModelError, match="the model knows 150 tokens"):
+        open_embedder(folder, PROMPTS, tmp_path / "work")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_only_the_first_max_tokens_count(case_of: CaseOf, name: str, tmp_path: Path) -> None:
+    case = case_of(name)
+    embedder = open_embedder(case.folder, PROMPTS, tmp_path, max_tokens=7)
+    expected_NV = np.stack([unit_mean(logits_TV[:7]) for logits_TV in case.logits])
+    assert distances(rows_before_rounding(embedder, PROMPTS), expected_NV).max() <= 5e-6
+    embed(embedder, PROMPTS)
+    lengths = np.array([len(logits_TV) for logits_TV in case.logits])
+    assert 0 < embedder.counts.truncated == (lengths > 7).sum() < len(PROMPTS)
+    assert embedder.counts.tokens == np.minimum(lengths, 7).sum()
+
+
+def test_max_tokens_never_passes_the_models_positions(case_of: CaseOf, tmp_path: Path) -> None:
+    notices: list[Event] = []
+    longest = Prompt(id=None, text="why " * 300)
+    embedder = open_embedder(case_of("gpt2").folder, [longest], tmp_path, max_tokens=500, observer=notices.append)
+    assert embedder.spec.max_tokens == 128
+    assert any(isinstance(event, Notice) and "128" in event.message for event in notices)
+    embed(embedder, [longest])
+    assert (embedder.counts.tokens, embedder.counts.truncated) == (128, 1)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi", "nanochat"])
+def test_vocab_tokenizer_drops_padding_columns(case_of: CaseOf, name: str, tmp_path: Path) -> None:
+    case, columns = case_of(name), len(make_tokenizer())
+    assert columns < VOCABULARY == case.embedder.spec.dimension
+    embedder = open_embedder(case.folder, PROMPTS, tmp_path, vocab="tokenizer")
+    assert (embedder.spec.dimension, embedder.spec.columns) == (columns, "tokenizer")
+    expected_NV = np.stack([unit_mean(logits_TV[:, :columns]) for logits_TV in case.logits])
+    assert distances(rows_before_rounding(embedder, PROMPTS), expected_NV).max() <= 5e-6
+    block = embed(embedder, PROMPTS)[0]
+    assert block.emb_BV.shape[1] == embedder.basis_VR.shape[0] == columns
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_stored_row_is_the_rounding_of_its_row(case_of: CaseOf, name: str) -> None:
+    case = case_of(name)
+    assert [block.emb_BV.shape for block in case.blocks] == [(10, VOCABULARY), (10, VOCABULARY), (4, VOCABULARY)]
+    assert case.blocks[0].emb_BV.dtype == np.float16
+    half_ulp_NV = np.spacing(np.abs(case.rows_NV).astype(np.float16)).astype(np.float64) / 2
+    assert (np.abs(case.stored_NV - case.rows_NV) <= half_ulp_NV + 1e-7).all()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_coordinates_keep_distances_within_the_residuals(case_of: CaseOf, name: str) -> None:
+    case = case_of(name)
+    basis_VR = case.embedder.basis_VR.astype(np.float64)
+    assert np.abs(basis_VR.T @ basis_VR - np.eye(basis_VR.shape[1])).max() <= 1e-6
+    assert distances(case.coord_NR, case.rows_NV @ basis_VR).max() <= 2e-6
+    expected_N = np.linalg.norm(case.stored_NV - case.coord_NR @ basis_VR.T, axis=1)
+    assert case.residual_N == pytest.approx(expected_N, abs=1e-5)
+    assert case.residual_N.max() < (5e-4 if name in AFFINE_SCALES else 5e-2)
+    left, right = np.triu_indices(len(PROMPTS), 1)
+    between = distances(case.stored_NV[left], case.stored_NV[right])
+    error = np.abs(between - distances(case.coord_NR[left], case.coord_NR[right]))
+    assert (error <= case.residual_N[left] + case.residual_N[right] + 1e-6).all()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_reopened_embedder_gives_the_same_bytes(case_of: CaseOf, name: str) -> None:
+    case = case_of(name)
+    for again, first in zip(embed(reopened(case.folder, case.embedder), PROMPTS), case.blocks, strict=True):
+        assert np.array_equal(again.emb_BV, first.emb_BV)
+        assert np.array_equal(again.coord_BR, first.coord_BR)
+        assert np.array_equal(again.residual_B, first.residual_B)

@@ -1,0 +1,149 @@
+"""A failure in a model fails one row, by name; a batch too large is split; no tensor is as large as logits of a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from embstore.compute.heads import SplitModel
+from embstore.core.embedder import RowBlock
+from embstore.core.errors import ModelError, RowError
+from embstore.core.prompts import Prompt
+from tests.support.models import (
+    PROMPTS,
+    Case,
+    distances,
+    embed,
+    make_model,
+    make_prompts,
+    make_tokenizer,
+    open_embedder,
+    reopened,
+    save_model,
+)
+
+CaseOf = Callable[[str], Case]
+
+
+def failures(blocks: list[RowBlock]) -> dict[int, str]:
+    return {failed.row: failed.reason for block in blocks for failed in block.failed}
+
+
+@pytest.mark.parametrize("longest_fails", [False, True])
+def test_rows_a_nan_reaches_fail_by_name_and_no_other_row_moves(
+    case_of: CaseOf, longest_fails: bool, tmp_path: Path
+) -> None:
+    """One embedding is NaN. Where the probe's prompt holds it, the head gets no verdict and is streamed."""
+    tokenizer, model = make_tokenizer(), make_model("llama")
+    (poison,) = tokenizer("~").input_ids
+    model.get_input_embeddings().weight[poison] = math.nan
+    prompts = list(PROMPTS)
+    by_length = sorted(range(len(prompts)), key=lambda row: len(case_of("llama").logits[row]))
+    bad = {*by_length[:2], *(by_length[-1:] if longest_fails else [])}
+    for row in bad:
+        prompts[row] = dataclasses.replace(prompts[row], text=f"{prompts[row].text} ~")
+    embedder = open_embedder(save_model(tmp_path / "model", model, tokenizer), prompts, tmp_path / "work")
+    assert embedder.spec.head == ("streamed" if longest_fails else "affine")
+    blocks = embed(embedder, prompts)
+    assert failures(blocks) == dict.fromkeys(sorted(bad), "the model gives a non-finite logit")
+    emb_NV = np.concatenate([block.emb_BV for block in blocks]).astype(np.float64)
+    coord_NR = np.concatenate([block.coord_BR for block in blocks])
+    residual_N = np.concatenate([block.residual_B for block in blocks])
+    good = [row for row in range(len(prompts)) if row not in bad]
+    assert distances(emb_NV[good], case_of("llama").stored_NV[good]).max() <= 2e-4
+    assert np.isfinite(coord_NR[good]).all()
+    for array in (emb_NV, coord_NR, residual_N):
+        assert np.isnan(array[sorted(bad)]).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "nanochat"])
+@pytest.mark.parametrize(
+    ("value", "reason"), [(math.nan, "the model gives a non-finite logit"), (0.0, "the mean logits have zero norm")]
+)
+def test_a_dead_head_fails_every_row_by_name(case_of: CaseOf, name: str, value: float, reason: str, tmp_path: Path) -> None:
+    model = make_model(name)
+    model.get_output_embeddings().weight.fill_(value)
+    folder = save_model(tmp_path / "model", model, make_tokenizer())
+    with pytest.raises(RowError, match="no sampled prompt"):
+        open_embedder(folder, PROMPTS, tmp_path / "work")
+    blocks = list(reopened(folder, case_of(name).embedder).embed(PROMPTS, first_row=70, chunk_rows=10, check=lambda: None))
+    assert failures(blocks) == dict.fromkeys(range(70, 70 + len(PROMPTS)), reason)
+    assert all(np.isnan(block.emb_BV).all() for block in blocks)
+
+
+def test_a_prompt_without_own_tokens_fails_by_name(case_of: CaseOf, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", case_of("phi").model, make_tokenizer(template=True))
+    only_markers = Prompt(id=None, text="")
+    embedder = open_embedder(folder, PROMPTS, tmp_path / "work")
+    blocks = embed(embedder, [PROMPTS[0], only_markers, PROMPTS[1]])
+    assert failures(blocks) == {1: "the tokenizer gives no tokens of its own"}
+
+
+@pytest.fixture
+def device_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Set how many rows fit the device; batches above fail as a GPU does, and must be let go before the next one."""
+    genuine, left_behind = SplitModel.hidden, []
+
+    def limit(rows: int) -> None:
+        def hidden(self: SplitModel, tokens_BT: torch.Tensor, real_BT: torch.Tensor) -> torch.Tensor:
+            assert not any(reference() is not None for reference in left_behind)
+            activations = torch.zeros(4)
+            left_behind.append(weakref.ref(activations))
+            if len(tokens_BT) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return genuine(self, tokens_BT, real_BT)
+
+        monkeypatch.setattr(SplitModel, "hidden", hidden)
+
+    return limit
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_batch_that_does_not_fit_is_split_and_counted(
+    case_of: CaseOf, name: str, device_memory: Callable[[int], None]
+) -> None:
+    case = case_of(name)
+    assert case.embedder.counts.splits == 0
+    device_memory(7)
+    rows_NV = np.concatenate([block.emb_BV for block in embed(case.embedder, PROMPTS)]).astype(np.float64)
+    assert case.embedder.counts.splits == 3  # 24 rows in one batch: 24 -> 12 + 12 -> 6 + 6 + 6 + 6
+    assert distances(rows_NV, case.stored_NV).max() <= 2e-4
+    device_memory(0)
+    with pytest.raises(ModelError, match="does not fit the device's memory"):
+        embed(case.embedder, PROMPTS)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements any tensor had that an operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("name", ["llama", "nanochat"])
+def test_logits_of_a_whole_batch_never_exist(name: str, tmp_path: Path) -> None:
+    """With V = 8192 a batch's logits would have 8192 * its tokens elements; the stated block has 8 Mi."""
+    model = make_model(name, logit_std=0.0, vocab_size=8192)
+    prompts = make_prompts(160)
+    embedder = open_embedder(save_model(tmp_path / "model", model, make_tokenizer()), prompts, tmp_path / "work")
+    with LargestTensor() as seen:
+        embed(embedder, prompts)
+    tokens = embedder.counts.tokens
+    assert embedder.spec.batch_tokens * 8192 == 4 * (8 << 20)
+    assert tokens > embedder.spec.batch_tokens
+    assert len(prompts) * 8192 // 10 <= seen.elements <= 8 << 20

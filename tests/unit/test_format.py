@@ -1,0 +1,296 @@
+"""The on-disk contract: journal lines, strict records, manifests. A cut or a flip is noticed, never guessed at."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+
+import pytest
+
+from embstore.core.errors import CorruptStoreError, ExitCode, IdentityMismatchError
+from embstore.core.format import (
+    STAGE0_FILES,
+    ChunkRecord,
+    DemotedRecord,
+    DriftRecord,
+    FailedRow,
+    FileDigest,
+    JournalRecord,
+    Manifest,
+    StoreSpec,
+    WindowRecord,
+    canonical_json,
+    chunk_name,
+    chunk_table,
+    decode_chunk_table,
+    decode_journal,
+    decode_manifest,
+    decode_spec,
+    diff_fields,
+    document,
+    encode_journal_header,
+    encode_journal_record,
+    from_json,
+    neighbors_paths,
+    parse_document,
+    replay,
+    weights_paths,
+)
+from tests.support.records import DIGEST, EMBEDDING, PROMPTS, SPEC, manifest, spec, window_record
+
+RECORDS: list[JournalRecord] = [
+    PROMPTS,
+    SPEC,
+    window_record(0, 0, 32),
+    window_record(1, 32, 64, failed=[FailedRow(row=40, reason='says "no" \u2028')], splits=1),
+    DemotedRecord(window=0, reason="bit rot\nin two lines"),
+    DriftRecord(fields=["threads"]),
+    window_record(0, 0, 32, tokens=100),
+]
+LINES = [encode_journal_header(), *(encode_journal_record(seq, record) for seq, record in enumerate(RECORDS, start=1))]
+JOURNAL = b"".join(LINES)
+LISTED = {
+    **dict.fromkeys((*STAGE0_FILES, "spec.json", "basis.npy", "embeddings.zarr/zarr.json"), DIGEST),
+    **dict.fromkeys(("coordinates.npy", "residuals.npy", "chunks.json"), DIGEST),
+    **dict.fromkeys(weights_paths("ww"), DIGEST),
+    **dict.fromkeys(dataclasses.asdict(neighbors_paths("nn")).values(), DIGEST),
+}
+
+
+def decode(content: bytes) -> tuple[list[JournalRecord], int]:
+    return decode_journal(content, name="journal.jsonl")
+
+
+def resealed(line: bytes, **changes: object) -> bytes:
+    """A journal line with other fields and a checksum that fits."""
+    body = canonical_json({**json.loads(line.rpartition(b"\t")[0]), **changes}).encode()
+    return body + b"\t%08x\n" % zlib.crc32(body)
+
+
+def test_a_whole_journal_gives_every_record_back() -> None:
+    assert decode(JOURNAL) == (RECORDS, len(JOURNAL))
+    assert decode(b"") == ([], 0)
+
+
+def test_a_journal_cut_at_any_byte_gives_the_lines_before_the_cut() -> None:
+    ends = [sum(map(len, LINES[:count])) for count in range(len(LINES) + 1)]
+    for cut in range(len(JOURNAL) + 1):
+        records, valid = decode(JOURNAL[:cut])
+        whole = max(count for count, end in enumerate(ends) if end <= cut)
+        assert valid == ends[whole]
+        assert records == RECORDS[: max(0, whole - 1)]
+
+
+def test_a_tail_that_a_power_cut_filled_with_zeros_is_torn() -> None:
+    for start in (0, 10, len(LINES[0]), len(LINES[0]) + 30):
+        records, valid = decode(JOURNAL[:start] + bytes(100))
+        assert records == []
+        assert valid == (len(LINES[0]) if start >= len(LINES[0]) else 0)
+
+
+def test_any_flipped_bit_is_noticed() -> None:
+    """Before the last line it is damage; in the last it is a torn tail, which loses that line and no other."""
+    last = len(JOURNAL) - len(LINES[-1])
+    for position in range(len(JOURNAL)):
+        for bit in (0, 3, 6):
+            flipped = bytearray(JOURNAL)
+            flipped[position] ^= 1 << bit
+            try:
+                found = decode(bytes(flipped))
+            except CorruptStoreError:
+                found = None
+            if position < last - 1:
+                assert found is None
+            elif position == last - 1:  # the line end before the last line: two lines become one torn tail
+                assert found == (RECORDS[:-2], last - len(LINES[-2]))
+            else:
+                assert found == (RECORDS[:-1], last)
+
+
+@pytest.mark.parametrize("line", range(1, len(LINES) - 1))
+def test_a_damaged_line_in_the_middle_is_refused_and_named(line: int) -> None:
+    damaged = [*LINES]
+    damaged[line] = b"#" + damaged[line][1:]
+    with pytest.raises(CorruptStoreError, match=rf"journal\.jsonl: line {line + 1} \(byte {sum(map(len, LINES[:line]))}\)"):
+        decode(b"".join(damaged))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [*LINES[:3], LINES[2], *LINES[3:]],
+        [*LINES[:2], *LINES[3:]],
+        [LINES[0], LINES[2], LINES[1]],
+        LINES[1:],
+        [*LINES, LINES[0]],
+    ],
+    ids=["doubled", "missing", "swapped", "no header", "two headers"],
+)
+def test_a_line_doubled_missing_or_out_of_order_is_refused(lines: list[bytes]) -> None:
+    with pytest.raises(CorruptStoreError, match=r"sequence number|header"):
+        decode(b"".join(lines))
+
+
+def test_a_file_that_is_no_journal_is_never_taken_for_a_torn_one() -> None:
+    for content in (b"x", b"hello\n", b"{}", b'{"record": "header"}\n', b"\n", b"a\nb\n"):
+        with pytest.raises(CorruptStoreError, match=r"journal\.jsonl"):
+            decode(content)
+
+
+def test_another_format_version_is_refused_with_both_versions() -> None:
+    journal = resealed(LINES[0], format_version=2) + b"".join(LINES[1:])
+    contents = [(decode, journal), (decode_spec, document({**dataclasses.asdict(spec()), "format_version": 2}))]
+    contents.append((decode_manifest, manifest(LISTED, format_version=2).encode()))
+    contents.append((decode_chunk_table, chunk_table([]).replace(b'"format_version":1', b'"format_version":2')))
+    for reader, content in contents:
+        with pytest.raises(IdentityMismatchError, match=r"format_version.*the store has 2, given 1") as caught:
+            reader(content)  # type: ignore[operator]
+        assert caught.value.exit_code == ExitCode.IDENTITY
+        assert "release" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"record": "gossip"}, "unknown kind 'gossip'"),
+        ({"tokens": "99"}, "tokens"),
+        ({"extra": 1}, "extra"),
+        ({"chunks": [{"index": 0}]}, "bytes"),
+        ({"chunks": {}}, "chunks"),
+    ],
+)
+def test_a_sealed_line_of_another_shape_is_refused(changes: dict[str, object], named: str) -> None:
+    with pytest.raises(CorruptStoreError, match=named):
+        decode(b"".join(LINES[:3]) + resealed(LINES[3], **changes))
+
+
+def test_replay_takes_the_last_word_on_each_window() -> None:
+    state = replay(RECORDS)
+    assert (state.prompts, state.spec) == (PROMPTS, SPEC)
+    assert list(state.windows) == [0, 1]
+    assert state.windows[0].tokens == 100, "computed again after it was demoted"
+    assert replay(RECORDS[:5]).windows.keys() == {1}
+    assert state.committed_rows == 64
+    assert [failed.row for failed in state.failed] == [40]
+    assert state.drifts == (DriftRecord(fields=["threads"]),)
+
+
+def test_drift_or_a_split_batch_voids_byte_identity_and_nothing_else_does() -> None:
+    plain = [PROMPTS, SPEC, window_record(0, 0, 32), DemotedRecord(window=0, reason="x"), window_record(0, 0, 32)]
+    assert not replay(plain).voids_identity
+    assert replay([*plain, DriftRecord(fields=["device"])]).voids_identity
+    assert replay([*plain, window_record(1, 32, 64, splits=1)]).voids_identity
+
+
+def test_records_read_back_exactly() -> None:
+    for record in (spec(), window_record(1, 32, 64), manifest(LISTED)):
+        value = json.loads(document(dataclasses.asdict(record)))
+        assert from_json(type(record), value, name="x") == record
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("rows",), "70"),
+        (("rows",), 70.0),
+        (("rows",), True),
+        (("rows",), None),
+        (("compressor",), 4),
+        (("compressor",), None),
+        (("model",), "tiny"),
+        (("model", "revision"), 7),
+        (("model", "trust_remote_code"), 0),
+        (("embedding", "head_scale"), "1"),
+        (("embedding", "threads"), [2]),
+    ],
+)
+def test_a_field_of_another_type_is_refused_by_its_dotted_name(path: tuple[str, ...], value: object) -> None:
+    whole = json.loads(document(dataclasses.asdict(spec())))
+    inner = whole
+    for name in path[:-1]:
+        inner = inner[name]
+    inner[path[-1]] = value
+    with pytest.raises(CorruptStoreError, match=r"spec\.json\." + r"\.".join(path)):
+        decode_spec(document(whole))
+
+
+def test_a_field_missing_or_unknown_is_refused_by_name() -> None:
+    whole = dataclasses.asdict(spec())
+    for changed, named in (({**whole, "colour": 1}, "colour"), ({k: v for k, v in whole.items() if k != "rows"}, "rows")):
+        with pytest.raises(CorruptStoreError, match=f"missing or unknown: {named}"):
+            from_json(StoreSpec, changed, name="spec.json")
+    with pytest.raises(CorruptStoreError, match="expected an object, found list"):
+        from_json(WindowRecord, [], name="x")
+
+
+def test_an_integer_is_a_valid_float_and_null_a_valid_optional() -> None:
+    whole = json.loads(document(dataclasses.asdict(spec())))
+    whole["embedding"]["head_scale"] = 2
+    whole["model"]["revision"] = "main"
+    found = decode_spec(document(whole))
+    assert found.embedding.head_scale == 2
+    assert found.model.revision == "main"
+
+
+def test_differences_are_named_with_dots_and_both_values() -> None:
+    other = spec(rows=71, embedding=dataclasses.replace(EMBEDDING, dtype="bfloat16", threads=4))
+    found = {(item.field, item.stored, item.given) for item in diff_fields(spec(), other)}
+    assert found == {("rows", 70, 71), ("embedding.dtype", "float32", "bfloat16"), ("embedding.threads", 2, 4)}
+    assert diff_fields(spec(), spec()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'"x"'])
+def test_a_damaged_document_is_named(content: bytes) -> None:
+    with pytest.raises(CorruptStoreError, match=r"spec\.json"):
+        parse_document(content, name="spec.json")
+
+
+def test_a_manifest_is_the_same_bytes_whatever_the_order_it_was_made_in() -> None:
+    names = {"default": "ww", "heavy": "ww"}
+    first = manifest(LISTED, names=names)
+    second = manifest(dict(reversed(LISTED.items())), names=dict(reversed(names.items())))
+    assert first.encode() == second.encode()
+    assert decode_manifest(first.encode()) == first
+
+
+@pytest.mark.parametrize("name", sorted(LISTED))
+def test_a_manifest_must_list_everything_it_publishes(name: str) -> None:
+    shorter = {path: digest for path, digest in LISTED.items() if path != name}
+    with pytest.raises(CorruptStoreError, match=f"does not list {name}"):
+        decode_manifest(manifest(shorter).encode())
+
+
+def test_a_manifest_must_name_its_default_weights() -> None:
+    with pytest.raises(CorruptStoreError, match="default weights"):
+        decode_manifest(Manifest(**{**vars_of(manifest(LISTED)), "names": {"heavy": "ww"}}).encode())
+
+
+def vars_of(record: Manifest) -> dict[str, object]:
+    return {entry.name: getattr(record, entry.name) for entry in dataclasses.fields(record)}
+
+
+def test_a_chunk_table_gives_every_chunk_back() -> None:
+    chunks = [ChunkRecord(index=index, bytes=100 + index, crc32c=f"{index:08x}") for index in range(3)]
+    assert decode_chunk_table(chunk_table(chunks)) == chunks
+    assert len(chunk_table(chunks).splitlines()) == 3 + 2, "a line a chunk"
+    for table in ({"chunks": [[1, 2]]}, {"chunks": None}, {}, {"chunks": [1]}):
+        with pytest.raises(CorruptStoreError, match=r"chunks\.json"):
+            decode_chunk_table(document(table))
+
+
+def test_names_on_disk_are_those_of_the_format() -> None:
+    assert chunk_name(12) == "embeddings.zarr/c.12.0"
+    assert weights_paths("d") == ("weights/d.npy", "weights/d.json")
+    assert neighbors_paths("d").ids == "neighbors/d/ids.npy"
+
+
+def test_canonical_json_has_one_spelling_and_no_number_that_json_lacks() -> None:
+    assert canonical_json({"b": 1, "a": "é"}) == canonical_json({"a": "é", "b": 1}) == '{"a":"\\u00e9","b":1}'
+    for writer in (canonical_json, document):
+        with pytest.raises(ValueError, match=r"Out of range|not JSON compliant"):
+            writer({"a": float("nan")})
+
+
+def test_a_digest_is_compared_by_value() -> None:
+    assert FileDigest(bytes=3, sha256="ab" * 32) == DIGEST
