@@ -122,21 +122,32 @@ def load_model(files: ModelFiles, device: str) -> LoadedModel:
     Raises
     ------
     ModelError
-        The library cannot load it; its own message is included.
+        The library cannot load it (its own message is included), or tensors are missing.
     """
     target = resolve_device(device)
     common: dict[str, Any] = {"trust_remote_code": files.trust_remote_code, "local_files_only": True}
     with _quiet_transformers():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, **common)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                files.folder, dtype=torch.float32, use_safetensors=files.use_safetensors, weights_only=True, **common
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                files.folder,
+                dtype=torch.float32,
+                use_safetensors=files.use_safetensors,
+                weights_only=True,
+                output_loading_info=True,
+                **common,
             )
         except Exception as error:  # any class's constructor runs here
             message = str(error).strip().splitlines() or [type(error).__name__]
             raise ModelError(
                 f"loading {files.name} failed: {message[0][:300]}", hint="does it load with transformers alone?"
             ) from error
+    if missing := sorted(found["missing_keys"]):
+        # the library fills them with random numbers and goes on
+        raise ModelError(
+            f"{files.name}: the weight files lack {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}",
+            hint="is it a causal LM with its head, and is the download complete?",
+        )
     model.requires_grad_(False)
     model.eval().to(target)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -358,13 +358,13 @@ def _convert(hint: Any, value: Any, name: str) -> Any:  # noqa: ANN401 - type hi
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_json(hint, value, name=name)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is list and isinstance(value, list):
-        return [_convert(arguments[0], item, f"{name}[{index}]") for index, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {key: _convert(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
-    expected = float | int if hint is float else hint
-    if origin is None and (not isinstance(value, expected) or (hint is int and isinstance(value, bool))):
+    expected: Any = origin if origin in (list, dict) else float | int if hint is float else hint
+    if not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool):
         raise CorruptStoreError(f"{name}: expected {hint}, found {type(value).__name__}", hint="run embstore verify STORE")
+    if origin is list:
+        return [_convert(arguments[0], item, f"{name}[{index}]") for index, item in enumerate(value)]
+    if origin is dict:
+        return {key: _convert(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
     return value
 
 

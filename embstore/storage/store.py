@@ -317,6 +317,11 @@ def open_store(path: str | Path, *, partial: bool = False) -> EmbeddingStore:
     return EmbeddingStore(root, manifest, state, decode_spec(content))
 
 
+def open_published(root: Path) -> EmbeddingStore | None:
+    """The store at ``root`` if it is published, None if it is not there or unfinished."""
+    return open_store(root) if (root / MANIFEST).exists() else None
+
+
 def _incomplete(root: Path, state: JournalState) -> IncompleteStoreError:
     total = state.prompts.rows if state.prompts else "an unknown number of"
     return IncompleteStoreError(

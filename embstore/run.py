@@ -1,0 +1,60 @@
+"""One run of a build: what every stage needs at hand, and what the closing report is made of."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from embstore.core.config import BuildConfig
+from embstore.core.embedder import EmbedderSource
+from embstore.core.events import Observer
+from embstore.interrupts import StopSignals
+from embstore.memory import MemoryMeter
+from embstore.storage.writer import StoreWriter
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """One run of a build: what every stage needs, and what the report is made of."""
+
+    writer: StoreWriter
+    config: BuildConfig
+    source: EmbedderSource | None
+    observer: Observer
+    stop: StopSignals
+    meter: MemoryMeter
+    seconds: dict[str, float] = field(default_factory=dict)
+    embedded_rows: int = 0
+    embedded_tokens: int = 0
+    stored_bytes: int = 0
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure a stage of this run."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def log_start(self) -> None:
+        """Note when, where and with which model this run works; a later resume finds the model here."""
+        embedding = self.config.embedding
+        local = embedding.model is not None and Path(embedding.model).exists()
+        self.writer.log_run(
+            {
+                "event": "started",
+                "time": time.time(),
+                "host": socket.gethostname(),
+                "platform": platform.platform(),
+                "python": platform.python_version(),
+                "model": str(Path(embedding.model).absolute()) if embedding.model and local else embedding.model,
+                "revision": embedding.revision,
+                "memory_budget_bytes": self.config.memory_budget_bytes,
+            }
+        )

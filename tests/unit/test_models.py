@@ -1,0 +1,251 @@
+"""Finding, identifying and loading a model: what is refused and how, what never runs, and which dtype ``auto`` takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+
+from embstore.compute import source
+from embstore.compute.models import load_model, locate_model, resolve_device
+from embstore.core.config import EmbeddingConfig
+from embstore.core.errors import ConfigError, EmbstoreError, ModelError
+from embstore.core.events import Event, Notice
+from tests.support.models import PROMPTS, make_model, make_tokenizer, open_embedder, rows_before_rounding, save_model
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete model folder; read it, never write to it."""
+    return save_model(tmp_path_factory.mktemp("model") / "llama", make_model("llama"), make_tokenizer())
+
+
+@pytest.fixture
+def folder(llama: Path, tmp_path: Path) -> Path:
+    """A complete model folder of the test's own."""
+    return Path(shutil.copytree(llama, tmp_path / "own"))
+
+
+def refusal(kind: type[EmbstoreError], act: Callable[[], object]) -> str:
+    """The message of a refusal, which must be one line with a next step and no traceback."""
+    with pytest.raises(kind) as caught:
+        act()
+    assert caught.value.hint
+    assert "\n" not in caught.value.message
+    assert "Traceback" not in caught.value.message
+    return caught.value.message
+
+
+def locate(model: str | Path | None, **settings: object) -> Callable[[], object]:
+    return lambda: locate_model(EmbeddingConfig(model=None if model is None else str(model), **settings))
+
+
+def only_bin(folder: Path) -> Path:
+    """Turn a folder into one that has nothing but ``.bin`` weights."""
+    (weights,) = folder.glob("*.safetensors")
+    torch.save(safetensors.torch.load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    return folder
+
+
+def test_no_model_is_a_config_error() -> None:
+    refusal(ConfigError, locate(None))
+
+
+@pytest.mark.parametrize("written", ["./absent", "/absent/model", "~/absent"])
+def test_a_path_that_is_not_there_never_goes_to_the_hub(written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    assert f"{written} is no folder" in refusal(ModelError, locate(written))
+
+
+def test_a_file_is_no_model_folder(folder: Path) -> None:
+    assert "is no folder" in refusal(ModelError, locate(folder / "config.json"))
+
+
+@pytest.mark.parametrize(
+    ("removed", "complaint"),
+    [("config.json", "config.json is missing"), ("tokenizer*", "holds no tokenizer"), ("*.safetensors", "holds no weights")],
+)
+def test_an_incomplete_folder_is_refused_by_what_it_lacks(folder: Path, removed: str, complaint: str) -> None:
+    for path in folder.glob(removed):
+        path.unlink()
+    message = refusal(ModelError, locate(folder))
+    assert str(folder) in message
+    assert complaint in message
+
+
+def test_a_revision_needs_a_hub_id(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--revision v2 .* is a local folder"):
+        locate(folder, revision="v2")()
+
+
+@pytest.mark.parametrize("hub_id", ["some-org/no-such-model", "gpt-missing"])
+def test_a_hub_id_out_of_reach_is_one_line(hub_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert refusal(ModelError, locate(hub_id)).startswith(f"{hub_id} is no local folder, and the hub gave: ")
+
+
+def test_a_bin_folder_gives_the_rows_of_its_safetensors(llama: Path, folder: Path, tmp_path: Path) -> None:
+    expected_NV = rows_before_rounding(open_embedder(llama, PROMPTS, tmp_path / "first"), PROMPTS)
+    assert np.array_equal(
+        rows_before_rounding(open_embedder(only_bin(folder), PROMPTS, tmp_path / "second"), PROMPTS), expected_NV
+    )
+
+
+class Touch:
+    """A pickle of this creates a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_malicious_bin_is_refused_and_does_not_run(folder: Path, zipped: bool, tmp_path: Path) -> None:
+    weights, trap = only_bin(folder) / "pytorch_model.bin", tmp_path / "sprung"
+    torch.save({"lm_head.weight": Touch(trap)}, weights, _use_new_zipfile_serialization=zipped)
+    files = locate_model(EmbeddingConfig(model=str(folder)))
+    assert "loading own failed" in refusal(ModelError, lambda: load_model(files, "cpu"))
+    assert not trap.exists()
+    torch.load(weights, weights_only=False)
+    assert trap.exists()  # the trap was real
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_in_the_folder_runs_only_when_trusted(
+    folder: Path, trusted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    trap = tmp_path / "sprung"
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "home-made", "auto_map": {"AutoConfig": "home_made.HomeMadeConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "home_made.py").write_text(f"import os\nos.mkdir({str(trap)!r})\n")
+    files = locate_model(EmbeddingConfig(model=str(folder), trust_remote_code=trusted or None))
+    assert files.trust_remote_code == files.identity().trust_remote_code == trusted
+    refusal(ModelError, lambda: load_model(files, "cpu"))
+    assert trap.exists() == trusted
+
+
+def test_weights_that_lack_a_tensor_are_refused(folder: Path) -> None:
+    """The library would fill it with random numbers: other rows on every run."""
+    (weights,) = folder.glob("*.safetensors")
+    tensors = safetensors.torch.load_file(weights)
+    del tensors["lm_head.weight"]
+    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+    files = locate_model(EmbeddingConfig(model=str(folder)))
+    assert "lack 1 tensors of LlamaForCausalLM, such as lm_head.weight" in refusal(
+        ModelError, lambda: load_model(files, "cpu")
+    )
+
+
+def test_damaged_weights_are_refused(folder: Path) -> None:
+    (weights,) = folder.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    files = locate_model(EmbeddingConfig(model=str(folder)))
+    refusal(ModelError, lambda: load_model(files, "cpu"))
+
+
+def flip_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def change_config(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.5}))
+
+
+def append_space(path: Path) -> None:
+    path.write_text(path.read_text() + " ")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "field"),
+    [
+        ("model.safetensors", flip_last_byte, "weights_sha256"),
+        ("config.json", change_config, "config_sha256"),
+        ("tokenizer.json", append_space, "tokenizer_sha256"),
+        ("tokenizer_config.json", append_space, "tokenizer_sha256"),
+    ],
+)
+def test_identity_follows_content(llama: Path, folder: Path, file: str, change: Callable[[Path], None], field: str) -> None:
+    before = dataclasses.asdict(locate_model(EmbeddingConfig(model=str(llama))).identity())
+    change(folder / file)
+    after = dataclasses.asdict(locate_model(EmbeddingConfig(model=str(folder))).identity())
+    assert {name for name in before if before[name] != after[name]} == {field, "name"}
+
+
+def test_identity_has_no_path_and_ignores_how_the_config_is_laid_out(llama: Path, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(dict(reversed(config.items()))))
+    first = locate_model(EmbeddingConfig(model=str(llama))).identity()
+    second = locate_model(EmbeddingConfig(model=str(folder))).identity()
+    assert (first.name, second.name) == ("llama", "own")
+    assert dataclasses.replace(second, name=first.name) == first
+    assert first.architecture == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "mps", "meta", "banana"])
+def test_a_device_that_is_not_there_is_a_config_error(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    assert device in refusal(ConfigError, lambda: resolve_device(device))
+    assert resolve_device("auto").type == "cpu"
+
+
+def test_a_gpu_number_beyond_the_last_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert "cuda:2" in refusal(ConfigError, lambda: resolve_device("cuda:2"))
+    assert resolve_device("cuda:1").index == 1
+
+
+def auto_dtype(folder: Path, work: Path, *, fast: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[str]]:
+    """What ``--dtype auto`` takes, and the notices on the way."""
+    events: list[Event] = []
+    monkeypatch.setattr(source, "has_fast_bfloat16", lambda device: fast)
+    embedder = open_embedder(folder, PROMPTS, work, dtype="auto", max_tokens=64, observer=events.append)
+    return embedder.spec.dtype, [event.message for event in events if isinstance(event, Notice)]
+
+
+@pytest.mark.parametrize(("fast", "expected"), [(False, "float32"), (True, "bfloat16")])
+def test_auto_takes_bfloat16_only_where_it_is_fast(
+    llama: Path, fast: bool, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert auto_dtype(llama, tmp_path, fast=fast, monkeypatch=monkeypatch) == (expected, [])
+
+
+def test_auto_stays_in_float32_where_bfloat16_moves_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings that differ by less than bfloat16 resolves: all that tells prompts apart is rounded away."""
+    model = make_model("llama")
+    model.get_input_embeddings().weight.add_(torch.linspace(4, 8, model.config.hidden_size))
+    folder = save_model(tmp_path / "model", model, make_tokenizer())
+    dtype, notices = auto_dtype(folder, tmp_path / "work", fast=True, monkeypatch=monkeypatch)
+    assert dtype == "float32"
+    assert ["bfloat16 would move the weights" in notice for notice in notices] == [True]
+
+
+def test_auto_leaves_no_trace_of_its_probe(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float32 embedder after a refused probe gives the rows of one that never probed."""
+    monkeypatch.setattr(source, "_DTYPE_MAX_TV", -1.0)
+    monkeypatch.setattr(source, "has_fast_bfloat16", lambda device: True)
+    probed = open_embedder(llama, PROMPTS, tmp_path / "first", dtype="auto")
+    plain = open_embedder(llama, PROMPTS, tmp_path / "second", dtype="float32")
+    assert probed.spec == plain.spec
+    rows: list[NDArray[np.float64]] = [rows_before_rounding(embedder, PROMPTS) for embedder in (probed, plain)]
+    assert np.array_equal(*rows)
