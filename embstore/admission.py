@@ -18,17 +18,9 @@ from embstore.core.config import K_MAX, BuildConfig, format_bytes
 from embstore.core.embedder import Embedder, EmbedderSource
 from embstore.core.errors import BudgetError, ConfigError, FieldMismatch, IdentityMismatchError
 from embstore.core.events import Notice, Preflight
-from embstore.core.format import (
-    BASIS,
-    FORMAT_VERSION,
-    PROMPTS,
-    RUNS,
-    DemotedRecord,
-    DriftRecord,
-    PromptsRecord,
-    StoreSpec,
-)
+from embstore.core.format import BASIS, FORMAT_VERSION, PROMPTS, RUNS, StoreSpec
 from embstore.core.plan import BuildPlan, plan, refuse_drift, refuse_other_input
+from embstore.core.records import DemotedRecord, DriftRecord, PromptsRecord
 from embstore.core.rows import chunk_rows_near
 from embstore.run import Run
 from embstore.storage.prompts import PromptTable, ingest

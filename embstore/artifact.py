@@ -33,16 +33,15 @@ from embstore.core.format import (
     RESIDUALS,
     WEIGHTS,
     FileDigest,
-    JournalState,
     JsonObject,
     Manifest,
     StoreSpec,
     canonical_json,
-    chunk_table,
     document,
     neighbors_paths,
     weights_paths,
 )
+from embstore.core.records import JournalState, chunk_table
 from embstore.storage.atomic import make_directory, write_durable
 from embstore.storage.prompts import save_array
 from embstore.storage.store import EmbeddingStore, open_store

@@ -15,17 +15,9 @@ from numpy.typing import NDArray
 from embstore.artifact import extremes
 from embstore.core.density import mean_distance
 from embstore.core.errors import EmbstoreError, StoreNotFoundError
-from embstore.core.format import (
-    ARRAY_METADATA,
-    BASIS,
-    JOURNAL,
-    MANIFEST,
-    SPEC,
-    STAGE0_FILES,
-    DemotedRecord,
-    JsonObject,
-)
+from embstore.core.format import ARRAY_METADATA, BASIS, JOURNAL, MANIFEST, SPEC, STAGE0_FILES, JsonObject
 from embstore.core.plan import grid_of
+from embstore.core.records import DemotedRecord
 from embstore.core.rows import RowRange
 from embstore.storage.journal import read_journal
 from embstore.storage.store import EmbeddingStore, open_store

@@ -22,8 +22,9 @@ from embstore.compute.coordinates import ReadBlock, project
 from embstore.compute.heads import AffineHead, SplitModel
 from embstore.core.embedder import Check, RowBlock, WindowCounts
 from embstore.core.errors import ModelError
-from embstore.core.format import EmbeddingSpec, FailedRow
+from embstore.core.format import EmbeddingSpec
 from embstore.core.prompts import Prompt
+from embstore.core.records import FailedRow
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import FieldMismatch, IdentityMismatchError
-from embstore.core.format import JournalState, ModelIdentity, StoreSpec, diff_fields
+from embstore.core.format import ModelIdentity, StoreSpec, diff_fields
+from embstore.core.records import JournalState
 from embstore.core.rows import RowGrid
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import CorruptStoreError
-from embstore.core.format import ChunkRecord, chunk_name
+from embstore.core.format import chunk_name
+from embstore.core.records import ChunkRecord
 
 numcodecs.blosc.use_threads = False
 

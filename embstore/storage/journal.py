@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 
 from embstore.core.errors import StorageError
-from embstore.core.format import (
-    JOURNAL,
+from embstore.core.format import JOURNAL
+from embstore.core.records import (
     JournalRecord,
     JournalState,
     decode_journal,

@@ -34,10 +34,10 @@ from embstore.core.format import (
     PROMPTS_LIST,
     QUARANTINE,
     FileDigest,
-    PromptsRecord,
     canonical_json,
 )
 from embstore.core.prompts import Prompt, Rejected, decode_row, encode_row, parse_line
+from embstore.core.records import PromptsRecord
 from embstore.core.rows import RowRange
 from embstore.storage.atomic import DurableFile, fsync_directory, storage_errors
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from embstore.core.errors import CorruptStoreError
-from embstore.core.format import COORDINATES, RESIDUALS, StoreSpec, WindowRecord
+from embstore.core.format import COORDINATES, RESIDUALS, StoreSpec
+from embstore.core.records import WindowRecord
 from embstore.storage.atomic import DurableFile, pwrite_all, storage_errors, sync_data
 from embstore.storage.chunks import crc32c
 from embstore.storage.prompts import array_header

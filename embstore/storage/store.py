@@ -31,19 +31,17 @@ from embstore.core.format import (
     PROMPTS,
     RESIDUALS,
     SPEC,
-    ChunkRecord,
-    JournalState,
     JsonObject,
     Manifest,
     StoreSpec,
     chunk_name,
-    decode_chunk_table,
     decode_manifest,
     decode_spec,
     neighbors_paths,
     weights_paths,
 )
 from embstore.core.plan import grid_of
+from embstore.core.records import ChunkRecord, JournalState, decode_chunk_table
 from embstore.core.rows import RowRange
 from embstore.storage.atomic import read_committed
 from embstore.storage.chunks import check_chunk, decode_chunk

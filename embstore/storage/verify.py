@@ -33,21 +33,16 @@ from embstore.core.format import (
     WEIGHTS_LINK,
     WORK,
     FileDigest,
-    JournalState,
     Manifest,
-    PromptsRecord,
     StoreSpec,
-    WindowRecord,
     array_metadata,
     chunk_name,
-    chunk_table,
-    decode_journal,
     decode_manifest,
     decode_spec,
-    replay,
     weights_paths,
 )
 from embstore.core.plan import grid_of
+from embstore.core.records import JournalState, PromptsRecord, WindowRecord, chunk_table, decode_journal, replay
 from embstore.core.rows import RowRange
 from embstore.storage.chunks import check_chunk, decode_chunk
 from embstore.storage.rowfiles import ROW_FILES, header_problem, slice_problem

@@ -36,15 +36,9 @@ from embstore.core.format import (
     WEIGHTS,
     WEIGHTS_LINK,
     WORK,
-    ChunkRecord,
-    FailedRow,
     FileDigest,
-    JournalRecord,
-    JournalState,
     Manifest,
-    SpecRecord,
     StoreSpec,
-    WindowRecord,
     array_metadata,
     canonical_json,
     chunk_name,
@@ -54,6 +48,7 @@ from embstore.core.format import (
     weights_paths,
 )
 from embstore.core.plan import grid_of
+from embstore.core.records import ChunkRecord, FailedRow, JournalRecord, JournalState, SpecRecord, WindowRecord
 from embstore.core.rows import RowRange
 from embstore.storage.atomic import (
     DurableFile,

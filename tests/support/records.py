@@ -5,17 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from embstore.core.format import (
-    ChunkRecord,
-    EmbeddingSpec,
-    FileDigest,
-    Manifest,
-    ModelIdentity,
-    PromptsRecord,
-    SpecRecord,
-    StoreSpec,
-    WindowRecord,
-)
+from embstore.core.format import EmbeddingSpec, FileDigest, Manifest, ModelIdentity, StoreSpec
+from embstore.core.records import ChunkRecord, PromptsRecord, SpecRecord, WindowRecord
 
 DIGEST = FileDigest(bytes=3, sha256="ab" * 32)
 MODEL = ModelIdentity(

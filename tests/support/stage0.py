@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from embstore.core.format import PromptsRecord
+from embstore.core.records import PromptsRecord
 from embstore.storage.prompts import ingest
 
 

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from embstore.core.config import BuildConfig, EmbeddingConfig
 from embstore.core.embedder import PromptReader, RowBlock
 from embstore.core.events import Event, Observer, RowsCommitted, ignore
-from embstore.core.format import EmbeddingSpec, JournalRecord, decode_journal
+from embstore.core.format import EmbeddingSpec
 from embstore.core.prompts import Prompt
+from embstore.core.records import JournalRecord, decode_journal
 from embstore.pipeline import BuildReport, build
 from tests.support.build_fake import CONFIG
 from tests.support.fake import FakeEmbedder, FakeSource
@@ -148,7 +149,7 @@ class Stopped(Exception):
     """What tests raise to end a build part-way."""
 
 
-def build_part(prompts: Path, out: Path, *, rows: int) -> Path:
+def build_part(prompts: Path, out: Path, *, rows: int, config: BuildConfig = CONFIG) -> Path:
     """A store whose windows before ``rows`` are committed and whose next one failed in the embedder."""
 
     def stop(first_row: int) -> None:
@@ -156,7 +157,7 @@ def build_part(prompts: Path, out: Path, *, rows: int) -> Path:
             raise Stopped
 
     try:
-        build_small(prompts, out, source=HookedSource(stop))
+        build_small(prompts, out, config=config, source=HookedSource(stop))
     except Stopped:
         return out
     raise AssertionError("the build ended before it could be stopped")

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embstore.core.errors import ConfigError
-from embstore.core.format import replay
 from embstore.core.plan import plan
+from embstore.core.records import replay
 from embstore.core.rows import RowGrid, RowRange, chunk_rows_near
 from tests.support.records import spec, window_record
 

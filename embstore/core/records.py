@@ -1,0 +1,237 @@
+"""Records of the journal and of the chunk table, and the lines they are written as. Pure: bytes in, values out.
+
+A journal is folded into the committed state by ``replay``; what makes a line durable is storage.journal's concern.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from embstore.core.errors import CorruptStoreError
+from embstore.core.format import (
+    CHUNKS,
+    FORMAT_VERSION,
+    FileDigest,
+    JsonObject,
+    canonical_json,
+    check_format_version,
+    from_json,
+    parse_document,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptsRecord:
+    """Journal: stage 0 is durable. ``files`` are the digests of its files."""
+
+    rows: int
+    lines: int
+    quarantined: int
+    repeats: int
+    fingerprint: str
+    files: dict[str, FileDigest]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpecRecord:
+    """Journal: spec, basis, array metadata and the preallocated coordinate files are durable; rows may follow."""
+
+    files: dict[str, FileDigest]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChunkRecord:
+    """One chunk file: its index, size in bytes, and crc32c of the encoded bytes before their 4-byte trailer (hex)."""
+
+    index: int
+    bytes: int
+    crc32c: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FailedRow:
+    """A row without a vector, kept under ``--on-error quarantine``."""
+
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowRecord:
+    """Journal: the commit of one window. The two crc32c cover the window's slices of coordinates and residuals."""
+
+    window: int
+    start: int
+    stop: int
+    chunks: list[ChunkRecord]
+    coordinates_crc32c: str
+    residuals_crc32c: str
+    tokens: int
+    truncated: int
+    splits: int
+    failed: list[FailedRow]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemotedRecord:
+    """Journal: ``verify --repair`` found window ``window`` damaged; a resume computes it again."""
+
+    window: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DriftRecord:
+    """Journal: rows after this line were made with other hardware or threads (``--allow-drift``)."""
+
+    fields: list[str]
+
+
+JournalRecord = PromptsRecord | SpecRecord | WindowRecord | DemotedRecord | DriftRecord
+
+_RECORDS: Mapping[str, type[JournalRecord]] = {
+    "prompts": PromptsRecord,
+    "spec": SpecRecord,
+    "window": WindowRecord,
+    "demoted": DemotedRecord,
+    "drift": DriftRecord,
+}
+_RECORD_NAMES = {record_type: name for name, record_type in _RECORDS.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JournalState:
+    """What a journal says is committed: the fold of its records, in order."""
+
+    prompts: PromptsRecord | None = None
+    spec: SpecRecord | None = None
+    windows: Mapping[int, WindowRecord] = dataclasses.field(default_factory=dict)
+    drifts: tuple[DriftRecord, ...] = ()
+
+    @property
+    def committed_rows(self) -> int:
+        """Rows in committed windows."""
+        return sum(window.stop - window.start for window in self.windows.values())
+
+    @property
+    def failed(self) -> list[FailedRow]:
+        """Rows without a vector, over all committed windows, by row."""
+        return sorted((row for window in self.windows.values() for row in window.failed), key=lambda failed: failed.row)
+
+    @property
+    def voids_identity(self) -> bool:
+        """Whether a drift or an out-of-memory split voided byte identity with an uninterrupted build."""
+        return bool(self.drifts) or any(window.splits for window in self.windows.values())
+
+
+def replay(records: Iterable[JournalRecord]) -> JournalState:
+    """Fold journal records into the committed state; the last record of a window wins."""
+    state = JournalState()
+    windows: dict[int, WindowRecord] = {}
+    for record in records:
+        match record:
+            case PromptsRecord():
+                state = dataclasses.replace(state, prompts=record)
+            case SpecRecord():
+                state = dataclasses.replace(state, spec=record)
+            case WindowRecord():
+                windows[record.window] = record
+            case DemotedRecord():
+                windows.pop(record.window, None)
+            case DriftRecord():
+                state = dataclasses.replace(state, drifts=(*state.drifts, record))
+    return dataclasses.replace(state, windows=dict(sorted(windows.items())))
+
+
+def encode_journal_header() -> bytes:
+    """The first line of a journal."""
+    return _journal_line({"record": "header", "format_version": FORMAT_VERSION, "seq": 0})
+
+
+def encode_journal_record(seq: int, record: JournalRecord) -> bytes:
+    """One journal line: canonical JSON, a tab, the crc32 of the JSON in hex, a newline."""
+    name = _RECORD_NAMES[type(record)]
+    return _journal_line({"record": name, "seq": seq, **dataclasses.asdict(record)})
+
+
+def decode_journal(content: bytes, *, name: str) -> tuple[list[JournalRecord], int]:
+    """Records of a journal and the number of bytes they take; what follows is a torn tail.
+
+    Parameters
+    ----------
+    content
+        All bytes of the file.
+    name
+        The file, for messages.
+
+    Returns
+    -------
+    records, valid_bytes
+        ``valid_bytes < len(content)`` means that the last line is torn, as a crash leaves it: it was never acknowledged.
+
+    Raises
+    ------
+    CorruptStoreError
+        A line before the last one is damaged, or a line is missing, doubled or out of order.
+    IdentityMismatchError
+        Another format version.
+    """
+    records: list[JournalRecord] = []
+    offset = 0
+    seq = 0
+    hint = "run embstore verify STORE, then verify --repair"
+    while offset < len(content):
+        end = content.find(b"\n", offset)
+        value = None if end < 0 else _parse_journal_line(content[offset:end])
+        if value is None:
+            if seq == 0 and not encode_journal_header().startswith(content.rstrip(b"\0")):
+                # cutting a torn tail must never empty a file of somebody else's
+                raise CorruptStoreError(f"{name} does not begin with a journal header", hint="is this a store?")
+            if 0 <= end < len(content) - 1:
+                raise CorruptStoreError(f"{name}: line {seq + 1} (byte {offset}) fails its checksum", hint=hint)
+            break
+        found = value.pop("seq", None)
+        if found != seq:
+            raise CorruptStoreError(f"{name}: line {seq + 1} has sequence number {found}, expected {seq}", hint=hint)
+        kind = value.pop("record", None)
+        if seq == 0:
+            check_format_version(value.get("format_version"), name=name)
+        elif kind in _RECORDS:
+            records.append(from_json(_RECORDS[kind], value, name=f"{name} line {seq + 1}"))
+        else:
+            raise CorruptStoreError(f"{name}: line {seq + 1} is of unknown kind {kind!r}", hint=hint)
+        offset = end + 1
+        seq += 1
+    return records, offset
+
+
+def chunk_table(chunks: Sequence[ChunkRecord]) -> bytes:
+    """``chunks.json``: the committed chunks by index, one line each so that a diff of two tables can be read."""
+    rows = ",\n".join(canonical_json([chunk.index, chunk.bytes, chunk.crc32c]) for chunk in chunks)
+    return f'{{"format_version":{FORMAT_VERSION},"columns":["index","bytes","crc32c"],"chunks":[\n{rows}\n]}}\n'.encode()
+
+
+def decode_chunk_table(content: bytes) -> list[ChunkRecord]:
+    """Read ``chunks.json``."""
+    table = parse_document(content, name=CHUNKS)
+    try:
+        return [ChunkRecord(index=index, bytes=size, crc32c=crc) for index, size, crc in table["chunks"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptStoreError(f"{CHUNKS}: no table of chunks ({error})", hint="run embstore verify STORE") from error
+
+
+def _journal_line(value: JsonObject) -> bytes:
+    body = canonical_json(value).encode()
+    return body + b"\t%08x\n" % zlib.crc32(body)
+
+
+def _parse_journal_line(line: bytes) -> JsonObject | None:
+    body, _, crc = line.rpartition(b"\t")
+    if b"%08x" % zlib.crc32(body) != crc:
+        return None
+    value = json.loads(body)
+    return value if isinstance(value, dict) else None

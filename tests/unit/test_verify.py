@@ -1,0 +1,370 @@
+"""Damage of any kind to any file is found and named; repair and a resume restore the bytes where they can be made again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embstore.artifact import recompute_weights
+from embstore.core.config import WeightingConfig
+from embstore.core.errors import CorruptStoreError, EmbstoreError, IdentityMismatchError, StoreLockedError
+from embstore.core.format import STAGE0_FILES, FileDigest, chunk_name, decode_manifest
+from embstore.core.records import (
+    DemotedRecord,
+    SpecRecord,
+    WindowRecord,
+    decode_journal,
+    encode_journal_header,
+    encode_journal_record,
+)
+from embstore.info import inspect, verify
+from embstore.storage.chunks import encode_chunk
+from embstore.storage.store import open_store
+from embstore.storage.writer import StoreWriter
+from tests.support.fake import DIMENSION, FakeSource
+from tests.support.stores import NUM_CHUNKS, NUM_ROWS, WINDOWS, build_small, snapshot, whole_tree
+
+CHUNKS = [chunk_name(index) for index in range(NUM_CHUNKS)]
+WINDOW_OF_CHUNK = [0, 0, 1, 1, 2]
+ONLY_A_NEW_BUILD = {*STAGE0_FILES, "spec.json", "basis.npy"}
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    if content:
+        content[len(content) * 2 // 3] ^= 1
+    path.write_bytes(content or b"x")
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _delete(path: Path) -> None:
+    path.unlink()
+
+
+def _zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def _extend(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def _first_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[:1] = bytes([content[0] ^ 0x40]) if content else b"x"
+    path.write_bytes(content)
+
+
+DAMAGES = [_flip, _truncate, _empty, _delete, _zero, _extend, _first_byte]
+
+
+@pytest.fixture(scope="module")
+def damageable(finished_store: Path) -> list[str]:
+    """The manifest, every file it lists, and every chunk."""
+    listed = list(json.loads((finished_store / "manifest.json").read_bytes())["files"])
+    assert len(listed) == 20
+    return ["manifest.json", *listed, *CHUNKS]
+
+
+def _names_found(store: Path) -> set[str]:
+    try:
+        return {finding.path for finding in verify(store).findings}
+    except EmbstoreError as error:
+        return {name for name in ("manifest.json", "journal.jsonl") if name in str(error)}
+
+
+def test_a_sound_store_has_no_findings(finished_store: Path, partial_store: Path) -> None:
+    whole = verify(finished_store)
+    assert (whole.findings, whole.notes, whole.is_complete) == ([], [], True)
+    assert (whole.committed_rows, whole.total_rows, whole.files) == (NUM_ROWS, NUM_ROWS, 20 + NUM_CHUNKS)
+    listed = json.loads((finished_store / "manifest.json").read_bytes())["files"]
+    chunk_bytes = sum((finished_store / name).stat().st_size for name in CHUNKS)
+    assert whole.bytes == sum(digest["bytes"] for digest in listed.values()) + chunk_bytes
+    part = verify(partial_store)
+    assert (part.findings, part.notes, part.is_complete) == ([], [], False)
+    assert (part.committed_rows, part.total_rows) == (32, NUM_ROWS)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__[1:])
+def test_damage_to_any_file_is_found_and_named(
+    damage: Callable[[Path], None], damageable: list[str], store: Path, finished_store: Path
+) -> None:
+    for name in damageable:
+        original = (finished_store / name).read_bytes()
+        damage(store / name)
+        is_changed = not (store / name).exists() or (store / name).read_bytes() != original
+        if name == "manifest.json" and damage is _delete:
+            assert not verify(store).is_complete, "a store without a manifest is an unfinished one"
+        elif is_changed:
+            assert name in _names_found(store), f"{damage.__name__} {name}"
+        (store / name).write_bytes(original)
+    assert verify(store).findings == []
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__[1:])
+def test_repair_demotes_the_damaged_windows_only_and_a_resume_restores_every_byte(
+    damage: Callable[[Path], None], damageable: list[str], finished_store: Path, tmp_path: Path
+) -> None:
+    reference = snapshot(finished_store)
+    for number, name in enumerate(damageable):
+        store = Path(shutil.copytree(finished_store, tmp_path / str(number), symlinks=True))
+        damage(store / name)
+        source = FakeSource()
+        if name in ONLY_A_NEW_BUILD:
+            before = whole_tree(store)
+            assert name in {finding.path for finding in verify(store, repair=True).findings} or before == whole_tree(
+                finished_store
+            )
+            assert whole_tree(store) == before, "what only a new build can make is left as it is"
+            continue
+        windows = {finding.window for finding in verify(store, repair=True).findings} - {None}
+        build_small(None, store, source=source)
+        assert snapshot(store) == reference, f"{damage.__name__} {name}"
+        assert source.calls == [WINDOWS[window] for window in sorted(windows)]
+        if name in CHUNKS:
+            assert windows == {WINDOW_OF_CHUNK[CHUNKS.index(name)]}
+        elif name not in ("coordinates.npy", "residuals.npy"):
+            assert windows == set()
+        assert verify(store).findings == []
+        shutil.rmtree(store)
+
+
+@pytest.mark.parametrize("name", ["coordinates.npy", "residuals.npy"])
+def test_a_damaged_row_is_the_damage_of_its_window(name: str, store: Path, finished_store: Path) -> None:
+    content = bytearray((store / name).read_bytes())
+    content[128 + (len(content) - 128) * 40 // NUM_ROWS] ^= 1  # row 40
+    (store / name).write_bytes(content)
+    findings = verify(store, repair=True).findings
+    assert {finding.window for finding in findings} - {None} == {1}
+    assert any("rows 32 to 63" in finding.message for finding in findings)
+    source = FakeSource()
+    build_small(None, store, source=source)
+    assert source.calls == [WINDOWS[1]]
+    assert snapshot(store) == snapshot(finished_store)
+
+
+@pytest.mark.parametrize("name", ["coordinates.npy", "residuals.npy"])
+@pytest.mark.parametrize("damage", [_first_byte, _truncate, _extend, _delete], ids=lambda damage: damage.__name__[1:])
+def test_a_row_file_of_an_unfinished_store_is_mended_and_its_damage_never_sealed(
+    name: str, damage: Callable[[Path], None], unfinished: Path, finished_store: Path
+) -> None:
+    damage(unfinished / name)
+    assert name in {finding.path for finding in verify(unfinished).findings}
+    build_small(None, unfinished)
+    assert snapshot(unfinished) == snapshot(finished_store)
+
+
+def test_a_header_that_still_reads_as_one_is_never_sealed(unfinished: Path, finished_store: Path) -> None:
+    """A shape of 71 rows instead of 70 is a valid header: only the spec says that it is wrong."""
+    path = unfinished / "residuals.npy"
+    path.write_bytes(path.read_bytes().replace(b"(70,)", b"(71,)"))
+    findings = verify(unfinished).findings
+    assert [(finding.path, finding.window) for finding in findings] == [("residuals.npy", None)]
+    build_small(None, unfinished)
+    assert snapshot(unfinished) == snapshot(finished_store)
+
+
+def test_two_chunks_that_were_swapped_are_both_found(store: Path, finished_store: Path) -> None:
+    first, second = store / chunk_name(1), store / chunk_name(2)
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    assert {finding.path for finding in verify(store).findings} == {chunk_name(1), chunk_name(2)}
+    verify(store, repair=True)
+    build_small(None, store)
+    assert snapshot(store) == snapshot(finished_store)
+
+
+def test_a_repair_commits_what_it_found_before_anything_is_made_again(store: Path) -> None:
+    _flip(store / chunk_name(3))
+    verify(store, repair=True)
+    record = decode_journal((store / "journal.jsonl").read_bytes(), name="journal.jsonl")[0][-1]
+    assert isinstance(record, DemotedRecord)
+    assert record.window == 1
+    assert chunk_name(3) in record.reason
+    assert not (store / "manifest.json").exists(), "nobody trains on a store that is being mended"
+    assert not inspect(store).is_complete
+    assert inspect(store).committed_rows == NUM_ROWS - 32
+
+
+def test_a_resume_finds_damaged_windows_without_verify(unfinished: Path, finished_store: Path) -> None:
+    _flip(unfinished / chunk_name(0))
+    source = FakeSource()
+    build_small(None, unfinished, source=source)
+    assert source.calls == WINDOWS, "the damaged window and those that were left"
+    assert snapshot(unfinished) == snapshot(finished_store)
+
+
+def test_repair_of_a_sound_store_changes_nothing(store: Path) -> None:
+    recompute_weights(store, WeightingConfig(gamma=2), name="sharp")
+    before = whole_tree(store)
+    assert verify(store, repair=True).findings == []
+    assert whole_tree(store) == before
+
+
+def test_repair_waits_for_nobody(store: Path) -> None:
+    with StoreWriter(store, resume=True), pytest.raises(StoreLockedError):
+        verify(store, repair=True)
+    with StoreWriter(store, resume=True):
+        assert verify(store).findings == [], "looking needs no lock"
+
+
+def test_strays_are_noted_and_are_no_damage(store: Path, unfinished: Path) -> None:
+    for root in (store, unfinished):
+        (root / "thesis.tex").write_text("mine")
+        (root / "embeddings.zarr" / "c.5.0").write_bytes(b"beyond the last chunk")
+        (root / "embeddings.zarr" / ".c.0.0.77.tmp").write_bytes(b"of a writer that died")
+        (root / "work").mkdir(exist_ok=True)
+        (root / "work" / "scratch").write_bytes(b"discardable")
+        report = verify(root)
+        assert report.findings == []
+        assert [note.split()[0] for note in report.notes] == [
+            "embeddings.zarr/.c.0.0.77.tmp",
+            "embeddings.zarr/c.5.0",
+            "thesis.tex",
+        ]
+
+
+def test_a_torn_journal_is_a_note_while_unfinished_and_damage_when_finished(store: Path, unfinished: Path) -> None:
+    for root in (store, unfinished):
+        with (root / "journal.jsonl").open("ab") as journal:
+            journal.write(b'{"record":"window"')
+    assert "a resume drops it" in verify(unfinished).notes[0]
+    assert verify(unfinished).findings == []
+    assert [finding.path for finding in verify(store).findings] == ["journal.jsonl"]
+
+
+def test_a_finished_store_whose_journal_lost_lines_is_damaged_and_mends(store: Path, finished_store: Path) -> None:
+    lines = (store / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    (store / "journal.jsonl").write_bytes(b"".join(lines[:-1]))
+    assert "manifest.json" in {finding.path for finding in verify(store).findings}
+    verify(store, repair=True)
+    source = FakeSource()
+    build_small(None, store, source=source)
+    assert source.calls == [WINDOWS[2]]
+    assert snapshot(store) == snapshot(finished_store)
+
+
+@pytest.mark.parametrize("damage", [_delete, _empty, _zero], ids=lambda damage: damage.__name__[1:])
+def test_a_finished_store_without_its_journal_is_damaged(damage: Callable[[Path], None], store: Path) -> None:
+    damage(store / "journal.jsonl")
+    assert verify(store).findings != []
+
+
+def test_damage_in_the_middle_of_the_journal_stops_every_writer(store: Path) -> None:
+    content = bytearray((store / "journal.jsonl").read_bytes())
+    content[300] ^= 1
+    (store / "journal.jsonl").write_bytes(content)
+    before = whole_tree(store)
+    for action in (
+        lambda: verify(store),
+        lambda: verify(store, repair=True),
+        lambda: build_small(None, store),
+        lambda: open_store(store),
+    ):
+        with pytest.raises(CorruptStoreError, match=r"journal\.jsonl: line"):
+            action()
+    assert whole_tree(store) == before
+
+
+@pytest.mark.parametrize("name", ["density_weights.npy", "embeddings_metadata.json"])
+def test_a_link_that_points_elsewhere_is_found_and_any_writer_mends_it(name: str, store: Path, finished_store: Path) -> None:
+    for content in ("nowhere", None):
+        (store / name).unlink()
+        if content:
+            (store / name).symlink_to(content)
+        assert [finding.path for finding in verify(store).findings] == [name]
+        build_small(None, store)
+        assert snapshot(store) == snapshot(finished_store)
+
+
+def _forged(store: Path, rows: np.ndarray) -> None:  # type: ignore[type-arg]
+    """Chunk 0 holds ``rows``, with every checksum as if it had been written so."""
+    pieces, record = encode_chunk(rows.astype(np.float16), chunk_rows=16, compressor="lz4")
+    (store / chunk_name(0)).write_bytes(b"".join(pieces))
+    records = decode_journal((store / "journal.jsonl").read_bytes(), name="journal.jsonl")[0]
+    for position, entry in enumerate(records):
+        if isinstance(entry, WindowRecord) and entry.window == 0:
+            chunks = [dataclasses.replace(record, index=0), *entry.chunks[1:]]
+            records[position] = dataclasses.replace(entry, chunks=chunks)
+    lines = [encode_journal_record(seq, entry) for seq, entry in enumerate(records, start=1)]
+    (store / "journal.jsonl").write_bytes(b"".join([encode_journal_header(), *lines]))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(np.nan, "row 5 has norm nan"), (np.inf, "row 5 has norm inf"), (0.0, "row 5 has norm 0"), (2.0, "row 5 has norm")],
+)
+def test_a_row_that_is_no_unit_vector_is_damage_whatever_its_checksum(value: float, message: str, unfinished: Path) -> None:
+    rows = np.array(open_store(unfinished, partial=True).read_chunk(0))
+    _forged(unfinished, rows)
+    assert verify(unfinished).findings == [], "the forgery itself is sound"
+    rows[5] = value / np.sqrt(DIMENSION) if value == 2.0 else value
+    _forged(unfinished, rows)
+    (finding,) = verify(unfinished).findings
+    assert (finding.path, finding.window) == (chunk_name(0), 0)
+    assert message in finding.message
+
+
+def test_another_format_version_is_refused(store: Path) -> None:
+    manifest = json.loads((store / "manifest.json").read_bytes())
+    (store / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2}))
+    for action in (lambda: verify(store), lambda: open_store(store), lambda: build_small(None, store)):
+        with pytest.raises(IdentityMismatchError, match=r"format_version in manifest\.json: the store has 2, given 1"):
+            action()
+
+
+def test_a_manifest_that_disagrees_with_the_journal_is_the_one_to_blame(store: Path, finished_store: Path) -> None:
+    manifest = decode_manifest((store / "manifest.json").read_bytes())
+    files = {**manifest.files, "ids.json": FileDigest(bytes=manifest.files["ids.json"].bytes, sha256="0" * 64)}
+    (store / "manifest.json").write_bytes(dataclasses.replace(manifest, files=files).encode())
+    assert [finding.path for finding in verify(store).findings] == ["manifest.json"]
+    verify(store, repair=True)
+    build_small(None, store)
+    assert snapshot(store) == snapshot(finished_store)
+
+
+@pytest.mark.parametrize("changes", [{"rows": 69}, {"dimension": 63}])
+def test_a_manifest_of_another_shape_is_found(changes: dict[str, int], store: Path) -> None:
+    manifest = decode_manifest((store / "manifest.json").read_bytes())
+    (store / "manifest.json").write_bytes(dataclasses.replace(manifest, **changes).encode())  # type: ignore[arg-type]
+    assert [finding.path for finding in verify(store).findings] == ["manifest.json"]
+
+
+def test_weights_that_are_no_distribution_are_found_whatever_their_digest(store: Path) -> None:
+    manifest = decode_manifest((store / "manifest.json").read_bytes())
+    name = f"weights/{manifest.names['default']}.npy"
+    weights = np.load(store / name)
+    weights[0] *= 2
+    np.save(store / name, weights)
+    content = (store / name).read_bytes()
+    digest = FileDigest(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    (store / "manifest.json").write_bytes(dataclasses.replace(manifest, files={**manifest.files, name: digest}).encode())
+    (finding,) = verify(store).findings
+    assert finding.path == name
+    assert "sum 1" in finding.message
+
+
+def test_a_journal_that_commits_the_wrong_window_is_found(unfinished: Path) -> None:
+    records = decode_journal((unfinished / "journal.jsonl").read_bytes(), name="journal.jsonl")[0]
+    assert isinstance(records[1], SpecRecord)
+    assert isinstance(records[2], WindowRecord)
+    records[2] = dataclasses.replace(records[2], start=16)
+    lines = [encode_journal_record(seq, entry) for seq, entry in enumerate(records, start=1)]
+    (unfinished / "journal.jsonl").write_bytes(b"".join([encode_journal_header(), *lines]))
+    (finding,) = verify(unfinished).findings
+    assert (finding.path, finding.window) == ("journal.jsonl", 0)
