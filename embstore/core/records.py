@@ -183,7 +183,7 @@ def decode_journal(content: bytes, *, name: str) -> tuple[list[JournalRecord], i
     records: list[JournalRecord] = []
     offset = 0
     seq = 0
-    hint = "run embstore verify STORE, then verify --repair"
+    hint = "restore this file from a copy of the store, or build into another --out: nothing else says what was committed"
     while offset < len(content):
         end = content.find(b"\n", offset)
         value = None if end < 0 else _parse_journal_line(content[offset:end])

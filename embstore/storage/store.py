@@ -252,7 +252,7 @@ class EmbeddingStore:
     def _map(self, name: str) -> NDArray[Any]:
         try:
             array: NDArray[Any] = np.load(self.root / name, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise CorruptStoreError(f"{name} cannot be mapped ({error})", hint="run embstore verify STORE") from error
         return array
 

@@ -191,10 +191,14 @@ def _read_manifest(root: Path, findings: list[Finding]) -> Manifest | None:
     if not (root / MANIFEST).exists():
         return None
     try:
-        return decode_manifest((root / MANIFEST).read_bytes())
+        content = (root / MANIFEST).read_bytes()
+        manifest = decode_manifest(content)
     except CorruptStoreError as error:
         findings.append(Finding(path=MANIFEST, message=str(error)))
         return None
+    if content != manifest.encode():
+        findings.append(Finding(path=MANIFEST, message="is not spelled as it is written"))
+    return manifest
 
 
 def _read_spec(root: Path, state: JournalState, findings: list[Finding]) -> StoreSpec | None:
@@ -291,7 +295,7 @@ def _published_findings(root: Path, spec: StoreSpec, state: JournalState, manife
 def _load(path: Path) -> NDArray[np.float32] | None:
     try:
         array: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return None
     return array
 

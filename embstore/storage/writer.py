@@ -105,8 +105,7 @@ class StoreWriter:
                 raise StoreExistsError(
                     f"{root} already holds a store", hint="add --resume to continue it, or choose another --out"
                 )
-            self._remove_leftovers()
-            self._settle_published()
+            self._recover()
         except BaseException:
             self.close()
             raise
@@ -223,7 +222,6 @@ class StoreWriter:
         """
         digests = {}
         for name in ROW_FILES:
-            mend(self.root, spec, name)  # no window may have been written since its header was damaged
             start = header(spec, name)
             total, size = hashlib.sha256(start), len(start)
             with storage_errors("reading", self.root / name), (self.root / name).open("rb") as file:
@@ -260,19 +258,26 @@ class StoreWriter:
     def _write_rows(self, spec: StoreSpec, name: str, rows: RowRange, values: NDArray[np.float32]) -> None:
         path = self.root / name
         if name not in self._handles:
-            mend(self.root, spec, name)
             with storage_errors("opening", path):
                 self._handles[name] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         with storage_errors("writing", path):
             pwrite_all(self._handles[name], values.data, len(header(spec, name)) + rows.start * row_bytes(spec, name))
             sync_data(self._handles[name])
 
-    def _settle_published(self) -> None:
-        """Finish what a writer that died after its flip left to do; a settled store is not touched."""
-        if not (self.root / MANIFEST).exists():
-            return
-        with contextlib.suppress(CorruptStoreError):  # a damaged manifest is for verify to name
-            self._settle(decode_manifest(read_committed(self.root, MANIFEST)))
+    def _recover(self) -> None:
+        """Take up after a writer that died; a sound store is not touched.
+
+        A published store is settled as its writer would have done after the flip. An unfinished one gets row files that can
+        be written to. Damage that only a new build mends is left for verify to name.
+        """
+        self._remove_leftovers()
+        with contextlib.suppress(CorruptStoreError):
+            if (self.root / MANIFEST).exists():
+                self._settle(decode_manifest(read_committed(self.root, MANIFEST)))
+            elif self.state.spec is not None:
+                spec = self.read_spec()
+                for name in ROW_FILES:
+                    mend(self.root, spec, name)
 
     def _settle(self, manifest: Manifest) -> None:
         """Point the links at what ``manifest`` publishes, and drop what it does not list."""
