@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,14 @@ def finished_store(small_prompts: Path, tmp_path_factory: pytest.TempPathFactory
 def partial_store(small_prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small store with one of three windows committed; read it, never write to it."""
     return build_part(small_prompts, tmp_path_factory.mktemp("partial") / "store", rows=32)
+
+
+@pytest.fixture
+def without_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sync takes milliseconds and changes no byte that a test could read; what syncs are for is tested in tests/crash."""
+    for name in ("fsync", "fdatasync"):
+        if hasattr(os, name):
+            monkeypatch.setattr(os, name, lambda handle: None)
 
 
 @pytest.fixture

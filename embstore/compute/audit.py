@@ -2,8 +2,9 @@
 
 A neighbour counts as found when its distance is at most d_k (1 + 1e-4), d_k being the exact k-th distance: ties and
 distances that float16 storage cannot tell apart are no misses. The bound is one-sided 95 % (Wilson score on pairs, with the
-number of pairs reduced by the design effect, because the pairs of one node hit or miss together, and raised by the
-finite-population correction: an audit of every node leaves nothing to chance).
+number of pairs reduced by the design effect, because the pairs of one node hit or miss together); an audit of every node
+leaves nothing to chance, and its bound is the recall. Where almost nothing was missed the design effect is itself a guess:
+if the pairs of a node always missed together, 13 of 100 audits of 2000 nodes would put the bound above a true recall of 0.999.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def sample_nodes(num_nodes: int, size: int, *, seed: int, level: int) -> NDArray
 def compare(found_QK: NDArray[np.float64], exact_QK: NDArray[np.float64], *, num_nodes: int) -> Audit:
     """Audit from the distances a graph found and the exact ones, both ascending, float64 [Q, K].
 
-    ``num_nodes`` is the size of the graph that the Q nodes were sampled from, without replacement.
+    ``num_nodes`` is the size of the graph that the Q nodes were sampled from.
 
     Examples
     --------
@@ -65,7 +66,7 @@ def _lower_bound(share_Q: NDArray[np.float64], k: int, num_nodes: int) -> float:
     recall = float(share_Q.mean())
     if share_Q.size >= num_nodes:
         return recall
-    pairs = share_Q.size * k * (num_nodes - 1) / (num_nodes - share_Q.size)
+    pairs = float(share_Q.size * k)
     if 0 < recall < 1 and share_Q.size > 1:
         design_effect = float(share_Q.var(ddof=1)) * k / (recall * (1 - recall))
         pairs /= max(1.0, design_effect)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from embstore.core.errors import (
     StoreExistsError,
     StoreLockedError,
 )
+from embstore.export import export_store
 from embstore.storage.journal import read_journal
 from embstore.storage.writer import StoreWriter
 from tests.support.fake import FakeSource
@@ -246,3 +248,32 @@ def test_a_store_is_not_built_over_without_resume(store: Path, small_prompts: Pa
         build_small(small_prompts, store, resume=False)
     assert "--resume" in str(caught.value.hint)
     assert whole_tree(store) == before
+
+
+def test_a_build_outside_the_main_thread_leaves_signals_alone(
+    small_prompts: Path, tmp_path: Path, finished_store: Path
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    seen = []
+    source = HookedSource(lambda row: seen.append(signal.getsignal(signal.SIGINT)))
+    thread = threading.Thread(target=lambda: build_small(small_prompts, tmp_path / "store", source=source))
+    thread.start()
+    thread.join()
+    assert seen == [before] * 5
+    assert snapshot(tmp_path / "store") == snapshot(finished_store)
+
+
+def test_an_export_that_fails_leaves_no_half_file(store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with SystemCalls(root=out).watching() as whole:
+        paths = export_store(store, out, format="kat")
+    expected = {path.name: path.read_bytes() for path in paths}
+    for point in range(1, len(whole.calls) + 1):
+        out = tmp_path / f"out-{point}"
+        with (
+            SystemCalls(root=out, fail_at=point, error=errno.ENOSPC).watching(),
+            pytest.raises(StorageError, match=os.strerror(errno.ENOSPC)),
+        ):
+            export_store(store, out, format="kat")
+        left = {path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else {}
+        assert left.items() <= expected.items()

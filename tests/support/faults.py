@@ -61,6 +61,8 @@ class SystemCalls:
             real_close = os.close
             patch.setattr(os, "close", lambda handle: (self._paths.pop(handle, None), real_close(handle))[1])
             for name in (*_BY_DESCRIPTOR, *_BY_PATH):
+                if not hasattr(os, name):  # macOS has no fdatasync
+                    continue
                 patch.setattr(os, name, self._wrapped(name, getattr(os, name)))
             yield self
 

