@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -37,33 +39,52 @@ from tests.support.stores import (
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
-def _calls(prompts: Path, store: Path) -> list[Call]:
-    with SystemCalls(root=store).watching() as calls:
-        build_small(prompts, store)
-    return calls.calls
-
-
-def _distinct(calls: list[Call]) -> list[int]:
-    """The first call of each kind on each file; chunks count as one file, temp names without the process id."""
+def _first_of_a_kind(calls: list[Call]) -> list[int]:
+    """Points that fail at different places in the code: temp files of one folder are alike."""
     seen: dict[tuple[str, str], int] = {}
     for point, call in enumerate(calls, start=1):
-        name = "chunk" if "/c." in call.path or "/.c." in call.path else call.path
-        seen.setdefault((call.name, name), point)
+        folder, _, name = call.path.rpartition("/")
+        is_published = name.endswith(".tmp") or call.name == "rename"
+        seen.setdefault((call.name, folder.split("/")[0] if is_published else call.path), point)
     return sorted(seen.values())
 
 
-def test_any_disk_error_ends_the_build_with_a_storage_error_and_a_resume_finishes_it(
-    small_prompts: Path, finished_store: Path, tmp_path: Path
+@pytest.fixture(scope="module")
+def calls(small_prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Call]:
+    """Every system call of an uninterrupted build."""
+    store = tmp_path_factory.mktemp("count") / "store"
+    with SystemCalls(root=store).watching() as whole:
+        build_small(small_prompts, store)
+    return whole.calls
+
+
+def test_a_disk_error_at_any_place_ends_the_build_and_a_resume_finishes_it(
+    calls: list[Call], small_prompts: Path, finished_store: Path, tmp_path: Path
 ) -> None:
-    reference = snapshot(finished_store)
-    points = _distinct(_calls(small_prompts, tmp_path / "count"))
-    assert len(points) > 80
-    for number, point in enumerate(points):
-        store = tmp_path / f"store-{point}"
+    points = _first_of_a_kind(calls)
+    assert {calls[point - 1].name for point in points} == {call.name for call in calls}
+    _fail_and_resume(points, small_prompts, snapshot(finished_store), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first_error", range(len(DISK_ERRORS)))
+def test_every_disk_error_at_every_system_call_ends_the_build_and_a_resume_finishes_it(
+    first_error: int, calls: list[Call], small_prompts: Path, finished_store: Path, tmp_path: Path
+) -> None:
+    points = range(1, len(calls) + 1)
+    _fail_and_resume(points, small_prompts, snapshot(finished_store), tmp_path, first_error=first_error)
+
+
+def _fail_and_resume(
+    points: Iterable[int], prompts: Path, reference: dict[str, str], folder: Path, *, first_error: int = 0
+) -> None:
+    """At each point one of the errors a disk gives: a StorageError that says so, then a resume to the same bytes."""
+    for number, point in enumerate(points, start=first_error):
+        store = folder / f"store-{point}"
         acknowledged, source = Acknowledged(), FakeSource()
         code = DISK_ERRORS[number % len(DISK_ERRORS)]
         with SystemCalls(root=store, fail_at=point, error=code).watching() as calls:
-            error = _storage_error(small_prompts, store, acknowledged)
+            error = _storage_error(prompts, store, acknowledged)
             failed = calls.calls[point - 1]
             if error is None:
                 assert failed.path.startswith("work"), f"{failed}: only scratch files are not worth failing for"
@@ -73,10 +94,12 @@ def test_any_disk_error_ends_the_build_with_a_storage_error_and_a_resume_finishe
                 assert str(store) in str(error)
                 assert error.hint is not None
                 assert error.exit_code == ExitCode.INCOMPLETE
-            _assert_no_sync_twice(calls.calls, point)
-            build_small(small_prompts, store, source=source)
-        assert snapshot(store) == reference, calls.calls[point - 1]
+            if failed.name in SYNCS:  # pages of a failed fsync are marked clean: a second one would lie
+                assert failed not in calls.calls[point:], f"{failed} was tried again"
+            build_small(prompts, store, source=source)
+        assert snapshot(store) == reference, failed
         assert not set(source.calls) & set(acknowledged.windows)
+        shutil.rmtree(store)
 
 
 def _storage_error(prompts: Path, store: Path, acknowledged: Acknowledged) -> StorageError | None:
@@ -85,13 +108,6 @@ def _storage_error(prompts: Path, store: Path, acknowledged: Acknowledged) -> St
     except StorageError as error:
         return error
     return None
-
-
-def _assert_no_sync_twice(calls: list[Call], point: int) -> None:
-    """A failed fsync marks pages clean: trying again on the same file would claim what is not true."""
-    failed = calls[point - 1]
-    if failed.name in SYNCS:
-        assert failed not in calls[point:], f"{failed} was tried again"
 
 
 def test_a_folder_that_cannot_be_written_is_refused_with_a_hint(small_prompts: Path, tmp_path: Path) -> None:

@@ -37,9 +37,8 @@ def _damaged(finished_store: Path, target: Path) -> Path:
 
 
 def _killed_at(action: Action, store: Path, point: int) -> SystemCalls:
-    with SystemCalls(root=store, fail_at=point).watching() as calls:
-        with contextlib.suppress(Killed):
-            action(store)
+    with SystemCalls(root=store, fail_at=point).watching() as calls, contextlib.suppress(Killed):
+        action(store)
     return calls
 
 

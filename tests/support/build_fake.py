@@ -1,7 +1,7 @@
 """A build with the fake embedder in a process of its own, for tests that kill it.
 
-``python -m tests.support.build_fake PROMPTS STORE`` prints ``ready`` once everything is imported, and a line for every window
-that is acknowledged, flushed, so that the parent knows when work began and what must survive.
+``python -m tests.support.build_fake PROMPTS STORE`` prints ``ready`` once everything is imported, and a line for every
+window that is acknowledged, flushed, so that the parent knows when work began and what must survive.
 """
 
 from __future__ import annotations

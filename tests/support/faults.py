@@ -101,7 +101,7 @@ class SystemCalls:
     def _account(self, name: str, path: str, args: tuple[Any, ...], real: Callable[..., Any]) -> None:
         if self.is_dead:
             raise Killed
-        self.calls.append(Call(name, os.path.relpath(path, self.root)))
+        self.calls.append(Call(name, path[len(os.fspath(self.root)) + 1 :] or "."))
         if len(self.calls) != self.fail_at:
             return
         if self.error is not None:
