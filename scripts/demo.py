@@ -131,7 +131,8 @@ def _run(command: list[str], *, head: int | None = None) -> None:
 
 
 def _title(text: str) -> None:
-    _console.print(Rule(f"[bold]{text}[/bold]", align="left"))
+    _console.print(Rule(style="dim"))
+    _console.print(f"[bold]{text}[/bold]\n", highlight=False)
 
 
 if __name__ == "__main__":
