@@ -6,6 +6,7 @@ or in the memory budget is refused before the first row.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -96,10 +97,11 @@ def find_source(run: Run) -> EmbedderSource | None:
 
 def _model_of_last_run(root: Path) -> tuple[str, str | None]:
     path = root / RUNS
-    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for entry in reversed(entries):
-        if entry.get("model"):
-            return entry["model"], entry.get("revision")
+    for line in reversed(path.read_text(errors="replace").splitlines() if path.exists() else []):
+        with contextlib.suppress(json.JSONDecodeError):  # the file is not synced: a crash may have torn its last line
+            entry = json.loads(line)
+            if entry.get("model"):
+                return entry["model"], entry.get("revision")
     raise ConfigError("no model was given", hint="add --model, a folder or a hub id such as org/name")
 
 
@@ -127,8 +129,9 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
     if drifted and hardware is not None:
         if not config.allow_drift:
             refuse_drift(spec, drifted, hardware)
-        run.observer(Notice(message=f"drift allowed in {', '.join(drifted)}: rows may differ in low bits from here on"))
-        writer.commit(DriftRecord(fields=drifted))
+        if remaining:
+            run.observer(Notice(message=f"drift allowed in {', '.join(drifted)}: rows may differ in low bits from here on"))
+            writer.commit(DriftRecord(fields=drifted))
         # only this run's copy: the stored spec stays what the first rows were made with
         spec = dataclasses.replace(spec, embedding=dataclasses.replace(spec.embedding, **hardware))  # type: ignore[arg-type]
     run.log_start()
@@ -141,9 +144,7 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
     with run.stage("model"):
         # copy-on-write mapping: torch takes no read-only array, and nothing writes to it
         basis_VR = np.load(writer.root / BASIS, mmap_mode="c", allow_pickle=False)
-        embedder = run.source.reopen(spec.embedding, basis_VR)
-    run.meter.set_baseline()
-    return spec, embedder
+        return spec, run.source.reopen(spec.embedding, basis_VR)
 
 
 def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tuple[StoreSpec, Embedder]:
@@ -158,7 +159,6 @@ def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tup
             work=writer.work,
             observer=run.observer,
         )
-    run.meter.set_baseline()
     chunk_rows, window_rows = _fit_rows(config, embedder, record.rows)
     spec = StoreSpec(
         format_version=FORMAT_VERSION,

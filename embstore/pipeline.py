@@ -57,6 +57,7 @@ from embstore.core.plan import plan
 from embstore.interrupts import StopSignals
 from embstore.memory import MemoryMeter
 from embstore.run import Run
+from embstore.storage.atomic import storage_errors
 from embstore.storage.prompts import PromptTable
 from embstore.storage.store import EmbeddingStore, open_published
 from embstore.storage.writer import StoreWriter
@@ -130,6 +131,7 @@ def build(
         record = commit_prompts(run, prompts)
         run.source = source or find_source(run)
         spec, embedder = commit_spec(run, record)
+        meter.set_baseline()  # imports and model are not what the budget bounds
         _embed_windows(run, spec, embedder)
         del embedder  # the model's memory is free for the search
         finished = open_published(root)
@@ -192,19 +194,20 @@ def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None) -> None
                 record = run.writer.write_window(
                     spec, window, _refuse_failed(blocks, run.config, prompts), lambda: embedder.counts
                 )
-            stored_bytes = sum(chunk.bytes for chunk in record.chunks)
-            run.embedded_rows += rows.num_rows
-            run.embedded_tokens += record.tokens
-            run.stored_bytes += stored_bytes
-            run.observer(
-                RowsCommitted(
-                    start=rows.start,
-                    stop=rows.stop,
-                    num_tokens=record.tokens,
-                    stored_bytes=stored_bytes,
-                    seconds=time.perf_counter() - since,
+                # still deferred: what is committed is always reported, also when a signal waits
+                stored_bytes = sum(chunk.bytes for chunk in record.chunks)
+                run.embedded_rows += rows.num_rows
+                run.embedded_tokens += record.tokens
+                run.stored_bytes += stored_bytes
+                run.observer(
+                    RowsCommitted(
+                        start=rows.start,
+                        stop=rows.stop,
+                        num_tokens=record.tokens,
+                        stored_bytes=stored_bytes,
+                        seconds=time.perf_counter() - since,
+                    )
                 )
-            )
             for failed in record.failed:
                 run.observer(Notice(message=f"row {failed.row} failed and is kept without a vector: {failed.reason}"))
     run.observer(StageFinished(stage="embed", seconds=time.perf_counter() - started))
@@ -244,7 +247,7 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
     digest = digest_of({"density": dataclasses.asdict(density), "shards": search.shards, "rows": commits})
     if finished is not None and finished.manifest is not None and finished.manifest.neighbors == digest:
         return read_neighbors(finished)
-    with run.stage("knn"):
+    with run.stage("knn"), storage_errors("writing to", run.writer.work):
         graph = build_graph(
             np.load(run.writer.root / COORDINATES, mmap_mode="r", allow_pickle=False),
             failed_N,

@@ -231,8 +231,10 @@ def print_verify(console: Console, report: VerifyReport, *, repaired: bool) -> N
     if report.findings:
         windows = {finding.window for finding in report.findings if finding.window is not None}
         console.print(f"[red]damaged[/red]: {len(report.findings)} findings in {checked}", highlight=False)
-        if repaired and windows:
-            console.print(f"demoted {len(windows)} windows: run embstore build --resume to compute them again")
+        if repaired:
+            console.print(
+                f"  {len(windows)} windows demoted: run embstore build --resume to mend the store", highlight=False
+            )
     elif report.is_complete:
         console.print(f"[green]ok[/green]: {checked}", highlight=False)
     else:

@@ -95,7 +95,7 @@ def load_weights(
     expect_keys
         uint64 [N] row keys in dataset order; they must equal the store's ``keys.npy``.
     verify
-        "full" checks digest, dtype, finiteness, sign and sum; "shape" only dtype and length; "off" nothing.
+        "full" checks digests, dtype, finiteness, sign and sum; "shape" only dtype and length; "off" nothing.
 
     Returns
     -------
@@ -132,7 +132,7 @@ def load_weights(
             hint="weights are per distinct prompt: expand by line_rows.npy, or join by keys.npy",
         )
     if expect_keys is not None:
-        _check_keys(root, np.asarray(expect_keys, dtype=np.uint64), manifest)
+        _check_keys(root, np.asarray(expect_keys, dtype=np.uint64), manifest, full=verify == "full")
     fingerprint = digest.sha256 if digest is not None else _sha256(array)
     return Weights(path=file, array=array, fingerprint=fingerprint, metadata=metadata)
 
@@ -153,7 +153,7 @@ class DensitySampler:
     num_samples
         Draws per pass; default one per row.
     seed
-        Any integer >= 0.
+        0 <= seed < 2**64.
 
     Raises
     ------
@@ -162,9 +162,11 @@ class DensitySampler:
     """
 
     def __init__(self, weights: Weights | ArrayLike, *, num_samples: int | None = None, seed: int = 0) -> None:
-        self._fingerprint = weights.fingerprint if isinstance(weights, Weights) else None
         array = weights.array if isinstance(weights, Weights) else np.asarray(weights)
         _check_vector("weights", array)
+        self._fingerprint = weights.fingerprint if isinstance(weights, Weights) else _sha256(array)
+        if not 0 <= seed < 1 << 64:
+            raise ConfigError(f"seed must lie in 0..2**64 - 1, got {seed}")
         if num_samples is not None and num_samples < 1:
             raise ConfigError(f"num_samples must be at least 1, got {num_samples}")
         self._weights_N = array
@@ -183,7 +185,7 @@ class DensitySampler:
 
     def plan(self, epoch: int) -> NDArray[np.int64]:
         """All indices of one pass, in order, int64 [num_samples]."""
-        stream = np.random.Philox(key=[self._seed, epoch])
+        stream = np.random.Philox(key=np.array([self._seed, epoch], dtype=np.uint64))
         offset, *_ = stream.random_raw(1)
         # one uniform offset, then evenly spaced points through the cumulative weights
         cumulative_N = np.cumsum(self._weights_N, dtype=np.float64)
@@ -266,6 +268,8 @@ def _map(file: Path) -> NDArray[np.float32]:
         array: NDArray[np.float32] = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise CorruptStoreError(f"{file} cannot be mapped ({error})", hint="run embstore verify STORE") from error
+    if not isinstance(array, np.ndarray):  # numpy opens a .npz as well
+        raise CorruptStoreError(f"{file} is an archive, not one array", hint="give a store's folder or a .npy file")
     return array
 
 
@@ -278,13 +282,18 @@ def _check(file: Path, array: NDArray[np.float32], digest: FileDigest | None, *,
         )
     if not full:
         return
-    if digest is not None and (found := hashlib.sha256(_read(file)).hexdigest()) != digest.sha256:
-        raise CorruptStoreError(
-            f"{file} has sha256 {found[:16]}, published was {digest.sha256[:16]}", hint="run embstore verify STORE"
-        )
+    if digest is not None:
+        _check_digest(file, digest)
     total = _check_vector(str(file), array)
     if abs(total - 1) > _SUM_TOLERANCE:
         raise InvalidWeightsError(f"{file} sums to {total!r}, not 1")
+
+
+def _check_digest(file: Path, digest: FileDigest) -> None:
+    if (found := hashlib.sha256(_read(file)).hexdigest()) != digest.sha256:
+        raise CorruptStoreError(
+            f"{file} has sha256 {found[:16]}, published was {digest.sha256[:16]}", hint="run embstore verify STORE"
+        )
 
 
 def _check_vector(name: str, array: NDArray[np.floating]) -> float:
@@ -300,10 +309,12 @@ def _check_vector(name: str, array: NDArray[np.floating]) -> float:
     return total
 
 
-def _check_keys(root: Path, given_N: NDArray[np.uint64], manifest: Manifest | None) -> None:
+def _check_keys(root: Path, given_N: NDArray[np.uint64], manifest: Manifest | None, *, full: bool) -> None:
     if manifest is None:
         raise ConfigError(f"{root} is a bare file and has no keys", hint="pass the store's folder")
-    stored_N = np.load(root / KEYS, mmap_mode="r", allow_pickle=False)
+    stored_N = _map(root / KEYS)
+    if full:
+        _check_digest(root / KEYS, manifest.files[KEYS])
     if len(given_N) != len(stored_N):
         raise LengthMismatchError(f"{root} has {len(stored_N)} rows, expect_keys has {len(given_N)}")
     different = np.flatnonzero(stored_N != given_N)
@@ -318,7 +329,7 @@ def _check_keys(root: Path, given_N: NDArray[np.uint64], manifest: Manifest | No
         )
 
 
-def _sha256(array: NDArray[np.float32]) -> str:
+def _sha256(array: NDArray[np.generic]) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 

@@ -280,12 +280,17 @@ def _centred(coord_NR: NDArray[np.float32], rows_G: NDArray[np.int64], work: Pat
     for start in range(0, len(rows_G), _BLOCK_ROWS):
         total_R += coord_NR[rows_G[start : start + _BLOCK_ROWS]].sum(axis=0, dtype=np.float64)
     mean_R = total_R / max(1, len(rows_G))
-    shape = (max(1, len(rows_G)), rank)
-    centred: NDArray[np.float32] = np.lib.format.open_memmap(work / "centred.npy", mode="w+", dtype=np.float32, shape=shape)
-    for start in range(0, len(rows_G), _BLOCK_ROWS):
-        rows = rows_G[start : start + _BLOCK_ROWS]
-        centred[start : start + len(rows)] = coord_NR[rows].astype(np.float64) - mean_R
-    return centred[: len(rows_G)]
+    # written, then mapped: a full disk is an error from write, but a bus error from a mapped page
+    shape = (len(rows_G), rank)
+    with (work / "centred.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for start in range(0, len(rows_G), _BLOCK_ROWS):
+            block = coord_NR[rows_G[start : start + _BLOCK_ROWS]].astype(np.float64) - mean_R
+            file.write(block.astype("<f4").data.cast("B"))
+    if not len(rows_G):
+        return np.empty(shape, dtype=np.float32)
+    centred_GR: NDArray[np.float32] = np.load(work / "centred.npy", mmap_mode="r", allow_pickle=False)
+    return centred_GR
 
 
 def _expand(

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from embstore.core.errors import IncompleteStoreError
+from embstore.storage.journal import read_journal
 from embstore.storage.store import open_store
 from tests.support.fake import FakeSource
-from tests.support.faults import SYNCS, Call, Killed, SystemCalls
-from tests.support.stores import WINDOWS, Acknowledged, build_small, snapshot
+from tests.support.faults import SYNC_DATA, SYNCS, Call, Killed, SystemCalls
+from tests.support.stores import NUM_ROWS, WINDOWS, Acknowledged, build_small, snapshot
 
 Windows = list[tuple[int, int]]
 
@@ -51,6 +52,7 @@ def _kill_and_resume(
         assert killed, f"there is no call {point}"
         _, second, _, _ = _run(prompts, store)
         assert snapshot(store) == reference, f"killed at call {point}"
+        assert read_journal(store).committed_rows == NUM_ROWS, "the journal can be read again"
         assert not set(second.calls) & set(acknowledged), f"killed at call {point}"
         assert len(set(second.calls) & set(first.calls)) <= 1, "only the window in flight is done twice"
         assert set(first.calls) | set(second.calls) == set(WINDOWS)
@@ -59,7 +61,7 @@ def _kill_and_resume(
 
 def test_a_build_makes_every_kind_of_call_that_can_be_interrupted(calls: list[Call]) -> None:
     seen = {call.name for call in calls}
-    assert seen >= {"open", "write", "pwrite", "fsync", "fdatasync", "rename", "symlink", "mkdir", "ftruncate", "unlink"}
+    assert seen >= {"open", "write", "pwrite", "fsync", SYNC_DATA, "rename", "symlink", "mkdir", "ftruncate", "unlink"}
 
 
 def test_a_kill_at_any_system_call_is_resumed_to_the_same_bytes(

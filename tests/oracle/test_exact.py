@@ -94,6 +94,17 @@ def test_the_scan_agrees_with_scikit_learn() -> None:
     assert found_distances == pytest.approx(distances, rel=1e-12)
 
 
+def test_rounding_in_the_float32_scan_pushes_no_neighbour_out() -> None:
+    """Two tight clusters: centring cannot bring both near 0, and scores of order 1 tell near distances apart badly."""
+    random = np.random.default_rng(0)
+    side_G = np.repeat([[1.0], [-1.0]], 200, axis=0)
+    coord_GR = (side_G + 2e-3 * random.standard_normal((400, 4))).astype(np.float32)
+    ids_GK, distances_GK = exact_neighbors(coord_GR, np.arange(400), 5)
+    expected_ids, expected_distances = brute_force(coord_GR, 5)
+    assert np.array_equal(ids_GK, expected_ids)
+    assert distances_GK == pytest.approx(expected_distances, rel=1e-12)
+
+
 def test_a_query_is_told_apart_from_a_node_very_near_it() -> None:
     """Self is excluded by index: the nearest column may well be another node."""
     coord_GR = np.array([[1.0, 1.0], [np.nextafter(np.float32(1), 2), 1.0], [5.0, 5.0]], dtype=np.float32)

@@ -21,6 +21,7 @@ from tests.support.power import Disk
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _BY_DESCRIPTOR = ("write", "pwrite", "fsync", "fdatasync", "ftruncate")
 SYNCS = ("fsync", "fdatasync")
+SYNC_DATA = "fdatasync" if hasattr(os, "fdatasync") else "fsync"
 _BY_PATH = ("open", "rename", "unlink", "symlink", "mkdir", "rmdir")
 
 

@@ -28,6 +28,7 @@ from embstore.info import inspect, verify
 from embstore.storage.chunks import encode_chunk
 from embstore.storage.store import open_store
 from embstore.storage.writer import StoreWriter
+from tests.support.build_fake import CONFIG
 from tests.support.fake import DIMENSION, FakeSource
 from tests.support.stores import NUM_CHUNKS, NUM_ROWS, WINDOWS, build_small, snapshot, whole_tree
 
@@ -178,6 +179,25 @@ def test_a_header_that_still_reads_as_one_is_never_sealed(unfinished: Path, fini
     assert [(finding.path, finding.window) for finding in findings] == [("residuals.npy", None)]
     build_small(None, unfinished)
     assert snapshot(unfinished) == snapshot(finished_store)
+
+
+def test_a_damaged_row_is_never_sealed_even_when_the_journal_is_trusted(unfinished: Path, small_prompts: Path) -> None:
+    content = bytearray((unfinished / "coordinates.npy").read_bytes())
+    content[200] ^= 1
+    (unfinished / "coordinates.npy").write_bytes(content)
+    with pytest.raises(CorruptStoreError, match=r"coordinates\.npy, rows 0 to 31"):
+        build_small(small_prompts, unfinished, config=dataclasses.replace(CONFIG, trust_journal=True))
+    assert not (unfinished / "manifest.json").exists()
+
+
+def test_a_row_file_that_was_cut_off_reads_as_nan_until_it_is_made_again(unfinished: Path) -> None:
+    path = unfinished / "residuals.npy"
+    path.write_bytes(path.read_bytes()[: 128 + 4 * 10 + 2])  # rows 0 to 9, and half of row 10
+    with StoreWriter(unfinished, resume=True):
+        residuals = open_store(unfinished, partial=True).residuals
+    assert residuals.shape == (NUM_ROWS,)
+    assert np.isfinite(residuals[:10]).all()
+    assert np.isnan(residuals[10:]).all()
 
 
 def test_two_chunks_that_were_swapped_are_both_found(store: Path, finished_store: Path) -> None:

@@ -1,0 +1,217 @@
+"""DensitySampler: quotas in every pass, an order of weights, seed and epoch alone, a resume that repeats and skips none."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from embstore.core.errors import ConfigError, InvalidWeightsError, WeightsError
+from embstore.training import DensitySampler, Weights, load_weights
+
+UNEVEN = np.array([0.0, 0.5, 0.02, 0.0, 0.3, 0.08, 0.1, 0.0])
+GOLDEN = [5, 4, 4, 6, 5, 1, 4, 4, 1, 1, 1, 4, 1, 1, 1, 1, 6, 1, 4, 1]  # num_samples=20, seed=3, epoch 2
+VECTORS = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1.0)), min_size=1, max_size=40).filter(any)
+
+
+@settings(max_examples=80, deadline=None)
+@given(vector=VECTORS, num_samples=st.integers(1, 200), seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 1000))
+def test_a_row_is_drawn_floor_or_ceil_of_its_quota(vector: list[float], num_samples: int, seed: int, epoch: int) -> None:
+    drawn = DensitySampler(vector, num_samples=num_samples, seed=seed).plan(epoch)
+    assert (len(drawn), drawn.dtype) == (num_samples, np.int64)
+    counts = np.bincount(drawn, minlength=len(vector))
+    for count, weight in zip(counts, vector, strict=True):
+        quota = num_samples * weight / math.fsum(vector)
+        assert math.floor(quota - 1e-9) <= count <= math.ceil(quota + 1e-9)
+
+
+def test_quotas_hold_over_many_rows_of_float32_weights() -> None:
+    """Behind one large weight, a running total in float32 would step unevenly over the small ones."""
+    vector = np.full(100_001, 1e-5, dtype=np.float32)
+    vector[0] = 1
+    drawn = DensitySampler(vector, num_samples=199_980).plan(0)
+    assert 99_989 <= np.count_nonzero(drawn == 0) <= 99_991
+    assert np.bincount(drawn)[1:].max() == 1  # 0.9999 of a draw each
+
+
+@pytest.mark.parametrize("padding", [(1, 0), (0, 1), (3, 3)])
+def test_a_row_without_weight_is_never_drawn(padding: tuple[int, int]) -> None:
+    vector = np.pad(np.full(997, np.float32(1 / 997)), padding)
+    vector[padding[0] + 500] = 0
+    sampler = DensitySampler(vector, num_samples=5000)
+    for epoch in range(20):
+        assert (vector[sampler.plan(epoch)] > 0).all()
+
+
+@pytest.mark.parametrize("word", [0, 2**64 - 1])
+def test_no_random_offset_draws_a_row_without_weight(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest and the largest one put a draw on the very edge of a row."""
+
+    class Extreme:
+        def __init__(self, key: object) -> None:
+            self.key = key
+
+        def random_raw(self, count: int) -> NDArray[np.uint64]:
+            return np.full(count, word, dtype=np.uint64)
+
+    monkeypatch.setattr(np.random, "Philox", Extreme)
+    for vector in (UNEVEN, UNEVEN[::-1], np.array([0, 1, 1, 1]) / 3, np.array([0.1, 0])):
+        for num_samples in (1, 3, 10, 49):
+            assert (vector[DensitySampler(vector, num_samples=num_samples).plan(0)] > 0).all()
+
+
+def test_over_many_passes_each_row_gets_its_share() -> None:
+    sampler = DensitySampler(UNEVEN, num_samples=7, seed=1)
+    drawn = np.concatenate([sampler.plan(epoch) for epoch in range(3000)])
+    share = np.bincount(drawn, minlength=len(UNEVEN)) / len(drawn)
+    assert share == pytest.approx(UNEVEN, abs=5e-3)
+
+
+def test_a_pass_is_shuffled() -> None:
+    """Every row is as likely early as late."""
+    sampler = DensitySampler(np.ones(50))
+    positions = np.mean([np.argsort(sampler.plan(epoch)) for epoch in range(2000)], axis=0)
+    assert np.abs(positions - 24.5).max() < 2  # 5 deviations of a mean of 2000 uniform positions are 1.6
+
+
+def test_the_order_depends_on_weights_seed_and_epoch_alone() -> None:
+    plans = {
+        (seed, epoch): DensitySampler(UNEVEN, num_samples=40, seed=seed).plan(epoch).tolist()
+        for seed, epoch in itertools.product((0, 1, 2), (0, 1, 2))
+    }
+    assert len({tuple(plan) for plan in plans.values()}) == len(plans)
+    large = [DensitySampler(UNEVEN, num_samples=40, seed=2**64 - seed).plan(0) for seed in (1, 2)]
+    assert not np.array_equal(*large)
+    used = DensitySampler(UNEVEN, num_samples=40, seed=2)
+    list(used)
+    assert list(used) == plans[2, 1]  # one pass after another
+    used.set_epoch(0)
+    assert list(used) == plans[2, 0]
+    used.set_epoch(2)
+    assert list(used) == plans[2, 2]
+
+
+def test_a_new_epoch_starts_at_its_beginning_and_the_same_one_goes_on() -> None:
+    sampler = DensitySampler(UNEVEN, num_samples=10)
+    first = list(itertools.islice(sampler, 4))
+    sampler.set_epoch(0)
+    assert first + list(sampler) == sampler.plan(0).tolist()
+    list(itertools.islice(sampler, 4))
+    sampler.set_epoch(5)
+    assert list(sampler) == sampler.plan(5).tolist()
+
+
+def test_the_sequence_is_pinned() -> None:
+    """Changes only with the name of the method: a resumed run must go on with the order it began."""
+    sampler = DensitySampler(UNEVEN, num_samples=20, seed=3)
+    assert sampler.state_dict()["method"] == "systematic-1"
+    assert sampler.plan(2).tolist() == GOLDEN
+
+
+def test_a_resume_at_any_draw_goes_on_as_if_never_stopped() -> None:
+    """State is taken while a draw is in hand; 25 draws cross two ends of a pass of 10."""
+    whole = endless(DensitySampler(UNEVEN, num_samples=10, seed=7), 45)
+    for stop in range(26):
+        sampler = DensitySampler(UNEVEN, num_samples=10, seed=7)
+        seen = endless(sampler, stop)
+        state = json.loads(json.dumps(sampler.state_dict()))
+        resumed = DensitySampler(UNEVEN, num_samples=10, seed=7)
+        resumed.load_state_dict(state)
+        resumed.set_epoch(stop // 10)  # as trainers do at the start of a pass
+        assert seen + endless(resumed, 45 - stop) == whole
+
+
+def endless(sampler: DensitySampler, count: int) -> list[int]:
+    """So many draws, pass after pass."""
+    passes = itertools.chain.from_iterable(iter(sampler) for _ in itertools.count())
+    return list(itertools.islice(passes, count))
+
+
+def test_a_state_of_another_sampler_is_refused(finished_store: Path) -> None:
+    sampler = DensitySampler(UNEVEN, num_samples=10, seed=7)
+    state = sampler.state_dict()
+    others = {
+        "seed": DensitySampler(UNEVEN, num_samples=10, seed=8),
+        "num_samples": DensitySampler(UNEVEN, num_samples=11, seed=7),
+        "fingerprint": DensitySampler(UNEVEN[::-1], num_samples=10, seed=7),
+    }
+    for field, other in others.items():
+        with pytest.raises(WeightsError, match=f"differs in {field}"):
+            other.load_state_dict(state)
+    for field in ("method", "version"):
+        with pytest.raises(WeightsError, match=f"differs in {field}"):
+            sampler.load_state_dict(state | {field: "of tomorrow"})
+    from_store = DensitySampler(load_weights(finished_store), num_samples=10, seed=7)
+    with pytest.raises(WeightsError, match="differs in fingerprint"):
+        from_store.load_state_dict(state)
+
+
+class Rows(Dataset[tuple[int, float]]):
+    """Items that read the mapped weights in the worker."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __getitem__(self, row: int) -> tuple[int, float]:
+        return row, float(self.weights.array[row])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_dataloader_draws_the_plan(finished_store: Path, workers: int) -> None:
+    weights = load_weights(finished_store)
+    sampler = DensitySampler(weights, num_samples=45, seed=5)
+    loader = DataLoader(
+        Rows(weights),
+        batch_size=8,
+        sampler=sampler,
+        num_workers=workers,
+        multiprocessing_context="spawn" if workers else None,
+    )
+    batches = list(loader)
+    assert len(batches) == len(loader) == 6
+    assert [int(row) for rows, _ in batches for row in rows] == sampler.plan(0).tolist()
+    assert [float(value) for _, values in batches for value in values] == weights.array[sampler.plan(0)].tolist()
+    if not workers:
+        assert [int(row) for rows, _ in loader for row in rows] == sampler.plan(1).tolist()
+
+
+def test_a_dataloader_resumes_between_batches(finished_store: Path) -> None:
+    """Without workers nothing is fetched ahead, so the state after a batch names the next one."""
+    weights = load_weights(finished_store)
+    whole = DensitySampler(weights, num_samples=40, seed=5).plan(0).tolist()
+    sampler = DensitySampler(weights, num_samples=40, seed=5)
+    batches = iter(DataLoader(Rows(weights), batch_size=8, sampler=sampler))
+    seen = [int(row) for _ in range(3) for row in next(batches)[0]]
+    resumed = DensitySampler(weights, num_samples=40, seed=5)
+    resumed.load_state_dict(sampler.state_dict())
+    seen += [int(row) for rows, _ in DataLoader(Rows(weights), batch_size=8, sampler=resumed) for row in rows]
+    assert seen == whole
+
+
+@pytest.mark.parametrize("vector", [[], [[0.5, 0.5]], [0.5, math.nan], [1.0, -0.1], [0.0, 0.0], [math.inf, 1.0]])
+def test_what_cannot_be_drawn_from_is_refused(vector: list[object]) -> None:
+    with pytest.raises(InvalidWeightsError):
+        DensitySampler(vector)
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    for wrong in ({"num_samples": 0}, {"seed": -1}, {"seed": 2**64}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            DensitySampler(UNEVEN, **wrong)
+
+
+def test_a_pass_has_one_draw_a_row_by_default() -> None:
+    sampler = DensitySampler(np.ones(12, dtype=np.float32) / 12)
+    assert len(sampler) == 12
+    assert sorted(sampler) == list(range(12))
