@@ -148,14 +148,16 @@ class LogitEmbedder:
             hidden_BTD = hidden_BTD.masked_fill_(~pooled_BT[..., None], 0.0)
             mean_WX[rows_B] = torch.einsum("btd,bt->bd", hidden_BTD, share_BT)
         else:
-            mean_WX[rows_B] = self._streamed_mean(hidden_BTD, pooled_BT, share_BT)
+            mean_WX[rows_B] = 0.0  # a batch that ran out of memory may have begun to add
+            self._add_streamed(hidden_BTD, pooled_BT, share_BT, rows_B, mean_WX)
 
-    def _streamed_mean(self, hidden_BTD: Tensor, pooled_BT: Tensor, share_BT: Tensor) -> Tensor:
-        """Mean logits float32 [B, V] of pooled tokens, a few hundred tokens at a time."""
-        num_rows, columns = len(pooled_BT), self.spec.dimension
+    def _add_streamed(
+        self, hidden_BTD: Tensor, pooled_BT: Tensor, share_BT: Tensor, rows_B: Tensor, mean_WX: Tensor
+    ) -> None:
+        """Add mean logits of pooled tokens to their rows of ``mean_WX``, a few hundred tokens at a time."""
+        columns = self.spec.dimension
         hidden_LD = hidden_BTD[pooled_BT]
         row_L, share_L = pooled_BT.nonzero()[:, 0], share_BT[pooled_BT]
-        mean_BV = torch.zeros((num_rows, columns), dtype=torch.float32, device=self._device)
         step = streamed_tokens(columns)
         for start in range(0, len(hidden_LD), step):
             part = slice(start, start + step)
@@ -170,8 +172,7 @@ class LogitEmbedder:
                 lost_L = ~torch.isfinite(logits_LV).all(dim=1)
                 part_BV = share_BL @ logits_LV.masked_fill(lost_L[:, None], 0.0)
                 part_BV[row_L[part][lost_L] - first] = torch.nan
-            mean_BV[first:last] += part_BV
-        return mean_BV
+            mean_WX[rows_B[first:last]] += part_BV  # rows of a batch are distinct: nothing is added twice
 
     def _block(self, window: PooledWindow, start: int, stop: int, first_row: int, chunk_rows: int) -> RowBlock:
         """Rows start <= row < stop of the window, V-wide work done in small pieces."""
@@ -222,7 +223,7 @@ def wide_rows(dimension: int, chunk_rows: int) -> int:
 
 def streamed_tokens(dimension: int) -> int:
     """Tokens whose logits exist at a time on the streaming path."""
-    return max(16, _WIDE_BLOCK_BYTES // (4 * dimension))
+    return max(16, _WIDE_BLOCK_BYTES // 2 // (4 * dimension))
 
 
 def window_bytes(spec: EmbeddingSpec, width: int, inner_width: int, chunk_rows: int, window_rows: int) -> int:
@@ -234,7 +235,8 @@ def window_bytes(spec: EmbeddingSpec, width: int, inner_width: int, chunk_rows: 
     means = window_rows * (width if spec.head == "affine" else spec.dimension) * 4
     wide = 4 * wide_rows(spec.dimension, chunk_rows) * spec.dimension * 4
     if spec.head != "affine":
-        wide += 3 * streamed_tokens(spec.dimension) * spec.dimension * 4
+        # the logits, the class's own copies while it caps them, and what is added and gathered
+        wide += 6 * streamed_tokens(spec.dimension) * spec.dimension * 4
     chunk = chunk_rows * spec.dimension * 2
     coordinates = 2 * window_rows * spec.rank * 4
     return activations + means + wide + 2 * chunk + coordinates + _FIXED_BYTES
