@@ -93,7 +93,7 @@ class EmbeddingSpec:
     """Everything about the embedding pass that changes a byte, resolved.
 
     ``dimension`` is V, ``rank`` is R. ``head`` is "affine" (pooled before the head) or "streamed"; ``head_scale`` the factor
-    a class applies after its head. ``max_window_rows`` is what the embedder can hold of a window; the grid keeps to it.
+    a class applies after its head.
     """
 
     dimension: int
