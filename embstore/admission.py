@@ -13,22 +13,30 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
 from embstore.core.config import K_MAX, BuildConfig, format_bytes
 from embstore.core.embedder import Embedder, EmbedderSource
-from embstore.core.errors import BudgetError, ConfigError, FieldMismatch, IdentityMismatchError
+from embstore.core.errors import BudgetError, ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.events import Notice, Preflight
-from embstore.core.format import BASIS, FORMAT_VERSION, PROMPTS, RUNS, StoreSpec
+from embstore.core.format import BASIS, FORMAT_VERSION, MANIFEST, PROMPTS, RUNS, StoreSpec
 from embstore.core.plan import BuildPlan, plan, refuse_drift, refuse_other_input
 from embstore.core.records import DemotedRecord, DriftRecord, PromptsRecord
 from embstore.core.rows import chunk_rows_near
 from embstore.run import Run
+from embstore.storage.arrays import map_array
+from embstore.storage.place import caveat
 from embstore.storage.prompts import PromptTable, ingest
 from embstore.storage.store import open_published
 from embstore.storage.verify import check_stage0, damaged_windows
 
 CHUNK_BYTES = 32 << 20
+
+
+def warn_of_place(run: Run) -> None:
+    """Say what the file system below the store does not promise, if it is no local disk."""
+    message = caveat(run.writer.root)
+    if message is not None:
+        run.observer(Notice(message=message))
+
 
 # --- stage 0: prompts ------------------------------------------------------------------------------------------------
 
@@ -36,6 +44,7 @@ CHUNK_BYTES = 32 << 20
 def commit_prompts(run: Run, source: str | Path | None) -> PromptsRecord:
     """Canonical rows in the store; on a resume, the given file must still give the same rows."""
     writer, config = run.writer, run.config
+    _refuse_lost_journal(run)
     committed = writer.state.prompts
     with run.stage("prompts"):
         if committed is None:
@@ -56,6 +65,18 @@ def commit_prompts(run: Run, source: str | Path | None) -> PromptsRecord:
             )
         )
     return record
+
+
+def _refuse_lost_journal(run: Run) -> None:
+    """A manifest stands only over a whole journal: nothing is computed again under what readers still follow."""
+    finished = open_published(run.writer.root)
+    committed = run.writer.state.committed_rows
+    if finished is not None and committed != finished.num_rows:
+        raise CorruptStoreError(
+            f"{MANIFEST} publishes {finished.num_rows} rows, the journal commits {committed}: it lost its end",
+            hint="restore journal.jsonl from a copy of the store, or run embstore verify STORE --repair and then "
+            "embstore build PROMPTS --resume, which computes again what the journal lost; readers are served until then",
+        )
 
 
 def _refuse_other_prompts(root: Path, record: PromptsRecord, source: str | Path, config: BuildConfig) -> None:
@@ -143,8 +164,8 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
         raise AssertionError("rows remain, so there is a model to compute them")
     with run.stage("model"):
         # copy-on-write mapping: torch takes no read-only array, and nothing writes to it
-        basis_VR = np.load(writer.root / BASIS, mmap_mode="c", allow_pickle=False)
-        return spec, run.source.reopen(spec.embedding, basis_VR)
+        shape = (spec.embedding.dimension, spec.embedding.rank)
+        return spec, run.source.reopen(spec.embedding, map_array(writer.root, BASIS, "<f4", shape, mode="c"))
 
 
 def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tuple[StoreSpec, Embedder]:

@@ -42,8 +42,8 @@ from embstore.core.format import (
     weights_paths,
 )
 from embstore.core.records import JournalState, chunk_table
+from embstore.storage.arrays import save_array
 from embstore.storage.atomic import make_directory, write_durable
-from embstore.storage.prompts import save_array
 from embstore.storage.store import EmbeddingStore, open_store
 from embstore.storage.verify import compare_file
 from embstore.storage.writer import StoreWriter
@@ -107,6 +107,11 @@ def write_weights(
 ) -> WeightFiles:
     """Compute weights from stored distances and write them durably with their metadata."""
     mean_distance_N = mean_distance(neighbors.distances_NK, config.k)
+    with_vector = neighbors.groups_N >= 0
+    if np.isnan(mean_distance_N).any() or not np.isfinite(residual_N[with_vector]).all():
+        raise CorruptStoreError(
+            "a row with a vector has a distance or residual that is no number", hint=f"run embstore verify {root}"
+        )
     result = sampling_weights(mean_distance_N, neighbors.groups_N, config)
     metadata = _metadata(spec, state, neighbors, mean_distance_N, residual_N, config, result)
     # named by content: whatever changes a byte of either file gives new files beside those a manifest lists
@@ -131,15 +136,17 @@ def publish(
 ) -> Manifest:
     """Seal the row files, write the chunk table, and flip the manifest.
 
-    ``kept`` is the manifest so far; its other named weights stay listed, everything it alone listed goes.
+    ``kept`` is the manifest so far, None after a repair took it back; its other named weights stay listed, everything it
+    alone listed goes.
     """
     state = writer.state
     if state.prompts is None or state.spec is None:
-        raise AssertionError("publish before stage 0")
-    names = {**(kept.names if kept else {}), name: weights.digest}
-    names.setdefault(DEFAULT_NAME, weights.digest)
-    named_files = {path for digest in names.values() for path in weights_paths(digest)}
-    files = {path: digest for path, digest in (kept.files.items() if kept else ()) if path in named_files}
+        raise CorruptStoreError(
+            "journal.jsonl does not commit the prompts and the spec that a manifest lists", hint="run embstore verify STORE"
+        )
+    others = _other_weightings(writer, kept, name)
+    names = {DEFAULT_NAME: weights.digest, **{other: digest for other, (digest, _) in others.items()}, name: weights.digest}
+    files = {path: digest for _, listed in others.values() for path, digest in listed.items()}
     files |= state.prompts.files | state.spec.files | neighbors.files | weights.files
     if kept is None:
         files |= writer.seal_rows(spec)
@@ -157,6 +164,19 @@ def publish(
     )
     writer.publish(manifest)
     return manifest
+
+
+def _other_weightings(writer: StoreWriter, kept: Manifest | None, name: str) -> dict[str, tuple[str, dict[str, FileDigest]]]:
+    """Weightings that stay: by name, their digest and files. After a repair only those whose files are sound."""
+    before = kept or writer.withdrawn()
+    if before is None:
+        return {}
+    found = {}
+    for other, digest in before.names.items():
+        files = {path: before.files[path] for path in weights_paths(digest)}
+        if other != name and (kept or all(compare_file(writer.root, path, files[path]) is None for path in files)):
+            found[other] = digest, files
+    return found
 
 
 def recompute_weights(path: str | Path, config: WeightingConfig, *, name: str = DEFAULT_NAME) -> JsonObject:
@@ -202,7 +222,7 @@ def read_neighbors(store: EmbeddingStore) -> NeighborFiles:
         raise AssertionError("an unfinished store has no neighbours")
     paths = dataclasses.asdict(neighbors_paths(store.manifest.neighbors))
     for path in paths.values():
-        problem = compare_file(store.root / path, store.manifest.files[path])
+        problem = compare_file(store.root, path, store.manifest.files[path])
         if problem is not None:
             raise CorruptStoreError(
                 f"{path} {problem}", hint=f"run embstore verify {store.root} --repair, then embstore build --resume"

@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, ParamSpec
+from types import FrameType
+from typing import Annotated, Literal, NoReturn, ParamSpec
 
 import typer
 from rich.console import Console
@@ -19,7 +21,9 @@ from rich.markup import escape
 
 from embstore import __version__
 from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, WeightingConfig, parse_bytes
+from embstore.core.decode import printable, printable_json
 from embstore.core.errors import EmbstoreError, ExitCode
+from embstore.interrupts import STOP_SIGNALS
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -49,7 +53,21 @@ UniformMix = Annotated[float, typer.Option("--uniform-mix", help="Share of unifo
 
 def main() -> None:
     """Entry point of the ``embstore`` command."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, _stop)
     app()
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """Any signal to stop ends the process as an interrupted one."""
+    _ignore_signals()
+    raise KeyboardInterrupt
+
+
+def _ignore_signals() -> None:
+    """On the way out: another signal would only spoil the message and the exit code."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _reporting(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
@@ -58,17 +76,24 @@ def _reporting(command: Callable[_Arguments, None]) -> Callable[_Arguments, None
     @functools.wraps(command)
     def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
         try:
-            command(*args, **kwargs)
-        except EmbstoreError as error:
-            console = Console(stderr=True, soft_wrap=True)
-            console.print(f"[bold red]error[/bold red]: {escape(str(error))}", highlight=False)
-            if error.hint:
-                console.print(f"[bold]hint[/bold]: {escape(error.hint)}", highlight=False)
-            raise typer.Exit(int(error.exit_code)) from None
+            _report(lambda: command(*args, **kwargs))
         except KeyboardInterrupt:
             raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
 
     return run
+
+
+def _report(command: Callable[[], None]) -> None:
+    try:
+        command()
+    except EmbstoreError as error:
+        if signal.getsignal(signal.SIGTERM) is _stop:
+            _ignore_signals()
+        console = Console(stderr=True, soft_wrap=True, emoji=False)
+        console.print(f"[bold red]error[/bold red]: {escape(printable(str(error)))}", highlight=False)
+        if error.hint:
+            console.print(f"[bold]hint[/bold]: {escape(printable(error.hint))}", highlight=False)
+        raise typer.Exit(int(error.exit_code)) from None
 
 
 def _print_version(value: bool) -> None:
@@ -297,5 +322,4 @@ def _print_json(value: object) -> None:
             return dataclasses.asdict(item)
         return str(item)
 
-    json.dump(value, sys.stdout, default=plain, indent=2, ensure_ascii=False)
-    sys.stdout.write("\n")
+    sys.stdout.write(printable_json(json.dumps(value, default=plain, indent=2, ensure_ascii=False)) + "\n")

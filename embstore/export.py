@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from embstore.core.errors import StoreExistsError
 from embstore.core.format import WEIGHTS_LINK, document
+from embstore.storage.arrays import array_header, save_array
 from embstore.storage.atomic import DurableFile, make_directory, write_durable
-from embstore.storage.prompts import array_header, save_array
 from embstore.storage.store import EmbeddingStore, open_store
 
 ExportFormat = Literal["npy", "kat"]

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,18 +17,28 @@ from numpy.typing import NDArray
 from embstore.artifact import extremes
 from embstore.core.density import mean_distance
 from embstore.core.errors import EmbstoreError, StoreNotFoundError
-from embstore.core.format import ARRAY_METADATA, BASIS, JOURNAL, MANIFEST, SPEC, STAGE0_FILES, JsonObject
+from embstore.core.format import (
+    ARRAY_METADATA,
+    JOURNAL,
+    MANIFEST,
+    METADATA_LINK,
+    SPEC,
+    WEIGHTS_LINK,
+    JsonObject,
+)
 from embstore.core.plan import grid_of
 from embstore.core.records import DemotedRecord
-from embstore.core.rows import RowRange
+from embstore.storage.atomic import read_committed
 from embstore.storage.journal import read_journal
+from embstore.storage.prompts import PromptTable
 from embstore.storage.store import EmbeddingStore, open_store
-from embstore.storage.verify import VerifyReport, verify_store
-from embstore.storage.writer import StoreWriter
+from embstore.storage.verify import ONLY_A_NEW_BUILD, VerifyReport, verify_store
+from embstore.storage.writer import StoreWriter, lock_store
 
 _EXCERPT_CHARACTERS = 100
 _HISTOGRAM_BINS = 16
-_ONLY_A_NEW_BUILD = frozenset({*STAGE0_FILES, SPEC, BASIS, JOURNAL})
+# findings that leave the manifest as it is: a resume could not make these again, or opening a writer mends them
+_NOT_BY_A_RESUME = ONLY_A_NEW_BUILD | {JOURNAL, WEIGHTS_LINK, METADATA_LINK}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,11 +123,11 @@ def inspect(path: str | Path, *, by: str | None = None, name: str = "default", c
         No store, damage in a file that is read, or another format version.
     """
     root = Path(path)
-    if not (root / JOURNAL).exists() and not (root / MANIFEST).exists():
+    if not os.path.lexists(root / JOURNAL) and not os.path.lexists(root / MANIFEST):
         raise StoreNotFoundError(f"{root} holds no store", hint="run embstore build PROMPTS --model MODEL --out STORE")
     state = read_journal(root)
     prompts = state.prompts
-    store = open_store(root, partial=True) if state.spec is not None or (root / MANIFEST).exists() else None
+    store = open_store(root, partial=True) if state.spec is not None or os.path.lexists(root / MANIFEST) else None
     info = StoreInfo(
         path=str(root),
         is_complete=store is not None and store.is_complete,
@@ -133,6 +145,8 @@ def inspect(path: str | Path, *, by: str | None = None, name: str = "default", c
     )
     if store is None or store.manifest is None:
         return info
+    # before any array: the rows are really there, so what follows takes no more memory than the disk warrants
+    table = store.prompts
     metadata = store.named_metadata(name)
     weights_N = store.named_weights(name)
     distance_N = mean_distance(store.neighbor_distances, metadata["weighting"]["k"])
@@ -147,18 +161,19 @@ def inspect(path: str | Path, *, by: str | None = None, name: str = "default", c
         names=store.manifest.names,
         weights_histogram=[int(value) for value in counts],
         histogram_edges=[float(value) for value in edges],
-        rarest=_describe(store, rarest, distance_N, relative_N),
-        most_crowded=_describe(store, most_crowded, distance_N, relative_N),
-        shares=_shares(store, by, weights_N) if by is not None else [],
+        rarest=_describe(store, table, rarest, distance_N, relative_N),
+        most_crowded=_describe(store, table, most_crowded, distance_N, relative_N),
+        shares=_shares(table, by, weights_N) if by is not None else [],
     )
 
 
 def neighbors_of(path: str | Path, prompt_id: str, *, count: int = 10) -> list[NeighborInfo]:
     """Nearest distinct prompts of one prompt, nearest first (``embstore inspect --neighbors ID``)."""
     store = open_store(path)
+    table = store.prompts  # before any array, as in inspect
     found = store.neighbors(prompt_id)
     rows = [int(row) for row in found.rows[:count]]
-    texts = [_excerpt(prompt.rendered) for prompt in store.prompts.sample(rows)]
+    texts = [_excerpt(prompt.rendered) for prompt in table.sample(rows)]
     return [
         NeighborInfo(id=found.ids[position], row=row, distance=float(found.distances[position]), text=texts[position])
         for position, row in enumerate(rows)
@@ -175,7 +190,7 @@ def verify(path: str | Path, *, repair: bool = False) -> VerifyReport:
     repair
         Unpublish a damaged store and demote its damaged windows, so that ``build --resume`` makes again what is wrong: those
         windows and no other, neighbours, weights, small files. Never touches what only a new build can make: prompts, spec,
-        basis. Weights kept under another name than ``default`` go with the manifest; ``embstore weights`` makes them again.
+        basis. Weightings under other names than ``default`` are published again if they are sound.
 
     Returns
     -------
@@ -187,20 +202,42 @@ def verify(path: str | Path, *, repair: bool = False) -> VerifyReport:
     StoreNotFoundError, CorruptStoreError, IdentityMismatchError, StoreLockedError
     """
     root = Path(path)
-    if not (root / JOURNAL).exists() and not (root / MANIFEST).exists():
+    if not os.path.lexists(root / JOURNAL) and not os.path.lexists(root / MANIFEST):
         raise StoreNotFoundError(f"{root} holds no store", hint="give the folder of a store")
     if not repair:
-        return verify_store(root)
-    with StoreWriter(root, resume=True) as writer:
-        report = verify_store(root)
-        if any(finding.path not in _ONLY_A_NEW_BUILD for finding in report.findings):
-            writer.unpublish()
+        return _verify_standing(root)
+    lock = lock_store(root)
+    try:
+        report = verify_store(root)  # before the writer settles what a dead one left
+        has_lost_lines = report.is_complete and not 0 < report.total_rows == report.committed_rows  # of the journal
+        mends = has_lost_lines or any(finding.path not in _NOT_BY_A_RESUME for finding in report.findings)
+    except BaseException:
+        lock.release()
+        raise
+    with StoreWriter(root, resume=True, lock=lock) as writer:
+        if mends:
+            writer.withdraw()
         damaged = {finding.window: finding for finding in report.findings if finding.window is not None}
         for window, finding in sorted(damaged.items()):
             writer.commit(DemotedRecord(window=window, reason=f"{finding.path}: {finding.message}"))
         if {ARRAY_METADATA, SPEC} & {finding.path for finding in report.findings} == {ARRAY_METADATA}:
             writer.restore_array_metadata()
     return report
+
+
+def _verify_standing(root: Path) -> VerifyReport:
+    """A report on one artefact: read again if a writer published another one meanwhile."""
+    while True:
+        before = _manifest_bytes(root)
+        report = verify_store(root)
+        if not report.findings or _manifest_bytes(root) == before:
+            return report
+
+
+def _manifest_bytes(root: Path) -> bytes | None:
+    with contextlib.suppress(EmbstoreError):  # missing, or no manifest: verify_store says what is wrong with it
+        return read_committed(root, MANIFEST)
+    return None
 
 
 def _stage(store: EmbeddingStore | None, has_prompts: bool) -> str:
@@ -212,7 +249,11 @@ def _stage(store: EmbeddingStore | None, has_prompts: bool) -> str:
 
 
 def _describe(
-    store: EmbeddingStore, rows: list[int], distance_N: NDArray[np.float64], relative_N: NDArray[np.float64]
+    store: EmbeddingStore,
+    table: PromptTable,
+    rows: list[int],
+    distance_N: NDArray[np.float64],
+    relative_N: NDArray[np.float64],
 ) -> list[PromptInfo]:
     return [
         PromptInfo(
@@ -223,23 +264,22 @@ def _describe(
             multiplicity=int(store.multiplicity[row]),
             text=_excerpt(prompt.rendered),
         )
-        for row, prompt in zip(rows, store.prompts.sample(rows), strict=True)
+        for row, prompt in zip(rows, table.sample(rows), strict=True)
     ]
 
 
-def _shares(store: EmbeddingStore, by: str, weights_N: NDArray[np.float32]) -> list[Share]:
+def _shares(table: PromptTable, by: str, weights_N: NDArray[np.float32]) -> list[Share]:
     """Share of weight by value of a field, largest first; rows without the field count under "(none)"."""
     rows: dict[str, int] = {}
     weights: dict[str, float] = {}
-    for block in RowRange(0, store.num_rows).split(4096):
-        for row, prompt in enumerate(store.prompts.read(block), start=block.start):
-            value = str(prompt.fields.get(by, "(none)"))
-            rows[value] = rows.get(value, 0) + 1
-            weights[value] = weights.get(value, 0.0) + float(weights_N[row])
+    for row, prompt in enumerate(table):
+        value = str(prompt.fields.get(by, "(none)"))
+        rows[value] = rows.get(value, 0) + 1
+        weights[value] = weights.get(value, 0.0) + float(weights_N[row])
     if set(rows) == {"(none)"}:
         raise EmbstoreError(f"no prompt has a field {by!r}", hint="fields are what the input lines hold beside the prompt")
     return [
-        Share(value=value, rows=rows[value], row_share=rows[value] / store.num_rows, weight_share=weight)
+        Share(value=value, rows=rows[value], row_share=rows[value] / len(table), weight_share=weight)
         for value, weight in sorted(weights.items(), key=lambda item: (-item[1], item[0]))
     ]
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 from embstore.core.embedder import Check
 from embstore.core.errors import BuildInterruptedError
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _HINT = "run the same command with --resume to continue"
 
 
@@ -26,11 +26,12 @@ class StopSignals:
     def __init__(self) -> None:
         self._count = 0
         self._is_deferred = False
+        self._is_stopping = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -52,13 +53,18 @@ class StopSignals:
         finally:
             self._is_deferred = False
         if self._count:
-            raise BuildInterruptedError("stopped after committing the window in flight", hint=_HINT)
+            raise self._stop("stopped after committing the window in flight")
 
     def _check(self) -> None:
         if self._count > 1:
-            raise BuildInterruptedError("stopped; the window in flight was abandoned", hint=_HINT)
+            raise self._stop("stopped; the window in flight was abandoned")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
-        if not self._is_deferred:
-            raise BuildInterruptedError(f"stopped by {signal.Signals(number).name}", hint=_HINT)
+        # a build that is stopping already must not be stopped from tidying up
+        if not (self._is_deferred or self._is_stopping):
+            raise self._stop(f"stopped by {signal.Signals(number).name}")
+
+    def _stop(self, message: str) -> BuildInterruptedError:
+        self._is_stopping = True
+        return BuildInterruptedError(message, hint=_HINT)

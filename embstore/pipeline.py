@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from embstore.admission import check_fits, commit_prompts, commit_spec, find_source
+from embstore.admission import check_fits, commit_prompts, commit_spec, find_source, warn_of_place
 from embstore.artifact import (
     DEFAULT_NAME,
     NeighborFiles,
@@ -57,6 +56,7 @@ from embstore.core.plan import plan
 from embstore.interrupts import StopSignals
 from embstore.memory import MemoryMeter
 from embstore.run import Run
+from embstore.storage.arrays import map_array
 from embstore.storage.atomic import storage_errors
 from embstore.storage.prompts import PromptTable
 from embstore.storage.store import EmbeddingStore, open_published
@@ -128,6 +128,7 @@ def build(
     root = Path(out)
     with StopSignals() as stop, MemoryMeter() as meter, StoreWriter(root, resume=resume) as writer:
         run = Run(writer=writer, config=config, source=source, observer=observer, stop=stop, meter=meter)
+        warn_of_place(run)
         record = commit_prompts(run, prompts)
         run.source = source or find_source(run)
         spec, embedder = commit_spec(run, record)
@@ -247,9 +248,10 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
     digest = digest_of({"density": dataclasses.asdict(density), "shards": search.shards, "rows": commits})
     if finished is not None and finished.manifest is not None and finished.manifest.neighbors == digest:
         return read_neighbors(finished)
+    coord_NR = map_array(run.writer.root, COORDINATES, "<f4", (spec.rows, spec.embedding.rank))
     with run.stage("knn"), storage_errors("writing to", run.writer.work):
         graph = build_graph(
-            np.load(run.writer.root / COORDINATES, mmap_mode="r", allow_pickle=False),
+            coord_NR,
             failed_N,
             density,
             threads=spec.embedding.threads,
@@ -278,7 +280,7 @@ def _publish_weights(run: Run, spec: StoreSpec, neighbors: NeighborFiles, finish
     started = time.perf_counter()
     run.observer(StageStarted(stage="publish", total=1, unit="manifest"))
     with run.stage("publish"):
-        residual_N: NDArray[np.float32] = np.load(run.writer.root / RESIDUALS, mmap_mode="r", allow_pickle=False)
+        residual_N = map_array(run.writer.root, RESIDUALS, "<f4", (spec.rows,))
         weights = write_weights(run.writer.root, spec, run.writer.state, neighbors, residual_N, run.config.weighting)
         kept = finished.manifest if finished is not None else None
         if kept is None or kept.names.get(DEFAULT_NAME) != weights.digest or kept.neighbors != neighbors.digest:

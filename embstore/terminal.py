@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from embstore.core.config import format_bytes
+from embstore.core.decode import printable
 from embstore.core.events import (
     Event,
     Notice,
@@ -30,7 +31,7 @@ from embstore.core.format import JsonObject
 from embstore.info import NeighborInfo, PromptInfo, StoreInfo
 from embstore.memory import read_memory
 from embstore.pipeline import BuildReport
-from embstore.storage.verify import VerifyReport
+from embstore.storage.verify import ONLY_A_NEW_BUILD, VerifyReport
 
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _HISTOGRAM_WIDTH = 40
@@ -48,7 +49,12 @@ _TITLES = {
 
 def results() -> Console:
     """Where results go: stdout, never wrapped by us when it is no terminal."""
-    return Console(soft_wrap=not sys.stdout.isatty())
+    return Console(soft_wrap=not sys.stdout.isatty(), emoji=False)
+
+
+def plain(text: str) -> str:
+    """Text from a store or a prompts file as it may be printed: it styles nothing and moves no cursor."""
+    return escape(printable(text))
 
 
 class _Memory(ProgressColumn):
@@ -112,7 +118,7 @@ class TerminalObserver:
             case Preflight():
                 self._console.print(preflight_line(event), highlight=False)
             case Notice():
-                self._console.print(f"[yellow]note[/yellow]: {escape(event.message)}", highlight=False)
+                self._console.print(f"[yellow]note[/yellow]: {plain(event.message)}", highlight=False)
 
     def _start(self, event: StageStarted) -> None:
         resumed = f"[resumed {event.done:,}/{event.total:,}]" if event.done else ""
@@ -182,7 +188,7 @@ def print_report(console: Console, report: BuildReport, info: StoreInfo) -> None
 def print_info(console: Console, info: StoreInfo) -> None:
     """What ``embstore inspect`` shows."""
     state = "[green]complete[/green]" if info.is_complete else f"[yellow]unfinished[/yellow] ({info.stage})"
-    console.print(f"[bold]{escape(info.path)}[/bold]  {state}", highlight=False)
+    console.print(f"[bold]{plain(info.path)}[/bold]  {state}", highlight=False)
     console.print(
         f"  rows {info.committed_rows:,}/{info.total_rows:,} committed, "
         f"windows {info.committed_windows}/{info.total_windows}, {format_bytes(info.stored_bytes)} of rows",
@@ -208,30 +214,32 @@ def print_info(console: Console, info: StoreInfo) -> None:
         for share in info.shares:
             ratio = share.weight_share / share.row_share
             table.add_row(
-                escape(share.value), f"{share.rows:,}", f"{share.row_share:.2%}", f"{share.weight_share:.2%}", f"{ratio:.2f}"
+                plain(share.value), f"{share.rows:,}", f"{share.row_share:.2%}", f"{share.weight_share:.2%}", f"{ratio:.2f}"
             )
         console.print(table)
 
 
 def print_neighbors(console: Console, prompt_id: str, neighbors: Sequence[NeighborInfo]) -> None:
     """Nearest distinct prompts of one prompt."""
-    console.print(f"nearest distinct prompts of [bold]{escape(prompt_id)}[/bold]", highlight=False)
+    console.print(f"nearest distinct prompts of [bold]{plain(prompt_id)}[/bold]", highlight=False)
     for neighbor in neighbors:
-        console.print(f"  {neighbor.distance:.5f}  {escape(neighbor.id)}  {escape(neighbor.text)}", highlight=False)
+        console.print(f"  {neighbor.distance:.5f}  {plain(neighbor.id)}  {plain(neighbor.text)}", highlight=False)
 
 
 def print_verify(console: Console, report: VerifyReport, *, repaired: bool) -> None:
     """What ``embstore verify`` found."""
     for finding in report.findings:
         window = f" (window {finding.window})" if finding.window is not None else ""
-        console.print(f"[red]damaged[/red] {escape(finding.path)}: {escape(finding.message)}{window}", highlight=False)
+        console.print(f"[red]damaged[/red] {plain(finding.path)}: {plain(finding.message)}{window}", highlight=False)
     for note in report.notes:
-        console.print(f"[yellow]note[/yellow]: {escape(note)}", highlight=False)
+        console.print(f"[yellow]note[/yellow]: {plain(note)}", highlight=False)
     checked = f"{report.files:,} files, {format_bytes(report.bytes)}, {report.committed_rows:,}/{report.total_rows:,} rows"
     if report.findings:
         windows = {finding.window for finding in report.findings if finding.window is not None}
         console.print(f"[red]damaged[/red]: {len(report.findings)} findings in {checked}", highlight=False)
-        if repaired:
+        if repaired and all(finding.path in ONLY_A_NEW_BUILD for finding in report.findings):
+            console.print("  nothing was changed: only a new build into another --out makes these files", highlight=False)
+        elif repaired:
             console.print(
                 f"  {len(windows)} windows demoted: run embstore build --resume to mend the store", highlight=False
             )
@@ -244,13 +252,14 @@ def print_verify(console: Console, report: VerifyReport, *, repaired: bool) -> N
 def _print_spec(console: Console, spec: JsonObject) -> None:
     model, embedding = spec["model"], spec["embedding"]
     console.print(
-        f"  model {escape(model['name'])} ({escape(model['architecture'])}), weights {model['weights_sha256'][:12]}, "
-        f"tokenizer {model['tokenizer_sha256'][:12]}, prompts {spec['prompts_fingerprint'][:12]}",
+        f"  model {plain(model['name'])} ({plain(model['architecture'])}), weights {plain(model['weights_sha256'][:12])}, "
+        f"tokenizer {plain(model['tokenizer_sha256'][:12])}, prompts {plain(spec['prompts_fingerprint'][:12])}",
         highlight=False,
     )
     console.print(
-        f"  {embedding['dimension']:,} columns in {embedding['rank']} coordinates, {embedding['head']} head, "
-        f"{embedding['dtype']} on {embedding['device']} ({embedding['capability']}, {embedding['threads']} threads), "
+        f"  {embedding['dimension']:,} columns in {embedding['rank']} coordinates, {plain(embedding['head'])} head, "
+        f"{plain(embedding['dtype'])} on {plain(embedding['device'])} "
+        f"({plain(embedding['capability'])}, {embedding['threads']} threads), "
         f"at most {embedding['max_tokens']} tokens",
         highlight=False,
     )
@@ -268,8 +277,9 @@ def _print_density(console: Console, metadata: JsonObject) -> None:
         )
     gamma = f", gamma {weighting['gamma']:.3g}" if weighting["weighting"] == "inverse-density" else ""
     console.print(
-        f"  weights {weighting['weighting']}, k {weighting['k']}{gamma}: effective sample size {metadata['ess']:,.0f} "
-        f"({metadata['ess_share']:.1%}), largest {metadata['max_over_mean']:.1f} x the mean",
+        f"  weights {plain(weighting['weighting'])}, k {weighting['k']}{gamma}: "
+        f"effective sample size {metadata['ess']:,.0f} ({metadata['ess_share']:.1%}), "
+        f"largest {metadata['max_over_mean']:.1f} x the mean",
         highlight=False,
     )
     if metadata["ess_share"] > _MILD_ESS_SHARE and weighting["weighting"] != "uniform":
@@ -284,7 +294,7 @@ def _print_density(console: Console, metadata: JsonObject) -> None:
             "  [yellow]note[/yellow]: hardware drift or memory splits: rows are not bit-reproducible", highlight=False
         )
     for warning in metadata["warnings"]:
-        console.print(f"  [yellow]note[/yellow]: {escape(warning)}", highlight=False)
+        console.print(f"  [yellow]note[/yellow]: {plain(warning)}", highlight=False)
 
 
 def _print_histogram(console: Console, counts: Sequence[int], edges: Sequence[float]) -> None:
@@ -302,7 +312,7 @@ def _print_prompts(console: Console, title: str, prompts: Sequence[PromptInfo]) 
     for prompt in prompts:
         console.print(
             f"  {title:<12} weight {prompt.weight:5.2f}  distance {prompt.mean_distance:.4f}  "
-            f"[dim]{escape(prompt.id)}[/dim]  {escape(prompt.text)}",
+            f"[dim]{plain(prompt.id)}[/dim]  {plain(prompt.text)}",
             highlight=False,
             no_wrap=True,
             overflow="ellipsis" if console.is_terminal else "ignore",  # a file or a pipe gets the whole excerpt

@@ -12,6 +12,9 @@ Shapes: N rows.
 from __future__ import annotations
 
 import hashlib
+import math
+import os
+import stat
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from embstore.core.decode import HEADER_BYTES, decode_array_header
 from embstore.core.density import effective_sample_size
 from embstore.core.errors import (
     ConfigError,
@@ -33,19 +37,21 @@ from embstore.core.errors import (
     WeightsError,
 )
 from embstore.core.format import (
+    DOCUMENT_BYTES,
     JOURNAL,
     KEYS,
     MANIFEST,
+    WEIGHTS_TOLERANCE,
     FileDigest,
     Manifest,
-    decode_manifest,
+    follow_manifest,
     parse_document,
     weights_paths,
 )
 
 Verify = Literal["full", "shape", "off"]
 
-_SUM_TOLERANCE = 1e-6
+_READ_BYTES = 8 << 20
 _STATE_VERSION = 1
 _METHOD = "systematic-1"  # names the drawing algorithm; another order needs another name
 
@@ -112,29 +118,45 @@ def load_weights(
     """
     root = Path(path)
     if root.is_dir():
-        manifest = _read_manifest(root)
-        if name not in manifest.names:
-            raise ConfigError(f"no weights are called {name!r}; there are {', '.join(sorted(manifest.names))}")
-        array_name, sidecar = weights_paths(manifest.names[name])
-        file, digest = root / array_name, manifest.files[array_name]
-        metadata = _read_metadata(root, sidecar, manifest)
-    elif root.is_file():
-        file, digest, metadata, manifest = root, None, {}, None
-        warnings.warn(f"{root} is a bare file: no manifest says what it belongs to", stacklevel=2)
-    else:
+        return follow_manifest(
+            lambda: _read_manifest(root),
+            lambda manifest: _load(root, manifest, name, expect_len=expect_len, expect_keys=expect_keys, verify=verify),
+        )
+    if not root.is_file():
         raise StoreNotFoundError(f"{root} does not exist", hint="run embstore build PROMPTS --model MODEL --out STORE")
+    warnings.warn(f"{root} is a bare file: no manifest says what it belongs to", stacklevel=2)
+    array = _map(root)
+    if verify != "off":
+        _check(root, array, None, rows=None, full=verify == "full")
+    _check_len(root, array, expect_len)
+    if expect_keys is not None:
+        raise ConfigError(f"{root} is a bare file and has no keys", hint="pass the store's folder")
+    return Weights(path=root, array=array, fingerprint=_sha256(array), metadata={})
+
+
+def _load(
+    root: Path,
+    manifest: Manifest,
+    name: str,
+    *,
+    expect_len: int | None,
+    expect_keys: ArrayLike | None,
+    verify: Verify,
+) -> Weights:
+    """The weights called ``name`` as ``manifest`` publishes them."""
+    if name not in manifest.names:
+        raise ConfigError(f"no weights are called {name!r}; there are {', '.join(sorted(manifest.names))}")
+    array_name, sidecar = weights_paths(manifest.names[name])
+    file, digest = root / array_name, manifest.files[array_name]
+    metadata = _read_metadata(root, sidecar, manifest)
+    _refuse_irregular(root, array_name)
     array = _map(file)
     if verify != "off":
-        _check(file, array, digest, rows=manifest.rows if manifest else None, full=verify == "full")
-    if expect_len is not None and expect_len != len(array):
-        raise LengthMismatchError(
-            f"{root} has {len(array)} weights, the dataset has {expect_len} items",
-            hint="weights are per distinct prompt: expand by line_rows.npy, or join by keys.npy",
-        )
+        _check(file, array, digest, rows=manifest.rows, full=verify == "full")
+    _check_len(root, array, expect_len)
     if expect_keys is not None:
         _check_keys(root, np.asarray(expect_keys, dtype=np.uint64), manifest, full=verify == "full")
-    fingerprint = digest.sha256 if digest is not None else _sha256(array)
-    return Weights(path=file, array=array, fingerprint=fingerprint, metadata=metadata)
+    return Weights(path=file, array=array, fingerprint=digest.sha256, metadata=metadata)
 
 
 class DensitySampler:
@@ -235,9 +257,10 @@ class DensitySampler:
         self._epoch, self._position = int(str(state["epoch"])), int(str(state["position"]))
 
 
-def _read_manifest(root: Path) -> Manifest:
+def _read_manifest(root: Path) -> bytes:
     try:
-        content = (root / MANIFEST).read_bytes()
+        _refuse_irregular(root, MANIFEST)
+        return _read(root / MANIFEST)
     except FileNotFoundError:
         if (root / JOURNAL).exists():
             raise IncompleteStoreError(
@@ -246,31 +269,58 @@ def _read_manifest(root: Path) -> Manifest:
         raise StoreNotFoundError(
             f"{root} holds no store", hint="run embstore build PROMPTS --model MODEL --out STORE"
         ) from None
-    return decode_manifest(content)
+    except OSError as error:
+        raise _unreadable(root / MANIFEST, error) from error
 
 
 def _read_metadata(root: Path, sidecar: str, manifest: Manifest) -> Mapping[str, object]:
-    content = _read(root / sidecar)
+    _refuse_irregular(root, sidecar)
+    try:
+        content = _read(root / sidecar)
+    except OSError as error:
+        raise _unreadable(root / sidecar, error) from error
     if hashlib.sha256(content).hexdigest() != manifest.files[sidecar].sha256:
         raise CorruptStoreError(f"{root / sidecar} is not what was published", hint=f"run embstore verify {root}")
     return parse_document(content, name=sidecar)
 
 
+def _refuse_irregular(root: Path, name: str) -> None:
+    """A store may be anybody's: a link could lead anywhere, and a FIFO or device in place of a file never ends."""
+    file = root / name
+    is_linked = file.parent != root and file.parent.is_symlink()
+    if is_linked or (os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode)):
+        raise CorruptStoreError(
+            f"{file} is a link or no regular file; a store holds its files and folders itself",
+            hint=f"run embstore verify {root}",
+        )
+
+
 def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CorruptStoreError(f"{path} cannot be read ({error.strerror})", hint="run embstore verify STORE") from error
+    with path.open("rb") as file:
+        content = file.read(DOCUMENT_BYTES + 1)
+    if len(content) > DOCUMENT_BYTES:
+        raise CorruptStoreError(f"{path} has more than {DOCUMENT_BYTES} bytes", hint="is this a store?")
+    return content
+
+
+def _unreadable(path: Path, error: OSError) -> CorruptStoreError:
+    return CorruptStoreError(f"{path} cannot be read ({error.strerror})", hint="run embstore verify STORE")
 
 
 def _map(file: Path) -> NDArray[np.float32]:
+    """Read-only memory map of a plain ``.npy`` array; its header is compared with the file's size, nothing is unpickled."""
     try:
-        array: NDArray[np.float32] = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise CorruptStoreError(f"{file} cannot be mapped ({error})", hint="run embstore verify STORE") from error
-    if not isinstance(array, np.ndarray):  # numpy opens a .npz as well
-        raise CorruptStoreError(f"{file} is an archive, not one array", hint="give a store's folder or a .npy file")
-    return array
+        with file.open("rb") as opened:
+            size, start = os.fstat(opened.fileno()).st_size, opened.read(HEADER_BYTES)
+        header = decode_array_header(start, name=str(file))
+        dtype = np.dtype(header.descr)
+        if (needed := header.offset + dtype.itemsize * math.prod(header.shape)) > size:
+            raise ValueError(f"it has {size} bytes, its header asks for {needed}")
+        order: Literal["F", "C"] = "F" if header.is_fortran else "C"
+        return np.memmap(file, dtype=dtype, mode="r", offset=header.offset, shape=header.shape, order=order)
+    except (OSError, ValueError, OverflowError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise CorruptStoreError(f"{file} cannot be mapped ({reason})", hint="run embstore verify STORE") from error
 
 
 def _check(file: Path, array: NDArray[np.float32], digest: FileDigest | None, *, rows: int | None, full: bool) -> None:
@@ -285,12 +335,23 @@ def _check(file: Path, array: NDArray[np.float32], digest: FileDigest | None, *,
     if digest is not None:
         _check_digest(file, digest)
     total = _check_vector(str(file), array)
-    if abs(total - 1) > _SUM_TOLERANCE:
+    if abs(total - 1) > WEIGHTS_TOLERANCE:
         raise InvalidWeightsError(f"{file} sums to {total!r}, not 1")
 
 
 def _check_digest(file: Path, digest: FileDigest) -> None:
-    if (found := hashlib.sha256(_read(file)).hexdigest()) != digest.sha256:
+    total = hashlib.sha256()
+    try:
+        with file.open("rb") as opened:
+            if (size := os.fstat(opened.fileno()).st_size) != digest.bytes:
+                raise CorruptStoreError(
+                    f"{file} has {size} bytes, published were {digest.bytes}", hint="run embstore verify STORE"
+                )
+            while block := opened.read(_READ_BYTES):
+                total.update(block)
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    if (found := total.hexdigest()) != digest.sha256:
         raise CorruptStoreError(
             f"{file} has sha256 {found[:16]}, published was {digest.sha256[:16]}", hint="run embstore verify STORE"
         )
@@ -300,8 +361,10 @@ def _check_vector(name: str, array: NDArray[np.floating]) -> float:
     """Refuse what cannot be sampled from; returns the float64 sum."""
     if array.ndim != 1 or not len(array):
         raise InvalidWeightsError(f"{name}: weights must be a non-empty vector, got shape {array.shape}")
-    bad = np.flatnonzero(~(np.isfinite(array) & (array >= 0)))
-    if len(bad):
+    with np.errstate(invalid="ignore"):
+        is_sound = array.min() >= 0 and np.isfinite(array.max())  # NaN is never >= 0; no copy is made
+    if not is_sound:
+        bad = np.flatnonzero(~(np.isfinite(array) & (array >= 0)))
         raise InvalidWeightsError(f"{name}: weight {int(bad[0])} is {array[bad[0]]}, not finite and >= 0")
     total = float(array.sum(dtype=np.float64))
     if total <= 0:
@@ -309,10 +372,21 @@ def _check_vector(name: str, array: NDArray[np.floating]) -> float:
     return total
 
 
-def _check_keys(root: Path, given_N: NDArray[np.uint64], manifest: Manifest | None, *, full: bool) -> None:
-    if manifest is None:
-        raise ConfigError(f"{root} is a bare file and has no keys", hint="pass the store's folder")
+def _check_len(root: Path, array: NDArray[np.float32], expected: int | None) -> None:
+    if expected is not None and expected != len(array):
+        raise LengthMismatchError(
+            f"{root} has {len(array)} weights, the dataset has {expected} items",
+            hint="weights are per distinct prompt: expand by line_rows.npy, or join by keys.npy",
+        )
+
+
+def _check_keys(root: Path, given_N: NDArray[np.uint64], manifest: Manifest, *, full: bool) -> None:
+    _refuse_irregular(root, KEYS)
     stored_N = _map(root / KEYS)
+    if stored_N.ndim != 1 or stored_N.dtype != np.uint64:
+        raise CorruptStoreError(
+            f"{root / KEYS} holds {stored_N.dtype} of shape {stored_N.shape}, not uint64 of one dimension"
+        )
     if full:
         _check_digest(root / KEYS, manifest.files[KEYS])
     if len(given_N) != len(stored_N):

@@ -29,6 +29,7 @@ from embstore.compute.models import (
     load_model,
     resolve_device,
 )
+from embstore.compute.scratch import map_scratch
 from embstore.core.config import EmbeddingConfig, format_bytes
 from embstore.core.density import NOISE_FLOOR, total_variation
 from embstore.core.embedder import PromptReader
@@ -231,9 +232,7 @@ def _with_basis(
             return np.asarray(pilot_NV[:, start:stop]).T
 
     # a mapped scratch file: the basis does not count as anonymous memory
-    flat = np.lib.format.open_memmap(
-        work / "basis.npy", mode="w+", dtype=np.float32, shape=(spec.dimension * min(max_rank, width),)
-    )
+    flat = map_scratch(work / "basis.npy", (spec.dimension * min(max_rank, width),))
     basis_VR = orthonormal_basis(read_block, spec.dimension, width, max_rank=max_rank, scratch=flat)
     return LogitEmbedder(parts, dataclasses.replace(spec, rank=basis_VR.shape[1]), basis_VR)
 
@@ -243,9 +242,7 @@ def _pilot_rows(
 ) -> NDArray[np.float32]:
     """Unit rows float32 [n, V] of a seeded sample, in a mapped scratch file."""
     rows = _seeded_rows(len(prompts), wanted)
-    pilot_NV: NDArray[np.float32] = np.lib.format.open_memmap(
-        work / "pilot.npy", mode="w+", dtype=np.float32, shape=(len(rows), spec.dimension)
-    )
+    pilot_NV = map_scratch(work / "pilot.npy", (len(rows), spec.dimension))
     pilot = LogitEmbedder(parts, spec, np.zeros((spec.dimension, 0), dtype=np.float32))
     count = 0
     for start in range(0, len(rows), window_rows):

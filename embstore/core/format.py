@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import typing
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from embstore.core.config import Compressor
+from embstore.core.decode import Sha256, from_json, parse_json, printable, shown
 from embstore.core.errors import CorruptStoreError, FieldMismatch, IdentityMismatchError
 
 FORMAT_VERSION = 1
 
 SPEC = "spec.json"
 MANIFEST = "manifest.json"
+WITHDRAWN = "manifest.withdrawn.json"  # what a repair took back, until the next publication
 JOURNAL = "journal.jsonl"
 RUNS = "runs.jsonl"
 LOCK = ".lock"
@@ -42,8 +49,22 @@ METADATA_LINK = "embeddings_metadata.json"
 
 STAGE0_FILES = (PROMPTS, IDS, ALIASES, PROMPTS_LIST, QUARANTINE, LINE_ROWS, MULTIPLICITY, KEYS)
 
+# Limits: what a store may ask of a reader before anything of it is believed. A spec within them fits its journal.
+MAX_ROWS = (1 << 31) - 1  # rows are int32 in the neighbour graph
+MAX_COLUMNS = 1 << 24
+MAX_WINDOWS = 1 << 18
+MAX_CHUNKS = 1 << 20
+MAX_CHUNK_BYTES = (1 << 31) - 32  # decoded, blosc takes no more; also of one window's coordinates
+DOCUMENT_BYTES = 16 << 20  # spec, manifest, metadata, zarr.json
+TABLE_BYTES = 64 << 20  # chunks.json
+JOURNAL_BYTES = 256 << 20
+JOURNAL_LINE_BYTES = 16 << 20
+WEIGHTS_TOLERANCE = 1e-6  # of their float64 sum
+
 JsonObject = dict[str, Any]
-_Record = TypeVar("_Record")
+# names files made from the same content: never part of a path but as one plain word
+Digest = Annotated[str, re.compile(r"[0-9a-z]{1,64}")]
+_Result = TypeVar("_Result")
 
 
 def chunk_name(index: int) -> str:
@@ -72,7 +93,7 @@ class FileDigest:
     """Size and sha256 of a file, made while it was written."""
 
     bytes: int
-    sha256: str
+    sha256: Sha256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,12 +145,14 @@ class StoreSpec:
     embedding: EmbeddingSpec
     window_rows: int
     chunk_rows: int
-    compressor: str
+    compressor: Compressor
     basis_sha256: str
 
 
 def check_format_version(found: object, *, name: str) -> None:
     """Refuse a store of another format version before reading anything else of it."""
+    if type(found) is not int or not 0 <= found < 1 << 31:
+        raise CorruptStoreError(f"{name}: expected a format_version, found {shown(found)}", hint="run embstore verify STORE")
     if found != FORMAT_VERSION:
         raise IdentityMismatchError(
             [FieldMismatch(field=f"format_version in {name}", stored=found, given=FORMAT_VERSION)],
@@ -139,45 +162,11 @@ def check_format_version(found: object, *, name: str) -> None:
 
 def parse_document(content: bytes, *, name: str) -> JsonObject:
     """A JSON object from a store file; damage is a CorruptStoreError, another version an IdentityMismatchError."""
-    try:
-        value = json.loads(content)
-    except ValueError as error:
-        raise CorruptStoreError(f"{name} is no JSON ({error})", hint="run embstore verify STORE") from error
+    value = parse_json(content, name=name)
     if not isinstance(value, dict):
         raise CorruptStoreError(f"{name} holds no JSON object", hint="run embstore verify STORE")
     if "format_version" in value:
         check_format_version(value["format_version"], name=name)
-    return value
-
-
-def from_json(record_type: type[_Record], value: object, *, name: str) -> _Record:
-    """A frozen record from parsed JSON, nested records included; fields must match exactly.
-
-    Raises
-    ------
-    CorruptStoreError
-        A field is missing, unknown, or of another JSON type.
-    """
-    if not isinstance(value, dict):
-        raise CorruptStoreError(f"{name}: expected an object, found {type(value).__name__}")
-    hints = typing.get_type_hints(record_type)
-    if set(value) != set(hints):
-        unlike = sorted(set(value) ^ set(hints))
-        raise CorruptStoreError(f"{name}: fields missing or unknown: {', '.join(unlike)}", hint="run embstore verify STORE")
-    return record_type(**{field: _convert(hints[field], value[field], f"{name}.{field}") for field in hints})
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:  # noqa: ANN401 - type hints are data here
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_json(hint, value, name=name)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    expected: Any = origin if origin in (list, dict) else float | int if hint is float else hint
-    if not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool):
-        raise CorruptStoreError(f"{name}: expected {hint}, found {type(value).__name__}", hint="run embstore verify STORE")
-    if origin is list:
-        return [_convert(arguments[0], item, f"{name}[{index}]") for index, item in enumerate(value)]
-    if origin is dict:
-        return {key: _convert(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
     return value
 
 
@@ -234,8 +223,8 @@ class Manifest:
     format_version: int
     rows: int
     dimension: int
-    neighbors: str
-    names: dict[str, str]
+    neighbors: Digest
+    names: dict[str, Digest]
     files: dict[str, FileDigest]
 
     def encode(self) -> bytes:
@@ -247,24 +236,137 @@ class Manifest:
 
 
 def decode_manifest(content: bytes) -> Manifest:
-    """Read ``manifest.json``; one that does not list what it publishes is a CorruptStoreError."""
+    """Read ``manifest.json``; one that lists less or more than what it publishes is a CorruptStoreError."""
     manifest = from_json(Manifest, parse_document(content, name=MANIFEST), name=MANIFEST)
-    paths = neighbors_paths(manifest.neighbors)
-    needed = [paths.ids, paths.distances, paths.groups, paths.spec]
-    needed += [path for digest in manifest.names.values() for path in weights_paths(digest)]
-    missing = sorted(
-        {*needed, *STAGE0_FILES, SPEC, BASIS, ARRAY_METADATA, COORDINATES, RESIDUALS, CHUNKS} - set(manifest.files)
-    )
-    if "default" not in manifest.names:
-        missing.append("default weights")
-    if missing:
-        raise CorruptStoreError(f"{MANIFEST} does not list {', '.join(missing)}", hint="run embstore verify STORE")
+    problem = _manifest_problem(manifest)
+    if problem is not None:
+        raise CorruptStoreError(f"{MANIFEST} {problem}", hint="run embstore verify STORE")
     return manifest
 
 
+def _manifest_problem(manifest: Manifest) -> str | None:
+    if not (0 < manifest.rows <= MAX_ROWS and manifest.dimension > 0):
+        return f"publishes {manifest.rows} x {manifest.dimension}"
+    if (unusable := next((name for name in manifest.names if not is_weights_name(name)), None)) is not None:
+        return f"gives weights the name {shown(unusable)}"
+    published = {*STAGE0_FILES, SPEC, BASIS, ARRAY_METADATA, COORDINATES, RESIDUALS, CHUNKS}
+    published |= set(dataclasses.asdict(neighbors_paths(manifest.neighbors)).values())
+    published |= {path for digest in manifest.names.values() for path in weights_paths(digest)}
+    missing = sorted(published - set(manifest.files)) + ["default weights"] * ("default" not in manifest.names)
+    if missing:
+        return f"does not list {', '.join(missing[:10])}"
+    unlike = sorted(set(manifest.files) - published)
+    return f"lists {shown(unlike[0])}, which is no file of this store" if unlike else None
+
+
+def is_weights_name(name: str) -> bool:
+    """Whether a weighting may be called so: one line, no slash."""
+    return 0 < len(name) <= 200 and "/" not in name and printable(name) == name
+
+
+def follow_manifest(read: Callable[[], bytes], use: Callable[[Manifest], _Result]) -> _Result:
+    """What ``use`` makes of the manifest that ``read`` gives: the old set or the new one, if a writer replaces it meanwhile.
+
+    Files that only the old manifest lists are deleted after the flip, so damage counts only under a manifest that still
+    stands.
+    """
+    content = read()
+    while True:
+        try:
+            return use(decode_manifest(content))
+        except CorruptStoreError:
+            now = read()
+            if now == content:
+                raise
+            content = now
+
+
 def decode_spec(content: bytes) -> StoreSpec:
-    """Read ``spec.json``."""
-    return from_json(StoreSpec, parse_document(content, name=SPEC), name=SPEC)
+    """Read ``spec.json``; sizes that no store can have are a CorruptStoreError."""
+    spec = from_json(StoreSpec, parse_document(content, name=SPEC), name=SPEC)
+    problem = spec_problem(spec)
+    if problem is not None:
+        raise CorruptStoreError(f"{SPEC}: {problem}", hint="run embstore verify STORE")
+    return spec
+
+
+def spec_problem(spec: StoreSpec) -> str | None:  # noqa: PLR0911 - one return a limit
+    """Which limit of the format a spec breaks, or None."""
+    dimension, rank = spec.embedding.dimension, spec.embedding.rank
+    if not 0 < spec.rows <= MAX_ROWS:
+        return f"{spec.rows} rows, a store has 1 to {MAX_ROWS}"
+    if not (0 < dimension <= MAX_COLUMNS and 0 < rank <= MAX_COLUMNS):
+        return f"rows of {dimension} columns and {rank} coordinates, a row has 1 to {MAX_COLUMNS}"
+    if spec.chunk_rows < 1 or 2 * spec.chunk_rows * dimension > MAX_CHUNK_BYTES:
+        return f"chunks of {spec.chunk_rows} rows x {dimension} columns, a chunk has at most {MAX_CHUNK_BYTES} bytes"
+    if spec.window_rows < 1 or spec.window_rows % spec.chunk_rows:
+        return f"windows of {spec.window_rows} rows, which is no multiple of the {spec.chunk_rows} rows of a chunk"
+    if 4 * min(spec.window_rows, spec.rows) * rank > MAX_CHUNK_BYTES:
+        return f"windows of {spec.window_rows} rows x {rank} coordinates, which take more than {MAX_CHUNK_BYTES} bytes"
+    if -(-spec.rows // spec.window_rows) > MAX_WINDOWS or -(-spec.rows // spec.chunk_rows) > MAX_CHUNKS:
+        return (
+            f"{spec.rows} rows in windows of {spec.window_rows} and chunks of {spec.chunk_rows}, "
+            f"a store has at most {MAX_WINDOWS} windows and {MAX_CHUNKS} chunks"
+        )
+    return None
+
+
+_NUMBER = (int, float)
+_NEIGHBORS_SHAPE: JsonObject = {
+    "meets_target": bool,
+    "audit": {"k": int, "num_rows": int, "recall": _NUMBER, "recall_lower": _NUMBER, "tv": _NUMBER},
+}
+_METADATA_SHAPE: JsonObject = {
+    "ess": _NUMBER,
+    "ess_share": _NUMBER,
+    "max_over_mean": _NUMBER,
+    "weighting": {"weighting": str, "k": int, "gamma": _NUMBER},
+    "vector_groups": {"groups": int, "rows": int},
+    "byte_identity_voided": bool,
+    "warnings": list,
+    "neighbors": _NEIGHBORS_SHAPE,
+}
+_MAY_BE_NULL = frozenset({"audit"})  # too few distinct vectors to have neighbours
+
+
+def decode_metadata(content: bytes, *, name: str) -> JsonObject:
+    """Metadata of weights: whatever else it holds, what readers show of it is there and of its type."""
+    value = parse_document(content, name=name)
+    _check_shape(value, _METADATA_SHAPE, name)
+    if not all(isinstance(warning, str) for warning in value["warnings"]):
+        raise CorruptStoreError(f"{name}.warnings: unexpected {shown(value['warnings'])}", hint="run embstore verify STORE")
+    return value
+
+
+def decode_neighbors_spec(content: bytes, *, name: str) -> JsonObject:
+    """How a neighbour graph was found, as it becomes part of the metadata of weights."""
+    value = parse_document(content, name=name)
+    _check_shape(value, _NEIGHBORS_SHAPE, name)
+    return value
+
+
+def _check_shape(value: object, shape: Mapping[str, Any], name: str) -> None:
+    if not isinstance(value, dict):
+        raise CorruptStoreError(f"{name}: expected an object, found {shown(value)}", hint="run embstore verify STORE")
+    for field, expected in shape.items():
+        item = value.get(field)
+        if field in value and item is None and field in _MAY_BE_NULL:
+            continue
+        if isinstance(expected, dict):
+            _check_shape(item, expected, f"{name}.{field}")
+        elif not isinstance(item, expected) or (isinstance(item, bool) and expected is not bool):
+            raise CorruptStoreError(f"{name}.{field}: unexpected {shown(item)}", hint="run embstore verify STORE")
+        elif type(item) is int and abs(item) >= 1 << 63:
+            raise CorruptStoreError(f"{name}.{field}: {shown(item)} is too large", hint="run embstore verify STORE")
+
+
+def weights_problem(weights_N: NDArray[np.float32]) -> str | None:
+    """Why an array is no weights, or None; makes no copy."""
+    with np.errstate(invalid="ignore"):
+        low, high, total = weights_N.min(), weights_N.max(), weights_N.sum(dtype=np.float64)
+    if low >= 0 and np.isfinite(high) and abs(total - 1) <= WEIGHTS_TOLERANCE:  # NaN is never >= 0
+        return None
+    return f"holds values from {low} to {high} of sum {total}, not finite values >= 0 of sum 1"
 
 
 def array_metadata(spec: StoreSpec) -> bytes:

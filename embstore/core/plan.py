@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from embstore.core.config import EmbeddingConfig
-from embstore.core.errors import FieldMismatch, IdentityMismatchError
+from embstore.core.errors import CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.format import ModelIdentity, StoreSpec, diff_fields
-from embstore.core.records import JournalState
-from embstore.core.rows import RowGrid
+from embstore.core.records import JournalState, WindowRecord
+from embstore.core.rows import RowGrid, RowRange
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +28,34 @@ class BuildPlan:
 def grid_of(spec: StoreSpec) -> RowGrid:
     """The row grid pinned in a spec."""
     return RowGrid(num_rows=spec.rows, window_rows=spec.window_rows, chunk_rows=spec.chunk_rows)
+
+
+def misfit(grid: RowGrid, record: WindowRecord) -> bool:
+    """Whether a committed window is not one of the grid's, with exactly the grid's chunks."""
+    if record.window >= grid.num_windows or grid.window(record.window) != RowRange(record.start, record.stop):
+        return True
+    return [chunk.index for chunk in record.chunks] != [index for index, _ in grid.chunks(record.window)]
+
+
+def refuse_misfits(spec: StoreSpec, state: JournalState) -> None:
+    """Refuse a journal that is about other rows than the spec: nobody then has to check a window's range again.
+
+    Raises
+    ------
+    CorruptStoreError
+        A window does not fit the grid, or stage 0 committed another number of rows.
+    """
+    if state.prompts is not None and state.prompts.rows != spec.rows:
+        raise CorruptStoreError(
+            f"spec.json has {spec.rows} rows, the journal committed {state.prompts.rows}", hint="run embstore verify STORE"
+        )
+    grid = grid_of(spec)
+    for record in state.windows.values():
+        if misfit(grid, record):
+            raise CorruptStoreError(
+                f"journal.jsonl: window {record.window} does not fit the grid of spec.json",
+                hint="run embstore verify STORE --repair, then embstore build --resume",
+            )
 
 
 def plan(spec: StoreSpec, state: JournalState) -> BuildPlan:

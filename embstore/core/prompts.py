@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from embstore.core.format import canonical_json
+from embstore.core.decode import (
+    MAX_NESTING,
+    has_lone_surrogate,
+    is_too_deep,
+    parse_finite,
+    parse_json,
+    refuse_constant,
+)
+from embstore.core.errors import CorruptStoreError
+from embstore.core.format import PROMPTS, canonical_json
 
 Message = Mapping[str, object]
 
-# Python's JSON gives up at a depth that depends on the caller's stack: what one run took, another could not read back.
-_MAX_NESTING = 100
-_TOO_DEEP = f"nested more than {_MAX_NESTING} levels deep"
+_TOO_DEEP = f"nested more than {MAX_NESTING} levels deep"
 _PROMPT_FIELDS = frozenset({"id", "prompt", "messages", "prefix"})
 
 
@@ -130,15 +136,17 @@ def encode_row(prompt: Prompt) -> bytes:
 
 
 def decode_row(line: bytes) -> Prompt:
-    """A row of ``prompts.jsonl``; the file's digest was checked, so its shape is trusted."""
-    record = json.loads(line)
-    messages = record.get("messages")
-    return Prompt(
-        id=record["id"],
-        text=record.get("prompt"),
-        messages=tuple(messages) if messages is not None else None,
-        fields=record.get("fields", {}),
-    )
+    """A row of ``prompts.jsonl``, as ``encode_row`` wrote it; any other line is a CorruptStoreError."""
+    # the line's own fields lie one level deeper than they did in the input
+    record = parse_json(line, name=PROMPTS, levels=MAX_NESTING + 1)
+    if isinstance(record, dict) and isinstance(record.get("id"), str | None) and isinstance(record.get("fields", {}), dict):
+        content = record.get("prompt", record.get("messages"))
+        if isinstance(content, str):
+            return Prompt(id=record.get("id"), text=content, fields=record.get("fields", {}))
+        prompt = _chat(record.get("id"), content, record.get("fields", {}))
+        if isinstance(prompt, Prompt):
+            return prompt
+    raise CorruptStoreError(f"{PROMPTS}: a row is no prompt ({_start(line)})", hint="run embstore verify STORE")
 
 
 def _decode_object(line: bytes) -> dict[str, Any] | Rejected:  # noqa: PLR0911 - one return a reason
@@ -149,16 +157,16 @@ def _decode_object(line: bytes) -> dict[str, Any] | Rejected:  # noqa: PLR0911 -
     if not text.strip():
         return Rejected(reason="empty line")
     try:
-        record = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        record = json.loads(text, parse_constant=refuse_constant, parse_float=parse_finite)
     except ValueError as error:
         return Rejected(reason=f"no JSON ({str(error)[:80]})")
     except RecursionError:
         return Rejected(reason=_TOO_DEEP)
     if not isinstance(record, dict):
         return Rejected(reason=f"not a JSON object but {type(record).__name__}")
-    if text.count("[") + text.count("{") > _MAX_NESTING and _is_deeper(record, _MAX_NESTING):
+    if is_too_deep(text, record):
         return Rejected(reason=_TOO_DEEP)
-    if "\\ud" in text.lower() and not _encodable(record):
+    if has_lone_surrogate(text, record):
         return Rejected(reason="holds a lone surrogate, which is no Unicode text")
     return record
 
@@ -178,29 +186,5 @@ def _chat(row_id: str | None, content: object, fields: Mapping[str, object]) -> 
     return Prompt(id=row_id, messages=tuple(content), fields=fields)
 
 
-def _encodable(record: object) -> bool:
-    # JSON can spell a lone surrogate (backslash-u-d800); no tokenizer takes one, no UTF-8 file holds one
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _is_deeper(record: object, levels: int) -> bool:
-    layer: list[Any] = [record]
-    for _ in range(levels):
-        children = (list(value.values()) if isinstance(value, dict) else value for value in layer)
-        layer = [child for values in children for child in values if isinstance(child, dict | list)]
-    return bool(layer)
-
-
-def _no_number(name: str) -> object:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _finite(literal: str) -> float:
-    value = float(literal)
-    if math.isinf(value):
-        raise ValueError(f"{literal[:20]} is too large a number")
-    return value
+def _start(line: bytes) -> str:
+    return ascii(line[:60].decode(errors="replace"))

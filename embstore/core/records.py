@@ -6,20 +6,26 @@ A journal is folded into the committed state by ``replay``; what makes a line du
 from __future__ import annotations
 
 import dataclasses
-import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from embstore.core.decode import Crc32c, Sha256, from_json, parse_json, shown
 from embstore.core.errors import CorruptStoreError
 from embstore.core.format import (
+    ARRAY_METADATA,
+    BASIS,
     CHUNKS,
     FORMAT_VERSION,
+    JOURNAL_LINE_BYTES,
+    MAX_CHUNKS,
+    MAX_ROWS,
+    SPEC,
+    STAGE0_FILES,
     FileDigest,
     JsonObject,
     canonical_json,
     check_format_version,
-    from_json,
     parse_document,
 )
 
@@ -32,7 +38,7 @@ class PromptsRecord:
     lines: int
     quarantined: int
     repeats: int
-    fingerprint: str
+    fingerprint: Sha256
     files: dict[str, FileDigest]
 
 
@@ -49,7 +55,7 @@ class ChunkRecord:
 
     index: int
     bytes: int
-    crc32c: str
+    crc32c: Crc32c
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +74,8 @@ class WindowRecord:
     start: int
     stop: int
     chunks: list[ChunkRecord]
-    coordinates_crc32c: str
-    residuals_crc32c: str
+    coordinates_crc32c: Crc32c
+    residuals_crc32c: Crc32c
     tokens: int
     truncated: int
     splits: int
@@ -176,7 +182,7 @@ def decode_journal(content: bytes, *, name: str) -> tuple[list[JournalRecord], i
     Raises
     ------
     CorruptStoreError
-        A line before the last one is damaged, or a line is missing, doubled or out of order.
+        A line before the last one is damaged, a line is missing, doubled or out of order, or says what no store can hold.
     IdentityMismatchError
         Another format version.
     """
@@ -186,7 +192,7 @@ def decode_journal(content: bytes, *, name: str) -> tuple[list[JournalRecord], i
     hint = "restore this file from a copy of the store, or build into another --out: nothing else says what was committed"
     while offset < len(content):
         end = content.find(b"\n", offset)
-        value = None if end < 0 else _parse_journal_line(content[offset:end])
+        value = None if end < 0 else _parse_journal_line(content[offset:end], f"{name} line {seq + 1}")
         if value is None:
             if seq == 0 and not encode_journal_header().startswith(content.rstrip(b"\0")):
                 # cutting a torn tail must never empty a file of somebody else's
@@ -194,16 +200,15 @@ def decode_journal(content: bytes, *, name: str) -> tuple[list[JournalRecord], i
             if 0 <= end < len(content) - 1:
                 raise CorruptStoreError(f"{name}: line {seq + 1} (byte {offset}) fails its checksum", hint=hint)
             break
-        found = value.pop("seq", None)
-        if found != seq:
-            raise CorruptStoreError(f"{name}: line {seq + 1} has sequence number {found}, expected {seq}", hint=hint)
-        kind = value.pop("record", None)
+        found, kind = value.pop("seq", None), value.pop("record", None)
+        if type(found) is not int or found != seq:
+            raise CorruptStoreError(f"{name}: line {seq + 1} has sequence number {shown(found)}, expected {seq}", hint=hint)
         if seq == 0:
             check_format_version(value.get("format_version"), name=name)
-        elif kind in _RECORDS:
-            records.append(from_json(_RECORDS[kind], value, name=f"{name} line {seq + 1}"))
+        elif isinstance(kind, str) and kind in _RECORDS:
+            records.append(_decode_record(_RECORDS[kind], value, f"{name} line {seq + 1}"))
         else:
-            raise CorruptStoreError(f"{name}: line {seq + 1} is of unknown kind {kind!r}", hint=hint)
+            raise CorruptStoreError(f"{name}: line {seq + 1} is of unknown kind {shown(kind)}", hint=hint)
         offset = end + 1
         seq += 1
     return records, offset
@@ -217,11 +222,14 @@ def chunk_table(chunks: Sequence[ChunkRecord]) -> bytes:
 
 def decode_chunk_table(content: bytes) -> list[ChunkRecord]:
     """Read ``chunks.json``."""
-    table = parse_document(content, name=CHUNKS)
-    try:
-        return [ChunkRecord(index=index, bytes=size, crc32c=crc) for index, size, crc in table["chunks"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptStoreError(f"{CHUNKS}: no table of chunks ({error})", hint="run embstore verify STORE") from error
+    rows = parse_document(content, name=CHUNKS).get("chunks")
+    if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == 3 for row in rows):
+        raise CorruptStoreError(f"{CHUNKS}: no table of chunks", hint="run embstore verify STORE")
+    fields = ("index", "bytes", "crc32c")
+    return [
+        from_json(ChunkRecord, dict(zip(fields, row, strict=True)), name=f"{CHUNKS} row {position}")
+        for position, row in enumerate(rows)
+    ]
 
 
 def _journal_line(value: JsonObject) -> bytes:
@@ -229,9 +237,46 @@ def _journal_line(value: JsonObject) -> bytes:
     return body + b"\t%08x\n" % zlib.crc32(body)
 
 
-def _parse_journal_line(line: bytes) -> JsonObject | None:
+def _parse_journal_line(line: bytes, name: str) -> JsonObject | None:
+    """The object on a line, None if the line is damaged; a sealed line that is no object is not from any writer."""
+    if len(line) > JOURNAL_LINE_BYTES:
+        raise CorruptStoreError(f"{name} has {len(line)} bytes, at most are {JOURNAL_LINE_BYTES}", hint="is this a store?")
     body, _, crc = line.rpartition(b"\t")
     if b"%08x" % zlib.crc32(body) != crc:
         return None
-    value = json.loads(body)
-    return value if isinstance(value, dict) else None
+    value = parse_json(body, name=name)
+    if not isinstance(value, dict):
+        raise CorruptStoreError(f"{name}: expected an object, found {type(value).__name__}", hint="is this a store?")
+    return value
+
+
+def _decode_record(record_type: type[JournalRecord], value: JsonObject, name: str) -> JournalRecord:
+    record = from_json(record_type, value, name=name)
+    problem = _problem(record)
+    if problem is not None:
+        raise CorruptStoreError(f"{name}: {problem}", hint="is this a store?")
+    return record
+
+
+def _problem(record: JournalRecord) -> str | None:  # noqa: PLR0911 - one return a reason
+    """What a record says that no store can hold, or None; how windows fit their spec is core.plan's concern."""
+    match record:
+        case PromptsRecord():
+            if not 0 < record.rows <= min(record.lines, MAX_ROWS):
+                return f"{record.rows} rows from {record.lines} lines"
+            return _foreign_file(record.files, STAGE0_FILES)
+        case SpecRecord():
+            if SPEC not in record.files:
+                return f"does not commit {SPEC}"
+            return _foreign_file(record.files, (SPEC, BASIS, ARRAY_METADATA))
+        case WindowRecord():
+            if not record.start < record.stop <= MAX_ROWS or len(record.chunks) > MAX_CHUNKS:
+                return f"a window of rows {record.start} to {record.stop - 1} in {len(record.chunks)} chunks"
+            outside = next((failed.row for failed in record.failed if not record.start <= failed.row < record.stop), None)
+            return None if outside is None else f"row {outside} failed, but is not in the window"
+    return None
+
+
+def _foreign_file(files: Mapping[str, FileDigest], known: Iterable[str]) -> str | None:
+    foreign = sorted(set(files) - set(known))
+    return f"commits {shown(foreign[0])}, which is no file of it" if foreign else None

@@ -13,19 +13,27 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import socket
+import stat
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from embstore.core.errors import CorruptStoreError, EmbstoreError, ExitCode, StorageError, StoreLockedError
-from embstore.core.format import FileDigest
+from embstore.core.format import DOCUMENT_BYTES, FileDigest
 
 Buffer = bytes | bytearray | memoryview
 
+_TEMP_NAME = re.compile(r"\..+\.\d+\.tmp")
 _BUFFER_BYTES = 1 << 20  # rows of a JSONL file are small: one write call a MiB, not one a row
+_READ_BYTES = 8 << 20
+# what open says of links (with O_NOFOLLOW), folders (for writing), sockets and FIFOs, and files in place of folders
+_IRREGULAR = (errno.ELOOP, errno.EMLINK, errno.EISDIR, errno.ENXIO, errno.ENOTDIR)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _WRONG_PLACE = (*_NOT_ALLOWED, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
@@ -42,6 +50,8 @@ def storage_errors(doing: str, path: Path, *, opening: bool = False) -> Iterator
     except EmbstoreError:  # some are OSErrors too, and say more than their errno
         raise
     except OSError as error:
+        if isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(path):
+            path = Path(error.filename)  # a file below the folder that is being worked on
         hint = "mend the file system, then run the command again (a build: with --resume)"
         if error.errno in _FULL:
             hint = "free some space, then run the command again (a build: with --resume)"
@@ -54,13 +64,119 @@ def storage_errors(doing: str, path: Path, *, opening: bool = False) -> Iterator
         raise failure from error
 
 
-def read_committed(root: Path, name: str) -> bytes:
-    """Bytes of a file that a commit promised; that it is missing is damage (CorruptStoreError), not a wrong path."""
+def open_regular(root: Path, name: str, flags: int = os.O_RDONLY) -> int:
+    """Descriptor of the file ``name`` of a store, which may be anybody's: no link is followed, no FIFO waited for.
+
+    Raises
+    ------
+    CorruptStoreError
+        It is no regular file, or lies behind a link: whoever made the store could have pointed it anywhere.
+    """
+    folders = Path(name).parents[:-1]  # without "."
+    linked = next((folder for folder in folders if (root / folder).is_symlink()), None)
+    if linked is not None:
+        raise irregular(linked.as_posix())
+    try:
+        handle = os.open(root / name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if error.errno in _IRREGULAR:
+            raise irregular(name) from None
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise irregular(name)
+    return handle
+
+
+def file_size(root: Path, name: str) -> int | None:
+    """Bytes of the file ``name`` of a store, None if it is missing; anything but a regular file is a CorruptStoreError."""
     with storage_errors("reading", root / name):
         try:
-            return (root / name).read_bytes()
+            handle = open_regular(root, name)
+        except FileNotFoundError:
+            return None
+        size = os.fstat(handle).st_size
+        os.close(handle)
+        return size
+
+
+def reading_problem(root: Path, name: str, error: OSError) -> str:
+    """What an error of reading says about the file: that it is gone, or that the disk cannot read it.
+
+    Raises
+    ------
+    StorageError
+        It says nothing about the file: out of descriptors or memory, not permitted. Nothing may be called damaged for that.
+    """
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    if error.errno == errno.EIO:
+        return f"cannot be read ({os.strerror(errno.EIO)})"
+    with storage_errors("reading", root / name):
+        raise error
+
+
+def irregular(name: str) -> CorruptStoreError:
+    """The error for a link, device or folder where a store has a file of its own."""
+    return CorruptStoreError(
+        f"{name} is a link or no regular file; a store holds its files and folders itself",
+        hint="if you moved it to another disk, move it back or mount the disk there",
+    )
+
+
+def read_blocks(root: Path, name: str) -> Iterator[bytes]:
+    """The file ``name`` of a store, a few MiB at a time."""
+    handle = open_regular(root, name)
+    try:
+        offset = 0
+        while block := os.pread(handle, _READ_BYTES, offset):
+            yield block
+            offset += len(block)
+    finally:
+        os.close(handle)
+
+
+def read_all(handle: int, name: str, limit: int) -> bytes:
+    """Every byte of an open file; a larger one than ``limit`` is refused unread, however little of it is on the disk."""
+    size = os.fstat(handle).st_size
+    if size > limit:
+        raise CorruptStoreError(f"{name} has {size} bytes, at most are {limit}", hint="is this a store?")
+    return pread_all(handle, size, 0)
+
+
+def pread_all(handle: int, size: int, offset: int) -> bytes:
+    """``size`` bytes from ``offset``, fewer where the file ends; one call of the kernel gives at most 2 GiB."""
+    blocks = []
+    while size and (block := os.pread(handle, min(_READ_BYTES, size), offset)):
+        blocks.append(block)
+        size, offset = size - len(block), offset + len(block)
+    return b"".join(blocks)
+
+
+def read_committed(root: Path, name: str, *, limit: int | None = DOCUMENT_BYTES) -> bytes:
+    """Bytes of a JSON file that a commit promised; that it is missing is damage (CorruptStoreError), not a wrong path.
+
+    A larger file than ``limit`` is refused. None is for files that grow with the rows: they are read up to the first zero
+    byte, which JSON never holds and every hole of a sparse file gives.
+    """
+    with storage_errors("reading", root / name):
+        try:
+            if limit is None:
+                return b"".join(_text_blocks(root, name))
+            handle = open_regular(root, name)
+            try:
+                return read_all(handle, name, limit)
+            finally:
+                os.close(handle)
         except FileNotFoundError:
             raise CorruptStoreError(f"{name} is missing", hint=f"run embstore verify {root}") from None
+
+
+def _text_blocks(root: Path, name: str) -> Iterator[bytes]:
+    for block in read_blocks(root, name):
+        if b"\0" in block:
+            raise CorruptStoreError(f"{name} holds a zero byte", hint=f"run embstore verify {root}")
+        yield block
 
 
 def fsync_directory(path: Path) -> None:
@@ -78,7 +194,7 @@ def make_directory(path: Path, *, opening: bool = False) -> None:
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
         with storage_errors("creating folder", folder, opening=opening):
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)  # another writer may be first here, and then has the lock
         fsync_directory(folder.parent)
 
 
@@ -196,31 +312,47 @@ def link_durable(target: str, link: Path) -> None:
 
 
 def remove_temp_files(folder: Path) -> None:
-    """Delete temp files of writers that are gone; only the lock holder may call this."""
+    """Delete temp files of writers that are gone; only the lock holder may call this. Other people's files stay."""
     with storage_errors("reading folder", folder), os.scandir(folder) as entries:
-        stale = [entry.path for entry in entries if entry.name.startswith(".") and entry.name.endswith(".tmp")]
+        stale = [entry.path for entry in entries if _TEMP_NAME.fullmatch(entry.name)]
     for path in stale:
         with storage_errors("removing", Path(path)):
             os.unlink(path)
 
 
+def remove_folder(path: Path, *, missing_ok: bool = False) -> None:
+    """Delete a folder and what is in it, never what a link leads to; one nested deeper than Python can go stays."""
+    try:
+        shutil.rmtree(path, ignore_errors=missing_ok)
+    except RecursionError:
+        raise CorruptStoreError(
+            f"{path} is nested too deep to be deleted", hint=f"delete {path}, then run it again"
+        ) from None
+
+
 class WriterLock:
-    """One writer per store: flock on a permanent file. The kernel drops it when the process dies, so it is never stale."""
+    """One writer per store: flock on a permanent file. The kernel drops it when the process dies, so it is never stale.
+
+    A forked child shares the parent's lock and would keep it after the parent's death, so it closes its copy at once. What a
+    child starts by ``exec`` never has it.
+    """
 
     def __init__(self, path: Path) -> None:
         with storage_errors("opening", path, opening=True):
-            self._handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+            self._handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             self._acquire(path)
         except BaseException:
             os.close(self._handle)
             raise
+        _held.add(self)
 
     def _acquire(self, path: Path) -> None:
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(self._handle, 4096, 0).decode(errors="replace").strip() or "unknown"
+            text = os.pread(self._handle, 200, 0).decode(errors="replace").strip()
+            holder = "".join(character for character in text if character.isprintable()) or "unknown"
             raise StoreLockedError(
                 f"another process is writing {path.parent}: {holder}", hint="wait for it to end, or stop it"
             ) from None
@@ -237,4 +369,20 @@ class WriterLock:
 
     def release(self) -> None:
         """Let the next writer in; the file stays."""
-        os.close(self._handle)
+        _held.discard(self)
+        if self._handle >= 0:
+            with contextlib.suppress(OSError):  # it is closed all the same, and no data of ours waits in it
+                os.close(self._handle)
+        self._handle = -1
+
+
+# writers of this process, for the one moment when there are two processes that have their locks
+_held: weakref.WeakSet[WriterLock] = weakref.WeakSet()
+
+
+def _leave_locks_to_parent() -> None:
+    for lock in list(_held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_parent)

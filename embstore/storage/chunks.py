@@ -7,19 +7,25 @@ with NaN to full shape, as Zarr stores it, so unwritten rows can never read as p
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import google_crc32c
 import numcodecs.blosc
 import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import CorruptStoreError
-from embstore.core.format import chunk_name
+from embstore.core.format import StoreSpec, chunk_name
 from embstore.core.records import ChunkRecord
+from embstore.storage.atomic import open_regular, read_all, storage_errors
 
 numcodecs.blosc.use_threads = False
 
 _BLOSC = numcodecs.blosc.Blosc(cname="lz4", clevel=5, shuffle=numcodecs.blosc.BITSHUFFLE, blocksize=0, typesize=2)
 _TRAILER_BYTES = 4
+_BLOSC_HEADER_BYTES = 16  # also the most by which blosc makes a buffer larger
+_REPAIR = "run embstore verify STORE --repair, then embstore build --resume"
 
 
 def crc32c(data: bytes | memoryview) -> str:
@@ -47,6 +53,33 @@ def encode_chunk(
     return [body, bytes.fromhex(crc)[::-1]], record
 
 
+def read_chunk(root: Path, spec: StoreSpec, record: ChunkRecord) -> bytes:
+    """Bytes of a chunk file as they were committed; a size that no chunk of this spec can have is refused unread.
+
+    Raises
+    ------
+    CorruptStoreError
+        The file is missing, is no regular file, or differs from its record in size or checksum.
+    """
+    name = chunk_name(record.index)
+    most = 2 * spec.chunk_rows * spec.embedding.dimension + _BLOSC_HEADER_BYTES + _TRAILER_BYTES
+    if record.bytes > most:
+        raise CorruptStoreError(f"{name}: committed were {record.bytes} bytes, a chunk has at most {most}", hint=_REPAIR)
+    with storage_errors("reading", root / name):
+        try:
+            handle = open_regular(root, name)
+        except FileNotFoundError:
+            raise CorruptStoreError(f"{name} is missing", hint=_REPAIR) from None
+        try:
+            if (size := os.fstat(handle).st_size) != record.bytes:
+                raise CorruptStoreError(f"{name} has {size} bytes, committed were {record.bytes}", hint=_REPAIR)
+            data = read_all(handle, name, record.bytes)
+        finally:
+            os.close(handle)
+    check_chunk(data, record)
+    return data
+
+
 def check_chunk(data: bytes, record: ChunkRecord) -> None:
     """Compare a chunk file's bytes with what was committed: size, trailer and checksum of the body.
 
@@ -56,17 +89,36 @@ def check_chunk(data: bytes, record: ChunkRecord) -> None:
         Names the file and both values.
     """
     name = chunk_name(record.index)
-    hint = "run embstore verify STORE --repair, then embstore build --resume"
     if len(data) != record.bytes:
-        raise CorruptStoreError(f"{name} has {len(data)} bytes, committed were {record.bytes}", hint=hint)
+        raise CorruptStoreError(f"{name} has {len(data)} bytes, committed were {record.bytes}", hint=_REPAIR)
     found = crc32c(memoryview(data)[:-_TRAILER_BYTES])
     trailer = f"{int.from_bytes(data[-_TRAILER_BYTES:], 'little'):08x}"
     if found != record.crc32c or trailer != record.crc32c:
-        raise CorruptStoreError(f"{name} has crc32c {found} (trailer {trailer}), committed was {record.crc32c}", hint=hint)
+        raise CorruptStoreError(
+            f"{name} has crc32c {found} (trailer {trailer}), committed was {record.crc32c}", hint=_REPAIR
+        )
 
 
-def decode_chunk(data: bytes, *, chunk_rows: int, dimension: int, compressor: str) -> NDArray[np.float16]:
-    """Rows of a checked chunk file, float16 [chunk_rows, V], padding rows included."""
+def decode_chunk(data: bytes, spec: StoreSpec, index: int) -> NDArray[np.float16]:
+    """Rows of a checked chunk file, float16 [chunk_rows, V], padding rows included.
+
+    Raises
+    ------
+    CorruptStoreError
+        The body is no chunk of this spec, whatever its checksum: sizes are compared before anything is allocated.
+    """
     body = memoryview(data)[:-_TRAILER_BYTES]
-    raw = _BLOSC.decode(body) if compressor == "lz4" else body
-    return np.frombuffer(raw, dtype="<f2").reshape(chunk_rows, dimension)
+    size = 2 * spec.chunk_rows * spec.embedding.dimension
+    name = chunk_name(index)
+    if spec.compressor == "lz4":
+        header = bytes(body[:_BLOSC_HEADER_BYTES])
+        claimed = tuple(int.from_bytes(header[start : start + 4], "little") for start in (4, 12))
+        if len(header) < _BLOSC_HEADER_BYTES or header[3] != 2 or claimed != (size, len(body)):
+            raise CorruptStoreError(f"{name} is no blosc frame of {size} bytes in {len(body)}", hint=_REPAIR)
+        try:
+            body = memoryview(_BLOSC.decode(body))
+        except RuntimeError as error:
+            raise CorruptStoreError(f"{name} cannot be decoded ({error})", hint=_REPAIR) from error
+    if len(body) != size:
+        raise CorruptStoreError(f"{name} holds {len(body)} bytes of rows, not {size}", hint=_REPAIR)
+    return np.frombuffer(body, dtype="<f2").reshape(spec.chunk_rows, spec.embedding.dimension)

@@ -6,11 +6,13 @@ for writing cuts it off. Damage anywhere else is refused. Rationale: docs/decisi
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
-from embstore.core.errors import StorageError
-from embstore.core.format import JOURNAL
+from embstore.core.decode import parse_json
+from embstore.core.errors import CorruptStoreError, StorageError
+from embstore.core.format import JOURNAL, JOURNAL_BYTES, JOURNAL_LINE_BYTES, RUNS, JsonObject
 from embstore.core.records import (
     JournalRecord,
     JournalState,
@@ -19,16 +21,48 @@ from embstore.core.records import (
     encode_journal_record,
     replay,
 )
-from embstore.storage.atomic import fsync_directory, storage_errors, sync_data, write_all
+from embstore.storage.atomic import fsync_directory, open_regular, pread_all, read_all, storage_errors, sync_data, write_all
+
+_RUNS_BYTES = 1 << 20
 
 
 def read_journal(root: Path) -> JournalState:
     """What is committed in the store at ``root``, without touching anything; an absent journal is an empty state."""
-    path = root / JOURNAL
-    if not path.exists():
-        return JournalState()
-    records, _ = decode_journal(path.read_bytes(), name=JOURNAL)
+    records, _ = decode_journal(journal_bytes(root), name=JOURNAL)
     return replay(records)
+
+
+def journal_bytes(root: Path) -> bytes:
+    """The journal as it lies on the disk, a torn tail included; nothing if it is absent."""
+    with storage_errors("reading", root / JOURNAL):
+        try:
+            handle = open_regular(root, JOURNAL)
+        except FileNotFoundError:
+            return b""
+        try:
+            return read_all(handle, JOURNAL, JOURNAL_BYTES)
+        finally:
+            os.close(handle)
+
+
+def run_entries(root: Path) -> list[JsonObject]:
+    """Entries of ``runs.jsonl``, oldest first, as far as its last MiB holds them; a line that is no entry is left out.
+
+    The file is not synced, so a crash may have torn it; and nothing in it is more than a hint.
+    """
+    try:
+        handle = open_regular(root, RUNS)
+    except (FileNotFoundError, CorruptStoreError):
+        return []
+    try:
+        lines = pread_all(handle, _RUNS_BYTES, max(0, os.fstat(handle).st_size - _RUNS_BYTES)).splitlines()
+    finally:
+        os.close(handle)
+    entries = []
+    for line in lines:
+        with contextlib.suppress(CorruptStoreError):
+            entries.append(parse_json(line, name=RUNS))
+    return [entry for entry in entries if isinstance(entry, dict)]
 
 
 class Journal:
@@ -41,7 +75,7 @@ class Journal:
     def __init__(self, root: Path) -> None:
         path = root / JOURNAL
         with storage_errors("opening", path, opening=True):
-            self._handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._handle = open_regular(root, JOURNAL, os.O_CREAT | os.O_RDWR | os.O_APPEND)
         self._path = path
         self._broken = False
         try:
@@ -51,7 +85,8 @@ class Journal:
             raise
 
     def _open(self, root: Path) -> None:
-        content = self._path.read_bytes()
+        with storage_errors("reading", self._path):
+            content = read_all(self._handle, JOURNAL, JOURNAL_BYTES)
         self._records, valid_bytes = decode_journal(content, name=JOURNAL)
         with storage_errors("opening", self._path, opening=True):
             if valid_bytes < len(content):
@@ -59,6 +94,7 @@ class Journal:
             if valid_bytes == 0:
                 write_all(self._handle, encode_journal_header())
             os.fsync(self._handle)
+        self._size = max(valid_bytes, len(encode_journal_header()))
         fsync_directory(root)
 
     @property
@@ -77,13 +113,21 @@ class Journal:
         if self._broken:
             raise StorageError(f"{self._path} failed before; nothing more is written", hint="run the command with --resume")
         line = encode_journal_record(len(self._records) + 1, record)
+        if len(line) > JOURNAL_LINE_BYTES or self._size + len(line) > JOURNAL_BYTES:
+            raise StorageError(
+                f"{self._path} has {self._size} bytes and cannot take a line of {len(line)}: at most are "
+                f"{JOURNAL_LINE_BYTES} in a line and {JOURNAL_BYTES} in all",
+                hint="build into another --out, with --window-rows nearer the default",
+            )
         self._broken = True
         with storage_errors("committing to", self._path):
             write_all(self._handle, line)
             sync_data(self._handle)
         self._broken = False
+        self._size += len(line)
         self._records.append(record)
 
     def close(self) -> None:
-        """Close the file; nothing is flushed because nothing is buffered."""
-        os.close(self._handle)
+        """Close the file. Every line in it was synced, so an error that comes now says nothing about them."""
+        with contextlib.suppress(OSError):
+            os.close(self._handle)

@@ -2,7 +2,8 @@
 
 Invariant: every input line is either a row (first occurrence), a repeat of a row, or quarantined with its reason; rows are
 numbered only after quarantine, so bad input never shifts one. Price: one pass over the source plus one over a spool of the
-distinct rows (ids can only be given when all explicit ids are known); memory about 250 bytes a row, texts never held.
+distinct rows (ids can only be given when all explicit ids are known); memory about 250 bytes a row, texts never held, and
+nothing for lines that are no new row: a small gzip file can hold billions of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,12 +40,16 @@ from embstore.core.format import (
 from embstore.core.prompts import Prompt, Rejected, decode_row, encode_row, parse_line
 from embstore.core.records import PromptsRecord
 from embstore.core.rows import RowRange
-from embstore.storage.atomic import DurableFile, fsync_directory, storage_errors
+from embstore.storage.arrays import array_header, save_array
+from embstore.storage.atomic import DurableFile, fsync_directory, open_regular, pread_all, read_blocks, storage_errors
 
 # A longer "line" is taken for a file that is no JSONL; reading stays bounded in memory.
 MAX_LINE_BYTES = 64 << 20
 _GZIP_MAGIC = b"\x1f\x8b"
 _SPOOL = "rows.spool"
+_LINES_SPOOL = "lines.spool"  # the row of each line, 8 bytes little endian
+_READ_BYTES = 1 << 20
+_SHORTEST_ROW_BYTES = len(b'{"id": "", "prompt": ""}\n')
 
 
 @contextlib.contextmanager
@@ -62,9 +67,10 @@ def open_prompts(source: str | Path) -> Iterator[Iterator[bytes]]:
         else:
             try:
                 raw = stack.enter_context(Path(source).open("rb"))
-            except OSError as error:
+            except (OSError, ValueError) as error:  # a path may hold a zero byte
+                reason = error.strerror if isinstance(error, OSError) else error
                 raise PromptError(
-                    f"cannot read prompts {source}: {error.strerror}", hint="give a JSONL file, one prompt a line"
+                    f"cannot read prompts {source}: {reason}", hint="give a JSONL file, one prompt a line"
                 ) from error
         buffered = io.BufferedReader(raw) if not isinstance(raw, io.BufferedReader) else raw  # type: ignore[type-var]
         stream: BinaryIO = buffered
@@ -100,8 +106,9 @@ class _Rows:
     explicit_line: dict[str, int] = field(default_factory=dict)
     row_ids: list[str | None] = field(default_factory=list)
     multiplicity: list[int] = field(default_factory=list)
-    line_rows: list[int] = field(default_factory=list)
-    quarantined: list[tuple[int, str]] = field(default_factory=list)
+    lines: int = 0
+    quarantined: int = 0
+    first_quarantined: list[str] = field(default_factory=list)
 
 
 def ingest(source: str | Path, folder: Path, spool_folder: Path, *, strict: bool, limit: int | None) -> PromptsRecord:
@@ -123,27 +130,42 @@ def ingest(source: str | Path, folder: Path, spool_folder: Path, *, strict: bool
     PromptError
         Unreadable file, no prompt at all, a bad line under ``strict``, or one explicit id with two texts.
     """
-    spool_path = spool_folder / _SPOOL
+    spools = spool_folder / _SPOOL, spool_folder / _LINES_SPOOL
     rows = _Rows()
     try:
-        with storage_errors("writing", spool_path), spool_path.open("wb") as spool, open_prompts(source) as lines:
-            for line_number, line in enumerate(lines, start=1):
-                prompt = _read(line)
-                if isinstance(prompt, Rejected):
-                    rows.quarantined.append((line_number, prompt.reason))
-                    rows.line_rows.append(-1)
-                    continue
-                row, is_new = _place(rows, prompt, line_number)
-                rows.line_rows.append(row)
-                if is_new:
-                    spool.write(encode_row(prompt))
-                    if limit is not None and len(rows.row_ids) >= limit:
-                        break
-        _refuse_unusable(rows, str(source), strict=strict)
-        return _write_files(rows, spool_path, folder)
+        with DurableFile(folder / QUARANTINE, sync_directory=False) as quarantine:
+            with (
+                storage_errors("writing to", spool_folder),
+                spools[0].open("wb") as row_spool,
+                spools[1].open("wb") as line_spool,
+                open_prompts(source) as lines,
+            ):
+                for line in lines:
+                    rows.lines += 1
+                    row, is_new = -1, False
+                    prompt = _read(line)
+                    if isinstance(prompt, Rejected):
+                        _quarantine(rows, prompt.reason, quarantine)
+                    else:
+                        row, is_new = _place(rows, prompt, rows.lines)
+                    line_spool.write(row.to_bytes(8, "little", signed=True))
+                    if is_new and isinstance(prompt, Prompt):
+                        row_spool.write(encode_row(prompt))
+                        if limit is not None and len(rows.row_ids) >= limit:
+                            break
+            _refuse_unusable(rows, str(source), strict=strict)
+        return _write_files(rows, spools, folder, quarantine.digest)
     finally:
-        with storage_errors("removing", spool_path):
-            spool_path.unlink(missing_ok=True)
+        for spool in spools:
+            with storage_errors("removing", spool):
+                spool.unlink(missing_ok=True)
+
+
+def _quarantine(rows: _Rows, reason: str, file: DurableFile) -> None:
+    file.write(json.dumps({"line": rows.lines, "reason": reason}).encode() + b"\n")
+    rows.quarantined += 1
+    if len(rows.first_quarantined) < 3:
+        rows.first_quarantined.append(f"line {rows.lines}: {reason}")
 
 
 def _read(line: bytes) -> Prompt | Rejected:
@@ -172,28 +194,29 @@ def _place(rows: _Rows, prompt: Prompt, line_number: int) -> tuple[int, bool]:
 
 
 def _refuse_unusable(rows: _Rows, source: str, *, strict: bool) -> None:
-    first = "; ".join(f"line {line}: {reason}" for line, reason in rows.quarantined[:3])
+    first = "; ".join(rows.first_quarantined)
     if not rows.row_ids:
-        seen = f"{len(rows.line_rows)} lines, all unusable ({first})" if rows.line_rows else "the file is empty"
+        seen = f"{rows.lines} lines, all unusable ({first})" if rows.lines else "the file is empty"
         raise PromptError(f"no prompts in {source}: {seen}", hint='each line must be JSON such as {"prompt": "..."}')
     if strict and rows.quarantined:
         raise PromptError(
-            f"{len(rows.quarantined)} of {len(rows.line_rows)} lines of {source} hold no prompt ({first})",
+            f"{rows.quarantined} of {rows.lines} lines of {source} hold no prompt ({first})",
             hint="mend them, or build without --strict: they are then listed in quarantine.jsonl and never a row",
         )
 
 
-def _write_files(rows: _Rows, spool_path: Path, folder: Path) -> PromptsRecord:
+def _write_files(rows: _Rows, spools: tuple[Path, Path], folder: Path, quarantine: FileDigest) -> PromptsRecord:
+    row_spool_path, line_spool_path = spools
     num_rows = len(rows.row_ids)
     taken = set(rows.explicit)
     aliases = dict(rows.explicit)
     fingerprint = hashlib.sha256()
-    files: dict[str, FileDigest] = {}
+    files: dict[str, FileDigest] = {QUARANTINE: quarantine}
     ids: list[str] = []
     next_suffix: dict[str, int] = {}
     with (
-        storage_errors("reading", spool_path),
-        spool_path.open("rb") as spool,
+        storage_errors("reading", row_spool_path),
+        row_spool_path.open("rb") as spool,
         DurableFile(folder / PROMPTS, sync_directory=False) as prompts_file,
         DurableFile(folder / PROMPTS_LIST, sync_directory=False) as texts_file,
     ):
@@ -212,23 +235,16 @@ def _write_files(rows: _Rows, spool_path: Path, folder: Path) -> PromptsRecord:
     files[IDS] = _publish(folder / IDS, [_json_lines("[", (json.dumps(item, ensure_ascii=False) for item in ids), "]")])
     pairs = (f"{json.dumps(name, ensure_ascii=False)}: {row}" for name, row in sorted(aliases.items()))
     files[ALIASES] = _publish(folder / ALIASES, [_json_lines("{", pairs, "}")])
-    files[QUARANTINE] = _publish(
-        folder / QUARANTINE,
-        (json.dumps({"line": line, "reason": reason}).encode() + b"\n" for line, reason in rows.quarantined),
-    )
     keys = np.frombuffer(b"".join(digest[:8] for digest in rows.digests), dtype="<u8")
-    for name, array in (
-        (LINE_ROWS, np.asarray(rows.line_rows, dtype="<i8")),
-        (MULTIPLICITY, np.asarray(rows.multiplicity, dtype="<i4")),
-        (KEYS, keys),
-    ):
+    files[LINE_ROWS] = _save_line_rows(line_spool_path, rows.lines, folder / LINE_ROWS)
+    for name, array in ((MULTIPLICITY, np.asarray(rows.multiplicity, dtype="<i4")), (KEYS, keys)):
         files[name] = save_array(folder / name, array, sync_directory=False)
     fsync_directory(folder)
     return PromptsRecord(
         rows=num_rows,
-        lines=len(rows.line_rows),
-        quarantined=len(rows.quarantined),
-        repeats=len(rows.line_rows) - len(rows.quarantined) - num_rows,
+        lines=rows.lines,
+        quarantined=rows.quarantined,
+        repeats=rows.lines - rows.quarantined - num_rows,
         fingerprint=fingerprint.hexdigest(),
         files=files,
     )
@@ -263,49 +279,85 @@ def _publish(path: Path, parts: Iterable[bytes]) -> FileDigest:
     return file.digest
 
 
-def save_array(path: Path, array: NDArray[np.generic], *, sync_directory: bool = True) -> FileDigest:
-    """Publish an array as .npy (never pickled)."""
-    with DurableFile(path, sync_directory=sync_directory) as file:
-        file.write(array_header(array.dtype, array.shape))
-        file.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+def _save_line_rows(spool_path: Path, lines: int, path: Path) -> FileDigest:
+    with (
+        storage_errors("reading", spool_path),
+        spool_path.open("rb") as spool,
+        DurableFile(path, sync_directory=False) as file,
+    ):
+        file.write(array_header(np.dtype("<i8"), (lines,)))
+        while block := spool.read(_READ_BYTES):
+            file.write(block)
     return file.digest
 
 
-def array_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """The .npy header of a C-ordered array."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": shape})
-    return header.getvalue()
-
-
 class PromptTable:
-    """Random access to the canonical rows of ``prompts.jsonl``: 8 bytes a row in memory, texts read when asked for."""
+    """Random access to the canonical rows of ``prompts.jsonl``: 8 bytes a row in memory, texts read when asked for.
 
-    def __init__(self, path: Path, num_rows: int) -> None:
+    What it allocates is bounded by the line ends that the file really has, never by what a spec claims.
+    """
+
+    def __init__(self, path: Path, num_rows: int, digest: FileDigest | None = None) -> None:
         self._path = path
-        offsets = np.zeros(num_rows + 1, dtype=np.int64)
-        with storage_errors("reading", path), path.open("rb") as file:
-            row = 0
-            for row, line in enumerate(file, start=1):
-                if row > num_rows:
-                    break
-                offsets[row] = offsets[row - 1] + len(line)
-        if row != num_rows:
-            raise CorruptStoreError(
-                f"{path} does not hold the {num_rows} rows that the journal committed", hint="run embstore verify STORE"
-            )
-        self._offsets = offsets
+        with storage_errors("reading", path):
+            try:
+                self._offsets = _row_offsets(path, num_rows, digest)
+            except FileNotFoundError:
+                raise CorruptStoreError(f"{path} is missing", hint="run embstore verify STORE") from None
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
+    def __iter__(self) -> Iterator[Prompt]:
+        """All prompts in row order, one in memory at a time."""
+        with self._opened() as handle:
+            for row in range(len(self)):
+                yield decode_row(self._bytes(handle, RowRange(row, row + 1)))
+
     def read(self, rows: RowRange) -> list[Prompt]:
         """Prompts of a row range, in order."""
-        start, stop = int(self._offsets[rows.start]), int(self._offsets[rows.stop])
-        with storage_errors("reading", self._path), self._path.open("rb") as file:
-            data = os.pread(file.fileno(), stop - start, start)
-        return [decode_row(line) for line in data.splitlines()] if rows.num_rows else []
+        with self._opened() as handle:
+            return [decode_row(line) for line in self._bytes(handle, rows).splitlines(keepends=True)]
 
     def sample(self, rows: Sequence[int]) -> list[Prompt]:
         """Prompts of single rows, in the order given."""
         return [self.read(RowRange(row, row + 1))[0] for row in rows]
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        with storage_errors("reading", self._path):
+            handle = open_regular(self._path.parent, self._path.name)
+            try:
+                yield handle
+            finally:
+                os.close(handle)
+
+    def _bytes(self, handle: int, rows: RowRange) -> bytes:
+        start, stop = int(self._offsets[rows.start]), int(self._offsets[rows.stop])
+        with storage_errors("reading", self._path):
+            return pread_all(handle, stop - start, start)
+
+
+def _row_offsets(path: Path, num_rows: int, digest: FileDigest | None) -> NDArray[np.int64]:
+    """Where each row of ``prompts.jsonl`` begins, and the end of the last; the one read also compares the digest."""
+    total = hashlib.sha256()
+    ends: list[NDArray[np.int64]] = []
+    found, size = 0, 0
+    is_sound = True
+    for block in read_blocks(path.parent, path.name):
+        characters = np.frombuffer(block, dtype=np.uint8)
+        if digest is not None:
+            total.update(block)
+        ends.append(np.flatnonzero(characters == ord("\n")) + size + 1)
+        found, size = found + len(ends[-1]), size + len(block)
+        # JSON never holds a zero byte, and every hole of a sparse file gives one
+        is_sound = found <= num_rows and b"\0" not in block and b"\r" not in block
+        if not is_sound:
+            break
+    is_sound &= digest is None or total.hexdigest() == digest.sha256
+    offsets = np.concatenate([np.zeros(1, dtype=np.int64), *ends])
+    if not is_sound or found != num_rows or offsets[-1] != size or (np.diff(offsets) < _SHORTEST_ROW_BYTES).any():
+        raise CorruptStoreError(
+            f"{path} does not hold the {num_rows} rows that the journal committed", hint="run embstore verify STORE"
+        )
+    return offsets

@@ -9,18 +9,30 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 
 from embstore.core.errors import CorruptStoreError
 from embstore.core.format import COORDINATES, RESIDUALS, StoreSpec
 from embstore.core.records import WindowRecord
-from embstore.storage.atomic import DurableFile, pwrite_all, storage_errors, sync_data
+from embstore.core.rows import RowRange
+from embstore.storage.arrays import array_header
+from embstore.storage.atomic import (
+    DurableFile,
+    open_regular,
+    pread_all,
+    pwrite_all,
+    reading_problem,
+    storage_errors,
+    sync_data,
+)
 from embstore.storage.chunks import crc32c
-from embstore.storage.prompts import array_header
 
 ROW_FILES = (COORDINATES, RESIDUALS)
 
 _FLOAT = np.dtype("<f4")
+_READ_BYTES = 8 << 20
+_LARGEST_VALUE = 2.0
 _NAN_BLOCK = np.full(1 << 20, np.nan, dtype=_FLOAT).data.cast("B")
 
 
@@ -48,7 +60,8 @@ def preallocate(root: Path, spec: StoreSpec, name: str) -> None:
 def mend(root: Path, spec: StoreSpec, name: str) -> None:
     """Restore a row file's existence, header and length; rows that are there keep their bytes, rows cut off become NaN.
 
-    A whole file is only looked at. Only for an unfinished store: the rows that were lost are those of demoted windows.
+    A whole file is only synced: what a killed writer mended may lie in the page cache alone, and looks as whole as this.
+    Only for an unfinished store: the rows that were lost are those of demoted windows.
     """
     path = root / name
     if not path.exists():
@@ -57,17 +70,16 @@ def mend(root: Path, spec: StoreSpec, name: str) -> None:
     expected = header(spec, name)
     size = len(expected) + spec.rows * row_bytes(spec, name)
     with storage_errors("mending", path):
-        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        handle = open_regular(root, name, os.O_RDWR)
         try:
             found = os.fstat(handle).st_size
-            if found == size and os.pread(handle, len(expected), 0) == expected:
-                return
-            os.ftruncate(handle, size)
-            pwrite_all(handle, expected, 0)
-            # the header is a multiple of 64 bytes, so values lie at multiples of 4
-            start = max(len(expected), found // _FLOAT.itemsize * _FLOAT.itemsize)
-            for offset in range(start, size, len(_NAN_BLOCK)):
-                pwrite_all(handle, _NAN_BLOCK[: size - offset], offset)
+            if found != size or os.pread(handle, len(expected), 0) != expected:
+                os.ftruncate(handle, size)
+                pwrite_all(handle, expected, 0)
+                # the header is a multiple of 64 bytes, so values lie at multiples of 4
+                start = max(len(expected), found // _FLOAT.itemsize * _FLOAT.itemsize)
+                for offset in range(start, size, len(_NAN_BLOCK)):
+                    pwrite_all(handle, _NAN_BLOCK[: size - offset], offset)
             sync_data(handle)
         finally:
             os.close(handle)
@@ -78,35 +90,56 @@ def header_problem(root: Path, spec: StoreSpec, name: str) -> str | None:
     expected = header(spec, name)
     size = len(expected) + spec.rows * row_bytes(spec, name)
     try:
-        with (root / name).open("rb") as file:
-            if file.read(len(expected)) != expected:
+        handle = open_regular(root, name)
+        try:
+            if os.pread(handle, len(expected), 0) != expected:
                 return "has a header that does not describe the rows of spec.json"
-            found = os.fstat(file.fileno()).st_size
+            found = os.fstat(handle).st_size
+        finally:
+            os.close(handle)
     except FileNotFoundError:
         return None
+    except CorruptStoreError as error:
+        return str(error)
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return reading_problem(root, name, error)
     return f"has {found} bytes, its rows take {size}" if found != size else None
 
 
 def slice_problem(root: Path, spec: StoreSpec, name: str, record: WindowRecord) -> str | None:
-    """How the slice of a committed window differs from its commit, or None."""
+    """How the slice of a committed window differs from its commit, or None; a few MiB of it are in memory at a time.
+
+    Coordinates of unit rows, and distances to them, are numbers of at most 1 (and rounding), whatever their checksum.
+    """
     width = row_bytes(spec, name)
+    failed = {row.row for row in record.failed}
+    crc, beyond = 0, None
     try:
-        with (root / name).open("rb") as file:
-            file.seek(len(header(spec, name)) + record.start * width)
-            check_rows(name, file.read((record.stop - record.start) * width), record)
-    except FileNotFoundError:
-        return "is missing"
-    except (OSError, CorruptStoreError) as error:
+        handle = open_regular(root, name)
+        try:
+            for rows in RowRange(record.start, record.stop).split(max(1, _READ_BYTES // width)):
+                data = pread_all(handle, rows.num_rows * width, len(header(spec, name)) + rows.start * width)
+                crc = google_crc32c.extend(crc, data)
+                values_BR = np.frombuffer(data[: len(data) // width * width], dtype=_FLOAT).reshape(-1, width // 4)
+                unlike = rows.start + np.flatnonzero(~(np.abs(values_BR) <= _LARGEST_VALUE).all(axis=1))
+                beyond = next((int(row) for row in unlike if int(row) not in failed), None) if beyond is None else beyond
+        finally:
+            os.close(handle)
+        _check_crc(name, f"{crc:08x}", record)
+    except CorruptStoreError as error:
         return str(error)
-    return None
+    except OSError as error:
+        return reading_problem(root, name, error)
+    return None if beyond is None else f"row {beyond} holds a value that is no number of at most {_LARGEST_VALUE:g}"
 
 
 def check_rows(name: str, data: bytes, record: WindowRecord) -> None:
     """Compare a window's slice of coordinates or residuals with its commit; a difference is a CorruptStoreError."""
+    _check_crc(name, crc32c(data), record)
+
+
+def _check_crc(name: str, found: str, record: WindowRecord) -> None:
     expected = record.coordinates_crc32c if name == COORDINATES else record.residuals_crc32c
-    found = crc32c(data)
     if found != expected:
         raise CorruptStoreError(
             f"{name}, rows {record.start} to {record.stop - 1}: crc32c {found}, committed was {expected}",

@@ -7,7 +7,7 @@ small ones it reads; chunk checksums are checked at each read of rows; ``embstor
 from __future__ import annotations
 
 import functools
-import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,41 +16,56 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embstore.core.config import K_MAX
+from embstore.core.decode import parse_json, shown
 from embstore.core.errors import ConfigError, CorruptStoreError, IncompleteStoreError, StoreNotFoundError
 from embstore.core.format import (
     ALIASES,
+    ARRAY_METADATA,
     CHUNKS,
     COORDINATES,
+    DOCUMENT_BYTES,
     EMBEDDINGS,
     IDS,
     JOURNAL,
     KEYS,
     LINE_ROWS,
     MANIFEST,
+    MAX_ROWS,
     MULTIPLICITY,
+    NEIGHBORS,
     PROMPTS,
     RESIDUALS,
     SPEC,
+    TABLE_BYTES,
+    WEIGHTS,
     JsonObject,
     Manifest,
     StoreSpec,
-    chunk_name,
-    decode_manifest,
+    array_metadata,
+    decode_metadata,
+    decode_neighbors_spec,
     decode_spec,
+    follow_manifest,
     neighbors_paths,
     weights_paths,
+    weights_problem,
 )
-from embstore.core.plan import grid_of
+from embstore.core.plan import grid_of, refuse_misfits
 from embstore.core.records import ChunkRecord, JournalState, decode_chunk_table
 from embstore.core.rows import RowRange
-from embstore.storage.atomic import read_committed
-from embstore.storage.chunks import check_chunk, decode_chunk
+from embstore.storage.arrays import check_array, map_array
+from embstore.storage.atomic import file_size, read_committed
+from embstore.storage.chunks import decode_chunk, read_chunk
 from embstore.storage.journal import read_journal
 from embstore.storage.prompts import PromptTable
+from embstore.storage.rowfiles import ROW_FILES, check_rows, header_problem
 from embstore.storage.writer import check_digest
 
 if TYPE_CHECKING:
     import zarr
+
+_HINT = "run embstore verify STORE"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,13 +78,25 @@ class Neighbors:
 
 
 class EmbeddingStore:
-    """A store opened for reading; see ``open_store``."""
+    """A store opened for reading; see ``open_store``.
+
+    Neighbours and weights are mapped when it is opened: it serves that set for as long as it lives, also after a writer
+    replaced it. Every array is compared with its commit when it is first used, at the price of one read of its file.
+    """
 
     def __init__(self, root: Path, manifest: Manifest | None, state: JournalState, spec: StoreSpec) -> None:
         self.root = root
         self.manifest = manifest
         self.journal = state
         self.spec = spec
+        committed = [record.files for record in (state.prompts, state.spec) if record is not None]
+        self._digests = (
+            manifest.files if manifest else {name: digest for files in committed for name, digest in files.items()}
+        )
+        replaceable = [name for name in (manifest.files if manifest else ()) if name.startswith((WEIGHTS, NEIGHBORS))]
+        self._arrays = {name: self._map_replaceable(name) for name in replaceable if name.endswith(".npy")}
+        self._documents = {name: self._document(name) for name in replaceable if name.endswith(".json")}
+        self._sound: set[str] = set()
 
     @property
     def is_complete(self) -> bool:
@@ -90,50 +117,69 @@ class EmbeddingStore:
 
     @functools.cached_property
     def embeddings(self) -> zarr.Array[Any]:
-        """The Zarr v3 array, float16 [N, V], read-only; rows never written read as NaN."""
+        """The Zarr v3 array, float16 [N, V], read-only; rows never written read as NaN.
+
+        zarr reads the chunk files itself: their checksums and sizes, but not that they are no links. ``rows`` checks all.
+        """
         import zarr  # noqa: PLC0415 - a third of what inspect would spend on imports
 
-        return zarr.open_array(self.root / EMBEDDINGS, mode="r")
+        # an array of anybody's making may name codecs that run what they read
+        if read_committed(self.root, ARRAY_METADATA) != array_metadata(self.spec):
+            raise CorruptStoreError(f"{ARRAY_METADATA} does not describe the array of spec.json", hint=_HINT)
+        return zarr.open_array(self.root / EMBEDDINGS, mode="r", zarr_format=3)
 
     @functools.cached_property
     def coordinates(self) -> NDArray[np.float32]:
         """float32 [N, R], read-only memory map: rows in an orthonormal basis, distances preserved up to residuals."""
-        return self._map(COORDINATES)
+        return self._checked(
+            COORDINATES, map_array(self.root, COORDINATES, "<f4", (self.num_rows, self.spec.embedding.rank))
+        )
 
     @functools.cached_property
     def residuals(self) -> NDArray[np.float32]:
         """float32 [N], read-only memory map: L2 distance from each stored row to its coordinates."""
-        return self._map(RESIDUALS)
+        return self._checked(RESIDUALS, map_array(self.root, RESIDUALS, "<f4", (self.num_rows,)))
 
     @functools.cached_property
     def multiplicity(self) -> NDArray[np.int32]:
         """int32 [N]: how many input lines hold this prompt."""
-        return self._map(MULTIPLICITY)
+        return self._checked(MULTIPLICITY, map_array(self.root, MULTIPLICITY, "<i4", (self.num_rows,)), low=1)
 
     @functools.cached_property
     def line_rows(self) -> NDArray[np.int64]:
         """int64 [lines]: the row of each input line, -1 for none."""
-        return self._map(LINE_ROWS)
+        lines = map_array(self.root, LINE_ROWS, "<i8", (None,))
+        if not len(self.prompts) <= len(lines) <= MAX_ROWS:
+            raise CorruptStoreError(f"{LINE_ROWS} has {len(lines)} lines for {self.num_rows} rows", hint=_HINT)
+        return self._checked(LINE_ROWS, lines, low=-1, high=self.num_rows - 1)
 
     @functools.cached_property
     def keys(self) -> NDArray[np.uint64]:
         """uint64 [N]: the first 8 bytes of each row's identity, little endian, for joins."""
-        return self._map(KEYS)
+        return self._checked(KEYS, map_array(self.root, KEYS, "<u8", (self.num_rows,)))
 
     @functools.cached_property
     def ids(self) -> tuple[str, ...]:
         """Row ids in row order."""
-        return tuple(self._json(IDS))
+        ids = parse_json(self._listed(IDS, limit=None), name=IDS)
+        if not isinstance(ids, list) or len(ids) != self.num_rows or not all(isinstance(row_id, str) for row_id in ids):
+            raise CorruptStoreError(f"{IDS} is no list of {self.num_rows} ids", hint=_HINT)
+        return tuple(ids)
 
     @functools.cached_property
     def aliases(self) -> dict[str, int]:
         """Every input id, and every row id, to its row."""
-        return dict(self._json(ALIASES))
+        aliases = parse_json(self._listed(ALIASES, limit=None), name=ALIASES)
+        rows = aliases.values() if isinstance(aliases, dict) else [None]
+        unlike = next((row for row in rows if type(row) is not int or not 0 <= row < self.num_rows), None)
+        if not isinstance(aliases, dict) or unlike is not None:
+            raise CorruptStoreError(f"{ALIASES} gives {shown(unlike)} as a row of {self.num_rows}", hint=_HINT)
+        return aliases
 
     @functools.cached_property
     def prompts(self) -> PromptTable:
         """The prompts themselves, by row."""
-        return PromptTable(self.root / PROMPTS, self.num_rows)
+        return PromptTable(self.root / PROMPTS, self.num_rows, self._digests.get(PROMPTS))
 
     @property
     def weights(self) -> NDArray[np.float32]:
@@ -142,7 +188,10 @@ class EmbeddingStore:
 
     def named_weights(self, name: str) -> NDArray[np.float32]:
         """float32 [N], read-only memory map of the weighting called ``name``."""
-        return self._map(weights_paths(self._weights_digest(name))[0])
+        path = weights_paths(self._weights_digest(name))[0]
+        if path not in self._sound and (problem := weights_problem(self._arrays[path])) is not None:
+            raise CorruptStoreError(f"{path} {problem}", hint=_HINT)
+        return self._checked(path, self._arrays[path])
 
     @property
     def metadata(self) -> JsonObject:
@@ -151,29 +200,30 @@ class EmbeddingStore:
 
     def named_metadata(self, name: str) -> JsonObject:
         """Metadata of the weighting called ``name``."""
-        value: JsonObject = self._json(weights_paths(self._weights_digest(name))[1])
-        return value
+        return self._documents[weights_paths(self._weights_digest(name))[1]]
 
-    @functools.cached_property
+    @property
     def neighbor_ids(self) -> NDArray[np.int32]:
         """int32 [N, K_max]: rows of the nearest distinct vectors, self excluded, -1 where there is none."""
-        return self._map(neighbors_paths(self._published().neighbors).ids)
+        path = neighbors_paths(self._published().neighbors).ids
+        return self._checked(path, self._arrays[path], low=-1, high=self.num_rows - 1)
 
-    @functools.cached_property
+    @property
     def neighbor_distances(self) -> NDArray[np.float32]:
         """float32 [N, K_max]: metric distances, ascending, +inf where there is no neighbour."""
-        return self._map(neighbors_paths(self._published().neighbors).distances)
+        path = neighbors_paths(self._published().neighbors).distances
+        return self._checked(path, self._arrays[path], low=0)
 
-    @functools.cached_property
+    @property
     def groups(self) -> NDArray[np.int32]:
         """int32 [N]: the first row that has the same vector (itself for most), -1 for a failed row."""
-        return self._map(neighbors_paths(self._published().neighbors).groups)
+        path = neighbors_paths(self._published().neighbors).groups
+        return self._checked(path, self._arrays[path], low=-1, high=self.num_rows - 1)
 
     @property
     def neighbor_spec(self) -> JsonObject:
         """How the neighbours were found, and what the audit measured."""
-        value: JsonObject = self._json(neighbors_paths(self._published().neighbors).spec)
-        return value
+        return self._documents[neighbors_paths(self._published().neighbors).spec]
 
     def row_of(self, prompt_id: str) -> int:
         """Row of an input id or row id; an unknown id is a ConfigError."""
@@ -185,10 +235,10 @@ class EmbeddingStore:
     def neighbors(self, prompt_id: str) -> Neighbors:
         """Nearest distinct vectors of one prompt, nearest first."""
         row = self.row_of(prompt_id)
-        rows = np.asarray(self.neighbor_ids[row])
+        rows, distances = np.asarray(self.neighbor_ids[row]), np.asarray(self.neighbor_distances[row])
         found = rows >= 0
         ids = tuple(self.ids[neighbor] for neighbor in rows[found])
-        return Neighbors(rows=rows[found], ids=ids, distances=np.asarray(self.neighbor_distances[row])[found])
+        return Neighbors(rows=rows[found], ids=ids, distances=distances[found])
 
     def rows(self, ids: Sequence[str]) -> NDArray[np.float16]:
         """Embedding rows of the given ids, float16 [len(ids), V]; each chunk is read and checked once.
@@ -218,24 +268,13 @@ class EmbeddingStore:
         record = self._chunks.get(index)
         if record is None:
             raise IncompleteStoreError(f"rows of chunk {index} are not computed yet", hint="run embstore build --resume")
-        path = self.root / chunk_name(index)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError as error:
-            raise CorruptStoreError(f"{chunk_name(index)} is missing", hint="run embstore verify STORE --repair") from error
-        check_chunk(data, record)
-        rows_BV = decode_chunk(
-            data,
-            chunk_rows=self.spec.chunk_rows,
-            dimension=self.spec.embedding.dimension,
-            compressor=self.spec.compressor,
-        )
+        rows_BV = decode_chunk(read_chunk(self.root, self.spec, record), self.spec, index)
         return rows_BV[: grid_of(self.spec).chunk(index).num_rows]
 
     @functools.cached_property
     def _chunks(self) -> dict[int, ChunkRecord]:
         if self.is_complete:
-            return {chunk.index: chunk for chunk in decode_chunk_table(self._listed(CHUNKS))}
+            return {chunk.index: chunk for chunk in decode_chunk_table(self._listed(CHUNKS, limit=TABLE_BYTES))}
         return {chunk.index: chunk for window in self.journal.windows.values() for chunk in window.chunks}
 
     def _published(self) -> Manifest:
@@ -249,22 +288,43 @@ class EmbeddingStore:
             raise ConfigError(f"no weights are called {name!r}; there are {', '.join(sorted(names))}")
         return names[name]
 
-    def _map(self, name: str) -> NDArray[Any]:
-        try:
-            array: NDArray[Any] = np.load(self.root / name, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise CorruptStoreError(f"{name} cannot be mapped ({error})", hint="run embstore verify STORE") from error
+    def _map_replaceable(self, name: str) -> NDArray[Any]:
+        """An array of the neighbour graph or of weights, in the only shape it can have."""
+        paths = neighbors_paths(self._published().neighbors)
+        layouts = {
+            paths.ids: ("<i4", (self.num_rows, K_MAX)),
+            paths.distances: ("<f4", (self.num_rows, K_MAX)),
+            paths.groups: ("<i4", (self.num_rows,)),
+        }
+        return map_array(self.root, name, *layouts.get(name, ("<f4", (self.num_rows,))))
+
+    def _document(self, name: str) -> JsonObject:
+        decode = decode_neighbors_spec if name.startswith(NEIGHBORS) else decode_metadata
+        return decode(self._listed(name), name=name)
+
+    def _checked(self, name: str, array: NDArray[Any], *, low: float | None = None, high: float = np.inf) -> NDArray[Any]:
+        """A mapped array as it was committed, with values in ``low`` to ``high``; read once, when it is first used."""
+        if name in self._sound:
+            return array
+        if name in self._digests:
+            check_array(name, array, self._digests[name])
+        else:  # a row file while rows are still to come: each committed window has its own checksum
+            for window in self.journal.windows.values():
+                check_rows(name, array[window.start : window.stop].tobytes(), window)
+        if low is not None:
+            with np.errstate(invalid="ignore"):
+                least, most = array.min(), array.max()
+            if not (low <= least and most <= high):  # NaN lies nowhere
+                message = f"{name} holds values from {least} to {most}, allowed are {low} to {high}"
+                raise CorruptStoreError(message, hint=_HINT)
+        self._sound.add(name)
         return array
 
-    def _json(self, name: str) -> Any:  # noqa: ANN401 - JSON
-        return json.loads(self._listed(name))
-
-    def _listed(self, name: str) -> bytes:
+    def _listed(self, name: str, *, limit: int | None = DOCUMENT_BYTES) -> bytes:
         """Bytes of a small file, checked against the manifest, or against the journal while unfinished."""
-        content = read_committed(self.root, name)
-        digests = self.manifest.files if self.manifest else self.journal.prompts.files if self.journal.prompts else {}
-        if name in digests:
-            check_digest(name, content, digests[name])
+        content = read_committed(self.root, name, limit=limit)
+        if name in self._digests:
+            check_digest(name, content, self._digests[name])
         return content
 
 
@@ -290,34 +350,47 @@ def open_store(path: str | Path, *, partial: bool = False) -> EmbeddingStore:
         Another format version.
     """
     root = Path(path)
-    if not (root / JOURNAL).exists() and not (root / MANIFEST).exists():
+    if not os.path.lexists(root / JOURNAL) and not os.path.lexists(root / MANIFEST):
         raise StoreNotFoundError(f"{root} holds no store", hint="run embstore build PROMPTS --model MODEL --out STORE")
     state = read_journal(root)
-    if not (root / MANIFEST).exists():
+    if not os.path.lexists(root / MANIFEST):
         if not partial:
             raise _incomplete(root, state)
         if state.spec is None:
             raise StoreNotFoundError(f"{root} has no planned rows yet", hint="run embstore build --resume")
         content = read_committed(root, SPEC)
         check_digest(SPEC, content, state.spec.files[SPEC])
-        return EmbeddingStore(root, None, state, decode_spec(content))
-    manifest = decode_manifest(read_committed(root, MANIFEST))
+        spec = decode_spec(content)
+        refuse_misfits(spec, state)
+        return EmbeddingStore(root, None, state, spec)
+    return follow_manifest(lambda: read_committed(root, MANIFEST), lambda manifest: _open(root, manifest, state))
+
+
+def open_published(root: Path) -> EmbeddingStore | None:
+    """The store at ``root`` if it is published, None if it is not there or unfinished."""
+    return open_store(root) if os.path.lexists(root / MANIFEST) else None
+
+
+def _open(root: Path, manifest: Manifest, state: JournalState) -> EmbeddingStore:
     for name, digest in manifest.files.items():
-        try:
-            size = (root / name).stat().st_size
-        except FileNotFoundError:
-            size = None
+        size = file_size(root, name)
         if size != digest.bytes:
             found = "is missing" if size is None else f"has {size} bytes"
             raise CorruptStoreError(f"{name} {found}, committed were {digest.bytes}", hint=f"run embstore verify {root}")
     content = read_committed(root, SPEC)
     check_digest(SPEC, content, manifest.files[SPEC])
-    return EmbeddingStore(root, manifest, state, decode_spec(content))
-
-
-def open_published(root: Path) -> EmbeddingStore | None:
-    """The store at ``root`` if it is published, None if it is not there or unfinished."""
-    return open_store(root) if (root / MANIFEST).exists() else None
+    spec = decode_spec(content)
+    if (manifest.rows, manifest.dimension) != (spec.rows, spec.embedding.dimension):
+        raise CorruptStoreError(
+            f"{MANIFEST} publishes {manifest.rows} x {manifest.dimension}, "
+            f"{SPEC} has {spec.rows} x {spec.embedding.dimension}",
+            hint=f"run embstore verify {root}",
+        )
+    for name in ROW_FILES:
+        if (problem := header_problem(root, spec, name)) is not None:
+            raise CorruptStoreError(f"{name} {problem}", hint=f"run embstore verify {root} --repair")
+    refuse_misfits(spec, state)
+    return EmbeddingStore(root, manifest, state, spec)
 
 
 def _incomplete(root: Path, state: JournalState) -> IncompleteStoreError:

@@ -7,6 +7,9 @@ them. Rows are also decoded: finite, unit norm, NaN exactly where a failed row i
 from __future__ import annotations
 
 import hashlib
+import os
+import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.core.errors import CorruptStoreError, EmbstoreError
+from embstore.core.decode import printable
+from embstore.core.errors import CorruptStoreError, EmbstoreError, StorageError
 from embstore.core.format import (
     ARRAY_METADATA,
     BASIS,
@@ -31,6 +35,7 @@ from embstore.core.format import (
     STAGE0_FILES,
     WEIGHTS,
     WEIGHTS_LINK,
+    WITHDRAWN,
     WORK,
     FileDigest,
     Manifest,
@@ -40,15 +45,26 @@ from embstore.core.format import (
     decode_manifest,
     decode_spec,
     weights_paths,
+    weights_problem,
 )
-from embstore.core.plan import grid_of
+from embstore.core.plan import grid_of, misfit
 from embstore.core.records import JournalState, PromptsRecord, WindowRecord, chunk_table, decode_journal, replay
-from embstore.core.rows import RowRange
-from embstore.storage.chunks import check_chunk, decode_chunk
+from embstore.storage.arrays import map_array
+from embstore.storage.atomic import file_size, read_blocks, read_committed, reading_problem
+from embstore.storage.chunks import decode_chunk, read_chunk
+from embstore.storage.journal import journal_bytes
 from embstore.storage.rowfiles import ROW_FILES, header_problem, slice_problem
 
 NORM_TOLERANCE = 2e-3  # float16 rounding moves the norm of a unit row by about 2e-4
-_READ_BYTES = 8 << 20
+# every row depends on them, and nothing that is left says what they were
+ONLY_A_NEW_BUILD = frozenset({*STAGE0_FILES, SPEC, BASIS})
+_ONLY_ANEW = "; it cannot be made again: take it from a copy of the store, or build into another --out"
+_NO_FILE = "is no file of this store"
+_NOT_COMMITTED = "is not committed: it is never read, and a resume computes it again"
+_NORM_VALUES = 4 << 20
+_MOST_STRAYS = 1000
+_CHUNK_NAME = re.compile(re.escape(chunk_name(0)).replace("0", r"(0|[1-9]\d{0,9})", 1))
+_LINK_LOOKS, _LINK_SECONDS = 10, 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,25 +92,27 @@ class VerifyReport:
 def check_stage0(root: Path, record: PromptsRecord) -> None:
     """Compare the stage-0 files with their commit; the first that differs is a CorruptStoreError."""
     for name, digest in record.files.items():
-        problem = compare_file(root / name, digest)
+        problem = compare_file(root, name, digest)
         if problem is not None:
             raise CorruptStoreError(f"{name} {problem}", hint=f"run embstore verify {root}; stage 0 cannot be recomputed")
 
 
-def compare_file(path: Path, digest: FileDigest) -> str | None:
-    """What is wrong with a file, or None; reads it once."""
-    total, size = hashlib.sha256(), 0
+def compare_file(root: Path, name: str, digest: FileDigest) -> str | None:
+    """What is wrong with a file of a store, or None; reads it once, or not at all if its size differs."""
+    total = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(_READ_BYTES):
-                total.update(block)
-                size += len(block)
+        if (size := file_size(root, name)) != digest.bytes:
+            return "is missing" if size is None else f"has {size} bytes, committed were {digest.bytes}"
+        for block in read_blocks(root, name):
+            total.update(block)
+    except CorruptStoreError as error:
+        return str(error)
     except OSError as error:
-        return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-    if size != digest.bytes:
-        return f"has {size} bytes, committed were {digest.bytes}"
-    if total.hexdigest() != digest.sha256:
-        return f"has sha256 {total.hexdigest()[:16]}, committed was {digest.sha256[:16]}"
+        return reading_problem(root, name, error)
+    found = total.hexdigest()
+    if found != digest.sha256:
+        width = 16 if found[:16] != digest.sha256[:16] else len(found)  # the digest itself may be what was damaged
+        return f"has sha256 {found[:width]}, committed was {digest.sha256[:width]}"
     return None
 
 
@@ -107,9 +125,11 @@ def damaged_windows(root: Path, spec: StoreSpec, state: JournalState) -> Iterato
         The basis or another file that every window is made with is not what was committed: no window can be computed again.
     """
     for name, digest in (state.spec.files if state.spec is not None else {}).items():
-        problem = compare_file(root / name, digest)
+        problem = compare_file(root, name, digest)
         if problem is not None:
-            raise CorruptStoreError(f"{name} {problem}", hint=f"run embstore verify {root} --repair")
+            is_made_again = name not in ONLY_A_NEW_BUILD
+            hint = f"run embstore verify {root} --repair" if is_made_again else "build into another --out"
+            raise CorruptStoreError(f"{name} {problem}{'' if is_made_again else _ONLY_ANEW}", hint=hint)
     for record in state.windows.values():
         finding = next(_window_findings(root, spec, record, decode=False), None)
         if finding is not None:
@@ -126,13 +146,13 @@ def verify_store(root: Path) -> VerifyReport:
     """
     notes: list[str] = []
     findings: list[Finding] = []
-    content = (root / JOURNAL).read_bytes() if (root / JOURNAL).exists() else b""
-    if not content and not (root / MANIFEST).exists():
+    content = journal_bytes(root)
+    if not content and not os.path.lexists(root / MANIFEST):
         raise CorruptStoreError(f"{root} has no journal", hint="is this a store?")
     records, valid_bytes = decode_journal(content, name=JOURNAL)
     state = replay(records)
     manifest = _read_manifest(root, findings)
-    is_complete = (root / MANIFEST).exists()
+    is_complete = os.path.lexists(root / MANIFEST)
     if valid_bytes < len(content):
         torn = f"ends in a torn line of {len(content) - valid_bytes} bytes"
         if is_complete:
@@ -142,9 +162,9 @@ def verify_store(root: Path) -> VerifyReport:
     digests = _expected_digests(state, manifest, findings)
     total_bytes = 0
     for name, digest in digests.items():
-        problem = compare_file(root / name, digest)
+        problem = compare_file(root, name, digest)
         if problem is not None and name not in ROW_FILES:  # those are reported by window below
-            findings.append(Finding(path=name, message=problem))
+            findings.append(Finding(path=name, message=f"{problem}{_ONLY_ANEW if name in ONLY_A_NEW_BUILD else ''}"))
         total_bytes += digest.bytes
     spec = _read_spec(root, state, findings)
     num_chunks = 0
@@ -160,7 +180,7 @@ def verify_store(root: Path) -> VerifyReport:
             total_bytes += sum(chunk.bytes for chunk in window.chunks)
         if manifest is not None:
             findings += _published_findings(root, spec, state, manifest)
-    notes += [f"{name} is no file of this store" for name in _strays(root, spec, manifest)]
+    notes += _strays(root, spec, state, manifest)
     return VerifyReport(
         is_complete=is_complete,
         committed_rows=state.committed_rows,
@@ -188,13 +208,14 @@ def _expected_digests(state: JournalState, manifest: Manifest | None, findings: 
 
 
 def _read_manifest(root: Path, findings: list[Finding]) -> Manifest | None:
-    if not (root / MANIFEST).exists():
+    if not os.path.lexists(root / MANIFEST):
         return None
     try:
-        content = (root / MANIFEST).read_bytes()
+        content = read_committed(root, MANIFEST)
         manifest = decode_manifest(content)
-    except CorruptStoreError as error:
-        findings.append(Finding(path=MANIFEST, message=str(error)))
+    except (OSError, CorruptStoreError) as error:
+        problem = reading_problem(root, MANIFEST, error) if isinstance(error, OSError) else str(error)
+        findings.append(Finding(path=MANIFEST, message=problem))
         return None
     if content != manifest.encode():
         findings.append(Finding(path=MANIFEST, message="is not spelled as it is written"))
@@ -203,27 +224,26 @@ def _read_manifest(root: Path, findings: list[Finding]) -> Manifest | None:
 
 def _read_spec(root: Path, state: JournalState, findings: list[Finding]) -> StoreSpec | None:
     if state.spec is None:
-        if state.windows or (root / MANIFEST).exists():
+        if state.windows or os.path.lexists(root / MANIFEST):
             findings.append(Finding(path=JOURNAL, message="commits no spec, but there are rows or a manifest"))
         return None
-    if compare_file(root / SPEC, state.spec.files[SPEC]) is not None:
+    if compare_file(root, SPEC, state.spec.files[SPEC]) is not None:
         return None  # reported with the other digests
     try:
-        spec = decode_spec((root / SPEC).read_bytes())
+        spec = decode_spec(read_committed(root, SPEC))
     except EmbstoreError as error:
         findings.append(Finding(path=SPEC, message=str(error)))
         return None
-    if (root / ARRAY_METADATA).exists() and (root / ARRAY_METADATA).read_bytes() != array_metadata(spec):
+    if _differs(root, ARRAY_METADATA, array_metadata(spec)):
         findings.append(Finding(path=ARRAY_METADATA, message="does not describe the array of spec.json"))
+    if state.prompts is None or state.prompts.rows != spec.rows:
+        findings.append(Finding(path=JOURNAL, message=f"does not commit the prompts of the {spec.rows} rows of {SPEC}"))
     return spec
 
 
 def _window_findings(root: Path, spec: StoreSpec, record: WindowRecord, *, decode: bool) -> Iterator[Finding]:
     grid = grid_of(spec)
-    rows = RowRange(record.start, record.stop)
-    if grid.window(record.window) != rows or [chunk.index for chunk in record.chunks] != [
-        index for index, _ in grid.chunks(record.window)
-    ]:
+    if misfit(grid, record):
         yield Finding(
             path=JOURNAL, message=f"window {record.window} does not fit the grid of spec.json", window=record.window
         )
@@ -232,30 +252,27 @@ def _window_findings(root: Path, spec: StoreSpec, record: WindowRecord, *, decod
     for chunk in record.chunks:
         path = chunk_name(chunk.index)
         try:
-            data = (root / path).read_bytes()
-            check_chunk(data, chunk)
-        except FileNotFoundError:
-            yield Finding(path=path, message="is missing", window=record.window)
-            continue
-        except (OSError, CorruptStoreError) as error:
-            yield Finding(path=path, message=str(error), window=record.window)
-            continue
-        if decode:
-            chunk_rows = grid.chunk(chunk.index)
-            problem = _row_problem(data, spec, chunk_rows, failed)
-            if problem is not None:
-                yield Finding(path=path, message=problem, window=record.window)
+            data = read_chunk(root, spec, chunk)
+            problem = _row_problem(data, spec, chunk.index, failed) if decode else None
+        except CorruptStoreError as error:
+            problem = str(error)
+        except StorageError as error:
+            problem = reading_problem(root, path, error)
+        if problem is not None:
+            yield Finding(path=path, message=problem, window=record.window)
     for name in ROW_FILES:
         problem = slice_problem(root, spec, name, record)
         if problem is not None:
             yield Finding(path=name, message=problem, window=record.window)
 
 
-def _row_problem(data: bytes, spec: StoreSpec, rows: RowRange, failed: NDArray[np.int64]) -> str | None:
-    emb_BV = decode_chunk(data, chunk_rows=spec.chunk_rows, dimension=spec.embedding.dimension, compressor=spec.compressor)
+def _row_problem(data: bytes, spec: StoreSpec, index: int, failed: NDArray[np.int64]) -> str | None:
+    rows = grid_of(spec).chunk(index)
+    emb_BV = decode_chunk(data, spec, index)
     is_failed = np.isin(np.arange(rows.start, rows.stop), failed)
-    for start in range(0, rows.num_rows, 64):  # float64 norms of 64 rows at a time
-        block = emb_BV[start : min(start + 64, rows.num_rows)].astype(np.float32)
+    step = max(1, _NORM_VALUES // spec.embedding.dimension)  # rows whose norms are taken at a time
+    for start in range(0, rows.num_rows, step):
+        block = emb_BV[start : min(start + step, rows.num_rows)].astype(np.float32)
         expected_nan = is_failed[start : start + len(block)]
         norms = np.sqrt(np.einsum("bv,bv->b", block, block, dtype=np.float64))
         bad = np.where(expected_nan, ~np.isnan(block).all(axis=1), ~(np.abs(norms - 1) < NORM_TOLERANCE))
@@ -269,7 +286,7 @@ def _row_problem(data: bytes, spec: StoreSpec, rows: RowRange, failed: NDArray[n
 def _published_findings(root: Path, spec: StoreSpec, state: JournalState, manifest: Manifest) -> Iterator[Finding]:
     """What the manifest promises beyond bytes: every row committed, row files as sealed, weights valid, links in place."""
     for name in ROW_FILES:
-        if (problem := compare_file(root / name, manifest.files[name])) is not None:
+        if (problem := compare_file(root, name, manifest.files[name])) is not None:
             yield Finding(path=name, message=problem)
     if (manifest.rows, manifest.dimension) != (spec.rows, spec.embedding.dimension) or state.committed_rows != spec.rows:
         message = (
@@ -278,37 +295,76 @@ def _published_findings(root: Path, spec: StoreSpec, state: JournalState, manife
         )
         yield Finding(path=MANIFEST, message=message)
     chunks = [chunk for window in state.windows.values() for chunk in window.chunks]
-    if (root / CHUNKS).exists() and (root / CHUNKS).read_bytes() != chunk_table(chunks):
+    if _differs(root, CHUNKS, chunk_table(chunks)):
         yield Finding(path=CHUNKS, message="is not the table of the journal's chunks")
     for digest in sorted(set(manifest.names.values())):
         name = weights_paths(digest)[0]
-        weights = _load(root / name)
-        if weights is None or weights.shape != (spec.rows,) or weights.dtype != np.float32:
-            yield Finding(path=name, message=f"is no float32 vector of {spec.rows} rows")
-        elif not (np.isfinite(weights).all() and (weights >= 0).all() and abs(weights.sum(dtype=np.float64) - 1) <= 1e-6):
-            yield Finding(path=name, message="is not finite, non-negative and of sum 1")
-    for link, target in zip((WEIGHTS_LINK, METADATA_LINK), weights_paths(manifest.names["default"]), strict=True):
-        if not (root / link).is_symlink() or (root / link).readlink() != Path(target):
-            yield Finding(path=link, message=f"does not link to {target}; run embstore build --resume")
+        try:
+            problem = weights_problem(map_array(root, name, "<f4", (spec.rows,)))
+        except CorruptStoreError as error:
+            problem = str(error)
+        except StorageError as error:
+            problem = reading_problem(root, name, error)
+        if problem is not None:
+            yield Finding(path=name, message=problem)
+    yield from _link_findings(root, manifest)
 
 
-def _load(path: Path) -> NDArray[np.float32] | None:
+def _link_findings(root: Path, manifest: Manifest) -> list[Finding]:
+    """Links that lead elsewhere, and still do after a moment: a writer refreshes them right after its flip."""
+    targets = zip((WEIGHTS_LINK, METADATA_LINK), weights_paths(manifest.names["default"]), strict=True)
+    astray = dict(targets)
+    for look in range(_LINK_LOOKS):
+        time.sleep(_LINK_SECONDS if look else 0)
+        astray = {link: target for link, target in astray.items() if not _leads_to(root / link, target)}
+        if not astray:
+            break
+    return [
+        Finding(path=link, message=f"does not link to {target}; run embstore build --resume")
+        for link, target in astray.items()
+    ]
+
+
+def _leads_to(link: Path, target: str) -> bool:
     try:
-        array: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return array
+        return link.readlink() == Path(target)
+    except OSError:  # no link, or nothing there
+        return False
 
 
-def _strays(root: Path, spec: StoreSpec | None, manifest: Manifest | None) -> Iterator[str]:
+def _differs(root: Path, name: str, expected: bytes) -> bool:
+    """Whether a file's bytes are others than follow from the rest of the store; its digest says if it cannot be read."""
+    try:
+        return file_size(root, name) != len(expected) or read_committed(root, name, limit=len(expected)) != expected
+    except (CorruptStoreError, StorageError):
+        return False
+
+
+def _strays(root: Path, spec: StoreSpec | None, state: JournalState, manifest: Manifest | None) -> list[str]:
+    """Notes on what lies in the folder and is no file of the store; links are not followed, and there is no recursion."""
     known = {SPEC, MANIFEST, JOURNAL, RUNS, LOCK, BASIS, COORDINATES, RESIDUALS, CHUNKS, ARRAY_METADATA, *STAGE0_FILES}
-    known |= {WEIGHTS_LINK, METADATA_LINK, *(manifest.files if manifest else ())}
-    if spec is not None:
-        known |= {chunk_name(index) for index in range(grid_of(spec).num_chunks)}
-    unfinished = {NEIGHBORS, WEIGHTS} if manifest is None else set()
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root).as_posix()
-        top = name.split("/")[0]
-        if path.is_dir() or name in known or top == WORK or top in unfinished:
+    known |= {WITHDRAWN, WEIGHTS_LINK, METADATA_LINK, *(manifest.files if manifest else ())}
+    num_chunks = grid_of(spec).num_chunks if spec is not None else 0
+    committed = {chunk.index for window in state.windows.values() for chunk in window.chunks}
+    scratch = {WORK} if manifest is not None else {WORK, NEIGHBORS, WEIGHTS}
+    strays: list[str] = []
+    folders = [""]
+    while folders and len(strays) < _MOST_STRAYS:
+        folder = folders.pop()
+        try:
+            with os.scandir(root / folder) as entries:
+                listed = [(f"{folder}{entry.name}", entry.is_dir(follow_symlinks=False)) for entry in entries]
+        except OSError as error:  # a path can be made longer than the kernel takes
+            strays.append(f"{printable(folder)[:200]} cannot be read ({error.strerror})")
             continue
-        yield name
+        folders += [f"{name}/" for name, is_folder in listed if is_folder and name not in scratch]
+        files = [name for name, is_folder in listed if not is_folder and name not in known]
+        chunks = {name: _CHUNK_NAME.fullmatch(name) for name in files}
+        strays += [
+            f"{printable(name)} {_NO_FILE if chunk is None or int(chunk[1]) >= num_chunks else _NOT_COMMITTED}"
+            for name, chunk in chunks.items()
+            if chunk is None or int(chunk[1]) not in committed
+        ]
+    if len(strays) > _MOST_STRAYS:
+        return [*sorted(strays)[:_MOST_STRAYS], f"more than {_MOST_STRAYS} files are none of this store"]
+    return sorted(strays)

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-import shutil
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.embedder import RowBlock, WindowCounts
-from embstore.core.errors import CorruptStoreError, StoreExistsError, StoreNotFoundError
+from embstore.core.errors import ConfigError, CorruptStoreError, RowError, StoreExistsError, StoreNotFoundError
 from embstore.core.format import (
     ARRAY_METADATA,
     BASIS,
@@ -35,6 +35,7 @@ from embstore.core.format import (
     SPEC,
     WEIGHTS,
     WEIGHTS_LINK,
+    WITHDRAWN,
     WORK,
     FileDigest,
     Manifest,
@@ -45,28 +46,36 @@ from embstore.core.format import (
     decode_manifest,
     decode_spec,
     document,
+    spec_problem,
     weights_paths,
 )
-from embstore.core.plan import grid_of
+from embstore.core.plan import grid_of, refuse_misfits
 from embstore.core.records import ChunkRecord, FailedRow, JournalRecord, JournalState, SpecRecord, WindowRecord
 from embstore.core.rows import RowRange
+from embstore.storage.arrays import map_array, save_array
 from embstore.storage.atomic import (
     DurableFile,
     WriterLock,
     fsync_directory,
+    irregular,
     link_durable,
     make_directory,
+    open_regular,
     pwrite_all,
     read_committed,
+    remove_folder,
     remove_temp_files,
     storage_errors,
     sync_data,
+    write_all,
     write_durable,
 )
 from embstore.storage.chunks import crc32c, encode_chunk
 from embstore.storage.journal import Journal
-from embstore.storage.prompts import save_array
 from embstore.storage.rowfiles import ROW_FILES, check_rows, header, mend, preallocate, row_bytes
+
+_OWN_DIGEST = re.compile(r"[0-9a-f]{16}")
+_OWN_WEIGHTS = re.compile(r"[0-9a-f]{16}\.(npy|json)")
 
 
 class StoreWriter:
@@ -78,6 +87,8 @@ class StoreWriter:
         The store's folder; created with missing parents when absent.
     resume
         Whether an existing store may be continued. Without it any store with committed prompts is refused.
+    lock
+        The store's lock, for who looked at the store under it before a writer tidies up; the writer releases it.
 
     Raises
     ------
@@ -89,12 +100,12 @@ class StoreWriter:
         The journal is damaged before its last line.
     """
 
-    def __init__(self, root: Path, *, resume: bool) -> None:
+    def __init__(self, root: Path, *, resume: bool, lock: WriterLock | None = None) -> None:
         self.root = root
         self._handles: dict[str, int] = {}
-        _refuse_foreign(root)
-        make_directory(root, opening=True)
-        self._lock = WriterLock(root / LOCK)
+        if lock is None:
+            lock = lock_store(root)
+        self._lock = lock
         try:
             self._journal = Journal(root)
         except BaseException:
@@ -119,7 +130,8 @@ class StoreWriter:
     def close(self) -> None:
         """Release the store; whatever is not committed is abandoned."""
         for handle in self._handles.values():
-            os.close(handle)
+            with contextlib.suppress(OSError):  # every row in it was synced
+                os.close(handle)
         self._handles.clear()
         self._journal.close()
         self._lock.release()
@@ -142,14 +154,21 @@ class StoreWriter:
 
     def log_run(self, entry: dict[str, object]) -> None:
         """Append to ``runs.jsonl``: times, hosts, versions. For people; nothing depends on it, so it is not synced."""
-        with storage_errors("writing", self.root / RUNS), (self.root / RUNS).open("a", encoding="utf-8") as file:
-            file.write(canonical_json(entry) + "\n")
+        with storage_errors("writing", self.root / RUNS):
+            handle = open_regular(self.root, RUNS, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            try:
+                write_all(handle, canonical_json(entry).encode() + b"\n")
+            finally:
+                os.close(handle)
 
     def create(self, spec: StoreSpec, basis_VR: NDArray[np.float32]) -> StoreSpec:
         """Write basis, array metadata, empty coordinate files and spec, then commit them as one record.
 
-        Returns the spec with the basis digest filled in, as it now stands in ``spec.json``.
+        Returns the spec with the basis digest filled in, as it now stands in ``spec.json``. One beyond the limits of the
+        format is a ConfigError: no reader would take it.
         """
+        if (problem := spec_problem(spec)) is not None:
+            raise ConfigError(f"this store cannot be: {problem}", hint="choose other --chunk-rows or --window-rows")
         make_directory(self.root / EMBEDDINGS)
         basis = save_array(self.root / BASIS, basis_VR)
         spec = dataclasses.replace(spec, basis_sha256=basis.sha256)
@@ -162,13 +181,16 @@ class StoreWriter:
         return spec
 
     def read_spec(self) -> StoreSpec:
-        """The committed spec, checked against its digest in the journal."""
+        """The committed spec, checked against its digest in the journal; basis and windows are those it describes."""
         record = self.state.spec
         if record is None:
             raise StoreNotFoundError(f"{self.root} has no spec yet", hint="run embstore build")
         content = read_committed(self.root, SPEC)
         check_digest(SPEC, content, record.files[SPEC])
-        return decode_spec(content)
+        spec = decode_spec(content)
+        refuse_misfits(spec, self.state)
+        map_array(self.root, BASIS, "<f4", (spec.embedding.dimension, spec.embedding.rank))
+        return spec
 
     def restore_array_metadata(self) -> None:
         """Write ``zarr.json`` again: it follows from the spec."""
@@ -193,6 +215,7 @@ class StoreWriter:
             local = slice(chunk_rows.start - rows.start, chunk_rows.stop - rows.start)
             coord_WR[local], residual_W[local] = block.coord_BR, block.residual_B
             failed += block.failed
+        _refuse_unlisted(rows, coord_WR, residual_W, failed)
         fsync_directory(self.root / EMBEDDINGS)
         for name, values in zip(ROW_FILES, (coord_WR, residual_W), strict=True):
             self._write_rows(spec, name, rows, values)
@@ -239,11 +262,24 @@ class StoreWriter:
         write_durable(self.root / MANIFEST, manifest.encode())
         self._settle(manifest)
 
-    def unpublish(self) -> None:
-        """Take the manifest back, durably: the store is unfinished again, and a resume publishes it anew."""
-        with storage_errors("removing", self.root / MANIFEST):
-            (self.root / MANIFEST).unlink(missing_ok=True)
-        fsync_directory(self.root)
+    def withdraw(self) -> None:
+        """Take the manifest back, durably: the store is unfinished again, and a resume publishes it anew.
+
+        It is kept under another name: weightings that a new build would not make are found by it.
+        """
+        if os.path.lexists(self.root / MANIFEST):
+            os.close(open_regular(self.root, MANIFEST))  # a folder of that name is not ours to move
+            with storage_errors("withdrawing", self.root / MANIFEST):
+                os.rename(self.root / MANIFEST, self.root / WITHDRAWN)
+            fsync_directory(self.root)
+
+    def withdrawn(self) -> Manifest | None:
+        """The manifest that ``withdraw`` took back, if it can be read."""
+        if not (self.root / WITHDRAWN).exists():
+            return None
+        with contextlib.suppress(CorruptStoreError):
+            return decode_manifest(read_committed(self.root, WITHDRAWN))
+        return None
 
     def _write_chunk(self, spec: StoreSpec, index: int, rows: RowRange, block: RowBlock) -> ChunkRecord:
         expected = (rows.num_rows, spec.embedding.dimension)
@@ -259,7 +295,7 @@ class StoreWriter:
         path = self.root / name
         if name not in self._handles:
             with storage_errors("opening", path):
-                self._handles[name] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                self._handles[name] = open_regular(self.root, name, os.O_RDWR)
         with storage_errors("writing", path):
             pwrite_all(self._handles[name], values.data, len(header(spec, name)) + rows.start * row_bytes(spec, name))
             sync_data(self._handles[name])
@@ -285,20 +321,30 @@ class StoreWriter:
         link_durable(array, self.root / WEIGHTS_LINK)
         link_durable(sidecar, self.root / METADATA_LINK)
         with storage_errors("cleaning", self.root):
-            shutil.rmtree(self.root / WORK, ignore_errors=True)
+            remove_folder(self.root / WORK, missing_ok=True)
+            (self.root / WITHDRAWN).unlink(missing_ok=True)
+            # only what is named as a writer names it: strays are the business of whoever put them there
             for path in _entries(self.root / WEIGHTS):
-                if f"{WEIGHTS}/{path.name}" not in manifest.files:
+                if _OWN_WEIGHTS.fullmatch(path.name) and f"{WEIGHTS}/{path.name}" not in manifest.files:
                     path.unlink()
             for folder in _entries(self.root / NEIGHBORS):
-                if folder.name != manifest.neighbors:
-                    shutil.rmtree(folder)
+                if _OWN_DIGEST.fullmatch(folder.name) and folder.is_dir() and folder.name != manifest.neighbors:
+                    remove_folder(folder)
 
     def _remove_leftovers(self) -> None:
         for folder in (self.root, self.root / EMBEDDINGS, self.root / WEIGHTS, *_entries(self.root / NEIGHBORS)):
             if folder.is_dir():
                 remove_temp_files(folder)
         with storage_errors("cleaning", self.root / WORK):
-            shutil.rmtree(self.root / WORK, ignore_errors=True)
+            remove_folder(self.root / WORK, missing_ok=True)
+
+
+def lock_store(root: Path) -> WriterLock:
+    """The writer's lock of the store at ``root``, once it is one that may be written to; errors as of ``StoreWriter``."""
+    _refuse_foreign(root)
+    _refuse_links(root)
+    make_directory(root, opening=True)
+    return WriterLock(root / LOCK)
 
 
 def check_digest(name: str, content: bytes, digest: FileDigest) -> None:
@@ -309,6 +355,20 @@ def check_digest(name: str, content: bytes, digest: FileDigest) -> None:
             f"{name} has sha256 {found[:16]} ({len(content)} bytes), "
             f"committed was {digest.sha256[:16]} ({digest.bytes} bytes)",
             hint="run embstore verify STORE",
+        )
+
+
+def _refuse_unlisted(
+    rows: RowRange, coord_WR: NDArray[np.float32], residual_W: NDArray[np.float32], failed: list[FailedRow]
+) -> None:
+    """A value that is not finite in a row that nobody said failed would be committed as damage."""
+    is_finite_W = np.isfinite(coord_WR).all(axis=1) & np.isfinite(residual_W)
+    is_finite_W[[each.row - rows.start for each in failed]] = True
+    if not is_finite_W.all():
+        row = rows.start + int(np.argmin(is_finite_W))
+        raise RowError(
+            f"row {row} has a coordinate or residual that is not finite, and the embedder did not say that it failed",
+            hint="this is a fault of the embedder, not of the prompt: please report it with the prompt and the model",
         )
 
 
@@ -323,5 +383,16 @@ def _refuse_foreign(root: Path) -> None:
         raise StoreExistsError(f"{root} is not empty and holds no store (it has {example})", hint="choose another --out")
 
 
+def _refuse_links(root: Path) -> None:
+    """Never write, and above all never delete, through a link that somebody put in the place of a file or folder of ours."""
+    folders = [EMBEDDINGS, WEIGHTS, WORK, NEIGHBORS]
+    if not (root / NEIGHBORS).is_symlink():
+        folders += [f"{NEIGHBORS}/{folder.name}" for folder in _entries(root / NEIGHBORS)]
+    for name in (*folders, *ROW_FILES, JOURNAL, LOCK, RUNS):
+        if (root / name).is_symlink() or (name not in folders and (root / name).exists() and not (root / name).is_file()):
+            raise irregular(name)
+
+
 def _entries(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
+    with storage_errors("reading folder", folder):
+        return list(folder.iterdir()) if folder.is_dir() else []

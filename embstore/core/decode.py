@@ -1,0 +1,212 @@
+"""Bytes from anybody to values: JSON, records, array headers. Whatever the bytes, the result is a value or a typed error.
+
+A store may come from a stranger, checksums recomputed and all, so every range, digest and size is checked here, once:
+nothing downstream has to. Pure: no files, no numpy, nothing is evaluated or unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import typing
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from embstore.core.errors import CorruptStoreError
+
+# Python's JSON gives up at a depth that depends on the caller's stack: what one run took, another could not read back.
+MAX_NESTING = 100
+# every integer of the format is a count, a size or a position
+MAX_INTEGER = (1 << 63) - 1
+# an .npy header of version 1.0 is read from this many bytes; numpy writes 118 for any plain array
+HEADER_BYTES = 1024
+
+Sha256 = Annotated[str, re.compile(r"[0-9a-f]{64}")]
+Crc32c = Annotated[str, re.compile(r"[0-9a-f]{8}")]
+
+_Record = TypeVar("_Record")
+
+_HINT = "run embstore verify STORE"
+_ARRAY_MAGIC = b"\x93NUMPY\x01\x00"
+_ARRAY_HEADER = re.compile(
+    rb"\{'descr': '([<>|](?:b1|[iu][1248]|f[248]))', 'fortran_order': (False|True), 'shape': \(([\d, ]*)\),? ?\} *\n"
+)
+# control characters (terminal escape sequences begin with one), line separators, bidirectional overrides, lone surrogates
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_SHOWN_CHARACTERS = 60
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
+def printable(text: str) -> str:
+    r"""The text with every character escaped that a terminal would act on instead of showing it.
+
+    Examples
+    --------
+    >>> printable("a\x1b[2Jb\n")
+    'a\\x1b[2Jb\\n'
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def printable_json(text: str) -> str:
+    """JSON of the same value with those characters escaped; only strings can hold them, and line breaks stay."""
+    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
+
+
+def shown(value: object) -> str:
+    """A foreign value as part of a message: one line, never long."""
+    text = repr(value)
+    return printable(text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}...")
+
+
+def parse_json(content: bytes, *, name: str, levels: int = MAX_NESTING) -> Any:  # noqa: ANN401 - JSON
+    """JSON of a store file: UTF-8, finite numbers, no doubled key, no lone surrogate, at most ``levels`` deep.
+
+    Raises
+    ------
+    CorruptStoreError
+        Anything else.
+    """
+    try:
+        text = content.decode()
+        value = json.loads(text, parse_constant=refuse_constant, parse_float=parse_finite, object_pairs_hook=_unique_keys)
+    except ValueError as error:
+        raise CorruptStoreError(f"{name} is no JSON ({str(error)[:80]})", hint=_HINT) from error
+    except RecursionError:
+        raise CorruptStoreError(f"{name} is nested more than {levels} levels deep", hint=_HINT) from None
+    if is_too_deep(text, value, levels):
+        raise CorruptStoreError(f"{name} is nested more than {levels} levels deep", hint=_HINT)
+    if has_lone_surrogate(text, value):
+        raise CorruptStoreError(f"{name} holds a lone surrogate, which is no Unicode text", hint=_HINT)
+    return value
+
+
+def refuse_constant(literal: str) -> object:
+    """``parse_constant`` for JSON: NaN and infinities are no JSON numbers."""
+    raise ValueError(f"{literal} is no JSON number")
+
+
+def parse_finite(literal: str) -> float:
+    """``parse_float`` for JSON: a number that float64 can hold."""
+    value = float(literal)
+    if math.isinf(value):
+        raise ValueError(f"{literal[:20]} is too large a number")
+    return value
+
+
+def is_too_deep(text: str, value: object, levels: int = MAX_NESTING) -> bool:
+    """Whether parsed JSON is nested deeper than ``levels``; costs two counts for text that cannot be."""
+    if text.count("[") + text.count("{") <= levels:
+        return False
+    layer: list[Any] = [value] if isinstance(value, dict | list) else []
+    for _ in range(levels):
+        children = (list(item.values()) if isinstance(item, dict) else item for item in layer)
+        layer = [child for values in children for child in values if isinstance(child, dict | list)]
+    return bool(layer)
+
+
+def has_lone_surrogate(text: str, value: object) -> bool:
+    """Whether parsed JSON spells half a character (backslash-u-d800); no tokenizer takes one, no UTF-8 file holds one."""
+    if "\\ud" not in text and "\\uD" not in text:
+        return False
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def from_json(record_type: type[_Record], value: object, *, name: str) -> _Record:
+    """A frozen record from parsed JSON, nested records included; fields must match exactly.
+
+    Integers must lie in 0..2**63 - 1, and a field annotated with a pattern must match it.
+
+    Raises
+    ------
+    CorruptStoreError
+        A field is missing, unknown, of another JSON type, or out of range.
+    """
+    if not isinstance(value, dict):
+        raise CorruptStoreError(f"{name}: expected an object, found {type(value).__name__}", hint=_HINT)
+    hints = _hints(record_type)
+    if value.keys() != hints.keys():
+        unlike = ", ".join(printable(field)[:_SHOWN_CHARACTERS] for field in sorted(value.keys() ^ hints.keys())[:10])
+        raise CorruptStoreError(f"{name}: fields missing or unknown: {unlike}", hint=_HINT)
+    return record_type(**{field: _convert(hints[field], value[field], f"{name}.{field}") for field in hints})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArrayHeader:
+    """What an ``.npy`` file says it holds: ``values`` begin at byte ``offset``."""
+
+    descr: str
+    shape: tuple[int, ...]
+    is_fortran: bool
+    offset: int
+
+
+def decode_array_header(start: bytes, *, name: str) -> ArrayHeader:
+    """Read the header of a plain ``.npy`` array (version 1.0) from the first ``HEADER_BYTES`` of its file.
+
+    numpy's own reader evaluates the header as Python and knows pickled arrays and archives; nothing here does.
+
+    Raises
+    ------
+    CorruptStoreError
+        The bytes are no such header.
+    """
+    size = int.from_bytes(start[8:10], "little")
+    found = _ARRAY_HEADER.fullmatch(start, 10, min(10 + size, len(start))) if start.startswith(_ARRAY_MAGIC) else None
+    lengths = [part.strip() for part in found[3].split(b",") if part.strip()] if found else []
+    is_shape = len(lengths) <= 32 and all(part.isdigit() and int(part) <= MAX_INTEGER for part in lengths)
+    if found is None or len(start) < 10 + size or not is_shape:
+        raise CorruptStoreError(f"{name} cannot be mapped (no header of a plain .npy array)", hint=_HINT)
+    return ArrayHeader(
+        descr=found[1].decode(),
+        shape=tuple(int(part) for part in lengths),
+        is_fortran=found[2] == b"True",
+        offset=10 + size,
+    )
+
+
+def _hints(record_type: type) -> dict[str, Any]:
+    if record_type not in _HINTS:  # a journal has thousands of records of five types
+        _HINTS[record_type] = typing.get_type_hints(record_type, include_extras=True)
+    return _HINTS[record_type]
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:  # noqa: ANN401 - type hints are data here
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_json(hint, value, name=name)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        if not isinstance(value, str) or not arguments[1].fullmatch(value):
+            raise CorruptStoreError(f"{name}: expected {arguments[1].pattern}, found {shown(value)}", hint=_HINT)
+        return value
+    if origin is Literal:
+        if not isinstance(value, str) or value not in arguments:
+            raise CorruptStoreError(f"{name}: expected one of {', '.join(arguments)}, found {shown(value)}", hint=_HINT)
+        return value
+    expected: Any = origin if origin in (list, dict) else float | int if hint is float else hint
+    if not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool):
+        raise CorruptStoreError(f"{name}: expected {_plain(hint)}, found {type(value).__name__}", hint=_HINT)
+    if origin is list:
+        return [_convert(arguments[0], item, f"{name}[{index}]") for index, item in enumerate(value)]
+    if origin is dict:
+        return {key: _convert(arguments[1], item, f"{name}.{shown(key)}") for key, item in value.items()}
+    if type(value) is int and not 0 <= value <= MAX_INTEGER:
+        raise CorruptStoreError(f"{name}: expected 0 to {MAX_INTEGER}, found {shown(value)}", hint=_HINT)
+    return value
+
+
+def _plain(hint: Any) -> str:  # noqa: ANN401 - type hints are data here
+    return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key is doubled")
+    return value
