@@ -4,11 +4,46 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.fork_server import ForkServer
 from tests.support.stores import build_part, build_small, write_small_prompts
+from tests.support.tally import Counter, Tally
+
+_TALLY = pytest.StashKey[Tally]()
+_STARTED = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fault-report", metavar="FILE", help="write what faults were injected, and what was lost, as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_TALLY] = Tally()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    path = session.config.getoption("--fault-report")
+    if path:
+        session.config.stash[_TALLY].write(Path(path), seconds=time.monotonic() - _STARTED, passed=exitstatus == 0)
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Counter:
+    """Counts injected faults for the report; see tests.support.tally."""
+    test = request.node.nodeid.split("[")[0]
+    return Counter(tally=request.config.stash[_TALLY], test=test)
+
+
+@pytest.fixture(scope="module")
+def fork_server() -> Iterator[ForkServer]:
+    """Starts builds with the fake embedder in processes of their own, in milliseconds."""
+    with ForkServer() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -1,28 +1,43 @@
-"""Real processes, really killed: at seeded moments, after an acknowledged window, and by strace at the n-th system call."""
+"""Real processes, killed at seeded moments in every stage: the listed files end as if nobody had been killed.
+
+Most of it on the fake embedder, in children that start in milliseconds; some on the real command line with a real model.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from embstore.artifact import recompute_weights
+from embstore.core.config import WeightingConfig
+from embstore.info import verify
 from embstore.storage.journal import read_journal
-from tests.support.fake import FakeSource
-from tests.support.faults import SystemCalls
+from embstore.training import load_weights
+from tests.support.build_fake import CONFIG_HNSW
+from tests.support.fork_server import Child, ForkServer
+from tests.support.models import make_model, make_tokenizer, save_model
 from tests.support.stores import build_small, snapshot, write_lines
+from tests.support.tally import Counter
 
 NUM_ROWS = 400
-NUM_WINDOWS = 13
-# calls that only the store makes; openat is also what imports do, so it is left to the tests in process
-INJECTED = ("mkdir", "write", "pwrite64", "fsync", "fdatasync", "rename", "ftruncate", "symlink", "unlink", "rmdir")
+# the line a child says when a stage begins, and what a person would call the stage
+STAGES = {
+    "ready": "stage 0",
+    "stage embed": "embedding",
+    "stage knn": "neighbour search",
+    "stage audit": "audit",
+    "stage publish": "weights and publication",
+}
+KILLS_IN_A_ROW = 4  # then the build may finish
 
 
 @pytest.fixture(scope="module")
@@ -33,130 +48,165 @@ def many_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def many_rows(many_prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The same build, uninterrupted."""
+def uninterrupted(many_prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store that every killed build must end as: a graph in three shards; read it, never write to it."""
     store = tmp_path_factory.mktemp("uninterrupted") / "store"
-    build_small(many_prompts, store)
-    return snapshot(store)
+    build_small(many_prompts, store, config=CONFIG_HNSW)
+    return store
 
 
-def _command(prompts: Path, store: Path) -> list[str]:
-    return [sys.executable, "-m", "tests.support.build_fake", str(prompts), str(store)]
+def _stage_seconds(server: ForkServer, prompts: Path, store: Path) -> dict[str, float]:
+    """How long each stage of one build takes here and now."""
+    child = server.start("build-hnsw", store, prompts)
+    began = []
+    for stage in STAGES:
+        assert child.wait_for(stage)
+        began.append(time.monotonic())
+    assert child.wait() == 0
+    ends = [*began[1:], time.monotonic()]
+    return {stage: end - start for stage, start, end in zip(STAGES, began, ends, strict=True)}
 
 
-def _run(prompts: Path, store: Path, *, kill_after: tuple[int, float] | None) -> tuple[int, list[str]]:
-    """One build in a process of its own: its return code, and the windows it acknowledged, as lines.
-
-    ``kill_after`` (lines, seconds): SIGKILL that long after that many acknowledged windows.
-    """
-    with subprocess.Popen(_command(prompts, store), stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        lines: list[str] = []
-        if kill_after is not None:
-            lines += itertools.islice(process.stdout, kill_after[0])
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=kill_after[1])
-            process.kill()
-        lines += process.stdout
-    return process.returncode, lines
+def _killed_in(server: ForkServer, stage: str, after_seconds: float, prompts: Path, store: Path) -> tuple[int, Child]:
+    child = server.start("build-hnsw", store, prompts)
+    if child.wait_for(stage):
+        time.sleep(after_seconds)
+    return child.kill(), child
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_build_killed_again_and_again_ends_as_if_it_never_was(
-    seed: int, many_prompts: Path, many_rows: dict[str, str], tmp_path: Path
+def _kill_in_every_stage(
+    kills: int, server: ForkServer, prompts: Path, uninterrupted: Path, folder: Path, tally: Counter
 ) -> None:
-    store = tmp_path / "store"
-    chance = random.Random(seed)
-    acknowledged: list[str] = []
-    # two kills at any moment from the first system call on, two as soon as some window was acknowledged
-    moments = [
-        (0, chance.uniform(0, 0.15)),
-        (chance.randint(1, 3), 0.0),
-        (0, chance.uniform(0, 0.15)),
-        (chance.randint(1, 4), 0.0),
-    ]
-    for moment in moments:
-        code, lines = _run(many_prompts, store, kill_after=moment)
-        assert code in (0, -signal.SIGKILL)
-        acknowledged += lines
-    code, lines = _run(many_prompts, store, kill_after=None)
-    assert code == 0
-    acknowledged += lines
-    assert len(set(acknowledged)) == len(acknowledged), "an acknowledged window was computed again"
-    # a window may be committed by a process that was killed before it could say so
-    assert len(acknowledged) <= NUM_WINDOWS == len(read_journal(store).windows)
-    assert snapshot(store) == many_rows
+    """Kill builds, a few times each, until ``kills`` of them hit; judge every one by the next, and the last by its bytes."""
+    reference = snapshot(uninterrupted)
+    seconds = _stage_seconds(server, prompts, folder / "timed")
+    chance = random.Random(0)
+    turns = _turns(chance)
+    done = dict.fromkeys(STAGES, 0)
+    while sum(done.values()) < kills:
+        store = folder / "store"
+        committed: set[tuple[int, int]] = set()
+        hits: list[str] = []
+        for _ in range(KILLS_IN_A_ROW):
+            stage = next(turns)
+            code, child = _killed_in(server, stage, chance.uniform(0, 1.2 * seconds[stage]), prompts, store)
+            assert code in (0, -signal.SIGKILL), child.lines
+            hits += [stage] if code else []
+            assert not child.computed & committed, "a committed window was computed again"
+            # what a dead writer committed may be more than it lived to say
+            now = {(window.start, window.stop) for window in read_journal(store).windows.values()}
+            assert now >= committed | child.acknowledged, "an acknowledged window is gone"
+            committed = now
+        last = server.run("build-hnsw", store, prompts)
+        is_lost = last.wait() != 0 or bool(last.computed & committed) or snapshot(store) != reference
+        for stage in hits:
+            done[stage] += 1
+            tally(f"SIGKILL at a random moment, {STAGES[stage]}", losses=int(is_lost))
+        assert not is_lost, (hits, last.lines)
+        shutil.rmtree(store)
+    assert min(done.values()) >= kills // 20, f"a stage was hardly hit: {done}"
 
 
-def test_the_lock_of_a_killed_process_is_free(many_prompts: Path, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    code, _ = _run(many_prompts, store, kill_after=(1, 0.0))
-    assert code == -signal.SIGKILL
-    assert b'"pid"' in (store / ".lock").read_bytes()
-    build_small(many_prompts, store)
+def _turns(chance: random.Random) -> Iterator[str]:
+    """Stages in a row that a single store can go through: early ones first, each as often as the others."""
+    while True:
+        yield from sorted(chance.choices(list(STAGES), k=KILLS_IN_A_ROW), key=list(STAGES).index)
 
 
-def _need_strace() -> str:
-    strace = shutil.which("strace")
-    if strace is None:
-        pytest.skip("strace is not installed")
-    probe = subprocess.run([strace, "-qq", "-o", os.devnull, "true"], capture_output=True, text=True, check=False)
-    if probe.returncode != 0:
-        pytest.skip(f"strace may not trace here: {probe.stderr.strip()}")
-    return strace
-
-
-def _kill_at(strace: str, call: str, count: int, prompts: Path, store: Path) -> bool:
-    """A build that is killed entering the ``count``-th system call ``call``; False when it makes fewer."""
-    injection = [
-        strace,
-        "-f",
-        "-qq",
-        "-o",
-        os.devnull,
-        "-e",
-        f"trace={call}",
-        "-e",
-        f"inject={call}:signal=KILL:when={count}",
-    ]
-    done = subprocess.run(
-        injection + _command(prompts, store),
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    killed = done.returncode != 0
-    acknowledged = {line for line in done.stdout.splitlines() if line.startswith("committed")}
-    source = FakeSource()
-    with SystemCalls(root=store).watching():
-        build_small(prompts, store, source=source)
-    assert not {f"committed {start} {stop}" for start, stop in source.calls} & acknowledged
-    return killed
-
-
-@pytest.mark.parametrize(("call", "count"), [("fsync", 12), ("rename", 20), ("fdatasync", 8), ("symlink", 2)])
-def test_a_kill_by_the_kernel_at_a_system_call_is_resumed(
-    call: str, count: int, small_prompts: Path, finished_store: Path, tmp_path: Path
+def test_builds_killed_in_every_stage_end_as_if_they_never_were(
+    fork_server: ForkServer, many_prompts: Path, uninterrupted: Path, tmp_path: Path, tally: Counter
 ) -> None:
-    assert _kill_at(_need_strace(), call, count, small_prompts, tmp_path / "store")
-    assert snapshot(tmp_path / "store") == snapshot(finished_store)
+    _kill_in_every_stage(40, fork_server, many_prompts, uninterrupted, tmp_path, tally)
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("call", INJECTED)
-def test_a_kill_by_the_kernel_at_every_system_call_is_resumed(
-    call: str, small_prompts: Path, finished_store: Path, tmp_path: Path
+def test_five_hundred_builds_killed_in_every_stage_end_as_if_they_never_were(
+    fork_server: ForkServer, many_prompts: Path, uninterrupted: Path, tmp_path: Path, tally: Counter
 ) -> None:
-    strace = _need_strace()
-    reference = snapshot(finished_store)
-    for count in itertools.count(1):
-        store = tmp_path / "store"
-        killed = _kill_at(strace, call, count, small_prompts, store)
-        assert snapshot(store) == reference, f"killed at {call} {count}"
+    _kill_in_every_stage(520, fork_server, many_prompts, uninterrupted, tmp_path, tally)
+
+
+@pytest.mark.parametrize("kills", [15, pytest.param(100, marks=pytest.mark.faults)])
+def test_writers_of_new_weights_killed_at_any_moment_leave_the_old_or_the_new(
+    kills: int, fork_server: ForkServer, uninterrupted: Path, tmp_path: Path, tally: Counter
+) -> None:
+    new_store = Path(shutil.copytree(uninterrupted, tmp_path / "new", symlinks=True))
+    recompute_weights(new_store, WeightingConfig(gamma=3))
+    old, new = load_weights(uninterrupted), load_weights(new_store)
+    chance = random.Random(1)
+    hits = 0
+    while hits < kills:
+        store = Path(shutil.copytree(uninterrupted, tmp_path / "store", symlinks=True))
+        child = fork_server.start("weights", store)
+        child.wait_for("ready")
+        time.sleep(chance.uniform(0, 0.06))
+        hit = child.kill() != 0
+        found = load_weights(store)
+        is_wrong = not any(np.array_equal(found.array, whole.array) for whole in (old, new))
+        again = fork_server.run("weights", store)
+        is_wrong |= again.wait() != 0 or snapshot(store) != snapshot(new_store)
+        if hit:
+            hits += 1
+            tally("SIGKILL at a random moment, new weights", losses=int(is_wrong))
+        assert not is_wrong
         shutil.rmtree(store)
-        if not killed:
-            assert count > 1, f"a build makes no {call}"
-            return
+
+
+def test_the_lock_of_a_killed_process_is_free(fork_server: ForkServer, many_prompts: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    child = fork_server.start("build", store, many_prompts)
+    child.wait_for("committed")
+    assert child.kill() == -signal.SIGKILL
+    assert f'"pid": {child.pid}' in (store / ".lock").read_text()
+    build_small(many_prompts, store)
+
+
+# --- the real thing: command line, torch, a model ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model") / "tiny", make_model("llama"), make_tokenizer())
+
+
+def _real(prompts: Path, model: Path, store: Path) -> subprocess.Popen[str]:
+    small = ["--window-rows", "32", "--chunk-rows", "16", "--threads", "1"]
+    command = [sys.executable, "-m", "embstore", "build", str(prompts), "--model", str(model), "--out", str(store)]
+    return subprocess.Popen([*command, *small, "--resume"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _wait_for_journal(process: subprocess.Popen[str], store: Path) -> None:
+    while process.poll() is None and not (store / "journal.jsonl").exists():
+        time.sleep(0.005)
+
+
+@pytest.mark.faults
+def test_real_builds_killed_at_random_moments_end_as_if_they_never_were(
+    many_prompts: Path, model: Path, tmp_path: Path, tally: Counter
+) -> None:
+    with _real(many_prompts, model, tmp_path / "whole") as process:
+        _wait_for_journal(process, tmp_path / "whole")
+        began = time.monotonic()
+        output = process.communicate()[0]
+    assert process.returncode == 0, output
+    seconds = time.monotonic() - began
+    reference = snapshot(tmp_path / "whole")
+    chance = random.Random(2)
+    hits = 0
+    while hits < 20:
+        store = tmp_path / "store"
+        in_a_row = 0
+        for _ in range(KILLS_IN_A_ROW):
+            with _real(many_prompts, model, store) as process:
+                if hits + in_a_row:  # the very first kill may fall anywhere, imports included
+                    _wait_for_journal(process, store)
+                time.sleep(chance.uniform(0, seconds))
+                process.kill()
+            in_a_row += process.returncode == -signal.SIGKILL
+        with _real(many_prompts, model, store) as process:
+            output = process.communicate()[0]
+        is_lost = process.returncode != 0 or snapshot(store) != reference or verify(store).findings != []
+        hits += in_a_row
+        tally("SIGKILL at a random moment, command line with a real model", cycles=in_a_row, losses=in_a_row * is_lost)
+        assert not is_lost, output
+        shutil.rmtree(store)

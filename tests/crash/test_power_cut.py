@@ -2,87 +2,108 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
-from tests.support.fake import FakeSource
-from tests.support.faults import SystemCalls
-from tests.support.power import IMAGES, Disk, Image
-from tests.support.stores import Acknowledged, build_small, snapshot
+from tests.support.faults import SYNCS, Call
+from tests.support.machine import STORE, Lost, Machine
+from tests.support.order import below, sync_kind
+from tests.support.power import EXTREMES, Survival
+from tests.support.scenarios import SCENARIOS, World, extremes_and, images, system_calls
+from tests.support.tally import Counter
+
+CUT = "power cut at any sync, modelled"
+CUT_LATER = "power cut after a resume, modelled"
+
+Survivals = Callable[[int], Iterable[Survival]]
 
 
-class Cuts:
-    """Builds a store and, before each sync, keeps what each kind of power cut would leave (equal images once)."""
-
-    def __init__(self, prompts: Path, folder: Path, *, images: tuple[Image, ...] = IMAGES, deaf_to: str = "") -> None:
-        self.images: dict[str, tuple[Path, set[tuple[int, int]]]] = {}
-        self._folder, self._kinds = folder, images
-        self._acknowledged = Acknowledged()
-        store = folder / "store"
-        store.mkdir()
-        self._disk = Disk(root=store, deaf_to=deaf_to)
-        with SystemCalls(root=store, disk=self._disk, before_sync=self._cut).watching():
-            build_small(prompts, store, observer=self._acknowledged)
-        self._cut()
-
-    def _cut(self) -> None:
-        for kind in self._kinds:
-            target = self._folder / f"cut-{len(self.images)}"
-            self._disk.write_image(target, kind)
-            content = hashlib.sha256(repr(sorted(_tree(target).items())).encode()).hexdigest()
-            if content in self.images:
-                shutil.rmtree(target)
-            # an image seen again is judged with what was acknowledged by then
-            first = self.images.get(content, (target, None))[0]
-            self.images[content] = (first, set(self._acknowledged.windows))
+@pytest.fixture(scope="module")
+def world(small_prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(small_prompts, tmp_path_factory.mktemp("world"))
 
 
-def _tree(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+def _two_extremes(instant: int) -> tuple[Survival, ...]:
+    """Nothing that was not synced, and every name without its bytes: these notice every sync that is left out."""
+    return EXTREMES["synced"], EXTREMES["names-first"]
 
 
-def _violations(prompts: Path, cuts: Cuts, reference: dict[str, str]) -> list[str]:
-    """Resume every image; what of promise 3 it breaks."""
-    found = []
-    for image, acknowledged in cuts.images.values():
-        source = FakeSource()
+def _judge(world: World, tally: Counter, scenario: str, survivals: Survivals) -> list[str]:
+    begin, act = SCENARIOS[scenario]
+    found = images(begin(world), act, survivals)
+    lost = []
+    for loss in world.losses(found.values()):
+        tally(CUT, losses=loss is not None)
+        lost += [loss] if loss is not None else []
+    return lost
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_power_cut_at_any_sync_loses_nothing_acknowledged(world: World, tally: Counter, scenario: str) -> None:
+    assert _judge(world, tally, scenario, _two_extremes) == []
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_power_cut_that_leaves_any_subset_loses_nothing_acknowledged(world: World, tally: Counter, scenario: str) -> None:
+    assert _judge(world, tally, scenario, extremes_and(12)) == []
+
+
+def _unsynced_points(calls: list[Call]) -> list[int]:
+    """One point for each kind of sync, at which a kill leaves something that only the page cache holds."""
+    relative, seen = below(calls, STORE), dict[str, int]()
+    for point, call in enumerate(calls, start=1):
+        if call.name in SYNCS:
+            seen.setdefault(sync_kind(relative[:point]), point)
+    return sorted(seen.values())
+
+
+def _finish(machine: Machine) -> bool:
+    """What a person does after the crash."""
+    if machine.promise.rotten:
+        machine.repair()
+    return machine.build("first" if not machine.current else machine.current[0])
+
+
+def _kill_resume_and_cut(world: World, tally: Counter, scenario: str, points: list[int] | None) -> list[str]:
+    """Kill at each point, let the next writer finish, cut the power: nothing that it relied on may go."""
+    begin, act = SCENARIOS[scenario]
+    counted = begin(world)
+    act(counted)
+    calls = system_calls(counted.calls)
+    lost = []
+    for point in points or range(1, len(calls) + 1):
+        machine = begin(world)
+        assert not act(machine, fail_at=point), f"there is no call {point}"
+        loss = None
         try:
-            with SystemCalls(root=image).watching():
-                build_small(prompts, image, source=source)
-        except Exception as error:  # noqa: BLE001 - any refusal is a violation, whatever its kind
-            found.append(f"{image.name}: {error!r}")
-            continue
-        if set(source.calls) & acknowledged:
-            found.append(f"{image.name}: an acknowledged window was lost")
-        if snapshot(image) != reference:
-            found.append(f"{image.name}: other bytes")
-    return found
+            _finish(machine)
+            machine.cut(EXTREMES["synced"])
+            machine.check()
+            machine.finish()
+        except Lost as error:
+            call = below(calls, STORE)[point - 1]
+            loss = f"killed at {call.name} {call.path}: {error}"
+        tally(CUT_LATER, losses=loss is not None)
+        lost += [loss] if loss is not None else []
+    return lost
 
 
-def test_a_power_cut_at_any_sync_loses_nothing_acknowledged(
-    small_prompts: Path, finished_store: Path, tmp_path: Path
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name not in ("resume", "weights")])
+def test_a_resume_makes_durable_what_it_relies_on(world: World, tally: Counter, scenario: str) -> None:
+    """A killed writer leaves what only the page cache holds; the next one finds it there and must not trust it."""
+    begin, act = SCENARIOS[scenario]
+    machine = begin(world)
+    act(machine)
+    points = _unsynced_points(system_calls(machine.calls))
+    assert _kill_resume_and_cut(world, tally, scenario, points) == []
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_resume_after_a_kill_at_any_call_makes_durable_what_it_relies_on(
+    world: World, tally: Counter, scenario: str
 ) -> None:
-    cuts = Cuts(small_prompts, tmp_path)
-    assert len(cuts.images) > 60
-    assert _violations(small_prompts, cuts, snapshot(finished_store)) == []
-
-
-@pytest.mark.parametrize(
-    ("deaf_to", "image"),
-    [
-        ("journal.jsonl", "synced"),
-        ("coordinates.npy", "synced"),
-        ("embeddings.zarr", "synced"),
-        (".", "synced"),
-        ("*.tmp", "names-first"),
-    ],
-    ids=["journal line", "coordinates", "folder of chunks", "folder of the store", "file before its rename"],
-)
-def test_the_model_notices_a_sync_that_is_left_out(
-    small_prompts: Path, finished_store: Path, tmp_path: Path, deaf_to: str, image: Image
-) -> None:
-    cuts = Cuts(small_prompts, tmp_path, images=(image,), deaf_to=deaf_to)
-    assert _violations(small_prompts, cuts, snapshot(finished_store))
+    assert _kill_resume_and_cut(world, tally, scenario, None) == []

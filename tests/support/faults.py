@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.power import Disk
+from tests.support.power import Disk, File, Folder, Link, Node, Resize, Write
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _BY_DESCRIPTOR = ("write", "pwrite", "fsync", "fdatasync", "ftruncate")
@@ -31,10 +31,15 @@ class Killed(BaseException):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One system call on the store: its name and the path it touches (the new name of a rename or link), relative."""
+    """One system call on the store: its name and the path it touches (the new name of a rename or link), relative.
+
+    ``source``: the old name of a rename, relative too, or what a link points at. ``flags``: of an open.
+    """
 
     name: str
     path: str
+    source: str = field(default="", compare=False)
+    flags: int = field(default=0, compare=False)
 
 
 @dataclass(kw_only=True)
@@ -43,6 +48,7 @@ class SystemCalls:
 
     ``torn``: a write that dies writes its first half. Syncs are not passed on to the kernel: what they make durable is the
     business of ``disk``, a model; ``before_sync`` is told of each, and may look at what a power cut would leave.
+    ``leaves_out``: given the calls so far, whether the last of them, a sync, does nothing; to prove that it is missed.
     """
 
     root: Path
@@ -51,16 +57,18 @@ class SystemCalls:
     torn: bool = False
     disk: Disk | None = None
     before_sync: Callable[[], None] | None = None
+    leaves_out: Callable[[list[Call]], bool] | None = None
     calls: list[Call] = field(default_factory=list)
     is_dead: bool = False
-    _paths: dict[int, str] = field(default_factory=dict)
+    _open: dict[int, tuple[str, Node | None]] = field(default_factory=dict)
+    _count: int = 0
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[SystemCalls]:
         """Patch ``os`` for the time of one "process"."""
         with pytest.MonkeyPatch.context() as patch:
             real_close = os.close
-            patch.setattr(os, "close", lambda handle: (self._paths.pop(handle, None), real_close(handle))[1])
+            patch.setattr(os, "close", lambda handle: (self._open.pop(handle, None), real_close(handle))[1])
             for name in (*_BY_DESCRIPTOR, *_BY_PATH):
                 if not hasattr(os, name):  # macOS has no fdatasync
                     continue
@@ -70,20 +78,19 @@ class SystemCalls:
     def _wrapped(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             path = self._touched(name, args, options)
-            if path is not None and (name != "open" or args[1] & _WRITING):
+            if path is None:
+                return real(*args, **options)
+            if name != "open" or args[1] & _WRITING:
                 self._account(name, path, args, real)
-            if path is not None and name in SYNCS:
-                if self.before_sync is not None:
-                    self.before_sync()
-                if self.disk is not None:
-                    self.disk.synced(path)
+            if name in SYNCS:
+                self._sync(args[0])
                 return None
-            is_new = name == "open" and path is not None and not os.path.lexists(path)
+            is_new = name == "open" and not os.path.lexists(path)
             result = real(*args, **options)
-            if name == "open" and path is not None:
-                self._paths[result] = path
-                if is_new and self.disk is not None:
-                    self.disk.created(path)
+            if name == "open":
+                self._open[result] = (path, self._opened(path, args[1], is_new=is_new) if self.disk is not None else None)
+            elif self.disk is not None:
+                self._tell(self.disk, name, path, args, result)
             return result
 
         return call
@@ -91,26 +98,68 @@ class SystemCalls:
     def _touched(self, name: str, args: tuple[Any, ...], options: dict[str, Any]) -> str | None:
         """The absolute path this call touches, None when it is not under the store."""
         if name in _BY_DESCRIPTOR:
-            return self._paths.get(args[0])
+            return self._open[args[0]][0] if args[0] in self._open else None
         target = os.fspath(args[1] if name in ("rename", "symlink") else args[0])
         folder = options.get("dir_fd")
         if folder is not None:
-            return f"{self._paths[folder]}/{target}" if folder in self._paths else None
+            return f"{self._open[folder][0]}/{target}" if folder in self._open else None
         root = os.fspath(self.root)
         return target if target == root or str(target).startswith(f"{root}/") else None
 
     def _account(self, name: str, path: str, args: tuple[Any, ...], real: Callable[..., Any]) -> None:
         if self.is_dead:
             raise Killed
-        self.calls.append(Call(name, path[len(os.fspath(self.root)) + 1 :] or "."))
-        if len(self.calls) != self.fail_at:
+        source = os.fspath(args[0]) if name in ("rename", "symlink") else ""
+        flags = args[1] if name == "open" else 0
+        self.calls.append(Call(name, self._relative(path), self._relative(source) if name == "rename" else source, flags))
+        self._count += 1  # who watches may note other things among the calls
+        if self._count != self.fail_at:
             return
         if self.error is not None:
             raise OSError(self.error, os.strerror(self.error), path)
         if self.torn and name in ("write", "pwrite"):
-            real(args[0], memoryview(args[1])[: memoryview(args[1]).nbytes // 2], *args[2:])
+            half = memoryview(args[1]).cast("B")[: memoryview(args[1]).nbytes // 2]
+            written = real(args[0], half, *args[2:])
+            if self.disk is not None:
+                self._tell(self.disk, name, path, (args[0], half, *args[2:]), written)
         self.is_dead = True
         raise Killed
+
+    def _relative(self, path: str) -> str:
+        return path[len(os.fspath(self.root)) + 1 :] or "."
+
+    def _sync(self, handle: int) -> None:
+        if self.before_sync is not None:
+            self.before_sync()
+        path, node = self._open[handle]
+        if self.disk is not None and node is not None and not (self.leaves_out and self.leaves_out(self.calls)):
+            self.disk.synced(path, node)
+
+    def _opened(self, path: str, flags: int, *, is_new: bool) -> Node:
+        assert self.disk is not None
+        if is_new:
+            return self.disk.created(path, File())
+        node = self.disk.find(path)
+        if flags & os.O_TRUNC and isinstance(node, File):
+            node.change(Resize(0))
+        return node
+
+    def _tell(self, disk: Disk, name: str, path: str, args: tuple[Any, ...], result: Any) -> None:
+        """A call that succeeded, told to the model."""
+        if name in ("write", "pwrite", "ftruncate"):
+            file = self._open[args[0]][1]
+            assert isinstance(file, File)
+            if name == "ftruncate":
+                file.change(Resize(args[1]))
+                return
+            offset = args[2] if name == "pwrite" else os.lseek(args[0], 0, os.SEEK_CUR) - result
+            file.change(Write(offset, bytes(memoryview(args[1]).cast("B")[:result])))
+        elif name == "rename":
+            disk.renamed(os.fspath(args[0]), path)
+        elif name in ("unlink", "rmdir"):
+            disk.removed(path)
+        else:
+            disk.created(path, Link(os.fspath(args[0])) if name == "symlink" else Folder())
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)

@@ -1,0 +1,196 @@
+"""SIGINT and SIGTERM: the window in flight is committed, or abandoned at a second one; nothing is written afterwards."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embstore.core.embedder import Check
+from embstore.core.errors import BuildInterruptedError, ExitCode
+from embstore.core.prompts import Prompt
+from embstore.info import verify
+from embstore.storage.journal import read_journal
+from tests.support.fake import FakeEmbedder, FakeSource, RowBlock
+from tests.support.fork_server import ForkServer
+from tests.support.stores import WINDOWS, HookedSource, build_small, snapshot, whole_tree, write_lines
+from tests.support.tally import Counter
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def many_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("many") / "prompts.jsonl"
+    return write_lines(path, [{"prompt": f"Explain number {index}."} for index in range(400)])
+
+
+@pytest.mark.parametrize("cycles", [16, pytest.param(120, marks=pytest.mark.faults)])
+def test_builds_signalled_at_any_moment_stop_cleanly_and_resume(
+    cycles: int, fork_server: ForkServer, many_prompts: Path, tmp_path: Path, tally: Counter
+) -> None:
+    reference = tmp_path / "whole"
+    build_small(many_prompts, reference)
+    chance = random.Random(0)
+    stopped = 0
+    while stopped < cycles:
+        store = tmp_path / "store"
+        child = fork_server.start("build", store, many_prompts)
+        # handlers are in place once work began: before that there is nothing to stop cleanly
+        child.wait_for(chance.choice(["computing", "computing 192", "stage knn", "stage publish"]))
+        time.sleep(chance.uniform(0, 0.03))
+        for _ in range(chance.choice([1, 2])):
+            child.signal(chance.choice(SIGNALS))
+            time.sleep(chance.uniform(0, 0.002))
+        code = child.wait()
+        # build() gives the handlers back: a second signal may then end the process as it would any other
+        by_default = code == -signal.SIGTERM or child.lines[-1] == "traceback KeyboardInterrupt()"
+        assert code in (0, ExitCode.INTERRUPTED) or by_default, child.lines
+        committed = {(window.start, window.stop) for window in read_journal(store).windows.values()}
+        wrong = ["lost a window"] if not committed >= child.acknowledged else []
+        wrong += [finding.message for finding in verify(store).findings]
+        again = fork_server.run("build", store, many_prompts)
+        wrong += ["computed a committed window again"] if again.computed & committed else []
+        wrong += ["other bytes"] if snapshot(store) != snapshot(reference) else []
+        if code:
+            stopped += 1
+            tally("SIGINT or SIGTERM, once or twice", losses=int(bool(wrong)))
+        assert wrong == [], child.lines
+        shutil.rmtree(store)
+
+
+@pytest.mark.parametrize("cycles", [4, pytest.param(60, marks=pytest.mark.faults)])
+def test_the_command_line_ends_as_interrupted_however_many_signals_come(
+    cycles: int, many_prompts: Path, tmp_path: Path, tally: Counter
+) -> None:
+    program = """
+        import sys
+        from embstore import admission, cli
+        from tests.support.fake import FakeSource
+        admission.find_source = lambda run: FakeSource()
+        sys.argv = ["embstore", "build", sys.argv[1], "--model", "fake", "--out", sys.argv[2], "--chunk-rows", "16",
+                    "--window-rows", "32", "--knn", "exact", "--resume"]
+        import embstore.pipeline
+        embstore.pipeline.find_source = admission.find_source
+        cli.main()
+    """
+    store = tmp_path / "store"
+    chance = random.Random(3)
+    stopped = 0
+    while stopped < cycles:
+        command = [sys.executable, "-c", textwrap.dedent(program), str(many_prompts), str(store)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            # before it has the lock it is still importing, and has nothing to end well
+            while process.poll() is None and not _has_lock(process.pid, store):
+                time.sleep(0.005)
+            time.sleep(chance.uniform(0, 0.4))
+            for _ in range(chance.choice([1, 2, 3])):
+                process.send_signal(chance.choice(SIGNALS))
+                time.sleep(chance.uniform(0, 0.002))
+            output = "".join(process.communicate())
+        if output.startswith("complete"):  # too late: the report was out, the process was leaving
+            shutil.rmtree(store)
+        else:
+            is_wrong = process.returncode != ExitCode.INTERRUPTED or "Traceback" in output
+            stopped += 1
+            tally("SIGINT and SIGTERM, up to three, at the command line", losses=int(is_wrong))
+            assert not is_wrong, output
+
+
+def _has_lock(pid: int, store: Path) -> bool:
+    lock = store / ".lock"
+    return lock.exists() and f'"pid": {pid},' in lock.read_text()
+
+
+class OneBuffer(FakeSource):
+    """Its embedder gives every block in the same memory, and spoils it when told."""
+
+    def __init__(self, buffer_BV: np.ndarray) -> None:
+        super().__init__()
+        self.buffer_BV = buffer_BV
+
+    def _hook(self, embedder: FakeEmbedder) -> FakeEmbedder:
+        compute = embedder._block
+
+        def block(prompts: Sequence[Prompt], first_row: int) -> RowBlock:
+            found = compute(prompts, first_row)
+            self.buffer_BV[: len(prompts)] = found.emb_BV
+            return RowBlock(
+                emb_BV=self.buffer_BV[: len(prompts)],
+                coord_BR=found.coord_BR,
+                residual_B=found.residual_B,
+                failed=found.failed,
+            )
+
+        embedder._block = block  # type: ignore[method-assign]
+        return embedder
+
+    def create(self, *given: object, **options: object) -> FakeEmbedder:
+        return self._hook(super().create(*given, **options))  # type: ignore[arg-type]
+
+    def reopen(self, *given: object) -> FakeEmbedder:
+        return self._hook(super().reopen(*given))  # type: ignore[arg-type]
+
+
+def test_an_embedder_may_reuse_its_buffer(small_prompts: Path, finished_store: Path, tmp_path: Path) -> None:
+    build_small(small_prompts, tmp_path / "store", source=OneBuffer(np.empty((16, 64), dtype=np.float16)))
+    assert snapshot(tmp_path / "store") == snapshot(finished_store)
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_what_a_caller_does_to_its_buffer_after_an_interrupt_reaches_no_file(
+    signals: int, small_prompts: Path, finished_store: Path, tmp_path: Path
+) -> None:
+    """A store that writes on behind the caller's back would take up the spoiled values (zarr-python does)."""
+    store = tmp_path / "store"
+    buffer_BV = np.empty((16, 64), dtype=np.float16)
+    source = OneBuffer(buffer_BV)
+    inner = FakeEmbedder.embed
+
+    def embed(self: FakeEmbedder, prompts: Sequence[Prompt], *, first_row: int, chunk_rows: int, check: Check) -> Iterator:
+        for block in inner(self, prompts, first_row=first_row, chunk_rows=chunk_rows, check=check):
+            if first_row == 32:
+                for _ in range(signals):
+                    signal.raise_signal(signal.SIGINT)
+            yield block
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeEmbedder, "embed", embed)
+        with pytest.raises(BuildInterruptedError):
+            build_small(small_prompts, store, source=source)
+    after = whole_tree(store)
+    buffer_BV[:] = 7.0
+    time.sleep(0.2)
+    assert whole_tree(store) == after, "something was written after the exception reached the caller"
+    assert len(read_journal(store).windows) == (2 if signals == 1 else 1)
+    again = FakeSource()
+    build_small(None, store, source=again)
+    assert again.calls == WINDOWS[2 if signals == 1 else 1 :]
+    assert snapshot(store) == snapshot(finished_store)
+
+
+def test_a_signal_between_the_last_row_and_the_manifest_is_resumed_without_the_model(
+    small_prompts: Path, finished_store: Path, tmp_path: Path
+) -> None:
+    for number in SIGNALS:
+        store = tmp_path / number.name
+
+        def interrupt(event: object, number: signal.Signals = number) -> None:
+            if getattr(event, "stage", "") == "publish":
+                signal.raise_signal(number)
+
+        with pytest.raises(BuildInterruptedError, match=number.name):
+            build_small(small_prompts, store, observer=interrupt)
+        assert not (store / "manifest.json").exists()
+        source = HookedSource(lambda row: pytest.fail("a committed row is computed again"))
+        build_small(None, store, source=source)
+        assert snapshot(store) == snapshot(finished_store)
