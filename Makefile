@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-faults check lint benchmark clean
+FAULT_TESTS := tests/crash tests/property/test_hostile.py tests/property/test_hostile_store.py
+
+.PHONY: demo test test-faults check lint benchmark clean
 
 demo: $(STAMP)  ## the main job end to end, on input made on the spot
 	@$(BIN)/python -m scripts.demo
 
 test: $(STAMP) lint  ## what CI runs: lint, types, layers, tests
-	@$(BIN)/python -m pytest -m "not slow and not faults"
+	@$(BIN)/python -m pytest -m "not faults"
 
 lint: $(STAMP)
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }
@@ -18,11 +20,9 @@ lint: $(STAMP)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache > $(VENV)/layers.log || { cat $(VENV)/layers.log; exit 1; }
 
-test-slow: $(STAMP)  ## minutes: long kill loops, real-model kills
-	@$(BIN)/python -m pytest -m "slow"
-
-test-faults: $(STAMP)  ## minutes: faults injected into every system call (needs strace)
-	@$(BIN)/python -m pytest -m "faults"
+# as root; needs strace, e2fsprogs, xfsprogs and btrfs-progs, and says what it skips without them
+test-faults: $(STAMP)  ## half an hour: kills, power cuts, full disks, bit rot, hostile files; writes benchmarks/results/faults.json
+	@$(BIN)/python -m pytest $(FAULT_TESTS) --fault-report benchmarks/results/faults.json
 
 check: test
 

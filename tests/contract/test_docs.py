@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 from embstore.core import format as contract
 from embstore.core.errors import EmbstoreError
-from scripts import cli_docs
+from scripts import cli_docs, reliability_table
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_cli_page_is_what_the_commands_say() -> None:
     assert cli_docs.PAGE.read_text(encoding="utf-8") == cli_docs.page(), "run: python -m scripts.cli_docs"
+
+
+def test_reliability_page_shows_the_committed_run_and_that_run_lost_nothing() -> None:
+    report = json.loads(reliability_table.REPORT.read_text())
+    text = reliability_table.PAGE.read_text(encoding="utf-8")
+    assert reliability_table.page(text, report) == text, "run: python -m scripts.reliability_table"
+    assert report["passed"]
+    assert sum(row["losses"] for row in report["faults"]) == 0
+
+    def cycles(start: str) -> int:
+        return sum(row["cycles"] for row in report["faults"] if row["fault"].startswith(start))
+
+    assert cycles("SIGKILL at a random moment") >= 500
+    assert cycles("SIGKILL at a random moment, command line with a real model") >= 20
+    assert cycles("power cut, ext4") >= 300
+    assert cycles("power cut, xfs") >= 300
+
+
+def test_every_test_that_the_reliability_page_names_exists() -> None:
+    report = json.loads(reliability_table.REPORT.read_text())
+    for row in report["faults"]:
+        path, _, name = row["test"].partition("::")
+        assert f"def {name.partition('::')[2] or name}(" in (ROOT / path).read_text(), row["test"]
 
 
 def test_format_page_names_every_file_of_a_store() -> None:

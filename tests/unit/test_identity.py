@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import re
-import shutil
+import typing
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from embstore.artifact import recompute_weights
-from embstore.core.config import BuildConfig, WeightingConfig
-from embstore.core.errors import ConfigError, CorruptStoreError, ExitCode, IdentityMismatchError, RowError
+from embstore.core.config import BuildConfig, EmbeddingConfig, WeightingConfig
+from embstore.core.errors import ConfigError, CorruptStoreError, ExitCode, IdentityMismatchError
 from embstore.core.events import Notice
-from embstore.core.records import DriftRecord
+from embstore.core.format import StoreSpec, document
+from embstore.core.records import DriftRecord, encode_journal_header
 from embstore.info import inspect, verify
 from embstore.pipeline import build
 from embstore.storage.store import open_store
+from embstore.storage.writer import StoreWriter
 from tests.support.build_fake import CONFIG
 from tests.support.fake import FakeSource, renamed
+from tests.support.rot import tree_state
 from tests.support.stores import (
     NUM_ROWS,
     WINDOWS,
@@ -48,24 +55,112 @@ FIELDS = [
     ({"trust_remote_code": True}, "trust_remote_code", "False", "True"),
 ]
 MODEL_FIELDS = ["weights_sha256", "tokenizer_sha256", "config_sha256", "architecture", "revision"]
+# how a run can be given another value of a field of spec.json: a field that is missing here has no test
+GIVEN_BY: dict[str, set[str]] = {
+    "an option": {f"embedding.{name}" for name in ("max_tokens", "dtype", "columns", "batch_tokens")}
+    | {"compressor", "window_rows", "chunk_rows", "model.trust_remote_code"},
+    "the hardware": {"embedding.threads", "embedding.device", "embedding.capability"},
+    "the model": {f"model.{field}" for field in MODEL_FIELDS},
+    "the prompts": {"rows", "prompts_fingerprint"},
+    "another release": {"format_version"},
+    "nobody, it is for people": {"model.name"},
+    # these follow from the others, and from code
+    "a changed spec.json only": {f"embedding.{name}" for name in ("dimension", "rank", "head", "head_scale", "pooling")}
+    | {f"embedding.{name}" for name in ("normalization", "token_rule", "basis")}
+    | {"basis_sha256"},
+}
+
+
+def _leaf_fields(record_type: type, prefix: str = "") -> Iterator[str]:
+    """Every field of a record, nested records included, by dotted name."""
+    hints = typing.get_type_hints(record_type)
+    for entry in dataclasses.fields(record_type):
+        if dataclasses.is_dataclass(hints[entry.name]):
+            yield from _leaf_fields(hints[entry.name], f"{prefix}{entry.name}.")
+        else:
+            yield f"{prefix}{entry.name}"
+
+
+SPEC_FIELDS = list(_leaf_fields(StoreSpec))
 
 
 def _refusal(
     store: Path, *, prompts: Path | None = None, config: BuildConfig = CONFIG, source: FakeSource | None = None
 ) -> IdentityMismatchError:
-    """The refusal of a resume; the store, journal included, is the same bytes as before."""
-    before = whole_tree(store)
-    with pytest.raises(IdentityMismatchError) as caught:
+    """The refusal of a resume; no file, journal included, was so much as written again."""
+    with _nothing_written(store), pytest.raises(IdentityMismatchError) as caught:
         build_small(prompts, store, config=config, source=source)
-    assert whole_tree(store) == before
-    assert caught.value.exit_code == ExitCode.IDENTITY
+    assert caught.value.exit_code == ExitCode.IDENTITY == 4
     assert caught.value.hint
     return caught.value
+
+
+@contextlib.contextmanager
+def _nothing_written(store: Path) -> Iterator[None]:
+    """Every file and folder keeps its inode, its times and its bytes; the lock alone says who looked."""
+    with StoreWriter(store, resume=True):
+        pass  # scratch of a dead writer is swept by whoever opens its store
+    before = tree_state(store, apart_from=(".lock",))
+    yield
+    assert tree_state(store, apart_from=(".lock",)) == before
 
 
 def _named(error: IdentityMismatchError, field: str, stored: str, given: str) -> None:
     assert [str(item) for item in error.mismatches] == [f"{field}: the store has {stored}, given {given}"]
     assert str(error.mismatches[0]) in str(error)
+
+
+def test_every_field_of_the_spec_has_a_test_of_another_value() -> None:
+    named = [field for fields in GIVEN_BY.values() for field in fields]
+    assert sorted(named) == sorted(SPEC_FIELDS)
+    options = {"columns" if field == "vocab" else field for _, field, _, _ in FIELDS}
+    assert {field.rpartition(".")[2] for field in GIVEN_BY["an option"]} == options
+    # what a user may set is a field of the spec, or names the model
+    asked = {"columns" if entry.name == "vocab" else entry.name for entry in dataclasses.fields(EmbeddingConfig)}
+    assert asked - {"model"} <= {field.rpartition(".")[2] for field in SPEC_FIELDS}
+
+
+@pytest.mark.parametrize("state", ["unfinished", "store"])
+@pytest.mark.parametrize("field", SPEC_FIELDS)
+def test_a_spec_with_any_field_changed_is_refused_as_damaged(
+    field: str, state: str, small_prompts: Path, request: pytest.FixtureRequest
+) -> None:
+    """The journal holds its digest: nobody changes the identity of a store by hand."""
+    store: Path = request.getfixturevalue(state)
+    spec = json.loads((store / "spec.json").read_bytes())
+    *above, name = field.split(".")
+    record = spec[above[0]] if above else spec
+    record[name] = _another(record[name])
+    (store / "spec.json").write_bytes(document(spec))
+    source = FakeSource()
+    with _nothing_written(store), pytest.raises(CorruptStoreError, match=r"spec\.json") as caught:
+        build_small(small_prompts, store, source=source)
+    assert caught.value.exit_code == ExitCode.CORRUPT
+    assert source.calls == []
+    assert "spec.json" in {finding.path for finding in verify(store).findings}
+
+
+def _another(value: object) -> object:
+    if isinstance(value, bool) or value is None:
+        return "other" if value is None else not value
+    return value + 1 if isinstance(value, int | float) else f"{value}x"
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "manifest.json"])
+def test_another_format_version_is_refused_by_name(name: str, store: Path, small_prompts: Path) -> None:
+    content = (store / name).read_bytes()
+    if name == "journal.jsonl":
+        body = encode_journal_header().partition(b"\t")[0].replace(b'"format_version":1', b'"format_version":2')
+        content = body + b"\t%08x\n" % zlib.crc32(body) + content.partition(b"\n")[2]
+    else:
+        content = content.replace(b'"format_version": 1', b'"format_version": 2')
+    (store / name).write_bytes(content)
+    before = tree_state(store, apart_from=(".lock",))
+    with pytest.raises(IdentityMismatchError) as caught:
+        build_small(small_prompts, store)
+    _named(caught.value, f"format_version in {name}", "2", "1")
+    assert caught.value.exit_code == ExitCode.IDENTITY
+    assert tree_state(store, apart_from=(".lock",)) == before
 
 
 @pytest.mark.parametrize("state", ["unfinished", "store"])
@@ -94,6 +189,14 @@ def test_other_hardware_is_refused_and_drift_is_named_as_the_way(
     store: Path = request.getfixturevalue(state)
     error = _refusal(store, config=with_embedding(**{field: int(given) if given.isdigit() else given}))
     _named(error, field, stored, given)
+    assert "--allow-drift" in str(error.hint)
+
+
+def test_another_processor_is_refused_and_drift_is_named_as_the_way(unfinished: Path) -> None:
+    source = FakeSource()
+    source.hardware = lambda config: {**FakeSource.hardware(source, config), "capability": "OTHER"}  # type: ignore[method-assign]
+    error = _refusal(unfinished, source=source)
+    _named(error, "capability", "FAKE", "OTHER")
     assert "--allow-drift" in str(error.hint)
 
 
@@ -126,16 +229,20 @@ def test_other_prompts_are_refused_with_the_first_row_that_differs(
     store: Path = request.getfixturevalue(state)
     error = _refusal(store, prompts=_changed_prompts(tmp_path / "other.jsonl", change))
     assert [item.field for item in error.mismatches] == ["prompts", "row 7"]
+    assert error.mismatches[0].stored == open_store(store, partial=True).spec.prompts_fingerprint[:16]
+    assert error.mismatches[0].given not in (None, error.mismatches[0].stored)
     row = error.mismatches[1]
     assert "Explain number 7." in str(row.stored)
     assert str(row.given) != str(row.stored)
 
 
+@pytest.mark.parametrize("state", ["unfinished", "store"])
 @pytest.mark.parametrize(("change", "rows"), [("fewer", 69), ("more", 71)])
 def test_fewer_or_more_prompts_are_refused_with_both_counts(
-    change: str, rows: int, unfinished: Path, tmp_path: Path
+    change: str, rows: int, state: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    error = _refusal(unfinished, prompts=_changed_prompts(tmp_path / "other.jsonl", change))
+    store: Path = request.getfixturevalue(state)
+    error = _refusal(store, prompts=_changed_prompts(tmp_path / "other.jsonl", change))
     assert [item.field for item in error.mismatches] == ["prompts", "rows"]
     assert (error.mismatches[1].stored, error.mismatches[1].given) == (NUM_ROWS, rows)
 
@@ -267,21 +374,6 @@ def test_runtime_settings_change_no_byte(tmp_path: Path, small_prompts: Path, fi
     assert snapshot(tmp_path / "store") == snapshot(finished_store)
 
 
-def test_a_row_that_fails_stops_the_build_and_a_resume_may_quarantine_it(tmp_path: Path) -> None:
-    lines = [{"prompt": f"prompt {row}" if row != 40 else "FAIL"} for row in range(NUM_ROWS)]
-    prompts = write_lines(tmp_path / "prompts.jsonl", lines)
-    with pytest.raises(RowError, match=r"\(row 40\) failed: the text says so") as caught:
-        build_small(prompts, tmp_path / "store")
-    assert "--on-error quarantine" in str(caught.value.hint)
-    assert not (tmp_path / "store" / "embeddings.zarr" / "c.2.0").exists(), "nothing of its chunk is written"
-    source = FakeSource()
-    quarantine = dataclasses.replace(CONFIG, on_error="quarantine")
-    build_small(prompts, tmp_path / "store", config=quarantine, source=source)
-    assert source.calls == WINDOWS[1:]
-    build_small(prompts, tmp_path / "whole", config=quarantine)
-    assert snapshot(tmp_path / "store") == snapshot(tmp_path / "whole")
-
-
 def test_no_listed_file_holds_a_time_host_path_or_pid(
     tmp_path: Path, finished_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,29 +388,3 @@ def test_no_listed_file_holds_a_time_host_path_or_pid(
     assert snapshot(store) == snapshot(finished_store)
     assert b"424242" in (store / ".lock").read_bytes(), "the lock is where such things go"
     assert b"another-host" in (store / "runs.jsonl").read_bytes()
-
-
-@pytest.mark.parametrize(
-    "name", ["prompts.jsonl", "ids.json", "line_rows.npy", "basis.npy", "embeddings.zarr/zarr.json", "spec.json"]
-)
-def test_a_resume_never_builds_on_a_damaged_foundation(name: str, unfinished: Path, small_prompts: Path) -> None:
-    content = bytearray((unfinished / name).read_bytes())
-    content[len(content) // 2] ^= 1
-    (unfinished / name).write_bytes(content)
-    before = whole_tree(unfinished)
-    source = FakeSource()
-    with pytest.raises(CorruptStoreError, match=re.escape(name)):
-        build_small(small_prompts, unfinished, source=source)
-    assert source.calls == []
-    assert whole_tree(unfinished) == before
-
-
-def test_chunks_of_other_settings_are_computed_again_and_never_adopted(
-    partial_store: Path, small_prompts: Path, tmp_path: Path, finished_store: Path
-) -> None:
-    """A chunk file that no journal line vouches for may come from anywhere."""
-    store = build_part(small_prompts, tmp_path / "store", rows=32)
-    for index in (2, 3, 4):
-        shutil.copyfile(store / "embeddings.zarr" / "c.0.0", store / "embeddings.zarr" / f"c.{index}.0")
-    build_small(None, store)
-    assert snapshot(store) == snapshot(finished_store)

@@ -150,9 +150,8 @@ def test_a_small_file_that_was_changed_is_refused_when_read(attribute: str, stor
     }[attribute]
     content = (store / name).read_bytes()
     (store / name).write_bytes(content.replace(b"e", b"f", 1))
-    opened = open_store(store)
     with pytest.raises(CorruptStoreError, match=name):
-        getattr(opened, attribute)
+        getattr(open_store(store), attribute)
 
 
 def test_a_chunk_that_was_changed_is_refused_when_read(store: Path) -> None:
