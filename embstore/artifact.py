@@ -76,13 +76,23 @@ def write_neighbors(
     spec: JsonObject,
 ) -> NeighborFiles:
     """Write one neighbour graph durably under its digest; nothing refers to it before a manifest does."""
+    try:
+        found = document(spec)
+    except ValueError:  # recall or weights that are no number: NaN among the coordinates, under checksums that fit
+        found = b""
+    if not found or np.isnan(distances_NK).any():
+        raise CorruptStoreError(
+            f"{COORDINATES} gives distances that are no numbers",
+            hint=f"run embstore verify {root} --repair, then embstore build --resume",
+        )
     paths = neighbors_paths(digest)
-    make_directory(root / NEIGHBORS / digest)
+    make_directory(root / NEIGHBORS / digest, resync=True)
     files = {
-        paths.ids: save_array(root / paths.ids, ids_NK),
-        paths.distances: save_array(root / paths.distances, distances_NK),
-        paths.groups: save_array(root / paths.groups, groups_N),
-        paths.spec: write_durable(root / paths.spec, document(spec)),
+        # one folder, synced once by its last file
+        paths.ids: save_array(root / paths.ids, ids_NK, sync_directory=False),
+        paths.distances: save_array(root / paths.distances, distances_NK, sync_directory=False),
+        paths.groups: save_array(root / paths.groups, groups_N, sync_directory=False),
+        paths.spec: write_durable(root / paths.spec, found),
     }
     return NeighborFiles(digest=digest, distances_NK=distances_NK, groups_N=groups_N, spec=spec, files=files)
 
@@ -119,7 +129,7 @@ def write_weights(
     array, sidecar = weights_paths(digest)
     make_directory(root / WEIGHTS)
     files = {
-        array: save_array(root / array, result.weights),
+        array: save_array(root / array, result.weights, sync_directory=False),
         sidecar: write_durable(root / sidecar, document(metadata)),
     }
     return WeightFiles(digest=digest, result=result, metadata=metadata, files=files)

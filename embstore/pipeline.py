@@ -248,7 +248,9 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
     digest = digest_of({"density": dataclasses.asdict(density), "shards": search.shards, "rows": commits})
     if finished is not None and finished.manifest is not None and finished.manifest.neighbors == digest:
         return read_neighbors(finished)
-    coord_NR = map_array(run.writer.root, COORDINATES, "<f4", (spec.rows, spec.embedding.rank))
+    shape = (spec.rows, spec.embedding.rank)
+    # of a finished store nobody has read the coordinates yet: its own map compares them with the manifest
+    coord_NR = finished.coordinates if finished is not None else map_array(run.writer.root, COORDINATES, "<f4", shape)
     with run.stage("knn"), storage_errors("writing to", run.writer.work):
         graph = build_graph(
             coord_NR,
@@ -280,7 +282,9 @@ def _publish_weights(run: Run, spec: StoreSpec, neighbors: NeighborFiles, finish
     started = time.perf_counter()
     run.observer(StageStarted(stage="publish", total=1, unit="manifest"))
     with run.stage("publish"):
-        residual_N = map_array(run.writer.root, RESIDUALS, "<f4", (spec.rows,))
+        residual_N = (
+            finished.residuals if finished is not None else map_array(run.writer.root, RESIDUALS, "<f4", (spec.rows,))
+        )
         weights = write_weights(run.writer.root, spec, run.writer.state, neighbors, residual_N, run.config.weighting)
         kept = finished.manifest if finished is not None else None
         if kept is None or kept.names.get(DEFAULT_NAME) != weights.digest or kept.neighbors != neighbors.digest:

@@ -189,13 +189,24 @@ def fsync_directory(path: Path) -> None:
             os.close(handle)
 
 
-def make_directory(path: Path, *, opening: bool = False) -> None:
-    """Create ``path`` and missing parents, each made durable in its own parent."""
+def make_directory(path: Path, *, opening: bool = False, resync: bool = False) -> None:
+    """Create ``path`` and missing parents, each made durable in its own parent.
+
+    A writer that died may have made a folder and not lived to sync its name. ``resync`` syncs that of ``path`` if it is
+    there, ``opening`` that of the last folder that is. At the root of a store the journal does it.
+    """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
         with storage_errors("creating folder", folder, opening=opening):
             folder.mkdir(exist_ok=True)  # another writer may be first here, and then has the lock
         fsync_directory(folder.parent)
+    if opening or (resync and not missing):
+        existing = missing[-1].parent if missing else path
+        try:
+            fsync_directory(existing.parent)
+        except StorageError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM):  # what may not be opened was not made by us
+                raise
 
 
 def write_all(handle: int, data: Buffer) -> None:
@@ -300,15 +311,15 @@ def write_durable(path: Path, data: Buffer) -> FileDigest:
     return file.digest
 
 
-def link_durable(target: str, link: Path) -> None:
-    """Point the symbolic link ``link`` at ``target`` (relative), atomically."""
+def replace_link(link: Path, target: str) -> bool:
+    """Point the symbolic link ``link`` at ``target`` (relative), atomically; True asks the caller to sync the folder."""
     if link.is_symlink() and os.readlink(link) == target:
-        return
+        return False
     temp = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     with storage_errors("linking", link):
         os.symlink(target, temp)
         os.rename(temp, link)
-    fsync_directory(link.parent)
+    return True
 
 
 def remove_temp_files(folder: Path) -> None:
@@ -321,7 +332,13 @@ def remove_temp_files(folder: Path) -> None:
 
 
 def remove_folder(path: Path, *, missing_ok: bool = False) -> None:
-    """Delete a folder and what is in it, never what a link leads to; one nested deeper than Python can go stays."""
+    """Delete a folder and what is in it, or whatever lies in its place, never what a link leads to.
+
+    One nested deeper than Python can go stays, and a FIFO is not opened: ``rmtree`` would wait for its writer.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=missing_ok)
+        return
     try:
         shutil.rmtree(path, ignore_errors=missing_ok)
     except RecursionError:

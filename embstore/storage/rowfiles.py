@@ -46,9 +46,9 @@ def header(spec: StoreSpec, name: str) -> bytes:
     return array_header(_FLOAT, (spec.rows, spec.embedding.rank) if name == COORDINATES else (spec.rows,))
 
 
-def preallocate(root: Path, spec: StoreSpec, name: str) -> None:
+def preallocate(root: Path, spec: StoreSpec, name: str, *, sync_directory: bool = True) -> None:
     """A row file of full size, every value NaN: an unwritten row never reads as a plausible zero."""
-    with DurableFile(root / name, sha256=False) as file:
+    with DurableFile(root / name, sync_directory=sync_directory, sha256=False) as file:
         file.write(header(spec, name))
         remaining = spec.rows * row_bytes(spec, name)
         while remaining:

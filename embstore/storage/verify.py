@@ -232,7 +232,8 @@ def _read_spec(root: Path, state: JournalState, findings: list[Finding]) -> Stor
     try:
         spec = decode_spec(read_committed(root, SPEC))
     except EmbstoreError as error:
-        findings.append(Finding(path=SPEC, message=str(error)))
+        problem = reading_problem(root, SPEC, error) if isinstance(error, StorageError) else str(error)
+        findings.append(Finding(path=SPEC, message=problem))
         return None
     if _differs(root, ARRAY_METADATA, array_metadata(spec)):
         findings.append(Finding(path=ARRAY_METADATA, message="does not describe the array of spec.json"))
@@ -336,8 +337,11 @@ def _differs(root: Path, name: str, expected: bytes) -> bool:
     """Whether a file's bytes are others than follow from the rest of the store; its digest says if it cannot be read."""
     try:
         return file_size(root, name) != len(expected) or read_committed(root, name, limit=len(expected)) != expected
-    except (CorruptStoreError, StorageError):
-        return False
+    except StorageError as error:
+        reading_problem(root, name, error)
+    except CorruptStoreError:
+        pass
+    return False
 
 
 def _strays(root: Path, spec: StoreSpec | None, state: JournalState, manifest: Manifest | None) -> list[str]:

@@ -58,13 +58,13 @@ from embstore.storage.atomic import (
     WriterLock,
     fsync_directory,
     irregular,
-    link_durable,
     make_directory,
     open_regular,
     pwrite_all,
     read_committed,
     remove_folder,
     remove_temp_files,
+    replace_link,
     storage_errors,
     sync_data,
     write_all,
@@ -145,7 +145,8 @@ class StoreWriter:
     def work(self) -> Path:
         """Scratch folder inside the store, deleted at publication; nothing in it is ever trusted."""
         folder = self.root / WORK
-        make_directory(folder)
+        with storage_errors("creating folder", folder):
+            folder.mkdir(exist_ok=True)
         return folder
 
     def commit(self, record: JournalRecord) -> None:
@@ -170,12 +171,12 @@ class StoreWriter:
         if (problem := spec_problem(spec)) is not None:
             raise ConfigError(f"this store cannot be: {problem}", hint="choose other --chunk-rows or --window-rows")
         make_directory(self.root / EMBEDDINGS)
-        basis = save_array(self.root / BASIS, basis_VR)
+        basis = save_array(self.root / BASIS, basis_VR, sync_directory=False)  # spec.json comes last and syncs for all
         spec = dataclasses.replace(spec, basis_sha256=basis.sha256)
         files = {BASIS: basis}
         files[ARRAY_METADATA] = write_durable(self.root / ARRAY_METADATA, array_metadata(spec))
         for name in ROW_FILES:
-            preallocate(self.root, spec, name)
+            preallocate(self.root, spec, name, sync_directory=False)
         files[SPEC] = write_durable(self.root / SPEC, document(dataclasses.asdict(spec)))
         self.commit(SpecRecord(files=files))
         return spec
@@ -268,8 +269,8 @@ class StoreWriter:
         It is kept under another name: weightings that a new build would not make are found by it.
         """
         if os.path.lexists(self.root / MANIFEST):
-            os.close(open_regular(self.root, MANIFEST))  # a folder of that name is not ours to move
             with storage_errors("withdrawing", self.root / MANIFEST):
+                os.close(open_regular(self.root, MANIFEST))  # a folder of that name is not ours to move
                 os.rename(self.root / MANIFEST, self.root / WITHDRAWN)
             fsync_directory(self.root)
 
@@ -312,14 +313,17 @@ class StoreWriter:
                 self._settle(decode_manifest(read_committed(self.root, MANIFEST)))
             elif self.state.spec is not None:
                 spec = self.read_spec()
+                fsync_directory(self.root / EMBEDDINGS)  # a repair may have died before it synced zarr.json's name
                 for name in ROW_FILES:
                     mend(self.root, spec, name)
 
     def _settle(self, manifest: Manifest) -> None:
         """Point the links at what ``manifest`` publishes, and drop what it does not list."""
         array, sidecar = weights_paths(manifest.names["default"])
-        link_durable(array, self.root / WEIGHTS_LINK)
-        link_durable(sidecar, self.root / METADATA_LINK)
+        links = {self.root / WEIGHTS_LINK: array, self.root / METADATA_LINK: sidecar}
+        replaced = [link for link, target in links.items() if replace_link(link, target)]
+        if replaced:
+            fsync_directory(self.root)
         with storage_errors("cleaning", self.root):
             remove_folder(self.root / WORK, missing_ok=True)
             (self.root / WITHDRAWN).unlink(missing_ok=True)

@@ -26,14 +26,12 @@ from tests.support.scenarios import (
 from tests.support.tally import Counter
 
 BOTH, ORDER, CUT = {"order", "cut"}, {"order"}, {"cut"}
-AGAIN = set[str]()  # the same folder is synced again before anything relies on the name: left out, nothing is lost
 KINDS: dict[str, set[str]] = {
     "parents of the store, after mkdir": BOTH,
     "parents of the store, on opening": CUT,
     "journal, on opening": BOTH,
     "journal, a line": BOTH,
     "store, on opening": BOTH,
-    "store, after mkdir work": AGAIN,  # a scratch folder, promised to nobody
     "prompts_list.json (temp), bytes": BOTH,
     "prompts.jsonl (temp), bytes": BOTH,
     "ids.json (temp), bytes": BOTH,
@@ -45,14 +43,11 @@ KINDS: dict[str, set[str]] = {
     "store, after rename keys.npy": BOTH,
     "store, after mkdir embeddings.zarr": ORDER,
     "basis.npy (temp), bytes": BOTH,
-    "store, after rename basis.npy": AGAIN,
     "embeddings.zarr/zarr.json (temp), bytes": BOTH,
     "embeddings.zarr, after rename embeddings.zarr/zarr.json": BOTH,
     "embeddings.zarr, on opening": CUT,
     "coordinates.npy (temp), bytes": BOTH,
-    "store, after rename coordinates.npy": AGAIN,
     "residuals.npy (temp), bytes": BOTH,
-    "store, after rename residuals.npy": AGAIN,
     "spec.json (temp), bytes": BOTH,
     "store, after rename spec.json": BOTH,
     "embeddings.zarr/c.N.0 (temp), bytes": BOTH,
@@ -65,23 +60,18 @@ KINDS: dict[str, set[str]] = {
     "neighbors, after mkdir neighbors/DIGEST": BOTH,
     "neighbors, on opening": CUT,
     "neighbors/DIGEST/ids.npy (temp), bytes": BOTH,
-    "neighbors/DIGEST, after rename neighbors/DIGEST/ids.npy": AGAIN,
     "neighbors/DIGEST/distances.npy (temp), bytes": BOTH,
-    "neighbors/DIGEST, after rename neighbors/DIGEST/distances.npy": AGAIN,
     "neighbors/DIGEST/groups.npy (temp), bytes": BOTH,
-    "neighbors/DIGEST, after rename neighbors/DIGEST/groups.npy": AGAIN,
     "neighbors/DIGEST/spec.json (temp), bytes": BOTH,
     "neighbors/DIGEST, after rename neighbors/DIGEST/spec.json": BOTH,
     "store, after mkdir weights": ORDER,
     "weights/DIGEST.npy (temp), bytes": BOTH,
-    "weights, after rename weights/DIGEST.npy": AGAIN,
     "weights/DIGEST.json (temp), bytes": BOTH,
     "weights, after rename weights/DIGEST.json": BOTH,
     "chunks.json (temp), bytes": BOTH,
     "store, after rename chunks.json": ORDER,
     "manifest.json (temp), bytes": BOTH,
     "store, after rename manifest.json": ORDER,  # the links are synced next, and only then is a build done
-    "store, after rename density_weights.npy": AGAIN,
     "store, after rename embeddings_metadata.json": BOTH,
     "store, after rename manifest.withdrawn.json": BOTH,
 }

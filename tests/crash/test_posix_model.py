@@ -134,4 +134,4 @@ def test_no_history_of_kills_and_power_cuts_breaks_a_promise(oracle: Oracle, tal
 
 @pytest.mark.faults
 def test_no_long_history_of_kills_and_power_cuts_breaks_a_promise(oracle: Oracle, tally: Counter) -> None:
-    _run(oracle, tally, max_examples=220, stateful_step_count=25)
+    _run(oracle, tally, max_examples=150, stateful_step_count=25)

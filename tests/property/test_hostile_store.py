@@ -367,3 +367,24 @@ def test_weights_of_a_journal_without_prompts_are_refused(finished_store: Path, 
     with pytest.raises(CorruptStoreError, match="does not commit the prompts"):
         WRITERS["weights"](store)
     assert arena.problems(store, COMMANDS) == []
+
+
+def test_a_fifo_in_the_place_of_scratch_is_not_waited_for(arena: Arena) -> None:
+    """Found: the folder was deleted by opening it first."""
+    for name in ("work", "neighbors/stale"):
+        store = arena.fresh()
+        (store / name).parent.mkdir(exist_ok=True)
+        KINDS["a FIFO"](store, name)
+        assert arena.problems(store, WRITERS) == []
+        assert name != "work" or not (store / name).is_fifo()
+
+
+def test_coordinates_of_no_numbers_give_no_neighbours(finished_store: Path, tmp_path: Path) -> None:
+    """Found: a resume of a finished store searched again, among coordinates that verify had not yet seen."""
+    arena = Arena(pristine=finished_store, root=tmp_path / "arena")
+    store = arena.fresh()
+    content = bytearray((store / "coordinates.npy").read_bytes())
+    content[128 : 128 + 8] = b"\xff" * 8
+    (store / "coordinates.npy").write_bytes(content)
+    reseal(store)
+    assert arena.problems(store, {"resume": WRITERS["resume"]}) == []

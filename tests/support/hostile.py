@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,9 @@ def _terminal() -> Console:
 def untyped(action: Callable[[], object]) -> str | None:
     """What an action ended in that is neither a result nor a typed error, or None."""
     try:
-        with _time_limit():
+        # numbers that no row has may make numpy warn on the way to an error: that is no outcome
+        with _time_limit(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
             action()
     except EmbstoreError:
         return None
@@ -205,7 +208,7 @@ def _link(target: Callable[[Path, str], str]) -> Callable[[Path, str], None]:
 
 def _put(replace: Callable[[Path], object]) -> Callable[[Path, str], None]:
     def put(store: Path, name: str) -> None:
-        if replace not in (_sparse, _socket):
+        if replace not in (_sparse, _socket) and (store / name).exists():
             _remove(store / name)
         replace(store / name)
 

@@ -18,11 +18,11 @@ from embstore.core.errors import CorruptStoreError, ExitCode, StorageError, Stor
 from embstore.storage.atomic import (
     DurableFile,
     WriterLock,
-    link_durable,
     make_directory,
     pwrite_all,
     read_committed,
     remove_temp_files,
+    replace_link,
     storage_errors,
     write_all,
     write_durable,
@@ -135,16 +135,18 @@ def test_new_folders_are_durable_in_their_parents(tmp_path: Path) -> None:
     with SystemCalls(root=tmp_path).watching() as calls:
         make_directory(tmp_path / "a" / "b")
         make_directory(tmp_path / "a" / "b")
-    assert calls.calls == [Call("mkdir", "a"), Call("fsync", "."), Call("mkdir", "a/b"), Call("fsync", "a")]
+        make_directory(tmp_path / "a" / "b", resync=True)
+    made = [Call("mkdir", "a"), Call("fsync", "."), Call("mkdir", "a/b"), Call("fsync", "a")]
+    assert calls.calls == [*made, Call("fsync", "a")], "who finds a folder cannot know that its maker lived to sync it"
 
 
 def test_a_link_is_replaced_at_once_and_left_alone_when_right(tmp_path: Path) -> None:
     link = tmp_path / "link"
-    link_durable("old", link)
-    link_durable("new", link)
+    assert replace_link(link, "old")
+    assert replace_link(link, "new")
     assert str(link.readlink()) == "new"
     with SystemCalls(root=tmp_path).watching() as calls:
-        link_durable("new", link)
+        assert not replace_link(link, "new")
     assert calls.calls == []
     assert list(tmp_path.iterdir()) == [link]
 

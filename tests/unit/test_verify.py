@@ -32,7 +32,7 @@ from embstore.storage.writer import StoreWriter
 from tests.support.build_fake import CONFIG
 from tests.support.fake import DIMENSION, FakeSource
 from tests.support.rot import tree_state
-from tests.support.stores import NUM_CHUNKS, NUM_ROWS, WINDOWS, build_small, snapshot, whole_tree
+from tests.support.stores import NUM_CHUNKS, NUM_ROWS, WINDOWS, build_small, snapshot, whole_tree, with_density
 
 pytestmark = pytest.mark.usefixtures("without_syncs")
 
@@ -126,6 +126,17 @@ def test_a_damaged_row_is_never_sealed_even_when_the_journal_is_trusted(unfinish
     with pytest.raises(CorruptStoreError, match=r"coordinates\.npy, rows 0 to 31"):
         build_small(small_prompts, unfinished, config=dataclasses.replace(CONFIG, trust_journal=True))
     assert not (unfinished / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", ["coordinates.npy", "residuals.npy"])
+def test_nothing_new_is_published_from_damaged_rows_of_a_finished_store(name: str, store: Path) -> None:
+    content = bytearray((store / name).read_bytes())
+    content[200] ^= 1
+    (store / name).write_bytes(content)
+    manifest = (store / "manifest.json").read_bytes()
+    with pytest.raises(CorruptStoreError, match=name):
+        build_small(None, store, config=with_density(seed=7))
+    assert (store / "manifest.json").read_bytes() == manifest
 
 
 def test_a_row_file_that_was_cut_off_reads_as_nan_until_it_is_made_again(unfinished: Path) -> None:
