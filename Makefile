@@ -22,7 +22,7 @@ lint: $(STAMP)
 
 # as root; needs strace, e2fsprogs, xfsprogs and btrfs-progs, and says what it skips without them
 test-faults: $(STAMP)  ## half an hour: kills, power cuts, full disks, bit rot, hostile files; writes benchmarks/results/faults.json
-	@$(BIN)/python -m pytest $(FAULT_TESTS) --fault-report benchmarks/results/faults.json
+	@$(BIN)/python -m pytest $(FAULT_TESTS) --numprocesses 2 --dist loadfile --fault-report benchmarks/results/faults.json
 
 check: test
 

@@ -6,9 +6,7 @@ or in the memory budget is refused before the first row.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,12 +15,13 @@ from embstore.core.config import K_MAX, BuildConfig, format_bytes
 from embstore.core.embedder import Embedder, EmbedderSource
 from embstore.core.errors import BudgetError, ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.events import Notice, Preflight
-from embstore.core.format import BASIS, FORMAT_VERSION, MANIFEST, PROMPTS, RUNS, StoreSpec
+from embstore.core.format import BASIS, FORMAT_VERSION, MANIFEST, PROMPTS, StoreSpec
 from embstore.core.plan import BuildPlan, plan, refuse_drift, refuse_other_input
 from embstore.core.records import DemotedRecord, DriftRecord, PromptsRecord
 from embstore.core.rows import chunk_rows_near
 from embstore.run import Run
 from embstore.storage.arrays import map_array
+from embstore.storage.journal import run_entries
 from embstore.storage.place import caveat
 from embstore.storage.prompts import PromptTable, ingest
 from embstore.storage.store import open_published
@@ -117,12 +116,10 @@ def find_source(run: Run) -> EmbedderSource | None:
 
 
 def _model_of_last_run(root: Path) -> tuple[str, str | None]:
-    path = root / RUNS
-    for line in reversed(path.read_text(errors="replace").splitlines() if path.exists() else []):
-        with contextlib.suppress(json.JSONDecodeError):  # the file is not synced: a crash may have torn its last line
-            entry = json.loads(line)
-            if entry.get("model"):
-                return entry["model"], entry.get("revision")
+    for entry in reversed(run_entries(root)):
+        model, revision = entry.get("model"), entry.get("revision")
+        if model and isinstance(model, str) and isinstance(revision, str | None):
+            return model, revision
     raise ConfigError("no model was given", hint="add --model, a folder or a hub id such as org/name")
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.fork_server import ForkServer
 from tests.support.stores import build_part, build_small, write_small_prompts
-from tests.support.tally import Counter, Tally
+from tests.support.tally import Counter, Row, Tally
 
 _TALLY = pytest.StashKey[Tally]()
 _STARTED = time.monotonic()
@@ -27,9 +29,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    path = session.config.getoption("--fault-report")
-    if path:
-        session.config.stash[_TALLY].write(Path(path), seconds=time.monotonic() - _STARTED, passed=exitstatus == 0)
+    counted = session.config.stash[_TALLY]
+    if hasattr(session.config, "workeroutput"):  # one of several processes: the first of them writes the report
+        session.config.workeroutput["faults"] = [dataclasses.asdict(row) for row in counted.rows.values()]
+    elif path := session.config.getoption("--fault-report"):
+        counted.write(Path(path), seconds=time.monotonic() - _STARTED, passed=exitstatus == 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for row in getattr(node, "workeroutput", {}).get("faults", []):
+        node.config.stash[_TALLY].add(Row(**row))
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ WEIGHTS_TOLERANCE = 1e-6  # of their float64 sum
 
 JsonObject = dict[str, Any]
 # names files made from the same content: never part of a path but as one plain word
-Digest = Annotated[str, re.compile(r"[0-9a-z]{1,64}")]
+Digest = Annotated[str, re.compile(r"[0-9a-f]{16}")]
 _Result = TypeVar("_Result")
 
 

@@ -74,5 +74,12 @@ def window_record(window: int, start: int, stop: int, **changes: Any) -> WindowR
 
 def manifest(files: dict[str, FileDigest], **changes: Any) -> Manifest:
     """A manifest over ``files``."""
-    whole = Manifest(format_version=1, rows=70, dimension=64, neighbors="nn", names={"default": "ww"}, files=files)
+    whole = Manifest(
+        format_version=1,
+        rows=70,
+        dimension=64,
+        neighbors="2222222222222222",
+        names={"default": "1111111111111111"},
+        files=files,
+    )
     return dataclasses.replace(whole, **changes)

@@ -30,6 +30,11 @@ class Tally:
 
     rows: dict[tuple[str, str], Row] = field(default_factory=dict)
 
+    def add(self, row: Row) -> None:
+        """Count the faults of ``row`` in."""
+        known = self.rows.setdefault((row.test, row.fault), Row(fault=row.fault, test=row.test))
+        known.cycles, known.losses = known.cycles + row.cycles, known.losses + row.losses
+
     def write(self, path: Path, *, seconds: float, passed: bool) -> None:
         """The report as JSON; machine facts without names, paths or times of day."""
         report = {
@@ -53,5 +58,4 @@ class Counter:
 
     def __call__(self, fault: str, *, cycles: int = 1, losses: int = 0) -> None:
         """Add ``cycles`` faults of this kind, ``losses`` of them with something lost, wrong or not found."""
-        row = self.tally.rows.setdefault((self.test, fault), Row(fault=fault, test=self.test))
-        row.cycles, row.losses = row.cycles + cycles, row.losses + losses
+        self.tally.add(Row(fault=fault, test=self.test, cycles=cycles, losses=losses))
