@@ -60,7 +60,9 @@ def main() -> None:
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     """Any signal to stop ends the process as an interrupted one."""
-    _ignore_signals()
+    # not SIG_IGN yet: Python complains of a signal that it took before it was ignored
+    for each in STOP_SIGNALS:
+        signal.signal(each, lambda number, frame: None)
     raise KeyboardInterrupt
 
 
@@ -78,6 +80,8 @@ def _reporting(command: Callable[_Arguments, None]) -> Callable[_Arguments, None
         try:
             _report(lambda: command(*args, **kwargs))
         except KeyboardInterrupt:
+            if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+                _ignore_signals()
             raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
 
     return run
@@ -87,7 +91,7 @@ def _report(command: Callable[[], None]) -> None:
     try:
         command()
     except EmbstoreError as error:
-        if signal.getsignal(signal.SIGTERM) is _stop:
+        if signal.getsignal(signal.SIGTERM) is _stop:  # not where a program calls the commands
             _ignore_signals()
         console = Console(stderr=True, soft_wrap=True, emoji=False)
         console.print(f"[bold red]error[/bold red]: {escape(printable(str(error)))}", highlight=False)

@@ -1,6 +1,7 @@
-"""Put the figures of a fault run into ``docs/reliability.md``: ``python -m scripts.reliability_table``.
+"""Put measured figures into ``docs/reliability.md``: ``python -m scripts.reliability_table``.
 
-``make test-faults`` writes ``benchmarks/results/faults.json``; the page shows it, and a test compares the two.
+``make test-faults`` writes ``benchmarks/results/faults.json``, ``python -m benchmarks.peer_power_cuts`` writes
+``peer_power_cuts.json`` beside it; the page shows both, and a test compares.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "benchmarks" / "results" / "faults.json"
+PEERS = ROOT / "benchmarks" / "results" / "peer_power_cuts.json"
 PAGE = ROOT / "docs" / "reliability.md"
 
-_BEGIN, _END = "<!-- figures: made by python -m scripts.reliability_table -->\n", "<!-- end of figures -->\n"
+_BEGIN, _END = "<!-- {}: made by python -m scripts.reliability_table -->\n", "<!-- end of {} -->\n"
 
 # what a row's fault begins with -> what the rows that begin so are together
 SUMS = {
@@ -65,11 +67,35 @@ def figures(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page(text: str, report: dict[str, Any]) -> str:
-    """The page with its figures replaced by those of ``report``."""
-    before, _, rest = text.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    return f"{before}{_BEGIN}\n{figures(report)}\n{_END}{after}"
+def peers(report: dict[str, Any]) -> str:
+    """What each writer lost of what it had reported, as Markdown."""
+    rows = report["rows"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    places = list(dict.fromkeys((row["file_system"], row["log"]) for row in rows))
+    lines = [
+        f"`{report['command']}`, {rows[0]['cuts']} cuts a cell, {versions}: lost or wrong, of those reported as written.",
+        "",
+        "| | " + " | ".join(f"{kind}, {log}" for kind, log in places) + " |",
+        "|---" + "|---:" * len(places) + "|",
+    ]
+    for writer in dict.fromkeys(row["writer"] for row in rows):
+        cells = {(row["file_system"], row["log"]): row for row in rows if row["writer"] == writer}
+        shown = [f"{cells[place]['lost_or_wrong']} of {cells[place]['reported']}" for place in places]
+        lines.append(f"| {writer} | {' | '.join(shown)} |")
+    return "\n".join([*lines, ""])
+
+
+def page(text: str) -> str:
+    """The page with its figures replaced by those of the results files."""
+    for name, content in (
+        ("figures", figures(json.loads(REPORT.read_text()))),
+        ("peers", peers(json.loads(PEERS.read_text()))),
+    ):
+        begin, end = _BEGIN.format(name), _END.format(name)
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}\n{content}\n{end}{after}"
+    return text
 
 
 def _sum(rows: list[dict[str, Any]], field: str) -> int:
@@ -77,4 +103,4 @@ def _sum(rows: list[dict[str, Any]], field: str) -> int:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), json.loads(REPORT.read_text())), encoding="utf-8")
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
