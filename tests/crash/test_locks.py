@@ -52,9 +52,9 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_killed_parent(unfinished: Pa
     body = """
         child = os.fork()
         if child == 0:
+            print(os.getpid(), flush=True)
             sys.stdin.read()  # alive until the test ends, as a data loader's worker would be
             os._exit(0)
-        print(child, flush=True)
         time.sleep(60)
     """
     with _script(unfinished, body) as parent:
