@@ -40,7 +40,7 @@ def figures(report: dict[str, Any]) -> str:
     user = "root" if report["root"] else "an unprivileged user"
     lines = [
         f"One run of `make test-faults`: {report['seconds'] / 60:.0f} minutes on {report['cores']} cores as {user}, "
-        f"Linux {report['kernel']}, Python {report['python']}.",
+        f"Linux {report['kernel']}, Python {report['python']}. {report.get('remark', '')}".rstrip(),
         "",
         "| together | times | lost, wrong or missed |",
         "|---|---:|---:|",
