@@ -62,14 +62,19 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     """Any signal to stop ends the process as an interrupted one."""
     # not SIG_IGN yet: Python complains of a signal that it took before it was ignored
     for each in STOP_SIGNALS:
-        signal.signal(each, lambda number, frame: None)
+        signal.signal(each, _stopping)
     raise KeyboardInterrupt
 
 
+def _stopping(number: int, frame: FrameType | None) -> None:
+    """A signal to a process that is stopping already."""
+
+
 def _ignore_signals() -> None:
-    """On the way out: another signal would only spoil the message and the exit code."""
+    """On the way out: another signal would only spoil the message and the exit code. A caller's own handlers stay."""
     for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if signal.getsignal(number) in (_stop, _stopping):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _reporting(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
@@ -80,8 +85,7 @@ def _reporting(command: Callable[_Arguments, None]) -> Callable[_Arguments, None
         try:
             _report(lambda: command(*args, **kwargs))
         except KeyboardInterrupt:
-            if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-                _ignore_signals()
+            _ignore_signals()
             raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
 
     return run
@@ -91,8 +95,7 @@ def _report(command: Callable[[], None]) -> None:
     try:
         command()
     except EmbstoreError as error:
-        if signal.getsignal(signal.SIGTERM) is _stop:  # not where a program calls the commands
-            _ignore_signals()
+        _ignore_signals()
         console = Console(stderr=True, soft_wrap=True, emoji=False)
         console.print(f"[bold red]error[/bold red]: {escape(printable(str(error)))}", highlight=False)
         if error.hint:
