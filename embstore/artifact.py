@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.config import WeightingConfig
+from embstore.core.decode import shown
 from embstore.core.density import (
     NOISE_FLOOR,
     WeightsResult,
@@ -38,6 +39,7 @@ from embstore.core.format import (
     StoreSpec,
     canonical_json,
     document,
+    is_weights_name,
     neighbors_paths,
     weights_paths,
 )
@@ -210,8 +212,11 @@ def recompute_weights(path: str | Path, config: WeightingConfig, *, name: str = 
     IncompleteStoreError, StoreLockedError, ConfigError, CorruptStoreError
         The store is unfinished, being written, the settings are out of range, or a file is damaged.
     """
-    if not name or "/" in name:
-        raise ConfigError(f"a name for weights must not be empty or hold a slash, got {name!r}")
+    if not is_weights_name(name):  # a manifest with such a name would be refused by every reader
+        raise ConfigError(
+            f"a name for weights is one line of 1 to 200 characters without a slash, got {shown(name)}",
+            hint="give another --name",
+        )
     store = open_store(path)
     with StoreWriter(store.root, resume=True) as writer:
         store = open_store(path)  # again: now nobody else can replace it

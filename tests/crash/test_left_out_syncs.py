@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.support.faults import SYNCS, Call
-from tests.support.machine import STORE, Machine
-from tests.support.order import below, problems, sync_kind
+from tests.support.machine import Machine
+from tests.support.order import problems, sync_kind
 from tests.support.power import EXTREMES, Survival
 from tests.support.scenarios import (
     SCENARIOS,
@@ -117,22 +116,6 @@ AFTER_A_KILL: dict[str, tuple[Callable[[World], Machine], Act]] = {
     ),
     "residuals.npy, on opening": (_killed(build, "residuals.npy, bytes", _repaired("residuals.npy")), build),
 }
-
-
-@pytest.fixture(scope="module")
-def world(small_prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(small_prompts, tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def recorded(world: World) -> dict[str, list[Call]]:
-    """The calls of the last writer of every scenario."""
-    calls = {}
-    for name, (begin, act) in SCENARIOS.items():
-        machine = begin(world)
-        assert act(machine)
-        calls[name] = below(machine.calls, STORE)
-    return calls
 
 
 def _kinds(calls: list[Call]) -> list[str | None]:

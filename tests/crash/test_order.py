@@ -5,27 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from tests.support.faults import SYNCS, Call
-from tests.support.machine import STORE
-from tests.support.order import JOURNAL, MANIFEST, WITHDRAWN, below, problems
-from tests.support.scenarios import SCENARIOS, World
+from tests.support.order import JOURNAL, MANIFEST, WITHDRAWN, problems
+from tests.support.scenarios import SCENARIOS
 from tests.support.stores import WINDOWS
-
-
-@pytest.fixture(scope="module")
-def recorded(small_prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Call]]:
-    """The calls of the last writer of every scenario."""
-    world = World(small_prompts, tmp_path_factory.mktemp("world"))
-    calls = {}
-    for name, (begin, act) in SCENARIOS.items():
-        machine = begin(world)
-        assert act(machine)
-        calls[name] = below(machine.calls, STORE)
-    return calls
 
 
 def _index(calls: list[Call], name: str, path: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import pytest
 
@@ -18,11 +17,6 @@ CUT = "power cut at any sync, modelled"
 CUT_LATER = "power cut after a resume, modelled"
 
 Survivals = Callable[[int], Iterable[Survival]]
-
-
-@pytest.fixture(scope="module")
-def world(small_prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(small_prompts, tmp_path_factory.mktemp("world"))
 
 
 def _two_extremes(instant: int) -> tuple[Survival, ...]:

@@ -124,6 +124,14 @@ def test_a_folder_without_a_store_is_not_found(tmp_path: Path) -> None:
                 reader(path)
 
 
+@pytest.mark.parametrize("name", ["", "a/b", "two\nlines", "\x1b[1m", "x" * 201])
+def test_weights_are_never_published_under_a_name_that_readers_refuse(name: str, store: Path) -> None:
+    before = (store / "manifest.json").read_bytes()
+    with pytest.raises(ConfigError, match="a name for weights"):
+        recompute_weights(store, CONFIG.weighting, name=name)
+    assert (store / "manifest.json").read_bytes() == before
+
+
 def test_every_listed_file_is_looked_at_when_opening(finished_store: Path, store: Path) -> None:
     manifest = json.loads((store / "manifest.json").read_bytes())
     for name in manifest["files"]:
