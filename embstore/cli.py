@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from embstore import __version__
-from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, WeightingConfig, parse_bytes
+from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, Pooling, Space, WeightingConfig, parse_bytes
 from embstore.core.decode import printable, printable_json
 from embstore.core.errors import EmbstoreError, ExitCode
 from embstore.interrupts import STOP_SIGNALS
@@ -136,6 +136,13 @@ def build(
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="First tokens kept of each prompt; default 512.")
     ] = None,
+    space: Annotated[
+        Space | None,
+        typer.Option("--space", help="Rows of logits, or of final hidden states (also of encoders)."),
+    ] = None,
+    pooling: Annotated[
+        Pooling | None, typer.Option("--pooling", help="Mean over a prompt's own tokens, or the last one alone.")
+    ] = None,
     vocab: Annotated[
         Literal["model", "tokenizer"] | None,
         typer.Option("--vocab", help="All columns of the model's logits, or without its padding columns."),
@@ -144,7 +151,7 @@ def build(
         Literal["lz4", "none"] | None, typer.Option("--compressor", help="none: chunks can be mapped.")
     ] = None,
     batch_tokens: Annotated[
-        int | None, typer.Option("--batch-tokens", help="Padded tokens in a batch; default 4096.")
+        int | None, typer.Option("--batch-tokens", help="Padded tokens in a batch; default 2048 on a CPU.")
     ] = None,
     window_rows: Annotated[int | None, typer.Option("--window-rows", help="Rows of one commit.")] = None,
     chunk_rows: Annotated[int | None, typer.Option("--chunk-rows", help="Rows of one chunk file.")] = None,
@@ -185,6 +192,8 @@ def build(
             device=device,
             dtype=dtype,
             max_tokens=max_tokens,
+            space=space,
+            pooling=pooling,
             vocab=vocab,
             batch_tokens=batch_tokens,
             window_rows=window_rows,

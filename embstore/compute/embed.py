@@ -1,15 +1,21 @@
-"""The embedding pass: prompts of one window to unit float16 logit rows, their coordinates and residuals.
+"""The embedding pass: prompts of one window to unit float16 rows, their coordinates and residuals.
 
 Invariant: a row depends only on its prompt. Padding is masked and on the right; batch mates move a row by no more than
 2e-6 (L2, float32) or 5e-4 (bfloat16). No [B, T, V] tensor exists at any time: an affine head sees one pooled state a
 prompt, any other head sees a few hundred real tokens at a time.
 
-Shapes: W rows of a window, B rows of a batch or block, T tokens, D model width, V vocabulary, R coordinates, L flat tokens.
+Batches and slabs of rows go to worker threads. The next chunk is under way while the caller writes the last one, so the
+disk is waited for only when it is slower than the model.
+
+Shapes: W rows of a window, B rows of a batch or block, T tokens, D model width, V vocabulary, R coordinates.
 """
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +23,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embstore.compute.batching import PromptTokenizer, TokenBatch, TokenRow, token_batches
-from embstore.compute.coordinates import ReadBlock, project
+from embstore.compute.batching import PromptTokenizer, TokenBatch, TokenRow, last_token_only, token_batches
+from embstore.compute.finish import SLAB_ROWS, AffineFinisher, Finisher, MeanFinisher, finish, slab_bytes
 from embstore.compute.heads import AffineHead, SplitModel
+from embstore.compute.streamed import add_streamed, streamed_tokens
+from embstore.compute.workers import Workers, workers_for
+from embstore.core.config import pooling_rule
 from embstore.core.embedder import Check, RowBlock, WindowCounts
 from embstore.core.errors import ModelError
 from embstore.core.format import EmbeddingSpec
@@ -28,8 +37,6 @@ from embstore.core.records import FailedRow
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# V-wide float32 work is done in blocks of about this size: large enough for the GEMM, small enough for a tight budget.
-_WIDE_BLOCK_BYTES = 16 << 20
 # Padding waste falls with the window: 18.6 % at 256 rows, 6.6 % at 1024, 2.0 % at 4096 (batches of 4096 tokens).
 MAX_WINDOW_ROWS = 4096
 
@@ -55,6 +62,18 @@ class ModelParts:
     device: torch.device
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Chunk:
+    """Rows of one chunk in the making: filled by ``jobs``, one a slab."""
+
+    start: int  # window-local
+    emb_BV: Tensor
+    coord_BR: Tensor
+    residual_B: Tensor
+    norm_B: NDArray[np.float32]
+    jobs: list[Future[None]]
+
+
 class LogitEmbedder:
     """Rows of a loaded model under a resolved spec; implements ``core.embedder.Embedder``."""
 
@@ -76,26 +95,36 @@ class LogitEmbedder:
         self.seconds_per_row = seconds_per_row
         self.max_window_rows = max_window_rows
         self.counts = WindowCounts(tokens=0, truncated=0, splits=0)
+        self._pools_last = spec.pooling in (pooling_rule("logits", "last"), pooling_rule("hidden", "last"))
         self._splits = 0
-        # x = scale * A z / |..| with z = (h, 1) and A = [W | b], so x Q = (Q^T A) z / |..|: no V-wide product
-        self._to_coordinates_DR = None
-        if self._head is not None and basis_VR.shape[1]:
-            self._to_coordinates_DR = _coordinate_map(self._head, basis_VR, self._device)
-        self._basis_VR = torch.from_numpy(basis_VR).to(self._device) if self._head is None else None
+        self._splits_lock = threading.Lock()
+        self._finisher: Finisher = (
+            AffineFinisher(self._head, basis_VR, spec.dimension, self._device)
+            if self._head is not None
+            else MeanFinisher(basis_VR, self._device)
+        )
+        self._workers = Workers(spec.threads, num_workers(spec, self._model.width, self._model.inner_width))
 
     def memory_bytes(self, chunk_rows: int) -> int:
         """Upper estimate of host memory one window takes above the loaded model."""
         return window_bytes(self.spec, self._model.width, self._model.inner_width, chunk_rows, self.max_window_rows)
 
-    @torch.inference_mode()
     def embed(self, prompts: Sequence[Prompt], *, first_row: int, chunk_rows: int, check: Check) -> Iterator[RowBlock]:
         """Blocks of ``chunk_rows`` rows, in order. A prompt without a usable row is NaN and named, never skipped."""
         self._splits = 0
         rows = self._tokenizer.encode(prompts)
         window = self.pool(rows, check)
-        for start in range(0, len(prompts), chunk_rows):
-            check()
-            yield self._block(window, start, min(start + chunk_rows, len(prompts)), first_row, chunk_rows)
+        starts = range(0, len(prompts), chunk_rows)
+        ahead = self._begin_chunk(window, 0, chunk_rows)
+        try:
+            for start in starts:
+                check()
+                chunk = ahead
+                if start + chunk_rows < len(prompts):
+                    ahead = self._begin_chunk(window, start + chunk_rows, chunk_rows)
+                yield _finished(chunk, window, first_row)
+        finally:
+            wait(ahead.jobs)  # an abandoned window must not go on in the background
         self.counts = WindowCounts(
             tokens=sum(int(row.pooled_T.sum()) for row in rows),
             truncated=sum(row.was_cut for row in rows),
@@ -108,11 +137,47 @@ class LogitEmbedder:
         width = self.spec.dimension if self._head is None else self._model.width
         mean_WX = torch.zeros((len(rows), width), dtype=torch.float32, device=self._device)
         ok_W = np.array([row.pooled_T.any() for row in rows], dtype=np.bool_)
-        pad_id = self._tokenizer.pad_id
-        for batch in token_batches(rows, batch_tokens=self.spec.batch_tokens, pad_id=pad_id):
+        if self._pools_last:
+            rows = [last_token_only(row) for row in rows]
+
+        def pool_batch(batch: TokenBatch) -> None:
             check()
             self._pool_batch(batch, mean_WX)
+
+        batches = token_batches(rows, batch_tokens=self.spec.batch_tokens, pad_id=self._tokenizer.pad_id)
+        self._workers.for_each(batches, pool_batch)
         return PooledWindow(mean_WX=mean_WX, ok_W=ok_W)
+
+    @torch.inference_mode()
+    def unit_rows(self, window: PooledWindow, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit rows before rounding float32 [B, V], coordinates [B, R], and the norms the rows had: for probes."""
+        mean_BX = window.mean_WX[start:stop]
+        coordinate_BR, norm_B = self._finisher.coordinates(mean_BX)
+        blocks = [unit_BC.clone() for _, unit_BC in self._finisher.unit_blocks(mean_BX, norm_B)]
+        return torch.cat(blocks, dim=1), coordinate_BR, norm_B
+
+    def _begin_chunk(self, window: PooledWindow, start: int, chunk_rows: int) -> _Chunk:
+        stop = min(start + chunk_rows, len(window.ok_W))
+        pinned = self._device.type == "cuda"
+        chunk = _Chunk(
+            start=start,
+            emb_BV=torch.empty((stop - start, self.spec.dimension), dtype=torch.float16, pin_memory=pinned),
+            coord_BR=torch.empty((stop - start, self.spec.rank)),
+            residual_B=torch.empty(stop - start),
+            norm_B=np.empty(stop - start, dtype=np.float32),
+            jobs=[],
+        )
+
+        def fill(low: int) -> None:
+            part = slice(low, min(low + SLAB_ROWS, stop - start))
+            mean_BX = window.mean_WX[start + part.start : start + part.stop]
+            chunk.norm_B[part] = finish(
+                self._finisher, mean_BX, chunk.emb_BV[part], chunk.coord_BR[part], chunk.residual_B[part]
+            )
+
+        for low in range(0, stop - start, SLAB_ROWS):
+            chunk.jobs.append(self._workers.submit(functools.partial(fill, low)))
+        return chunk
 
     def _pool_batch(self, batch: TokenBatch, mean_WX: Tensor) -> None:
         try:
@@ -125,7 +190,8 @@ class LogitEmbedder:
                     hint="build with a lower --max-tokens, or on another device",
                 ) from error
         # outside the handler: the error's traceback holds every tensor of the batch that did not fit
-        self._splits += 1
+        with self._splits_lock:
+            self._splits += 1
         middle = len(batch.rows_B) // 2
         for half in (slice(0, middle), slice(middle, None)):
             part = TokenBatch(
@@ -137,131 +203,73 @@ class LogitEmbedder:
             self._pool_batch(part, mean_WX)
 
     def _pool_whole(self, batch: TokenBatch, mean_WX: Tensor) -> None:
-        tokens_BT = torch.from_numpy(batch.tokens_BT).to(self._device)
-        real_BT = torch.from_numpy(batch.real_BT).to(self._device)
-        pooled_BT = torch.from_numpy(batch.pooled_BT).to(self._device)
-        rows_B = torch.from_numpy(batch.rows_B).to(self._device)
+        tokens_BT, real_BT, pooled_BT, rows_B = (
+            self._to_device(values) for values in (batch.tokens_BT, batch.real_BT, batch.pooled_BT, batch.rows_B)
+        )
         hidden_BTD = self._model.hidden(tokens_BT, real_BT)
-        share_BT = pooled_BT / pooled_BT.sum(dim=1, keepdim=True)
         if self._head is not None:
-            # masked positions are zeroed, not multiplied: a NaN at a pad must not reach a row
-            hidden_BTD = hidden_BTD.masked_fill_(~pooled_BT[..., None], 0.0)
-            mean_WX[rows_B] = torch.einsum("btd,bt->bd", hidden_BTD, share_BT)
+            if not pooled_BT.all():
+                # zeroed, not multiplied: a NaN at a masked position must not reach a row
+                hidden_BTD = hidden_BTD.masked_fill_(~pooled_BT[..., None], 0.0)
+            share_BT = pooled_BT / pooled_BT.sum(dim=1, keepdim=True)
+            mean_WX[rows_B] = torch.bmm(share_BT[:, None], hidden_BTD)[:, 0]
         else:
             mean_WX[rows_B] = 0.0  # a batch that ran out of memory may have begun to add
-            self._add_streamed(hidden_BTD, pooled_BT, share_BT, rows_B, mean_WX)
+            add_streamed(self._model, hidden_BTD, pooled_BT, rows_B, mean_WX, columns=self.spec.dimension)
 
-    def _add_streamed(
-        self, hidden_BTD: Tensor, pooled_BT: Tensor, share_BT: Tensor, rows_B: Tensor, mean_WX: Tensor
-    ) -> None:
-        """Add mean logits of pooled tokens to their rows of ``mean_WX``, a few hundred tokens at a time."""
-        columns = self.spec.dimension
-        hidden_LD = hidden_BTD[pooled_BT]
-        row_L, share_L = pooled_BT.nonzero()[:, 0], share_BT[pooled_BT]
-        step = streamed_tokens(columns)
-        for start in range(0, len(hidden_LD), step):
-            part = slice(start, start + step)
-            logits_LV = self._model.head(hidden_LD[part])[:, :columns]
-            first, last = int(row_L[part][0]), int(row_L[part][-1]) + 1
-            # an indicator product sums each row in a fixed order, also on a GPU, where index_add does not
-            share_BL = torch.zeros((last - first, logits_LV.shape[0]), device=self._device)
-            share_BL[row_L[part] - first, torch.arange(logits_LV.shape[0], device=self._device)] = share_L[part]
-            part_BV = share_BL @ logits_LV
-            if not torch.isfinite(part_BV).all():
-                # 0 * NaN is NaN: a token without finite logits must fail its own row only
-                lost_L = ~torch.isfinite(logits_LV).all(dim=1)
-                part_BV = share_BL @ logits_LV.masked_fill(lost_L[:, None], 0.0)
-                part_BV[row_L[part][lost_L] - first] = torch.nan
-            mean_WX[rows_B[first:last]] += part_BV  # rows of a batch are distinct: nothing is added twice
-
-    def _block(self, window: PooledWindow, start: int, stop: int, first_row: int, chunk_rows: int) -> RowBlock:
-        """Rows start <= row < stop of the window, V-wide work done in small pieces."""
-        emb_BV = np.empty((stop - start, self.spec.dimension), dtype=np.float16)
-        coord_BR = np.empty((stop - start, self.spec.rank), dtype=np.float32)
-        residual_B = np.empty(stop - start, dtype=np.float32)
-        failed: list[FailedRow] = []
-        step = wide_rows(self.spec.dimension, chunk_rows)
-        for low in range(start, stop, step):
-            high = min(low + step, stop)
-            row_BV, coordinate_BR, norm_B = self.unit_rows(window, low, high)
-            part = slice(low - start, high - start)
-            half_BV = row_BV.to(torch.float16)
-            if self._basis_VR is None:
-                # the float32 row lies in the span of the basis, so all it loses is the rounding
-                error_BV = row_BV.sub_(half_BV)
-            else:
-                error_BV = half_BV.float().sub_(coordinate_BR @ self._basis_VR.T)
-            residual_B[part] = torch.linalg.vector_norm(error_BV, dim=1).cpu().numpy()
-            emb_BV[part], coord_BR[part] = half_BV.cpu().numpy(), coordinate_BR.cpu().numpy()
-            norms = norm_B.cpu().numpy()
-            for local in range(low, high):
-                reason = _failure(bool(window.ok_W[local]), float(norms[local - low]))
-                if reason is not None:
-                    emb_BV[local - start] = coord_BR[local - start] = residual_B[local - start] = np.nan
-                    failed.append(FailedRow(row=first_row + local, reason=reason))
-        return RowBlock(emb_BV=emb_BV, coord_BR=coord_BR, residual_B=residual_B, failed=tuple(failed))
-
-    @torch.inference_mode()
-    def unit_rows(self, window: PooledWindow, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit rows before rounding float32 [B, V], coordinates [B, R], and the norms the rows had."""
-        mean_BX = window.mean_WX[start:stop]
-        row_BV = mean_BX.clone() if self._head is None else self._head(mean_BX)[:, : self.spec.dimension]
-        norm_B = torch.linalg.vector_norm(row_BV, dim=1)
-        row_BV = row_BV.div_(norm_B[:, None])
-        if self._to_coordinates_DR is None:
-            coordinate_BR = row_BV @ self._basis_VR if self._basis_VR is not None else row_BV[:, :0]
-        else:
-            ones_B1 = torch.ones((len(mean_BX), self._to_coordinates_DR.shape[0] - mean_BX.shape[1]), device=self._device)
-            coordinate_BR = torch.cat([mean_BX, ones_B1], dim=1) @ self._to_coordinates_DR / norm_B[:, None]
-        return row_BV, coordinate_BR, norm_B
+    def _to_device(self, values: NDArray[np.generic]) -> Tensor:
+        tensor = torch.from_numpy(values)
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()  # only then is the copy asynchronous
+        return tensor.to(self._device, non_blocking=True)
 
 
-def wide_rows(dimension: int, chunk_rows: int) -> int:
-    """Rows of V-wide float32 work done at a time; follows from pinned values, because it decides low bits."""
-    return min(chunk_rows, max(8, _WIDE_BLOCK_BYTES // (4 * dimension)))
+def _finished(chunk: _Chunk, window: PooledWindow, first_row: int) -> RowBlock:
+    """Wait for a chunk's slabs and mark rows that failed."""
+    for job in chunk.jobs:
+        job.result()
+    emb_BV, coord_BR, residual_B = chunk.emb_BV.numpy(), chunk.coord_BR.numpy(), chunk.residual_B.numpy()
+    failed: list[FailedRow] = []
+    for local, norm in enumerate(chunk.norm_B):
+        reason = _failure(bool(window.ok_W[chunk.start + local]), float(norm))
+        if reason is not None:
+            emb_BV[local] = coord_BR[local] = residual_B[local] = np.nan
+            failed.append(FailedRow(row=first_row + chunk.start + local, reason=reason))
+    return RowBlock(emb_BV=emb_BV, coord_BR=coord_BR, residual_B=residual_B, failed=tuple(failed))
 
 
-def streamed_tokens(dimension: int) -> int:
-    """Tokens whose logits exist at a time on the streaming path."""
-    return max(16, _WIDE_BLOCK_BYTES // 2 // (4 * dimension))
+def num_workers(spec: EmbeddingSpec, width: int, inner_width: int) -> int:
+    """Batches in flight; follows from pinned values and the model, because it decides how torch splits its sums."""
+    tokens = max(spec.batch_tokens, spec.max_tokens)
+    return workers_for(spec.threads, activation_bytes(tokens, width, inner_width)) if spec.device == "cpu" else 1
+
+
+def activation_bytes(tokens: int, width: int, inner_width: int) -> int:
+    """Of one batch in float32, calibrated with VmRSS - RssFile on the CPU."""
+    return tokens * (12 * width + 4 * inner_width) * 4
 
 
 def window_bytes(spec: EmbeddingSpec, width: int, inner_width: int, chunk_rows: int, window_rows: int) -> int:
-    """Upper estimate of host memory of one window: activations, pooled means, wide blocks, and the chunk being written.
+    """Upper estimate of host memory of one window: activations, pooled means, slabs in work, and chunks.
 
-    Calibrated with VmRSS - RssFile on the CPU (benchmarks/results/); on another device activations live there.
+    On another device than the CPU activations live there.
     """
-    activations = max(spec.batch_tokens, spec.max_tokens) * (12 * width + 4 * inner_width) * 4 if spec.device == "cpu" else 0
-    means = window_rows * (width if spec.head == "affine" else spec.dimension) * 4
-    wide = 4 * wide_rows(spec.dimension, chunk_rows) * spec.dimension * 4
-    if spec.head != "affine":
+    workers = num_workers(spec, width, inner_width)
+    tokens = max(spec.batch_tokens, spec.max_tokens)
+    activations = workers * activation_bytes(tokens, width, inner_width) if spec.device == "cpu" else 0
+    pooled_width = width if spec.head != "streamed" else spec.dimension
+    means = window_rows * pooled_width * 4
+    wide = workers * slab_bytes(spec.dimension, spec.rank)
+    if spec.head == "streamed":
         # the logits, the class's own copies while it caps them, and what is added and gathered
-        wide += 6 * streamed_tokens(spec.dimension) * spec.dimension * 4
-    chunk = chunk_rows * spec.dimension * 2
+        wide += workers * 6 * streamed_tokens(spec.dimension) * spec.dimension * 4
+    # one is being written, its encoded copy, the next one, and one whose first slab is begun
+    chunks = 4 * chunk_rows * (spec.dimension * 2 + spec.rank * 4)
     coordinates = 2 * window_rows * spec.rank * 4
-    return activations + means + wide + 2 * chunk + coordinates + _FIXED_BYTES
+    return activations + means + wide + chunks + coordinates + _FIXED_BYTES
 
 
 _FIXED_BYTES = 48 << 20  # token lists, allocator slack, thread pools
-
-
-def _coordinate_map(head: AffineHead, basis_VR: NDArray[np.float32], device: torch.device) -> Tensor:
-    """(scale Q^T [W | b])^T as float32 [D or D + 1, R]: multiplies (h, 1)."""
-    read_block, width = spanning_columns(head, len(basis_VR))
-    map_RM = head.scale * project(basis_VR, read_block, width)
-    return torch.from_numpy(np.ascontiguousarray(map_RM.T)).float().to(device)
-
-
-def spanning_columns(head: AffineHead, dimension: int) -> tuple[ReadBlock, int]:
-    """Reader of [W | b] by blocks of vocabulary rows, and its width."""
-    weight_VD = head.weight_VD[:dimension]
-    bias_V = head.bias_V[:dimension] if head.bias_V is not None else None
-
-    def read(start: int, stop: int) -> NDArray[np.floating]:
-        block = weight_VD[start:stop].cpu().numpy()
-        return block if bias_V is None else np.column_stack([block, bias_V[start:stop].cpu().numpy()])
-
-    return read, weight_VD.shape[1] + (bias_V is not None)
 
 
 def _failure(has_tokens: bool, norm: float) -> str | None:

@@ -11,8 +11,8 @@ Shapes: B rows, T tokens, D model width, V vocabulary, L tokens in a flat list.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import threading
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +46,10 @@ class SplitModel:
     backbone runs in the dtype asked for; the head's weights are held apart in float32, also when they are tied.
     """
 
-    def __init__(self, model: Any) -> None:  # noqa: ANN401 - transformers is untyped
+    def __init__(self, model: Any, *, headless: bool = False) -> None:  # noqa: ANN401 - transformers is untyped
         self._model = model
         self._backbone = model.base_model
-        if self._backbone is model:
+        if self._backbone is model and not headless:
             raise ModelError(
                 f"{type(model).__name__} names no backbone (base_model), so logits cannot be pooled",
                 hint="use a causal LM class of transformers",
@@ -62,7 +62,8 @@ class SplitModel:
         self.num_tokens: int = table.shape[0]
         self.backbone_parameters = sum(parameter.numel() for parameter in self._backbone.parameters()) - table.numel()
         self._output_type: type[Any] | None = None
-        head = model.get_output_embeddings()
+        self._given = _shadow_forward(self._backbone)
+        head = None if headless else model.get_output_embeddings()
         if head is not None and getattr(head, "weight", None) is not None:
             # untie: the backbone may go to bfloat16, the head stays in float32
             head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
@@ -82,9 +83,7 @@ class SplitModel:
         """Logits float32 [L, V] of single hidden states, by the class's own code after its backbone."""
         if self._output_type is None:
             raise AssertionError("hidden() must run once before head()")
-        with self._backbone_gives(self._output_type(last_hidden_state=hidden_LD[None])):
-            dummy_1L = torch.zeros((1, len(hidden_LD)), dtype=torch.long, device=hidden_LD.device)
-            logits_1LV: Tensor = self._model(input_ids=dummy_1L, use_cache=False).logits
+        logits_1LV = self._after_backbone(self._output_type(last_hidden_state=hidden_LD[None]))
         return logits_1LV[0].float()
 
     def logits(self, tokens_BT: Tensor, real_BT: Tensor) -> Tensor:
@@ -142,14 +141,32 @@ class SplitModel:
         text_config = self._model.config.get_text_config()
         return named(self._model.config) or named(text_config)
 
-    @contextlib.contextmanager
-    def _backbone_gives(self, output: Any) -> Iterator[None]:  # noqa: ANN401
-        # an instance attribute shadows the class's forward, and deleting it restores that
-        self._backbone.forward = lambda *_, **__: output
+    def _after_backbone(self, output: Any) -> Tensor:  # noqa: ANN401
+        """Logits of the class with ``output`` in the place of what its backbone gives, in this thread only."""
+        self._given.output = output
         try:
-            yield
+            (length,) = output.last_hidden_state.shape[1:2]
+            dummy_1L = torch.zeros((1, length), dtype=torch.long, device=output.last_hidden_state.device)
+            logits: Tensor = self._model(input_ids=dummy_1L, use_cache=False).logits
+            return logits
         finally:
-            del self._backbone.forward
+            self._given.output = None
+
+
+def _shadow_forward(backbone: Any) -> threading.local:  # noqa: ANN401
+    """Make ``backbone`` return the calling thread's ``output`` while there is one: batches run in several threads."""
+    given = threading.local()
+    own = weakref.ref(backbone)  # no cycle: the model's memory is freed when its last user is done
+
+    def forward(*args: object, **kwargs: object) -> object:
+        output = getattr(given, "output", None)
+        if output is not None:
+            return output
+        model: Any = own()
+        return type(model).forward(model, *args, **kwargs)
+
+    backbone.forward = forward  # an instance attribute shadows the class's method
+    return given
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:

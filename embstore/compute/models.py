@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub
 import torch
@@ -116,7 +116,7 @@ class LoadedModel:
     max_positions: int | None
 
 
-def load_model(files: ModelFiles, device: str) -> LoadedModel:
+def load_model(files: ModelFiles, device: str, *, space: Literal["logits", "hidden"] = "logits") -> LoadedModel:
     """Load weights in float32 and the tokenizer; every library message that is no error is silenced.
 
     Raises
@@ -129,7 +129,8 @@ def load_model(files: ModelFiles, device: str) -> LoadedModel:
     with _quiet_transformers():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, **common)
-            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            model_class = transformers.AutoModel if space == "hidden" else transformers.AutoModelForCausalLM
+            model, found = model_class.from_pretrained(
                 files.folder,
                 dtype=torch.float32,
                 use_safetensors=files.use_safetensors,

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from embstore.compute.batching import TOKEN_RULE, PromptTokenizer, TokenRow
 from embstore.compute.coordinates import orthonormal_basis
-from embstore.compute.embed import DTYPES, MAX_WINDOW_ROWS, LogitEmbedder, ModelParts, spanning_columns, window_bytes
+from embstore.compute.embed import DTYPES, MAX_WINDOW_ROWS, LogitEmbedder, ModelParts, activation_bytes, window_bytes
 from embstore.compute.exact import exact_neighbors
-from embstore.compute.heads import SplitModel
+from embstore.compute.finish import identity_head, spanning_columns
+from embstore.compute.heads import AffineHead, SplitModel
 from embstore.compute.models import (
     LoadedModel,
     ModelFiles,
@@ -30,7 +31,7 @@ from embstore.compute.models import (
     resolve_device,
 )
 from embstore.compute.scratch import map_scratch
-from embstore.core.config import EmbeddingConfig, format_bytes
+from embstore.core.config import EmbeddingConfig, Space, format_bytes, pooling_rule, space_and_pooling
 from embstore.core.density import NOISE_FLOOR, total_variation
 from embstore.core.embedder import PromptReader
 from embstore.core.errors import BudgetError, ModelError, RowError
@@ -42,8 +43,11 @@ _TIMED_ROWS = 32
 _HEAD_PROBE_TOKENS = 128  # one [1, T, V] tensor of this length is the only place where logits of every token exist
 _DTYPE_PROBE_K = 10
 _DTYPE_MAX_TV = 1e-3
-_BATCH_TOKENS = 4096
+# Activations of 2048 tokens still fit the cores' caches; an accelerator wants more work at once (docs/performance.md).
+_BATCH_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 16384}
 _MIN_BATCH_TOKENS = 256
+_DEVICE_MEMORY_SHARE = 4  # activations may take a quarter of an accelerator's memory
+_BASIS_OF = {"logits": "head", "hidden": "identity"}
 # Nominal rates for "a window is about a minute of work"; a constant, so that the window does not depend on the day's load.
 _NOMINAL_FLOPS = {"cpu": 1e11, "mps": 2e12, "cuda": 5e13}
 _WINDOW_SECONDS = 60
@@ -79,34 +83,32 @@ class TorchSource:
         observer(StageStarted(stage="model", total=1, unit="model"))
         threads = config.threads or _cores()
         torch.set_num_threads(threads)
-        loaded = load_model(self._files, config.device or "auto")
+        space, pooling = config.space or "logits", config.pooling or "mean"
+        loaded = load_model(self._files, config.device or "auto", space=space)
         max_tokens = _max_tokens(config, loaded, observer)
-        model = SplitModel(loaded.model)
+        model = SplitModel(loaded.model, headless=space == "hidden")
         tokenizer = PromptTokenizer(loaded.tokenizer, max_tokens, model.num_tokens)
         sample = tokenizer.encode(prompts.sample(_seeded_rows(len(prompts), _SAMPLE_ROWS)))
-        with torch.inference_mode():
-            probe_1T = _probe_tokens(sample).to(loaded.device)
-            head = model.affine_head(probe_1T)
-            columns = model.head(model.hidden(probe_1T, torch.ones_like(probe_1T, dtype=torch.bool))[0][:1]).shape[1]
+        head, columns = _head_and_columns(model, _probe_tokens(sample).to(loaded.device), space)
         if config.vocab == "tokenizer":
             columns = min(columns, len(loaded.tokenizer))
         parts = ModelParts(model=model, head=head, tokenizer=tokenizer, device=loaded.device)
         spec = EmbeddingSpec(
             dimension=columns,
             rank=0,
-            columns=config.vocab or "model",
-            head="streamed" if head is None else "affine",
+            columns="hidden" if space == "hidden" else config.vocab or "model",
+            head="none" if space == "hidden" else "streamed" if head is None else "affine",
             head_scale=1.0 if head is None else head.scale,
-            pooling="mean of logits over own tokens",
+            pooling=pooling_rule(space, pooling),
             normalization="l2",
             token_rule=TOKEN_RULE,
             max_tokens=max_tokens,
-            batch_tokens=config.batch_tokens or _BATCH_TOKENS,
+            batch_tokens=config.batch_tokens or _batch_tokens(loaded.device, model),
             dtype="float32",
             device=loaded.device.type,
             capability=capability_of(loaded.device),
             threads=threads,
-            basis="head" if head is not None else "range-finder",
+            basis=_BASIS_OF[space] if head is not None else "range-finder",
         )
         window_rows = _window_rows(spec, model, sample, memory_bytes)
         spec = _fit_batch(spec, config, model, window_rows, memory_bytes)
@@ -135,8 +137,9 @@ class TorchSource:
             return wanted
         if not has_fast_bfloat16(parts.device):
             return "float32"
+        space = _space_of(embedder.spec)
         # a second copy, because rounding the weights in place could not be undone
-        copy = SplitModel(load_model(self._files, str(parts.device)).model)
+        copy = SplitModel(load_model(self._files, str(parts.device), space=space).model, headless=space == "hidden")
         copy.to_dtype(torch.bfloat16)
         lower = LogitEmbedder(dataclasses.replace(parts, model=copy), embedder.spec, embedder.basis_VR)
         tv = total_variation(_probe_distances(embedder, sample), _probe_distances(lower, sample))
@@ -147,15 +150,17 @@ class TorchSource:
 
     def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> LogitEmbedder:
         """Load the model under a stored spec; nothing is probed or decided."""
+        options = space_and_pooling(spec.pooling)
+        if options is None or spec.head not in ("affine", "streamed", "none") or spec.token_rule != TOKEN_RULE:
+            raise _not_ours(spec)
         torch.set_num_threads(spec.threads)
-        loaded = load_model(self._files, spec.device)
-        model = SplitModel(loaded.model)
-        head = model.stored_affine_head(spec.head_scale) if spec.head == "affine" else None
-        if (head is None) != (spec.head != "affine") or spec.token_rule != TOKEN_RULE:
-            raise ModelError(
-                f"the store has head {spec.head!r} and token rule {spec.token_rule!r}, which this embstore cannot continue",
-                hint="continue it with the embstore release that began it",
-            )
+        loaded = load_model(self._files, spec.device, space=options[0])
+        model = SplitModel(loaded.model, headless=options[0] == "hidden")
+        head = None
+        if spec.head == "none":
+            head = identity_head(model.width, loaded.device)
+        elif spec.head == "affine" and (head := model.stored_affine_head(spec.head_scale)) is None:
+            raise _not_ours(spec)
         model.to_dtype(DTYPES[spec.dtype])
         tokenizer = PromptTokenizer(loaded.tokenizer, spec.max_tokens, model.num_tokens)
         parts = ModelParts(model=model, head=head, tokenizer=tokenizer, device=loaded.device)
@@ -179,6 +184,38 @@ def _max_tokens(config: EmbeddingConfig, loaded: LoadedModel, observer: Observer
         observer(Notice(message=f"max_tokens {wanted} is more than the model's positions: {loaded.max_positions} used"))
         return loaded.max_positions
     return wanted
+
+
+def _not_ours(spec: EmbeddingSpec) -> ModelError:
+    return ModelError(
+        f"the store has head {spec.head!r}, pooling {spec.pooling!r} and token rule {spec.token_rule!r}, which this "
+        "embstore cannot continue",
+        hint="continue it with the embstore release that began it",
+    )
+
+
+def _space_of(spec: EmbeddingSpec) -> Space:
+    return "hidden" if spec.head == "none" else "logits"
+
+
+def _head_and_columns(model: SplitModel, probe_1T: torch.Tensor, space: Space) -> tuple[AffineHead | None, int]:
+    """The head as an affine map, None where it has to be streamed, and the width of a row."""
+    if space == "hidden":
+        return identity_head(model.width, probe_1T.device), model.width
+    with torch.inference_mode():
+        head = model.affine_head(probe_1T)
+        hidden_TD = model.hidden(probe_1T, torch.ones_like(probe_1T, dtype=torch.bool))[0]
+        return head, model.head(hidden_TD[:1]).shape[1]
+
+
+def _batch_tokens(device: torch.device, model: SplitModel) -> int:
+    """Padded tokens of a batch: a constant of the device's kind, halved while activations would crowd its memory."""
+    tokens = _BATCH_TOKENS[device.type]
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory // _DEVICE_MEMORY_SHARE
+        while tokens > _MIN_BATCH_TOKENS and activation_bytes(tokens, model.width, model.inner_width) > memory:
+            tokens //= 2
+    return tokens
 
 
 def _probe_tokens(sample: Sequence[TokenRow]) -> torch.Tensor:

@@ -19,6 +19,26 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 Weighting = Literal["inverse-density", "legacy-inverse", "uniform"]
 Compressor = Literal["lz4", "none"]
 KnnMethod = Literal["hnsw", "exact"]
+Space = Literal["logits", "hidden"]
+Pooling = Literal["mean", "last"]
+
+# What spec.json says about pooling, for each pair of options.
+_POOLING_RULES: dict[tuple[Space, Pooling], str] = {
+    ("logits", "mean"): "mean of logits over own tokens",
+    ("logits", "last"): "logits of the last own token",
+    ("hidden", "mean"): "mean of hidden states over own tokens",
+    ("hidden", "last"): "hidden state of the last own token",
+}
+
+
+def pooling_rule(space: Space, pooling: Pooling) -> str:
+    """How ``EmbeddingSpec.pooling`` names this choice."""
+    return _POOLING_RULES[space, pooling]
+
+
+def space_and_pooling(rule: str) -> tuple[Space, Pooling] | None:
+    """The options behind a stored rule; None if it is not one of this embstore's."""
+    return next((options for options, known in _POOLING_RULES.items() if known == rule), None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +51,8 @@ class EmbeddingConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     max_tokens: int | None = None
     vocab: Literal["model", "tokenizer"] | None = None
+    space: Space | None = None
+    pooling: Pooling | None = None
     batch_tokens: int | None = None
     window_rows: int | None = None
     chunk_rows: int | None = None
@@ -43,6 +65,8 @@ class EmbeddingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.space == "hidden" and self.vocab is not None:
+            raise ConfigError(f"vocab {self.vocab} chooses columns of logits, space hidden has none", hint="drop --vocab")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

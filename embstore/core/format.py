@@ -113,8 +113,8 @@ class ModelIdentity:
 class EmbeddingSpec:
     """Everything about the embedding pass that changes a byte, resolved.
 
-    ``dimension`` is V, ``rank`` is R. ``head`` is "affine" (pooled before the head) or "streamed"; ``head_scale`` the factor
-    a class applies after its head.
+    ``dimension`` is V (D under ``--space hidden``), ``rank`` is R. ``head`` is "affine" (pooled before the head), "streamed"
+    or "none" (hidden states are the rows); ``head_scale`` the factor a class applies after its head.
     """
 
     dimension: int
@@ -388,6 +388,6 @@ def array_metadata(spec: StoreSpec) -> bytes:
             "fill_value": "NaN",
             "codecs": codecs,
             "attributes": {},
-            "dimension_names": ["row", "vocabulary"],
+            "dimension_names": ["row", "hidden" if spec.embedding.columns == "hidden" else "vocabulary"],
         }
     )

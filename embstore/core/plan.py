@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from embstore.core.config import EmbeddingConfig
+from embstore.core.config import EmbeddingConfig, space_and_pooling
 from embstore.core.errors import CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.format import ModelIdentity, StoreSpec, diff_fields
 from embstore.core.records import JournalState, WindowRecord
@@ -92,9 +92,12 @@ def refuse_other_input(
         Any other field differs; all of them are named with both values.
     """
     stored = spec.embedding
+    space, pooling = space_and_pooling(stored.pooling) or (stored.pooling, stored.pooling)
     explicit: dict[str, tuple[object, object]] = {
         "max_tokens": (stored.max_tokens, config.max_tokens),
         "vocab": (stored.columns, config.vocab),
+        "space": (space, config.space),
+        "pooling": (pooling, config.pooling),
         "batch_tokens": (stored.batch_tokens, config.batch_tokens),
         "dtype": (stored.dtype, None if config.dtype == "auto" else config.dtype),
         "window_rows": (spec.window_rows, config.window_rows),

@@ -202,7 +202,9 @@ def test_gzip_and_standard_input_give_the_same_prompts(built: Path, model: Path,
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        (["--dtype", "bfloat16"], "dtype"),
+        (["--dtype", "float16"], "dtype"),  # never chosen by auto
+        (["--space", "hidden"], "space"),
+        (["--pooling", "last"], "pooling"),
         (["--max-tokens", "7"], "max_tokens"),
         (["--threads", "2"], "threads"),
         (["--vocab", "tokenizer"], "vocab"),

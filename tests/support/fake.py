@@ -61,7 +61,7 @@ class FakeSource:
             columns=config.vocab or "model",
             head="affine",
             head_scale=1.0,
-            pooling="hash",
+            pooling="mean of logits over own tokens",
             normalization="l2",
             token_rule="characters",
             max_tokens=config.max_tokens or 512,

@@ -48,6 +48,8 @@ FIELDS = [
     ({"max_tokens": 256}, "max_tokens", "512", "256"),
     ({"dtype": "bfloat16"}, "dtype", "float32", "bfloat16"),
     ({"vocab": "tokenizer"}, "vocab", "model", "tokenizer"),
+    ({"space": "hidden"}, "space", "logits", "hidden"),
+    ({"pooling": "last"}, "pooling", "mean", "last"),
     ({"batch_tokens": 8192}, "batch_tokens", "4096", "8192"),
     ({"compressor": "none"}, "compressor", "lz4", "none"),
     ({"window_rows": 48}, "window_rows", "32", "48"),
@@ -57,7 +59,7 @@ FIELDS = [
 MODEL_FIELDS = ["weights_sha256", "tokenizer_sha256", "config_sha256", "architecture", "revision"]
 # how a run can be given another value of a field of spec.json: a field that is missing here has no test
 GIVEN_BY: dict[str, set[str]] = {
-    "an option": {f"embedding.{name}" for name in ("max_tokens", "dtype", "columns", "batch_tokens")}
+    "an option": {f"embedding.{name}" for name in ("max_tokens", "dtype", "columns", "pooling", "batch_tokens")}
     | {"compressor", "window_rows", "chunk_rows", "model.trust_remote_code"},
     "the hardware": {"embedding.threads", "embedding.device", "embedding.capability"},
     "the model": {f"model.{field}" for field in MODEL_FIELDS},
@@ -65,7 +67,7 @@ GIVEN_BY: dict[str, set[str]] = {
     "another release": {"format_version"},
     "nobody, it is for people": {"model.name"},
     # these follow from the others, and from code
-    "a changed spec.json only": {f"embedding.{name}" for name in ("dimension", "rank", "head", "head_scale", "pooling")}
+    "a changed spec.json only": {f"embedding.{name}" for name in ("dimension", "rank", "head", "head_scale")}
     | {f"embedding.{name}" for name in ("normalization", "token_rule", "basis")}
     | {"basis_sha256"},
 }
@@ -113,10 +115,11 @@ def _named(error: IdentityMismatchError, field: str, stored: str, given: str) ->
 def test_every_field_of_the_spec_has_a_test_of_another_value() -> None:
     named = [field for fields in GIVEN_BY.values() for field in fields]
     assert sorted(named) == sorted(SPEC_FIELDS)
-    options = {"columns" if field == "vocab" else field for _, field, _, _ in FIELDS}
+    stored_as = {"vocab": "columns", "space": "pooling"}  # the rule of pooling says both
+    options = {stored_as.get(field, field) for _, field, _, _ in FIELDS}
     assert {field.rpartition(".")[2] for field in GIVEN_BY["an option"]} == options
     # what a user may set is a field of the spec, or names the model
-    asked = {"columns" if entry.name == "vocab" else entry.name for entry in dataclasses.fields(EmbeddingConfig)}
+    asked = {stored_as.get(entry.name, entry.name) for entry in dataclasses.fields(EmbeddingConfig)}
     assert asked - {"model"} <= {field.rpartition(".")[2] for field in SPEC_FIELDS}
 
 

@@ -1,0 +1,159 @@
+"""From pooled means to what is stored: unit float16 rows, float32 coordinates and residuals, in one sweep over the columns.
+
+The norm comes from the coordinates, which hold all of a row: |x| = |R h|. So product, scaling, rounding and the rounding's
+error are done on one block of columns after the other while it lies in the cache, and no V-wide float32 row ever exists
+(measured in docs/performance.md).
+
+Shapes: B rows of a slab, X what was pooled (D or V), D model width, V vocabulary, R coordinates, C columns of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embstore.compute.coordinates import ReadBlock, project
+from embstore.compute.heads import AffineHead
+
+# Rows of a slab: enough for the product to run at full speed, few enough for two slabs of a chunk. Both decide low bits.
+SLAB_ROWS = 160
+_BLOCK_COLUMNS = 2048
+
+
+class Finisher(Protocol):
+    """What turns pooled means into rows; one for affine heads, one for means of logits."""
+
+    def coordinates(self, mean_BX: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates of unit rows float32 [B, R], and the norms float32 [B] the rows had."""
+
+    def unit_blocks(self, mean_BX: Tensor, norm_B: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Unit rows float32 [B, C] by blocks of columns; a block is overwritten by the next one."""
+
+    def lost(self, unit_BC: Tensor, half_BC: Tensor, coordinate_BR: Tensor, columns: slice) -> Tensor:
+        """What the coordinates do not give of the stored block, float32 [B, C]; may overwrite ``unit_BC``."""
+
+
+class AffineFinisher:
+    """Means of hidden states under an affine head: x = scale * A z with z = (h, 1) and A = [W | b]."""
+
+    def __init__(self, head: AffineHead, basis_VR: NDArray[np.float32], dimension: int, device: torch.device) -> None:
+        self._weight_VD = head.weight_VD[:dimension]
+        self._bias_V = None if head.bias_V is None else head.bias_V[:dimension]
+        self._scale = head.scale
+        # Q^T x = scale (Q^T A) z: no V-wide product
+        read_block, width = spanning_columns(head, dimension)
+        map_RM = head.scale * project(basis_VR, read_block, width)
+        self._map_MR = torch.from_numpy(np.ascontiguousarray(map_RM.T)).float().to(device)
+        self._step = _columns_at_once(dimension, device)
+
+    def coordinates(self, mean_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``Finisher``."""
+        raw_BR = mean_BD @ self._map_MR[: mean_BD.shape[1]]
+        if self._bias_V is not None:
+            raw_BR += self._map_MR[-1]
+        norm_B = torch.linalg.vector_norm(raw_BR, dim=1)
+        return raw_BR.div_(norm_B[:, None]), norm_B
+
+    def unit_blocks(self, mean_BD: Tensor, norm_B: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """As ``Finisher``."""
+        factor_B = (self._scale / norm_B)[:, None]
+        scaled_BD = mean_BD * factor_B
+        buffer_BC = torch.empty((len(mean_BD), min(self._step, len(self._weight_VD))), device=mean_BD.device)
+        for columns in _blocks(len(self._weight_VD), self._step):
+            unit_BC = torch.mm(scaled_BD, self._weight_VD[columns].T, out=_part(buffer_BC, columns))
+            if self._bias_V is not None:
+                unit_BC += self._bias_V[columns] * factor_B
+            yield columns, unit_BC
+
+    def lost(self, unit_BC: Tensor, half_BC: Tensor, coordinate_BR: Tensor, columns: slice) -> Tensor:
+        """As ``Finisher``: the float32 row lies in the span of the basis, so all it loses is the rounding."""
+        return unit_BC.sub_(half_BC)
+
+
+class MeanFinisher:
+    """Means of logits; ``basis_VR`` misses some of them, and the residual says how much."""
+
+    def __init__(self, basis_VR: NDArray[np.float32], device: torch.device) -> None:
+        self._basis_VR = torch.from_numpy(basis_VR).to(device)
+        self._step = _columns_at_once(len(basis_VR), device)
+
+    def coordinates(self, mean_BV: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``Finisher``."""
+        norm_B = torch.linalg.vector_norm(mean_BV, dim=1)
+        return (mean_BV @ self._basis_VR).div_(norm_B[:, None]), norm_B
+
+    def unit_blocks(self, mean_BV: Tensor, norm_B: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """As ``Finisher``."""
+        for columns in _blocks(mean_BV.shape[1], self._step):
+            yield columns, mean_BV[:, columns] / norm_B[:, None]
+
+    def lost(self, unit_BC: Tensor, half_BC: Tensor, coordinate_BR: Tensor, columns: slice) -> Tensor:
+        """As ``Finisher``."""
+        return torch.sub(half_BC, coordinate_BR @ self._basis_VR[columns].T, out=unit_BC)
+
+
+def finish(finisher: Finisher, mean_BX: Tensor, out_BV: Tensor, coord_BR: Tensor, residual_B: Tensor) -> NDArray[np.float32]:
+    """Fill one slab: ``out_BV`` float16, ``coord_BR`` and ``residual_B`` float32, all in host memory.
+
+    Returns the norms float32 [B] before scaling; where one is not finite or 0, the row is rubbish and the caller's to mark.
+    """
+    coordinate_BR, norm_B = finisher.coordinates(mean_BX)
+    square_B = torch.zeros_like(norm_B)
+    for columns, unit_BC in finisher.unit_blocks(mean_BX, norm_B):
+        half_BC = out_BV[:, columns]
+        if unit_BC.device.type == "cpu":
+            half_BC.copy_(unit_BC)
+        else:
+            device_BC = unit_BC.to(torch.float16)
+            half_BC.copy_(device_BC, non_blocking=True)  # the host's side is pinned
+            half_BC = device_BC
+        lost_BC = finisher.lost(unit_BC, half_BC, coordinate_BR, columns)
+        square_B += torch.linalg.vecdot(lost_BC, lost_BC)
+    coord_BR.copy_(coordinate_BR)
+    residual_B.copy_(square_B.sqrt_())
+    norms: NDArray[np.float32] = norm_B.cpu().numpy()
+    if mean_BX.device.type == "cuda":
+        torch.cuda.current_stream().synchronize()  # copies that did not block are over now
+    return norms
+
+
+def slab_bytes(dimension: int, rank: int) -> int:
+    """Host memory of one slab in the making, above its inputs and outputs."""
+    return 4 * SLAB_ROWS * (3 * min(_BLOCK_COLUMNS, dimension) + 4 * rank)
+
+
+def spanning_columns(head: AffineHead, dimension: int) -> tuple[ReadBlock, int]:
+    """Reader of [W | b] by blocks of vocabulary rows, and its width."""
+    weight_VD = head.weight_VD[:dimension]
+    bias_V = head.bias_V[:dimension] if head.bias_V is not None else None
+
+    def read(start: int, stop: int) -> NDArray[np.floating]:
+        block = weight_VD[start:stop].cpu().numpy()
+        return block if bias_V is None else np.column_stack([block, bias_V[start:stop].cpu().numpy()])
+
+    return read, weight_VD.shape[1] + (bias_V is not None)
+
+
+def identity_head(width: int, device: torch.device) -> AffineHead:
+    """The head of ``--space hidden``: rows are the pooled states themselves, and a product with 1 is exact."""
+    return AffineHead(weight_VD=torch.eye(width, device=device), bias_V=None, scale=1.0)
+
+
+def _columns_at_once(dimension: int, device: torch.device) -> int:
+    """A block that fits a core's cache; an accelerator takes the whole width at once."""
+    return _BLOCK_COLUMNS if device.type == "cpu" else dimension
+
+
+def _blocks(dimension: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, dimension)) for start in range(0, dimension, step))
+
+
+def _part(buffer_BC: Tensor, columns: slice) -> Tensor:
+    """The buffer, or for the last and narrower block a fresh one: ``out=`` wants contiguous memory to be fast."""
+    width = columns.stop - columns.start
+    return buffer_BC if width == buffer_BC.shape[1] else torch.empty((len(buffer_BC), width), device=buffer_BC.device)
