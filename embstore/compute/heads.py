@@ -48,7 +48,7 @@ class SplitModel:
 
     def __init__(self, model: Any, *, headless: bool = False) -> None:  # noqa: ANN401 - transformers is untyped
         self._model = model
-        self._backbone = model.base_model
+        self._backbone = _backbone_of(model)
         if self._backbone is model and not headless:
             raise ModelError(
                 f"{type(model).__name__} names no backbone (base_model), so logits cannot be pooled",
@@ -56,7 +56,8 @@ class SplitModel:
             )
         config = model.config.get_text_config()
         self.width: int = config.hidden_size
-        self.inner_width: int = getattr(config, "intermediate_size", None) or 4 * self.width
+        inner = getattr(config, "intermediate_size", None) or 4 * self.width
+        self.inner_width: int = inner if isinstance(inner, int) else max(inner)  # Gemma3n has one for each layer
         # what a token is multiplied with; the embedding table is only looked up
         table = model.get_input_embeddings().weight
         self.num_tokens: int = table.shape[0]
@@ -151,6 +152,21 @@ class SplitModel:
             return logits
         finally:
             self._given.output = None
+
+
+def _backbone_of(model: Any) -> Any:  # noqa: ANN401
+    """The module whose output the class makes logits of: its base model, or that one's decoder (OPT calls it directly)."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if decoder is None or decoder is model.base_model or decoder is model:
+        return model.base_model
+    used: list[Any] = []
+    hook = model.base_model.register_forward_hook(lambda *_: used.append(model.base_model))
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        hook.remove()
+    return model.base_model if used else decoder
 
 
 def _shadow_forward(backbone: Any) -> threading.local:  # noqa: ANN401

@@ -28,8 +28,18 @@ from tests.support.models import (
     unit_mean,
 )
 
-AFFINE_SCALES = {"llama": 1.0, "llama-tied": 1.0, "gpt2": 1.0, "phi": 1.0, "granite": 1 / 3, "cohere": 0.25}
-STREAMED = ("gemma2", "nanochat", "modernbert-decoder")
+_UNSCALED = ("llama", "llama-tied", "qwen3", "mistral", "phi3", "gpt2", "gpt-neox", "bloom", "opt", "mamba")
+_BIASED = ("phi", "gptj")
+_EXPERTS = ("mixtral", "olmoe", "deepseek-v3")
+AFFINE_SCALES = dict.fromkeys(_UNSCALED + _BIASED + _EXPERTS, 1.0) | {
+    "granite": 1 / 3,
+    "granite-moe": 1 / 3,
+    "cohere": 0.25,
+    "cohere2": 0.25,
+    "falcon-h1": 0.5,
+}
+CAPPED = ("gemma2", "gemma3n", "nanochat")
+STREAMED = (*CAPPED, "modernbert-decoder", "opt-projected")
 CLASSES = [*AFFINE_SCALES, *STREAMED]
 # Rows of these share one direction (a bias), as rows of trained models do; others spread ten times as far, and so do errors.
 BIASED = ("phi", "modernbert-decoder")

@@ -53,6 +53,60 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "phi": lambda: transformers.PhiConfig(**_COMMON),
     "granite": lambda: transformers.GraniteConfig(**_GROUPED, logits_scaling=3.0, embedding_multiplier=4.0),
     "cohere": lambda: transformers.CohereConfig(**_GROUPED, logit_scale=0.25),
+    "qwen3": lambda: transformers.Qwen3Config(**_GROUPED, head_dim=8),
+    "mistral": lambda: transformers.MistralConfig(**_GROUPED, sliding_window=16),
+    "phi3": lambda: transformers.Phi3Config(**_GROUPED),
+    "gpt-neox": lambda: transformers.GPTNeoXConfig(**_COMMON, tie_word_embeddings=False),
+    "gptj": lambda: transformers.GPTJConfig(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=4, bos_token_id=0, eos_token_id=1
+    ),
+    "opt": lambda: transformers.OPTConfig(**_COMMON, ffn_dim=64, word_embed_proj_dim=32),
+    "opt-projected": lambda: transformers.OPTConfig(**_COMMON, ffn_dim=64, word_embed_proj_dim=16),
+    "bloom": lambda: transformers.BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1
+    ),
+    "cohere2": lambda: transformers.Cohere2Config(**_GROUPED, logit_scale=0.25, sliding_window=16),
+    "falcon-h1": lambda: transformers.FalconH1Config(
+        **_GROUPED,
+        mamba_d_ssm=64,
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_d_state=16,
+        mamba_chunk_size=16,
+        lm_head_multiplier=0.5,
+    ),
+    "mamba": lambda: transformers.MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8, bos_token_id=0, eos_token_id=1
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(**_GROUPED, num_local_experts=4),
+    "olmoe": lambda: transformers.OlmoeConfig(**_GROUPED, num_experts=4, num_experts_per_tok=2),
+    "deepseek-v3": lambda: transformers.DeepseekV3Config(
+        **_COMMON,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        num_key_value_heads=4,
+    ),
+    "granite-moe": lambda: transformers.GraniteMoeConfig(**_GROUPED, logits_scaling=3.0, num_local_experts=4),
+    "gemma3n": lambda: transformers.Gemma3nTextConfig(
+        **(_GROUPED | {"num_hidden_layers": 4, "intermediate_size": [64] * 4}),
+        head_dim=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        laurel_rank=4,
+        num_kv_shared_layers=0,
+        final_logit_softcapping=30.0,
+        layer_types=["full_attention"] * 4,
+        activation_sparsity_pattern=[0.0] * 4,
+    ),
     "gemma2": lambda: transformers.Gemma2Config(**_GROUPED, head_dim=8, final_logit_softcapping=30.0),
     "nanochat": lambda: transformers.NanoChatConfig(**_GROUPED, final_logit_softcapping=15.0),
     "modernbert-decoder": lambda: transformers.ModernBertDecoderConfig(
@@ -157,6 +211,8 @@ def rows_before_rounding(embedder: LogitEmbedder, prompts: Sequence[Prompt]) -> 
 def oracle_logits(model: Any, tokens: Sequence[Sequence[int]]) -> list[NDArray[np.float64]]:
     """Logits float64 [T, V] of each prompt by the unmodified class, one unpadded prompt at a time."""
     double = copy.deepcopy(model).double()
+    if hasattr(double, "set_experts_implementation"):
+        double.set_experts_implementation("eager")  # grouped products of experts have no float64
     with torch.inference_mode():
         return [double(input_ids=torch.tensor([list(ids)])).logits[0].numpy() for ids in tokens]
 
