@@ -25,8 +25,8 @@ from torch import Tensor
 
 from embstore.compute.batching import PromptTokenizer, TokenBatch, TokenRow, last_token_only, token_batches
 from embstore.compute.finish import SLAB_ROWS, AffineFinisher, Finisher, MeanFinisher, finish, slab_bytes
-from embstore.compute.heads import AffineHead, SplitModel
-from embstore.compute.streamed import add_streamed, streamed_tokens
+from embstore.compute.heads import AffineHead, CappedHead, SplitModel
+from embstore.compute.streamed import add_capped, add_streamed, streamed_tokens
 from embstore.compute.workers import Workers, workers_for
 from embstore.core.config import pooling_rule
 from embstore.core.embedder import Check, RowBlock, WindowCounts
@@ -54,10 +54,11 @@ class PooledWindow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelParts:
-    """A loaded model ready to pool: ``head`` is None on the streaming path."""
+    """A loaded model ready to pool: ``head`` is None on the streaming path, ``capped`` None where only the class can."""
 
     model: SplitModel
     head: AffineHead | None
+    capped: CappedHead | None
     tokenizer: PromptTokenizer
     device: torch.device
 
@@ -87,7 +88,7 @@ class LogitEmbedder:
         truncated_share: float = 0.0,
         seconds_per_row: float = 0.0,
     ) -> None:
-        self._model, self._head = parts.model, parts.head
+        self._model, self._head, self._capped = parts.model, parts.head, parts.capped
         self._tokenizer, self._device = parts.tokenizer, parts.device
         self.spec = spec
         self.basis_VR = basis_VR
@@ -214,6 +215,10 @@ class LogitEmbedder:
             share_BT = pooled_BT / pooled_BT.sum(dim=1, keepdim=True)
             mean_WX[rows_B] = torch.bmm(share_BT[:, None], hidden_BTD)[:, 0]
         else:
+            if self._capped is not None and add_capped(
+                self._capped, hidden_BTD, pooled_BT, rows_B, mean_WX, columns=self.spec.dimension
+            ):
+                return
             mean_WX[rows_B] = 0.0  # a batch that ran out of memory may have begun to add
             add_streamed(self._model, hidden_BTD, pooled_BT, rows_B, mean_WX, columns=self.spec.dimension)
 
@@ -238,6 +243,11 @@ def _finished(chunk: _Chunk, window: PooledWindow, first_row: int) -> RowBlock:
     return RowBlock(emb_BV=emb_BV, coord_BR=coord_BR, residual_B=residual_B, failed=tuple(failed))
 
 
+def is_streamed(spec: EmbeddingSpec) -> bool:
+    """Whether what is pooled is logits, V wide, because the head is not affine."""
+    return spec.head in ("streamed", "capped")
+
+
 def num_workers(spec: EmbeddingSpec, width: int, inner_width: int) -> int:
     """Batches in flight; follows from pinned values and the model, because it decides how torch splits its sums."""
     tokens = max(spec.batch_tokens, spec.max_tokens)
@@ -257,10 +267,10 @@ def window_bytes(spec: EmbeddingSpec, width: int, inner_width: int, chunk_rows: 
     workers = num_workers(spec, width, inner_width)
     tokens = max(spec.batch_tokens, spec.max_tokens)
     activations = workers * activation_bytes(tokens, width, inner_width) if spec.device == "cpu" else 0
-    pooled_width = width if spec.head != "streamed" else spec.dimension
+    pooled_width = spec.dimension if is_streamed(spec) else width
     means = window_rows * pooled_width * 4
     wide = workers * slab_bytes(spec.dimension, spec.rank)
-    if spec.head == "streamed":
+    if is_streamed(spec):
         # the logits, the class's own copies while it caps them, and what is added and gathered
         wide += workers * 6 * streamed_tokens(spec.dimension) * spec.dimension * 4
     # one is being written, its encoded copy, the next one, and one whose first slab is begun

@@ -39,6 +39,14 @@ class AffineHead:
         return logits_BV if self.scale == 1.0 else logits_BV.mul_(self.scale)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CappedHead:
+    """``cap * tanh(linear(h) / cap)`` (Gemma 2, NanoChat): what can be computed block by block without the class."""
+
+    linear: AffineHead
+    cap: float
+
+
 class SplitModel:
     """A causal LM cut into its backbone and everything its class does after it.
 
@@ -112,7 +120,7 @@ class SplitModel:
                 hint="this model class is not supported; please report it",
             )
         plain = self.stored_affine_head(1.0)
-        if self._names_soft_cap() or plain is None or len(plain.weight_VD) != logits_TV.shape[1]:
+        if self._soft_caps() or plain is None or len(plain.weight_VD) != logits_TV.shape[1]:
             return None
         mean_V, pooled_V = whole_TV.double().mean(0), plain(hidden_TD.double().mean(0).float()[None])[0].double()
         scale = float(mean_V @ pooled_V / (pooled_V @ pooled_V))
@@ -126,6 +134,25 @@ class SplitModel:
         )
         return self.stored_affine_head(scale) if fits else None
 
+    def capped_head(self, tokens_1T: Tensor) -> CappedHead | None:
+        """The head as a capped linear map if its class computes just that, soft and loud, on this prompt; else None."""
+        capped = self.stored_capped_head()
+        if capped is None:
+            return None
+        hidden_TD = self.hidden(tokens_1T, torch.ones_like(tokens_1T, dtype=torch.bool))[0]
+        for loudness in (1.0, _LOUD):
+            expected_TV = self.head(loudness * hidden_TD)
+            found_TV = torch.tanh_(capped.linear(loudness * hidden_TD).div_(capped.cap)).mul_(capped.cap)
+            # the loudest logits sit at the cap whatever it is applied to: only both together are evidence
+            if found_TV.shape != expected_TV.shape or not _relative_error(found_TV, expected_TV) < _AFFINE_TOLERANCE:
+                return None
+        return capped
+
+    def stored_capped_head(self) -> CappedHead | None:
+        """The output layer under the one cap that the configuration names; None without such a cap or layer."""
+        caps, linear = self._soft_caps(), self.stored_affine_head(1.0)
+        return CappedHead(linear=linear, cap=caps.pop()) if linear is not None and len(caps) == 1 else None
+
     def stored_affine_head(self, scale: float) -> AffineHead | None:
         """The output layer's own weight and bias with a known scale; None if it is no linear layer over hidden states."""
         linear: object = self._model.get_output_embeddings()
@@ -134,13 +161,11 @@ class SplitModel:
         bias_V = None if linear.bias is None else linear.bias.detach().float()  # type: ignore[redundant-expr]  # torch's stub
         return AffineHead(weight_VD=linear.weight.detach().float(), bias_V=bias_V, scale=scale)
 
-    def _names_soft_cap(self) -> bool:
-        def named(config: Any) -> bool:  # noqa: ANN401
-            values = config.to_dict()
-            return any(value and "soft" in name and "cap" in name and "attn" not in name for name, value in values.items())
-
-        text_config = self._model.config.get_text_config()
-        return named(self._model.config) or named(text_config)
+    def _soft_caps(self) -> set[float]:
+        """Soft caps of logits that the configuration names."""
+        configs = (self._model.config, self._model.config.get_text_config())
+        named = [item for config in configs for item in config.to_dict().items()]
+        return {float(value) for name, value in named if value and "soft" in name and "cap" in name and "attn" not in name}
 
     def _after_backbone(self, output: Any) -> Tensor:  # noqa: ANN401
         """Logits of the class with ``output`` in the place of what its backbone gives, in this thread only."""

@@ -18,10 +18,18 @@ from numpy.typing import NDArray
 
 from embstore.compute.batching import TOKEN_RULE, PromptTokenizer, TokenRow
 from embstore.compute.coordinates import orthonormal_basis
-from embstore.compute.embed import DTYPES, MAX_WINDOW_ROWS, LogitEmbedder, ModelParts, activation_bytes, window_bytes
+from embstore.compute.embed import (
+    DTYPES,
+    MAX_WINDOW_ROWS,
+    LogitEmbedder,
+    ModelParts,
+    activation_bytes,
+    is_streamed,
+    window_bytes,
+)
 from embstore.compute.exact import exact_neighbors
 from embstore.compute.finish import identity_head, spanning_columns
-from embstore.compute.heads import AffineHead, SplitModel
+from embstore.compute.heads import AffineHead, CappedHead, SplitModel
 from embstore.compute.models import (
     LoadedModel,
     ModelFiles,
@@ -89,15 +97,15 @@ class TorchSource:
         model = SplitModel(loaded.model, headless=space == "hidden")
         tokenizer = PromptTokenizer(loaded.tokenizer, max_tokens, model.num_tokens)
         sample = tokenizer.encode(prompts.sample(_seeded_rows(len(prompts), _SAMPLE_ROWS)))
-        head, columns = _head_and_columns(model, _probe_tokens(sample).to(loaded.device), space)
+        head, capped, columns = _head_and_columns(model, _probe_tokens(sample).to(loaded.device), space)
         if config.vocab == "tokenizer":
             columns = min(columns, len(loaded.tokenizer))
-        parts = ModelParts(model=model, head=head, tokenizer=tokenizer, device=loaded.device)
+        parts = ModelParts(model=model, head=head, capped=capped, tokenizer=tokenizer, device=loaded.device)
         spec = EmbeddingSpec(
             dimension=columns,
             rank=0,
             columns="hidden" if space == "hidden" else config.vocab or "model",
-            head="none" if space == "hidden" else "streamed" if head is None else "affine",
+            head="none" if space == "hidden" else "affine" if head else "capped" if capped else "streamed",
             head_scale=1.0 if head is None else head.scale,
             pooling=pooling_rule(space, pooling),
             normalization="l2",
@@ -151,7 +159,7 @@ class TorchSource:
     def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> LogitEmbedder:
         """Load the model under a stored spec; nothing is probed or decided."""
         options = space_and_pooling(spec.pooling)
-        if options is None or spec.head not in ("affine", "streamed", "none") or spec.token_rule != TOKEN_RULE:
+        if options is None or spec.head not in ("affine", "capped", "streamed", "none") or spec.token_rule != TOKEN_RULE:
             raise _not_ours(spec)
         torch.set_num_threads(spec.threads)
         loaded = load_model(self._files, spec.device, space=options[0])
@@ -161,9 +169,10 @@ class TorchSource:
             head = identity_head(model.width, loaded.device)
         elif spec.head == "affine" and (head := model.stored_affine_head(spec.head_scale)) is None:
             raise _not_ours(spec)
+        capped = model.stored_capped_head() if spec.head == "capped" else None
         model.to_dtype(DTYPES[spec.dtype])
         tokenizer = PromptTokenizer(loaded.tokenizer, spec.max_tokens, model.num_tokens)
-        parts = ModelParts(model=model, head=head, tokenizer=tokenizer, device=loaded.device)
+        parts = ModelParts(model=model, head=head, capped=capped, tokenizer=tokenizer, device=loaded.device)
         return LogitEmbedder(parts, spec, basis_VR)
 
 
@@ -198,14 +207,17 @@ def _space_of(spec: EmbeddingSpec) -> Space:
     return "hidden" if spec.head == "none" else "logits"
 
 
-def _head_and_columns(model: SplitModel, probe_1T: torch.Tensor, space: Space) -> tuple[AffineHead | None, int]:
-    """The head as an affine map, None where it has to be streamed, and the width of a row."""
+def _head_and_columns(
+    model: SplitModel, probe_1T: torch.Tensor, space: Space
+) -> tuple[AffineHead | None, CappedHead | None, int]:
+    """The head as an affine or a capped map, neither where only its class can compute it, and the width of a row."""
     if space == "hidden":
-        return identity_head(model.width, probe_1T.device), model.width
+        return identity_head(model.width, probe_1T.device), None, model.width
     with torch.inference_mode():
         head = model.affine_head(probe_1T)
         hidden_TD = model.hidden(probe_1T, torch.ones_like(probe_1T, dtype=torch.bool))[0]
-        return head, model.head(hidden_TD[:1]).shape[1]
+        capped = model.capped_head(probe_1T) if head is None else None
+        return head, capped, model.head(hidden_TD[:1]).shape[1]
 
 
 def _batch_tokens(device: torch.device, model: SplitModel) -> int:
@@ -228,7 +240,7 @@ def _window_rows(spec: EmbeddingSpec, model: SplitModel, sample: Sequence[TokenR
     mean_tokens = float(np.mean([len(row.ids_T) for row in sample]))
     minute = int(_WINDOW_SECONDS * _NOMINAL_FLOPS[spec.device] / max(1.0, 2 * model.backbone_parameters * mean_tokens))
     wide = MAX_WINDOW_ROWS
-    if spec.head == "streamed":
+    if is_streamed(spec):
         wide = min(_STREAMED_WINDOW_BYTES, memory_bytes // 4) // (4 * spec.dimension)
     return max(16, min(MAX_WINDOW_ROWS, minute, wide))
 

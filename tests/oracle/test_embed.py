@@ -63,8 +63,8 @@ def test_a_linear_head_is_pooled_before(case_of: CaseOf, name: str, scale: float
 
 
 @pytest.mark.parametrize("name", STREAMED)
-def test_a_capped_or_network_head_is_streamed(case_of: CaseOf, name: str) -> None:
-    assert case_of(name).embedder.spec.head == "streamed"
+def test_a_capped_head_is_fused_and_any_other_streamed_by_its_class(case_of: CaseOf, name: str) -> None:
+    assert case_of(name).embedder.spec.head == ("capped" if name in CAPPED else "streamed")
 
 
 @pytest.mark.parametrize("name", ["gemma2", "nanochat"])
@@ -72,7 +72,7 @@ def test_a_cap_streams_even_where_logits_never_reach_it(name: str, tmp_path: Pat
     model = make_model(name, logit_std=0.0)
     model.get_output_embeddings().weight.mul_(1e-4)
     embedder = open_embedder(save_model(tmp_path / "model", model, make_tokenizer()), PROMPTS, tmp_path / "work")
-    assert embedder.spec.head == "streamed"
+    assert embedder.spec.head == "capped"
 
 
 @pytest.mark.parametrize("name", CLASSES)
