@@ -39,8 +39,8 @@ class StopSignals:
             signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def deferred(self) -> Iterator[Check]:
-        """One window: a signal is acted on when it ends; yields what abandons the window after a second one.
+    def deferred(self, what: str = "committing the window in flight") -> Iterator[Check]:
+        """One commit: a signal is acted on when it ends; yields what abandons a window after a second one.
 
         Raises
         ------
@@ -53,7 +53,7 @@ class StopSignals:
         finally:
             self._is_deferred = False
         if self._count:
-            raise self._stop("stopped after committing the window in flight")
+            raise self._stop(f"stopped after {what}")
 
     def _check(self) -> None:
         if self._count > 1:

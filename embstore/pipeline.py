@@ -288,7 +288,8 @@ def _publish_weights(run: Run, spec: StoreSpec, neighbors: NeighborFiles, finish
         weights = write_weights(run.writer.root, spec, run.writer.state, neighbors, residual_N, run.config.weighting)
         kept = finished.manifest if finished is not None else None
         if kept is None or kept.names.get(DEFAULT_NAME) != weights.digest or kept.neighbors != neighbors.digest:
-            publish(run.writer, spec, neighbors, weights, name=DEFAULT_NAME, kept=kept)
+            with run.stop.deferred("publishing"):  # the flip and the links that follow it
+                publish(run.writer, spec, neighbors, weights, name=DEFAULT_NAME, kept=kept)
     run.observer(StageFinished(stage="publish", seconds=time.perf_counter() - started))
     for warning in weights.result.warnings:
         run.observer(Notice(message=warning))

@@ -104,7 +104,8 @@ class LogitEmbedder:
             if self._head is not None
             else MeanFinisher(basis_VR, self._device)
         )
-        self._workers = Workers(spec.threads, num_workers(spec, self._model.width, self._model.inner_width))
+        self.num_workers = num_workers(spec, self._model.width, self._model.inner_width)
+        self._workers = Workers(spec.threads, self.num_workers)
 
     def memory_bytes(self, chunk_rows: int) -> int:
         """Upper estimate of host memory one window takes above the loaded model."""
@@ -113,24 +114,31 @@ class LogitEmbedder:
     def embed(self, prompts: Sequence[Prompt], *, first_row: int, chunk_rows: int, check: Check) -> Iterator[RowBlock]:
         """Blocks of ``chunk_rows`` rows, in order. A prompt without a usable row is NaN and named, never skipped."""
         self._splits = 0
-        rows = self._tokenizer.encode(prompts)
-        window = self.pool(rows, check)
-        starts = range(0, len(prompts), chunk_rows)
-        ahead = self._begin_chunk(window, 0, chunk_rows)
-        try:
-            for start in starts:
-                check()
-                chunk = ahead
-                if start + chunk_rows < len(prompts):
-                    ahead = self._begin_chunk(window, start + chunk_rows, chunk_rows)
-                yield _finished(chunk, window, first_row)
-        finally:
-            wait(ahead.jobs)  # an abandoned window must not go on in the background
+        rows = self.tokens(prompts)
+        yield from self.blocks(self.pool(rows, check), first_row=first_row, chunk_rows=chunk_rows, check=check)
         self.counts = WindowCounts(
             tokens=sum(int(row.pooled_T.sum()) for row in rows),
             truncated=sum(row.was_cut for row in rows),
             splits=self._splits,
         )
+
+    def tokens(self, prompts: Sequence[Prompt]) -> list[TokenRow]:
+        """Token rows in prompt order."""
+        return self._tokenizer.encode(prompts)
+
+    def blocks(self, window: PooledWindow, *, first_row: int, chunk_rows: int, check: Check) -> Iterator[RowBlock]:
+        """Finished rows of a pooled window by chunks; each chunk is begun when the one before it is given away."""
+        num_rows = len(window.ok_W)
+        ahead = self._begin_chunk(window, 0, chunk_rows)
+        try:
+            for start in range(0, num_rows, chunk_rows):
+                check()
+                chunk = ahead
+                if start + chunk_rows < num_rows:
+                    ahead = self._begin_chunk(window, start + chunk_rows, chunk_rows)
+                yield _finished(chunk, window, first_row)
+        finally:
+            wait(ahead.jobs)  # an abandoned window must not go on in the background
 
     @torch.inference_mode()
     def pool(self, rows: Sequence[TokenRow], check: Check) -> PooledWindow:
@@ -273,8 +281,8 @@ def window_bytes(spec: EmbeddingSpec, width: int, inner_width: int, chunk_rows: 
     if is_streamed(spec):
         # the logits, the class's own copies while it caps them, and what is added and gathered
         wide += workers * 6 * streamed_tokens(spec.dimension) * spec.dimension * 4
-    # one is being written, its encoded copy, the next one, and one whose first slab is begun
-    chunks = 4 * chunk_rows * (spec.dimension * 2 + spec.rank * 4)
+    # one is being written, two wait with their encoded copies, the next one is ready and another one begun
+    chunks = 8 * chunk_rows * (spec.dimension * 2 + spec.rank * 4)
     coordinates = 2 * window_rows * spec.rank * 4
     return activations + means + wide + chunks + coordinates + _FIXED_BYTES
 

@@ -50,14 +50,15 @@ class CappedHead:
 class SplitModel:
     """A causal LM cut into its backbone and everything its class does after it.
 
-    ``width`` is D, ``inner_width`` that of the feed-forward layers, ``num_tokens`` the number of input embeddings. The
-    backbone runs in the dtype asked for; the head's weights are held apart in float32, also when they are tied.
+    ``width`` is D, ``inner_width`` that of the feed-forward layers, ``num_tokens`` the number of input embeddings.
+    ``backbone`` is the module; it runs in the dtype asked for, while the head's weights are held apart in float32, also when
+    they are tied.
     """
 
     def __init__(self, model: Any, *, headless: bool = False) -> None:  # noqa: ANN401 - transformers is untyped
         self._model = model
-        self._backbone = _backbone_of(model)
-        if self._backbone is model and not headless:
+        self.backbone = _backbone_of(model)
+        if self.backbone is model and not headless:
             raise ModelError(
                 f"{type(model).__name__} names no backbone (base_model), so logits cannot be pooled",
                 hint="use a causal LM class of transformers",
@@ -69,9 +70,9 @@ class SplitModel:
         # what a token is multiplied with; the embedding table is only looked up
         table = model.get_input_embeddings().weight
         self.num_tokens: int = table.shape[0]
-        self.backbone_parameters = sum(parameter.numel() for parameter in self._backbone.parameters()) - table.numel()
+        self.backbone_parameters = sum(parameter.numel() for parameter in self.backbone.parameters()) - table.numel()
         self._output_type: type[Any] | None = None
-        self._given = _shadow_forward(self._backbone)
+        self._given = _shadow_forward(self.backbone)
         head = None if headless else model.get_output_embeddings()
         if head is not None and getattr(head, "weight", None) is not None:
             # untie: the backbone may go to bfloat16, the head stays in float32
@@ -79,11 +80,11 @@ class SplitModel:
 
     def to_dtype(self, dtype: torch.dtype) -> None:
         """Move the backbone to ``dtype``; the head stays in float32."""
-        self._backbone.to(dtype)
+        self.backbone.to(dtype)
 
     def hidden(self, tokens_BT: Tensor, real_BT: Tensor) -> Tensor:
         """Final hidden states float32 [B, T, D], as the head receives them."""
-        output = self._backbone(input_ids=tokens_BT, attention_mask=real_BT.long(), use_cache=False)
+        output = self.backbone(input_ids=tokens_BT, attention_mask=real_BT.long(), use_cache=False)
         self._output_type = type(output)
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD.float()

@@ -28,7 +28,8 @@ class RowBlock:
     """Finished rows of one chunk, in row order.
 
     ``emb_BV`` float16, unit L2 norm before rounding; ``coord_BR`` float32; ``residual_B`` float32, the distance from a
-    stored row to its coordinates. A failed row is NaN in all three and named in ``failed`` (global row numbers).
+    stored row to its coordinates. A failed row is NaN in all three and named in ``failed`` (global row numbers). Its memory
+    is the taker's: it is read after the next block was asked for, so an embedder that reuses it is refused.
     """
 
     emb_BV: NDArray[np.float16]

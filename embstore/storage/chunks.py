@@ -23,6 +23,8 @@ from embstore.storage.atomic import open_regular, read_all, storage_errors
 numcodecs.blosc.use_threads = False
 
 _BLOSC = numcodecs.blosc.Blosc(cname="lz4", clevel=5, shuffle=numcodecs.blosc.BITSHUFFLE, blocksize=0, typesize=2)
+Encoded = tuple[list[bytes | memoryview], ChunkRecord]
+
 _TRAILER_BYTES = 4
 _BLOSC_HEADER_BYTES = 16  # also the most by which blosc makes a buffer larger
 _REPAIR = "run embstore verify STORE --repair, then embstore build --resume"
@@ -34,9 +36,7 @@ def crc32c(data: bytes | memoryview) -> str:
     return f"{google_crc32c.value(np.frombuffer(data, dtype=np.uint8)):08x}"
 
 
-def encode_chunk(
-    emb_BV: NDArray[np.float16], *, chunk_rows: int, compressor: str
-) -> tuple[list[bytes | memoryview], ChunkRecord]:
+def encode_chunk(emb_BV: NDArray[np.float16], *, chunk_rows: int, compressor: str) -> Encoded:
     """Encode rows of one chunk; returns the pieces to write, in order, and their record (index still 0).
 
     Price: one compressed copy of the chunk (about 0.74 of it); uncompressed rows are not copied at all.

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -70,10 +73,12 @@ from embstore.storage.atomic import (
     write_all,
     write_durable,
 )
-from embstore.storage.chunks import crc32c, encode_chunk
+from embstore.storage.chunks import Encoded, crc32c, encode_chunk
 from embstore.storage.journal import Journal
 from embstore.storage.rowfiles import ROW_FILES, check_rows, header, mend, preallocate, row_bytes
 
+# Chunks that are compressed while another one is written. Compression takes as long as a write to a fast disk.
+ENCODED_AHEAD = 2
 _OWN_DIGEST = re.compile(r"[0-9a-f]{16}")
 _OWN_WEIGHTS = re.compile(r"[0-9a-f]{16}\.(npy|json)")
 
@@ -103,6 +108,7 @@ class StoreWriter:
     def __init__(self, root: Path, *, resume: bool, lock: WriterLock | None = None) -> None:
         self.root = root
         self._handles: dict[str, int] = {}
+        self._encoders = ThreadPoolExecutor(ENCODED_AHEAD, thread_name_prefix="embstore-encode")  # started when first used
         if lock is None:
             lock = lock_store(root)
         self._lock = lock
@@ -133,6 +139,7 @@ class StoreWriter:
             with contextlib.suppress(OSError):  # every row in it was synced
                 os.close(handle)
         self._handles.clear()
+        self._encoders.shutdown(cancel_futures=True)
         self._journal.close()
         self._lock.release()
 
@@ -211,8 +218,8 @@ class StoreWriter:
         residual_W = np.empty(rows.num_rows, dtype="<f4")
         chunks: list[ChunkRecord] = []
         failed: list[FailedRow] = []
-        for (index, chunk_rows), block in zip(grid.chunks(window), blocks, strict=True):
-            chunks.append(self._write_chunk(spec, index, chunk_rows, block))
+        for index, chunk_rows, block, encoded in self._encoding_ahead(spec, grid.chunks(window), blocks):
+            chunks.append(self._write_chunk(index, *encoded.result()))
             local = slice(chunk_rows.start - rows.start, chunk_rows.stop - rows.start)
             coord_WR[local], residual_W[local] = block.coord_BR, block.residual_B
             failed += block.failed
@@ -282,11 +289,24 @@ class StoreWriter:
             return decode_manifest(read_committed(self.root, WITHDRAWN))
         return None
 
-    def _write_chunk(self, spec: StoreSpec, index: int, rows: RowRange, block: RowBlock) -> ChunkRecord:
-        expected = (rows.num_rows, spec.embedding.dimension)
-        if block.emb_BV.shape != expected:
-            raise AssertionError(f"chunk {index} needs {expected}, the embedder gave {block.emb_BV.shape}")
-        pieces, record = encode_chunk(block.emb_BV, chunk_rows=spec.chunk_rows, compressor=spec.compressor)
+    def _encoding_ahead(
+        self, spec: StoreSpec, chunks: Iterable[tuple[int, RowRange]], blocks: Iterator[RowBlock]
+    ) -> Iterator[tuple[int, RowRange, RowBlock, Future[Encoded]]]:
+        """Chunks in order, each being encoded while those before it are written: the disk waits for no compressor."""
+        waiting: deque[tuple[int, RowRange, RowBlock, Future[Encoded]]] = deque()
+        for (index, rows), block in zip(chunks, blocks, strict=True):
+            expected = (rows.num_rows, spec.embedding.dimension)
+            if block.emb_BV.shape != expected:
+                raise AssertionError(f"chunk {index} needs {expected}, the embedder gave {block.emb_BV.shape}")
+            if any(np.may_share_memory(block.emb_BV, other.emb_BV) for _, _, other, _ in waiting):
+                raise AssertionError(f"chunk {index} lies in the memory of a block that is not yet written")
+            encode = functools.partial(encode_chunk, chunk_rows=spec.chunk_rows, compressor=spec.compressor)
+            waiting.append((index, rows, block, self._encoders.submit(encode, block.emb_BV)))
+            if len(waiting) > ENCODED_AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
+    def _write_chunk(self, index: int, pieces: list[bytes | memoryview], record: ChunkRecord) -> ChunkRecord:
         with DurableFile(self.root / chunk_name(index), sync_directory=False, sha256=False) as file:
             for piece in pieces:
                 file.write(piece)

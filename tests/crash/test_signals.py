@@ -111,21 +111,25 @@ def _has_lock(pid: int, store: Path) -> bool:
     return lock.exists() and f'"pid": {pid},' in lock.read_text()
 
 
-class OneBuffer(FakeSource):
-    """Its embedder gives every block in the same memory, and spoils it when told."""
+class OwnBuffers(FakeSource):
+    """Its embedder remembers the memory of the blocks it gave, to spoil it later; with ``one`` it is always the same."""
 
-    def __init__(self, buffer_BV: np.ndarray) -> None:
+    def __init__(self, *, one: bool = False) -> None:
         super().__init__()
-        self.buffer_BV = buffer_BV
+        self.one = one
+        self.buffers: list[np.ndarray] = []
 
     def _hook(self, embedder: FakeEmbedder) -> FakeEmbedder:
         compute = embedder._block
 
         def block(prompts: Sequence[Prompt], first_row: int) -> RowBlock:
             found = compute(prompts, first_row)
-            self.buffer_BV[: len(prompts)] = found.emb_BV
+            if not (self.one and self.buffers):
+                self.buffers.append(np.empty((16, 64), dtype=np.float16))
+            buffer_BV = self.buffers[-1][: len(prompts)]
+            buffer_BV[:] = found.emb_BV
             return RowBlock(
-                emb_BV=self.buffer_BV[: len(prompts)],
+                emb_BV=buffer_BV,
                 coord_BR=found.coord_BR,
                 residual_B=found.residual_B,
                 failed=found.failed,
@@ -141,9 +145,16 @@ class OneBuffer(FakeSource):
         return self._hook(super().reopen(*given))  # type: ignore[arg-type]
 
 
-def test_an_embedder_may_reuse_its_buffer(small_prompts: Path, finished_store: Path, tmp_path: Path) -> None:
-    build_small(small_prompts, tmp_path / "store", source=OneBuffer(np.empty((16, 64), dtype=np.float16)))
-    assert snapshot(tmp_path / "store") == snapshot(finished_store)
+def test_an_embedder_that_reuses_its_buffer_is_refused_and_none_of_its_rows_committed(
+    small_prompts: Path, finished_store: Path, tmp_path: Path
+) -> None:
+    """Chunks are encoded while the next one is computed: rows that change meanwhile would be stored as others."""
+    store = tmp_path / "store"
+    with pytest.raises(AssertionError, match="chunk 1 lies in the memory of a block that is not yet written"):
+        build_small(small_prompts, store, source=OwnBuffers(one=True))
+    assert not read_journal(store).windows
+    build_small(None, store, source=OwnBuffers())
+    assert snapshot(store) == snapshot(finished_store)
 
 
 @pytest.mark.parametrize("signals", [1, 2])
@@ -152,8 +163,7 @@ def test_what_a_caller_does_to_its_buffer_after_an_interrupt_reaches_no_file(
 ) -> None:
     """A store that writes on behind the caller's back would take up the spoiled values (zarr-python does)."""
     store = tmp_path / "store"
-    buffer_BV = np.empty((16, 64), dtype=np.float16)
-    source = OneBuffer(buffer_BV)
+    source = OwnBuffers()
     inner = FakeEmbedder.embed
 
     def embed(self: FakeEmbedder, prompts: Sequence[Prompt], *, first_row: int, chunk_rows: int, check: Check) -> Iterator:
@@ -168,7 +178,8 @@ def test_what_a_caller_does_to_its_buffer_after_an_interrupt_reaches_no_file(
         with pytest.raises(BuildInterruptedError):
             build_small(small_prompts, store, source=source)
     after = whole_tree(store)
-    buffer_BV[:] = 7.0
+    for buffer_BV in source.buffers:
+        buffer_BV[:] = 7.0
     time.sleep(0.2)
     assert whole_tree(store) == after, "something was written after the exception reached the caller"
     assert len(read_journal(store).windows) == (2 if signals == 1 else 1)

@@ -1,0 +1,286 @@
+"""How near the embedding pass is to the machine's limit, beside what a user would do otherwise.
+
+``python -m benchmarks.embedding --prompts FILE --model FOLDER [--parts machine,sweep,methods,writer,scale,dtype,profile]``
+
+Every method runs in a process of its own (benchmarks/methods.py), all methods one after the other in each round; figures are
+medians over rounds, and ratios compare medians of the same run. Results go to ``benchmarks/results/embedding.json``;
+``python -m scripts.performance_page`` renders them into docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.acceptance import cpu_name
+from embstore import open_store
+from embstore.core.density import total_variation
+from embstore.core.embedder import RowBlock, WindowCounts
+from embstore.core.format import chunk_name
+from embstore.core.plan import grid_of
+from embstore.storage.chunks import decode_chunk, read_chunk
+from embstore.storage.journal import read_journal
+from embstore.storage.writer import StoreWriter
+
+RESULTS = Path(__file__).parent / "results" / "embedding.json"
+DTYPES = ("float32", "bfloat16")
+PARTS = ("machine", "sweep", "methods", "writer", "scale", "dtype", "profile")
+SWEPT_TOKENS = (512, 1024, 2048, 4096, 8192)
+SLOW_ROWS = {"original": 192, "careful": 384}
+Figures = dict[str, Any]
+
+
+class Run:
+    """Options, the results so far, and how one method is run."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.results: Figures = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        self.threads = len(os.sched_getaffinity(0))
+
+    def method(self, name: str, dtype: str, rows: int, **more: object) -> Figures:
+        """One run of a method in a process of its own."""
+        job = {"method": name, "dtype": dtype, "rows": rows, "threads": self.threads, "work": str(self.options.work)} | more
+        job |= {"prompts": str(self.options.prompts), "model": str(self.options.model)}
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            json.dump(job, file)
+            file.flush()
+            command = [sys.executable, "-m", "benchmarks.methods", file.name]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        figures: Figures = json.loads(done.stdout.splitlines()[-1])
+        return figures
+
+    def record(self, part: str, figures: Figures) -> None:
+        """Keep a part's figures, with what they were measured on."""
+        command = f"python -m benchmarks.embedding --prompts {self.options.prompts.name} --model {self.options.model.name}"
+        self.results[part] = figures | {"date": time.strftime("%Y-%m-%d"), "command": f"{command} --parts {part}"}
+        packages = ("embstore", "torch", "transformers", "numpy", "numcodecs")
+        self.results["versions"] = {name: importlib.metadata.version(name) for name in packages}
+        self.results["versions"]["python"] = sys.version.split()[0]
+        self.results["hardware"] = f"{cpu_name()}, {self.threads} cores, {torch.backends.cpu.get_cpu_capability()}"
+        RESULTS.write_text(json.dumps(self.results, indent=1) + "\n")
+
+
+def main() -> None:
+    """Run the chosen parts and write their figures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("demo_output/embedding"), help="on the disk to be measured")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--rows", type=int, default=8192, help="prompts of the fast methods")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sizes", default="1024,4096,28000", help="of the part scale")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    run = Run(options)
+    parts: dict[str, Callable[[Run], Figures]] = {
+        "machine": machine, "sweep": sweep, "methods": methods, "writer": writer,
+        "scale": scale, "dtype": dtype, "profile": profile,
+    }  # fmt: skip
+    for part in options.parts.split(","):
+        started = time.perf_counter()
+        run.record(part, parts[part](run))
+        print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def machine(run: Run) -> Figures:
+    """GEMM rates in GFLOP/s: a large square product, and one of 2048 tokens as the model's feed-forward layer has it."""
+    config = json.loads((run.options.model / "config.json").read_text())
+    shapes = {"square": (2048, 2048, 2048), "layer": (2048, config["intermediate_size"], config["hidden_size"])}
+    torch.set_num_threads(run.threads)
+    return {dtype: {name: _gemm_gflops(*shape, getattr(torch, dtype)) for name, shape in shapes.items()} for dtype in DTYPES}
+
+
+def _gemm_gflops(rows: int, columns: int, inner: int, dtype: torch.dtype) -> float:
+    left, right = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
+    times = []
+    for _ in range(25):
+        started = time.perf_counter()
+        torch.nn.functional.linear(left, right)
+        times.append(time.perf_counter() - started)
+    return 2 * rows * columns * inner / statistics.median(times[5:]) / 1e9
+
+
+def sweep(run: Run) -> Figures:
+    """The backbone under every setting, on a quarter of the rows, best of two passes."""
+    settings = [
+        {"batch_tokens": tokens, "mask": mask, "workers": workers}
+        for tokens in SWEPT_TOKENS
+        for mask in (True, False)
+        for workers in sorted({1, run.threads})
+    ]
+    found: Figures = {}
+    for dtype in DTYPES:
+        rounds = run.method("backbone", dtype, run.options.rows // 4, settings=settings, rounds=2)["rounds"]
+        table = []
+        for setting in settings:
+            same = [each for each in rounds if each["settings"] == setting]
+            best = min(same, key=lambda each: each["seconds"])
+            waste = 1 - best["tokens"] / best["padded_tokens"]
+            table.append(setting | {"rows_per_second": best["rows"] / best["seconds"], "padding_waste": waste})
+        best_setting = max(table, key=lambda each: each["rows_per_second"])
+        found[dtype] = {"best": {name: best_setting[name] for name in settings[0]}, "table": table}
+    return found
+
+
+def methods(run: Run) -> Figures:
+    """All methods, one after the other in each round."""
+    found: Figures = {}
+    for dtype in DTYPES:
+        best = run.results["sweep"][dtype]["best"]
+        seen: dict[str, list[Figures]] = {}
+        for _ in range(run.options.rounds):
+            for name in ("original", "careful", "backbone", "rows", "store"):
+                rows = SLOW_ROWS.get(name, run.options.rows)
+                figures = run.method(name, dtype, rows, settings=[best])
+                seen.setdefault(name, []).append(figures["rounds"][0] if name == "backbone" else figures)
+        found[dtype] = {name: _summary(each) for name, each in seen.items()}
+        floor = found[dtype]["backbone"]
+        peak = run.results["machine"][dtype]["square"]
+        floor["gflops"] = seen["backbone"][0]["flops"] / floor["seconds"] / 1e9
+        floor["share_of_gemm_rate"] = floor["gflops"] / peak
+        for figures in found[dtype].values():
+            figures["share_of_floor"] = figures["rows_per_second"] / floor["rows_per_second"]
+            figures["times_original"] = figures["rows_per_second"] / found[dtype]["original"]["rows_per_second"]
+        beyond = 1 / found[dtype]["store"]["rows_per_second"] - 1 / floor["rows_per_second"]
+        found[dtype]["store"]["milliseconds_a_row_beyond_backbone"] = 1e3 * beyond
+        found[dtype]["store"]["seconds_over_without_store"] = (
+            found[dtype]["rows"]["rows_per_second"] / found[dtype]["store"]["rows_per_second"]
+        )
+    return found
+
+
+def _summary(rounds: list[Figures]) -> Figures:
+    rates = [each["rows"] / each["seconds"] for each in rounds]
+    middle = rounds[0]
+    figures: Figures = {
+        "rows": middle["rows"],
+        "seconds": statistics.median(each["seconds"] for each in rounds),
+        "rows_per_second": statistics.median(rates),
+        "rows_per_second_of_rounds": rates,
+        "tokens_per_second": statistics.median(each["tokens"] / each["seconds"] for each in rounds),
+        "peak_anonymous_bytes": max(each["peak_anonymous_bytes"] for each in rounds),
+    }
+    if "padded_tokens" in middle:
+        figures["padding_waste"] = 1 - middle["tokens"] / middle["padded_tokens"]
+    if "stored_bytes" in middle:
+        figures["stored_bytes_per_second"] = middle["stored_bytes"] / figures["seconds"]
+    return figures
+
+
+def writer(run: Run) -> Figures:
+    """A writer alone, fed with rows of a real store, against raw durable writes of the same sizes on the same disk."""
+    folder = run.options.work / "writer"
+    shutil.rmtree(folder, ignore_errors=True)
+    run.method("store", "float32", 4096, keep=str(folder / "store"))
+    finished = open_store(folder / "store")
+    spec, record = finished.spec, read_journal(finished.root).windows[0]
+    blocks = [decode_chunk(read_chunk(finished.root, spec, chunk), spec, chunk.index) for chunk in record.chunks]
+    rates: dict[str, list[float]] = {"raw": [], "writer": []}
+    total = sum(chunk.bytes for chunk in record.chunks)
+    for _ in range(5):
+        rates["raw"].append(total / _raw_seconds(folder / "raw", [chunk.bytes for chunk in record.chunks]))
+        target = folder / "copy"
+        with StoreWriter(target, resume=False) as copy:
+            basis_VR = np.load(finished.root / "basis.npy", mmap_mode="r")
+            same = copy.create(spec, basis_VR)
+            grid = grid_of(spec)
+            given = [
+                RowBlock(
+                    emb_BV=block[: rows.num_rows],
+                    coord_BR=np.zeros((rows.num_rows, spec.embedding.rank), dtype=np.float32),
+                    residual_B=np.zeros(rows.num_rows, dtype=np.float32),
+                )
+                for (_, rows), block in zip(grid.chunks(0), blocks, strict=True)
+            ]
+            started = time.perf_counter()
+            copy.write_window(same, 0, iter(given), lambda: WindowCounts(tokens=0, truncated=0, splits=0))
+            rates["writer"].append(total / (time.perf_counter() - started))
+        shutil.rmtree(target)
+    shutil.rmtree(folder)
+    medians = {name: statistics.median(each) for name, each in rates.items()}
+    return {
+        "chunks": len(record.chunks),
+        "bytes": total,
+        "chunk": chunk_name(0),
+        "raw_bytes_per_second": medians["raw"],
+        "writer_bytes_per_second": medians["writer"],
+        "share_of_raw": medians["writer"] / medians["raw"],
+        "bytes_per_second_of_rounds": rates,
+    }
+
+
+def _raw_seconds(folder: Path, sizes: list[int]) -> float:
+    folder.mkdir(parents=True)
+    data = os.urandom(max(sizes))
+    started = time.perf_counter()
+    for index, size in enumerate(sizes):
+        handle = os.open(folder / "temp", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        view = memoryview(data)[:size]
+        while view:
+            view = view[os.write(handle, view) :]
+        os.fsync(handle)
+        os.close(handle)
+        (folder / "temp").rename(folder / str(index))
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+    seconds = time.perf_counter() - started
+    shutil.rmtree(folder)
+    return seconds
+
+
+def scale(run: Run) -> Figures:
+    """Rows a second and memory of the embedding stage over the number of prompts, in the dtype that auto takes."""
+    found = []
+    sizes = [int(size) for size in run.options.sizes.split(",")]
+    for size in sizes:
+        rounds = [run.method("store", run.results["dtype_of_scale"], size) for _ in range(3 if size < 10_000 else 1)]
+        found.append(_summary(rounds))
+    rates = [each["rows_per_second"] for each in found]
+    return {"sizes": found, "slowest_over_fastest": min(rates) / max(rates)}
+
+
+def dtype(run: Run) -> Figures:
+    """bfloat16 rows against float32 rows over all prompts: neighbours and weights; and what auto decides here."""
+    stores = {}
+    found: Figures = {}
+    for name in (*DTYPES, "auto"):
+        keep = run.options.work / f"dtype-{name}"
+        shutil.rmtree(keep, ignore_errors=True)
+        figures = run.method("store", name, 0 if name != "auto" else 512, keep=str(keep))
+        stores[name] = open_store(keep)
+        found[name] = {"rows": figures["rows"], "rows_per_second": figures["rows"] / figures["seconds"]}
+    found["auto_takes"] = stores["auto"].spec.embedding.dtype
+    run.results["dtype_of_scale"] = found["auto_takes"]
+    exact, other = (np.asarray(stores[name].neighbor_ids)[:, :10] for name in DTYPES)
+    hits = [len(np.intersect1d(left, right)) for left, right in zip(exact, other, strict=True)]
+    found["recall_at_10"] = float(np.mean(hits)) / 10
+    found["total_variation"] = total_variation(*(np.asarray(stores[name].weights, dtype=np.float64) for name in DTYPES))
+    for name in stores:
+        shutil.rmtree(run.options.work / f"dtype-{name}")
+    return found
+
+
+def profile(run: Run) -> Figures:
+    """Shares of the CPU time of one window, by operation, and the stages of the embedding pass."""
+    return {name: run.method("profile", name, 2048) for name in DTYPES}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""The embedding methods that are compared, each run in a process of its own: ``python -m benchmarks.methods JOB.json``.
+
+original  batches of 8 in file order, padded to the longest, full float32 logits of every position, plain mean, L2 norm
+careful   transformers as a careful user would: length-sorted batches of 32, attention mask, masked mean of float32 logits
+backbone  the model without head and without store over embstore's own token batches: the floor
+rows      embstore's embedder, its rows dropped
+store     embstore's embedder into a real store: chunks, fsync, journal
+
+``original`` and ``careful`` are written from their descriptions; ``backbone`` takes batch tokens, mask and workers as given.
+Prints one JSON object: rows, tokens, seconds, and the peak of anonymous memory above the loaded model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from embstore.admission import CHUNK_BYTES
+from embstore.compute.batching import PromptTokenizer, TokenBatch, token_batches
+from embstore.compute.embed import DTYPES, MAX_WINDOW_ROWS, LogitEmbedder
+from embstore.compute.heads import SplitModel
+from embstore.compute.models import load_model, locate_model
+from embstore.compute.source import TorchSource
+from embstore.compute.workers import Workers
+from embstore.core.config import BuildConfig, EmbeddingConfig
+from embstore.core.events import RowsCommitted, StageStarted
+from embstore.core.prompts import Prompt
+from embstore.core.rows import chunk_rows_near
+from embstore.memory import MemoryMeter
+from embstore.pipeline import build
+
+MAX_TOKENS = 512
+Job = dict[str, Any]
+
+
+def main() -> None:
+    """Run the job described in the file named first on the command line, several times where it says so."""
+    job: Job = json.loads(Path(sys.argv[1]).read_text())
+    print(json.dumps(METHODS[job["method"]](job)))
+
+
+def texts_of(job: Job) -> list[str]:
+    """Prompts of the job: ``rows`` of them, every n-th of the file, so lengths are spread as in the whole."""
+    with Path(job["prompts"]).open() as file:
+        texts = [json.loads(line)["prompt"] for line in file]
+    rows = min(job["rows"] or len(texts), len(texts))
+    return [texts[index * len(texts) // rows] for index in range(rows)]
+
+
+@contextlib.contextmanager
+def measured(result: dict[str, Any]) -> Iterator[None]:
+    """Fill in seconds, and the peak of anonymous memory above what is taken now."""
+    with MemoryMeter() as meter:
+        meter.set_baseline()
+        started = time.perf_counter()
+        yield
+        result["seconds"] = time.perf_counter() - started
+    result["peak_anonymous_bytes"] = meter.peak_anonymous_bytes
+
+
+def _plain(job: Job) -> tuple[Any, Any]:
+    """Model and tokenizer as a user loads them."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"])
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=DTYPES[job["dtype"]]).eval(), tokenizer
+
+
+@torch.inference_mode()
+def original(job: Job) -> dict[str, Any]:
+    """Padding is in the mean, as it was."""
+    model, tokenizer = _plain(job)
+    texts = texts_of(job)
+    result: dict[str, Any] = {"rows": len(texts), "tokens": 0, "padded_tokens": 0}
+    with measured(result):
+        for start in range(0, len(texts), 8):
+            batch = tokenizer(
+                texts[start : start + 8], return_tensors="pt", padding=True, truncation=True, max_length=MAX_TOKENS
+            )
+            logits_BTV = model(input_ids=batch.input_ids, use_cache=False).logits.float()
+            torch.nn.functional.normalize(logits_BTV.mean(dim=1), dim=1).numpy()
+            result["tokens"] += int(batch.attention_mask.sum())
+            result["padded_tokens"] += batch.input_ids.numel()
+    return result
+
+
+@torch.inference_mode()
+def careful(job: Job) -> dict[str, Any]:
+    """Sorted by length, masked."""
+    model, tokenizer = _plain(job)
+    texts = texts_of(job)
+    result: dict[str, Any] = {"rows": len(texts), "tokens": 0, "padded_tokens": 0}
+    with measured(result):
+        ids = tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+        order = sorted(range(len(texts)), key=lambda row: -len(ids[row]))
+        for start in range(0, len(order), 32):
+            batch = tokenizer.pad({"input_ids": [ids[row] for row in order[start : start + 32]]}, return_tensors="pt")
+            logits_BTV = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            mask_BT1 = batch.attention_mask[..., None].float()
+            mean_BV = (logits_BTV.float() * mask_BT1).sum(dim=1) / mask_BT1.sum(dim=1)
+            torch.nn.functional.normalize(mean_BV, dim=1).half().numpy()
+            result["tokens"] += int(batch.attention_mask.sum())
+            result["padded_tokens"] += batch.input_ids.numel()
+    return result
+
+
+def backbone(job: Job) -> dict[str, Any]:
+    """Every setting in ``job["settings"]``: batch_tokens, mask, workers. Tokenisation is not timed."""
+    source = locate_model(EmbeddingConfig(model=job["model"]))
+    loaded = load_model(source, "cpu")
+    model = SplitModel(loaded.model)
+    model.to_dtype(DTYPES[job["dtype"]])
+    rows = PromptTokenizer(loaded.tokenizer, MAX_TOKENS, model.num_tokens).encode(
+        [Prompt(id=None, text=text) for text in texts_of(job)]
+    )
+    rounds: list[dict[str, Any]] = []
+    for settings in job["settings"] * job.get("rounds", 1):
+        windows = [rows[start : start + MAX_WINDOW_ROWS] for start in range(0, len(rows), MAX_WINDOW_ROWS)]
+        batches = [
+            batch for window in windows for batch in token_batches(window, batch_tokens=settings["batch_tokens"], pad_id=0)
+        ]
+        workers = Workers(job["threads"], settings["workers"])
+        run = _forward(model, mask=settings["mask"])
+        workers.for_each(batches[:: max(1, len(batches) // 8)], run)  # threads and kernels are ready
+        result: dict[str, Any] = {"rows": len(rows), "settings": settings}
+        with measured(result):
+            workers.for_each(batches, run)
+        result["tokens"] = int(sum(batch.real_BT.sum() for batch in batches))
+        result["padded_tokens"] = int(sum(batch.real_BT.size for batch in batches))
+        lengths = np.array([len(row.ids_T) for row in rows], dtype=np.float64)
+        result["flops"] = 2 * model.backbone_parameters * lengths.sum() + _attention_flops(loaded.model, lengths)
+        rounds.append(result)
+    return {"rounds": rounds}
+
+
+def _forward(model: SplitModel, *, mask: bool) -> Callable[[TokenBatch], None]:
+    def run(batch: TokenBatch) -> None:
+        attention_mask = torch.from_numpy(batch.real_BT).long() if mask else None
+        model.backbone(input_ids=torch.from_numpy(batch.tokens_BT), attention_mask=attention_mask, use_cache=False)
+
+    return run
+
+
+def _attention_flops(model: Any, lengths: np.ndarray[Any, Any]) -> float:  # noqa: ANN401
+    """Scores and values over the causal half: 2 * 2 * T^2 / 2 * width of all heads, in each layer."""
+    config = model.config.get_text_config()
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    return float(2 * (lengths**2).sum() * width * config.num_hidden_layers)
+
+
+def rows(job: Job) -> dict[str, Any]:
+    """Windows of the embedder as ``build`` asks for them, blocks dropped."""
+    prompts = [Prompt(id=None, text=text) for text in texts_of(job)]
+    with tempfile.TemporaryDirectory() as scratch:
+        embedder = _embedder(job, prompts, Path(scratch))
+        _embed(embedder, prompts[:256])  # threads and kernels are ready
+        result: dict[str, Any] = {"rows": len(prompts), "tokens": 0, "workers": embedder.num_workers}
+        with measured(result):
+            for start in range(0, len(prompts), MAX_WINDOW_ROWS):
+                result["tokens"] += _embed(embedder, prompts[start : start + MAX_WINDOW_ROWS])
+    return result
+
+
+def _embedder(job: Job, prompts: list[Prompt], work: Path) -> LogitEmbedder:
+    class Reader:
+        def __len__(self) -> int:
+            return len(prompts)
+
+        def sample(self, rows: Any) -> list[Prompt]:  # noqa: ANN401
+            return [prompts[row] for row in rows]
+
+    config = _config(job)
+    source = TorchSource(locate_model(config))
+    return source.create(Reader(), config, memory_bytes=2 << 30, work=work, observer=lambda _: None)
+
+
+def _embed(embedder: LogitEmbedder, prompts: list[Prompt]) -> int:
+    for _ in embedder.embed(prompts, first_row=0, chunk_rows=_chunk_rows(embedder), check=lambda: None):
+        pass
+    return embedder.counts.tokens
+
+
+def _chunk_rows(embedder: LogitEmbedder) -> int:
+    return chunk_rows_near(2 * embedder.spec.dimension, CHUNK_BYTES, num_rows=MAX_WINDOW_ROWS)
+
+
+def _config(job: Job) -> EmbeddingConfig:
+    return EmbeddingConfig(model=job["model"], dtype=job["dtype"], device="cpu", threads=job["threads"])
+
+
+def store(job: Job) -> dict[str, Any]:
+    """A whole build; the seconds are those of its embedding stage, window by window as they were committed."""
+    times: list[float] = []
+
+    def watch(event: object) -> None:
+        if isinstance(event, RowsCommitted) or (isinstance(event, StageStarted) and event.stage == "embed"):
+            times.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory(dir=job["work"]) as scratch:
+        prompts = Path(scratch) / "prompts.jsonl"
+        prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts_of(job)))
+        out = Path(job["keep"]) if job.get("keep") else Path(scratch) / "store"
+        report = build(prompts, out=out, config=BuildConfig(embedding=_config(job)), observer=watch)
+    return {
+        "rows": report.num_rows,
+        "tokens": report.embedded_tokens,
+        "stored_bytes": report.stored_bytes,
+        "seconds": times[-1] - times[0],
+        "stage_seconds": report.seconds,
+        "peak_anonymous_bytes": report.peak_anonymous_bytes,
+    }
+
+
+def profile(job: Job) -> dict[str, Any]:
+    """One window: seconds of its stages, and shares of CPU time by operation while batches are pooled."""
+    prompts = [Prompt(id=None, text=text) for text in texts_of(job)]
+    with tempfile.TemporaryDirectory() as scratch:
+        embedder = _embedder(job | {"threads": 1}, prompts, Path(scratch))
+        _embed(embedder, prompts[:256])
+        started = time.perf_counter()
+        rows = embedder.tokens(prompts)
+        tokenised = time.perf_counter()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            window = embedder.pool(rows, lambda: None)
+        pooled = time.perf_counter()
+        for _ in embedder.blocks(window, first_row=0, chunk_rows=_chunk_rows(embedder), check=lambda: None):
+            pass
+        finished = time.perf_counter()
+    times = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
+    total = sum(times.values())
+    operations = {name: each / total for name, each in sorted(times.items(), key=lambda item: -item[1])[:12]}
+    stages = {"tokenise": tokenised - started, "pool": pooled - tokenised, "rows": finished - pooled}
+    return {
+        "milliseconds_a_row_on_one_thread": {name: 1e3 * each / len(prompts) for name, each in stages.items()},
+        "share_by_operation": operations,
+    }
+
+
+METHODS: dict[str, Callable[[Job], dict[str, Any]]] = {
+    "original": original,
+    "careful": careful,
+    "backbone": backbone,
+    "rows": rows,
+    "store": store,
+    "profile": profile,
+}
+
+if __name__ == "__main__":
+    main()
