@@ -1,6 +1,6 @@
 """How near the embedding pass is to the machine's limit, beside what a user would do otherwise.
 
-``python -m benchmarks.embedding --prompts FILE --model FOLDER [--parts machine,sweep,methods,writer,scale,dtype,profile]``
+``python -m benchmarks.embedding --prompts FILE --model FOLDER [--parts machine,sweep,methods,writer,profile,dtype,scale]``
 
 Every method runs in a process of its own (benchmarks/methods.py), all methods one after the other in each round; figures are
 medians over rounds, and ratios compare medians of the same run. Results go to ``benchmarks/results/embedding.json``;
@@ -38,7 +38,7 @@ from embstore.storage.writer import StoreWriter
 
 RESULTS = Path(__file__).parent / "results" / "embedding.json"
 DTYPES = ("float32", "bfloat16")
-PARTS = ("machine", "sweep", "methods", "writer", "scale", "dtype", "profile")
+PARTS = ("machine", "sweep", "methods", "writer", "profile", "dtype", "scale")
 SWEPT_TOKENS = (512, 1024, 2048, 4096, 8192)
 SLOW_ROWS = {"original": 192, "careful": 384}
 Figures = dict[str, Any]
@@ -117,7 +117,7 @@ def _gemm_gflops(rows: int, columns: int, inner: int, dtype: torch.dtype) -> flo
 
 
 def sweep(run: Run) -> Figures:
-    """The backbone under every setting, on a quarter of the rows, best of two passes."""
+    """The backbone under every setting, on an eighth of the rows, best of two passes."""
     settings = [
         {"batch_tokens": tokens, "mask": mask, "workers": workers}
         for tokens in SWEPT_TOKENS
@@ -126,7 +126,7 @@ def sweep(run: Run) -> Figures:
     ]
     found: Figures = {}
     for dtype in DTYPES:
-        rounds = run.method("backbone", dtype, run.options.rows // 4, settings=settings, rounds=2)["rounds"]
+        rounds = run.method("backbone", dtype, run.options.rows // 8, settings=settings, rounds=2)["rounds"]
         table = []
         for setting in settings:
             same = [each for each in rounds if each["settings"] == setting]

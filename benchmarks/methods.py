@@ -233,12 +233,17 @@ def profile(job: Job) -> dict[str, Any]:
         started = time.perf_counter()
         rows = embedder.tokens(prompts)
         tokenised = time.perf_counter()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-            window = embedder.pool(rows, lambda: None)
+        window = embedder.pool(rows, lambda: None)
         pooled = time.perf_counter()
         for _ in embedder.blocks(window, first_row=0, chunk_rows=_chunk_rows(embedder), check=lambda: None):
             pass
         finished = time.perf_counter()
+        # the profiler sees the thread it was started in
+        batches = token_batches(rows, batch_tokens=embedder.spec.batch_tokens, pad_id=0)
+        torch.set_num_threads(1)
+        with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            for batch in batches:
+                embedder._pool_batch(batch, torch.zeros_like(window.mean_WX))
     times = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
     total = sum(times.values())
     operations = {name: each / total for name, each in sorted(times.items(), key=lambda item: -item[1])[:12]}

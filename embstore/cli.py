@@ -156,6 +156,10 @@ def build(
     window_rows: Annotated[int | None, typer.Option("--window-rows", help="Rows of one commit.")] = None,
     chunk_rows: Annotated[int | None, typer.Option("--chunk-rows", help="Rows of one chunk file.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads; default all this process may use.")] = None,
+    trust_tokenizer_pickle: Annotated[
+        bool | None,
+        typer.Option("--trust-tokenizer-pickle", help="Unpickle nanochat's tokenizer.pkl, which can run any code."),
+    ] = None,
     trust_remote_code: Annotated[
         bool | None, typer.Option("--trust-remote-code/--no-trust-remote-code", help="Run the model's own code; recorded.")
     ] = None,
@@ -201,6 +205,7 @@ def build(
             threads=threads,
             compressor=compressor,
             trust_remote_code=trust_remote_code,
+            trust_tokenizer_pickle=trust_tokenizer_pickle,
         ),
         density=DensityConfig(knn=knn, shards=shards),
         weighting=_weighting(weighting, k, gamma, target_ess, uniform_mix),

@@ -7,18 +7,22 @@ never loads the model, and a renamed folder is still the same model.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import huggingface_hub
 import torch
 import transformers
 
-from embstore.core.config import EmbeddingConfig
+from embstore.compute.digests import digest_of
+from embstore.compute.nanochat import PREFIX, NanochatFiles, locate_nanochat
+from embstore.core.config import EmbeddingConfig, Space
 from embstore.core.errors import ConfigError, ModelError
 from embstore.core.format import ModelIdentity, canonical_json
 
@@ -35,7 +39,9 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
-_READ_BYTES = 8 << 20
+
+
+_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,28 +53,40 @@ class ModelFiles:
     revision: str | None
     weight_files: tuple[Path, ...]
     trust_remote_code: bool
+    adapter: Path | None = None  # a PEFT adapter's folder, merged into the weights
 
     @property
     def use_safetensors(self) -> bool:
         """False only for folders that have nothing but ``.bin``, which load through weights_only."""
         return self.weight_files[0].suffix == ".safetensors"
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The adapter's own tokenizer where it has one: training may have added tokens."""
+        return self.adapter if self.adapter is not None and _has_tokenizer(self.adapter) else self.folder
+
     def identity(self) -> ModelIdentity:
         """Digests of everything that decides a row. Price: one read of the weights, 1 to 2 GB/s."""
         config = json.loads((self.folder / "config.json").read_bytes())
-        present = [name for name in _TOKENIZER_FILES if (self.folder / name).is_file()]
+        weights = list(self.weight_files)
+        if self.adapter is not None:
+            weights.append(self.adapter / _ADAPTER_WEIGHTS)
+            adapter = json.loads((self.adapter / _ADAPTER).read_bytes())
+            config = {"model": config, "adapter": {**adapter, "base_model_name_or_path": None}}  # a place is no identity
+        present = [self.tokenizer_folder / name for name in _TOKENIZER_FILES if (self.tokenizer_folder / name).is_file()]
+        model_config = config.get("model", config)
         return ModelIdentity(
             name=self.name,
-            architecture=", ".join(config.get("architectures") or ["unknown"]),
+            architecture=", ".join(model_config.get("architectures") or ["unknown"]),
             revision=self.revision,
-            weights_sha256=_digest_of([path.name for path in self.weight_files], self.folder),
+            weights_sha256=digest_of(weights),
             config_sha256=hashlib.sha256(canonical_json(config).encode()).hexdigest(),
-            tokenizer_sha256=_digest_of(present, self.folder),
+            tokenizer_sha256=digest_of(present),
             trust_remote_code=self.trust_remote_code,
         )
 
 
-def locate_model(config: EmbeddingConfig) -> ModelFiles:
+def locate_model(config: EmbeddingConfig) -> ModelFiles | NanochatFiles:
     """The files of a local folder, or of a hub id (downloaded to the hub's cache when absent).
 
     Raises
@@ -78,6 +96,8 @@ def locate_model(config: EmbeddingConfig) -> ModelFiles:
     """
     if config.model is None:
         raise ConfigError("no model was given", hint="add --model, a folder or a hub id such as org/name")
+    if config.model.startswith(PREFIX):
+        return locate_nanochat(config.model, trust_pickle=bool(config.trust_tokenizer_pickle))
     folder = Path(config.model)
     looks_local = folder.exists() or config.model.startswith((".", "/", "~")) or config.model.count("/") > 1
     if looks_local:
@@ -88,9 +108,11 @@ def locate_model(config: EmbeddingConfig) -> ModelFiles:
         name = folder.resolve().name
     else:
         folder, name = _download(config.model, config.revision), config.model
+    if (folder / _ADAPTER).is_file():
+        return _with_adapter(folder, name, config)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} holds no model: config.json is missing", hint="give a Hugging Face model folder")
-    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+    if not _has_tokenizer(folder):
         raise ModelError(f"{folder} holds no tokenizer", hint="save the tokenizer beside the model")
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not weights:
@@ -106,6 +128,40 @@ def locate_model(config: EmbeddingConfig) -> ModelFiles:
     )
 
 
+def _with_adapter(folder: Path, name: str, config: EmbeddingConfig) -> ModelFiles:
+    """A PEFT adapter over the base model that it names; a relative path there counts from the adapter's folder."""
+    given = json.loads((folder / _ADAPTER).read_bytes()).get("base_model_name_or_path")
+    if not isinstance(given, str) or not given:
+        raise ModelError(f"{folder / _ADAPTER} names no base model", hint="put base_model_name_or_path into it")
+    if not (folder / _ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"{folder} holds no {_ADAPTER_WEIGHTS}", hint="save the adapter with safetensors")
+    beside = folder / given
+    base = locate_model(
+        dataclasses.replace(config, model=str(beside.resolve()) if beside.is_dir() else given, revision=None)
+    )
+    if isinstance(base, NanochatFiles) or base.adapter is not None:
+        raise ModelError(f"{folder} adapts {given}, which is no Hugging Face model", hint="merge that one first")
+    return dataclasses.replace(base, name=name, adapter=folder)
+
+
+def _merged(model: Any, adapter: Path) -> Any:  # noqa: ANN401
+    """The model with the adapter's changes added to its weights, in float32."""
+    try:
+        import peft  # type: ignore[import-untyped,unused-ignore]  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise ModelError(
+            f"{adapter} is a PEFT adapter, and peft is not installed", hint="pip install 'embstore[peft]'"
+        ) from error
+    with warnings.catch_warnings():
+        # otherwise an adapter of another model changes nothing and nobody is told
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=False).merge_and_unload(safe_merge=True)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedModel:
     """Model in float32 eval mode on ``device``, its tokenizer, and the longest input it takes (None: no limit known)."""
@@ -116,7 +172,7 @@ class LoadedModel:
     max_positions: int | None
 
 
-def load_model(files: ModelFiles, device: str, *, space: Literal["logits", "hidden"] = "logits") -> LoadedModel:
+def load_model(files: ModelFiles | NanochatFiles, device: str, *, space: Space = "logits") -> LoadedModel:
     """Load weights in float32 and the tokenizer; every library message that is no error is silenced.
 
     Raises
@@ -125,11 +181,17 @@ def load_model(files: ModelFiles, device: str, *, space: Literal["logits", "hidd
         The library cannot load it (its own message is included), or tensors are missing.
     """
     target = resolve_device(device)
+    if isinstance(files, NanochatFiles):
+        model, tokenizer = files.load(space)
+        return _ready(model, tokenizer, target)
     common: dict[str, Any] = {"trust_remote_code": files.trust_remote_code, "local_files_only": True}
     with _quiet_transformers():
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, **common)
-            model_class = transformers.AutoModel if space == "hidden" else transformers.AutoModelForCausalLM
+            tokenizer = transformers.AutoTokenizer.from_pretrained(files.tokenizer_folder, **common)
+            # an adapter names its layers as the model with a head has them
+            model_class = (
+                transformers.AutoModel if space == "hidden" and files.adapter is None else transformers.AutoModelForCausalLM
+            )
             model, found = model_class.from_pretrained(
                 files.folder,
                 dtype=torch.float32,
@@ -143,12 +205,26 @@ def load_model(files: ModelFiles, device: str, *, space: Literal["logits", "hidd
             raise ModelError(
                 f"loading {files.name} failed: {message[0][:300]}", hint="does it load with transformers alone?"
             ) from error
-    if missing := sorted(found["missing_keys"]):
+    # the pooler is a layer after the hidden states, which many checkpoints of encoders do not have
+    if missing := sorted(key for key in found["missing_keys"] if space == "logits" or "pooler" not in key.split(".")):
         # the library fills them with random numbers and goes on
         raise ModelError(
             f"{files.name}: the weight files lack {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}",
             hint="is it a causal LM with its head, and is the download complete?",
         )
+    if files.adapter is not None:
+        try:
+            model = _merged(model, files.adapter)
+        except (RuntimeError, ValueError, KeyError, Warning) as error:
+            raise ModelError(
+                f"{files.adapter} does not fit {files.folder}: {str(error).splitlines()[0][:300]}",
+                hint="was it trained on this base model?",
+            ) from error
+        model = model.base_model if space == "hidden" else model
+    return _ready(model, tokenizer, target)
+
+
+def _ready(model: Any, tokenizer: Any, target: torch.device) -> LoadedModel:  # noqa: ANN401
     model.requires_grad_(False)
     model.eval().to(target)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -206,18 +282,6 @@ def _download(model: str, revision: str | None) -> Path:
             f"{model} is no local folder, and the hub gave: {reason[0][:200]}", hint="check the path or the id"
         ) from error
     return folder
-
-
-def _digest_of(names: list[str], folder: Path) -> str:
-    """sha256 over names, sizes and contents of files, in sorted order."""
-    total = hashlib.sha256()
-    for name in sorted(names):
-        content = hashlib.sha256()
-        with (folder / name).open("rb") as file:
-            while block := file.read(_READ_BYTES):
-                content.update(block)
-        total.update(f"{name}\0{content.hexdigest()}\n".encode())
-    return total.hexdigest()
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ from embstore.compute.models import (
     load_model,
     resolve_device,
 )
+from embstore.compute.nanochat import NanochatFiles
 from embstore.compute.scratch import map_scratch
 from embstore.core.config import EmbeddingConfig, Space, format_bytes, pooling_rule, space_and_pooling
 from embstore.core.density import NOISE_FLOOR, total_variation
@@ -65,7 +66,7 @@ _STREAMED_WINDOW_BYTES = 256 << 20  # of V-wide float32 means
 class TorchSource:
     """A Hugging Face causal LM; implements ``core.embedder.EmbedderSource``."""
 
-    def __init__(self, files: ModelFiles) -> None:
+    def __init__(self, files: ModelFiles | NanochatFiles) -> None:
         self._files = files
 
     def identity(self) -> ModelIdentity:

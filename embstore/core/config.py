@@ -59,6 +59,7 @@ class EmbeddingConfig:
     threads: int | None = None
     compressor: Compressor | None = None
     trust_remote_code: bool | None = None
+    trust_tokenizer_pickle: bool | None = None  # a permission, for this run only
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "batch_tokens", "window_rows", "chunk_rows", "threads"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from embstore.core import format as contract
 from embstore.core.errors import EmbstoreError
-from scripts import cli_docs, reliability_table
+from scripts import cli_docs, performance_page, reliability_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +31,12 @@ def test_reliability_page_shows_the_committed_run_and_that_run_lost_nothing() ->
     assert cycles("SIGKILL at a random moment, command line with a real model") >= 20
     assert cycles("power cut, ext4") >= 300
     assert cycles("power cut, xfs") >= 300
+
+
+def test_performance_page_and_plot_show_the_committed_run() -> None:
+    text = performance_page.PAGE.read_text(encoding="utf-8")
+    assert performance_page.page(text) == text, "run: python -m scripts.performance_page"
+    assert performance_page.PLOT.read_text(encoding="utf-8") == performance_page.plot()
 
 
 def test_every_test_that_the_reliability_page_names_exists() -> None:

@@ -1,0 +1,197 @@
+"""Put measured figures into ``docs/performance.md`` and its plot: ``python -m scripts.performance_page``.
+
+``python -m benchmarks.embedding`` writes ``benchmarks/results/embedding.json``; page and plot show it, and a test compares.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+REPORT = ROOT / "benchmarks" / "results" / "embedding.json"
+PAGE = ROOT / "docs" / "performance.md"
+PLOT = ROOT / "docs" / "performance.svg"
+
+_NAMES = {
+    "original": "original method",
+    "careful": "careful user",
+    "backbone": "backbone alone (floor)",
+    "rows": "embstore, rows dropped",
+    "store": "embstore, store written",
+}
+_COLOURS = {"float32": "#4878a8", "bfloat16": "#e08a3c"}
+_LABEL, _BAR, _WIDTH = 190, 16, 720
+Report = dict[str, Any]
+
+
+def methods(report: Report) -> str:
+    """The comparison, one table for each dtype, and what it was run on."""
+    lines = [_conditions(report, "methods")]
+    for dtype in _COLOURS:
+        table = report["methods"][dtype]
+        lines += [
+            "",
+            f"**{dtype}**",
+            "",
+            "| | rows/s | tokens/s | share of the floor | times the original | padding | memory above the model |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        for name, title in _NAMES.items():
+            each = table[name]
+            waste = f"{each['padding_waste']:.1%}" if "padding_waste" in each else ""
+            lines.append(
+                f"| {title} | {each['rows_per_second']:.0f} | {each['tokens_per_second']:,.0f} "
+                f"| {each['share_of_floor']:.3f} "
+                f"| {each['times_original']:.1f} | {waste} | {each['peak_anonymous_bytes'] / 2**20:.0f} MiB |"
+            )
+        floor, store = table["backbone"], table["store"]
+        lines += [
+            "",
+            f"The floor runs at {floor['gflops']:.0f} GFLOP/s, {floor['share_of_gemm_rate']:.0%} of what a large product "
+            f"reaches here ({report['machine'][dtype]['square']:.0f}). Everything beyond the backbone takes "
+            f"{store['milliseconds_a_row_beyond_backbone']:.2f} ms a row. With the store the embedding stage takes "
+            f"{store['seconds_over_without_store']:.3f} of its time without.",
+        ]
+    return "\n".join(lines)
+
+
+def sweep(report: Report) -> str:
+    """Rows a second of the backbone under every setting."""
+    lines = [_conditions(report, "sweep"), ""]
+    for dtype in _COLOURS:
+        found = report["sweep"][dtype]
+        settings = list(dict.fromkeys((each["mask"], each["workers"]) for each in found["table"]))
+        titles = [f"{'mask' if mask else 'no mask'}, {_workers(workers)}" for mask, workers in settings]
+        lines += [f"| {dtype}: batch tokens | padding | {' | '.join(titles)} |", "|---:|---:|" + "---:|" * len(titles)]
+        for tokens in dict.fromkeys(each["batch_tokens"] for each in found["table"]):
+            row = [each for each in found["table"] if each["batch_tokens"] == tokens]
+            rates = [f"{each['rows_per_second']:.0f}" for each in row]
+            lines.append(f"| {tokens} | {row[0]['padding_waste']:.1%} | {' | '.join(rates)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _workers(count: int) -> str:
+    return f"{count} workers of one thread" if count > 1 else "all threads on one batch"
+
+
+def writer(report: Report) -> str:
+    """The writer alone."""
+    found = report["writer"]
+    return (
+        f"{found['chunks']} chunks, {found['bytes'] / 2**20:.0f} MiB encoded: raw durable writes "
+        f"{found['raw_bytes_per_second'] / 1e6:,.0f} MB/s, the writer {found['writer_bytes_per_second'] / 1e6:,.0f} MB/s, "
+        f"{found['share_of_raw']:.2f} of it ({_conditions(report, 'writer')})"
+    )
+
+
+def scale(report: Report) -> str:
+    """Rate and memory over the number of prompts."""
+    lines = [_conditions(report, "scale"), "", "| prompts | rows/s | memory above the baseline |", "|---:|---:|---:|"]
+    lines += [
+        f"| {each['rows']:,} | {each['rows_per_second']:.0f} | {each['peak_anonymous_bytes'] / 2**20:.0f} MiB |"
+        for each in report["scale"]["sizes"]
+    ]
+    return "\n".join([*lines, "", f"Slowest over fastest: {report['scale']['slowest_over_fastest']:.3f}."])
+
+
+def dtype(report: Report) -> str:
+    """What a bfloat16 backbone does to neighbours and weights."""
+    found = report["dtype"]
+    rates = [f"{found[name]['rows_per_second']:.0f}" for name in _COLOURS]
+    return (
+        f"{found['bfloat16']['rows']:,} prompts: recall@10 of the bfloat16 neighbours against the float32 ones "
+        f"{found['recall_at_10']:.4f}, TV of the weights {found['total_variation']:.1e}; {' and '.join(rates)} rows/s. "
+        f"`--dtype auto` took {found['auto_takes']} "
+        f"({_conditions(report, 'dtype')})"
+    )
+
+
+def profile(report: Report) -> str:
+    """Where the time of one window goes."""
+    lines = [_conditions(report, "profile"), "", "| | float32 | bfloat16 |", "|---|---:|---:|"]
+    both = [report["profile"][name] for name in _COLOURS]
+    for stage in both[0]["milliseconds_a_row_on_one_thread"]:
+        cells = [f"{each['milliseconds_a_row_on_one_thread'][stage]:.3f} ms a row" for each in both]
+        lines.append(f"| {stage}, one thread | {' | '.join(cells)} |")
+    for name in list(both[0]["share_by_operation"])[:8]:
+        cells = [f"{each['share_by_operation'].get(name, 0):.1%}" for each in both]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _conditions(report: Report, part: str) -> str:
+    versions = report["versions"]
+    return (
+        f"{report[part]['date']}, {report['hardware']}, torch {versions['torch']}, transformers {versions['transformers']}: "
+        f"`{report[part]['command']}`"
+    )
+
+
+SECTIONS: dict[str, Callable[[Report], str]] = {
+    "methods": methods,
+    "sweep": sweep,
+    "writer": writer,
+    "scale": scale,
+    "dtype": dtype,
+    "profile": profile,
+}
+
+
+def page(text: str) -> str:
+    """The page with every section's figures between its marks."""
+    report: Report = json.loads(REPORT.read_text())
+    for name, render in SECTIONS.items():
+        begin, end = f"<!-- {name}: made by python -m scripts.performance_page -->\n", f"<!-- end of {name} -->"
+        before, found_begin, rest = text.partition(begin)
+        _, found_end, after = rest.partition(end)
+        if not (found_begin and found_end):
+            raise ValueError(f"{PAGE.name} has no section {name!r}")
+        text = f"{before}{begin}{render(report)}\n{end}{after}"
+    return text
+
+
+def plot() -> str:
+    """Bars of rows a second for every method and dtype, and for every number of prompts."""
+    report: Report = json.loads(REPORT.read_text())
+    groups = [
+        (title, [(dtype, report["methods"][dtype][name]["rows_per_second"]) for dtype in _COLOURS])
+        for name, title in _NAMES.items()
+    ]
+    auto = report["dtype"]["auto_takes"]
+    groups += [(f"{each['rows']:,} prompts, auto", [(auto, each["rows_per_second"])]) for each in report["scale"]["sizes"]]
+    most = max(rate for _, bars in groups for _, rate in bars)
+    shapes, top = [], 34
+    for title, bars in groups:
+        middle = top + _BAR * len(bars) / 2 + 4
+        shapes.append(f'<text x="{_LABEL - 8}" y="{middle:.0f}" text-anchor="end">{title}</text>')
+        for name, rate in bars:
+            width = (_WIDTH - _LABEL - 60) * rate / most
+            shapes.append(f'<rect x="{_LABEL}" y="{top}" width="{width:.0f}" height="{_BAR - 2}" fill="{_COLOURS[name]}"/>')
+            shapes.append(f'<text x="{_LABEL + width + 5:.0f}" y="{top + _BAR - 5}">{rate:.0f}</text>')
+            top += _BAR
+        top += 8
+    keys = "".join(
+        f'<rect x="{_LABEL + 110 * index}" y="8" width="12" height="12" fill="{colour}"/>'
+        f'<text x="{_LABEL + 110 * index + 17}" y="18">{name}</text>'
+        for index, (name, colour) in enumerate(_COLOURS.items())
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{top}" font-family="sans-serif" font-size="12">\n'
+        f'<rect width="100%" height="100%" fill="white"/>\n<text x="8" y="18">rows a second</text>\n{keys}\n'
+        + "\n".join(shapes)
+        + "\n</svg>\n"
+    )
+
+
+def main() -> None:
+    """Rewrite page and plot."""
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PLOT.write_text(plot(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
