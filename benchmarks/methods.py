@@ -13,6 +13,7 @@ Prints one JSON object: rows, tokens, seconds, and the peak of anonymous memory 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 import tempfile
@@ -26,12 +27,12 @@ import torch
 import transformers
 
 from embstore.admission import CHUNK_BYTES
-from embstore.compute.batching import PromptTokenizer, TokenBatch, token_batches
+from embstore.compute.batching import PromptTokenizer, TokenBatch, TokenRow, batches_by_length, padded_batch
 from embstore.compute.embed import DTYPES, MAX_WINDOW_ROWS, LogitEmbedder
 from embstore.compute.heads import SplitModel
 from embstore.compute.models import load_model, locate_model
 from embstore.compute.source import TorchSource
-from embstore.compute.workers import Workers
+from embstore.compute.workers import Workers, finish_all
 from embstore.core.config import BuildConfig, EmbeddingConfig
 from embstore.core.events import RowsCommitted, StageStarted
 from embstore.core.prompts import Prompt
@@ -127,21 +128,24 @@ def backbone(job: Job) -> dict[str, Any]:
     rounds: list[dict[str, Any]] = []
     for settings in job["settings"] * job.get("rounds", 1):
         windows = [rows[start : start + MAX_WINDOW_ROWS] for start in range(0, len(rows), MAX_WINDOW_ROWS)]
-        batches = [
-            batch for window in windows for batch in token_batches(window, batch_tokens=settings["batch_tokens"], pad_id=0)
-        ]
+        batches = [batch for window in windows for batch in _batches(window, settings["batch_tokens"])]
         workers = Workers(job["threads"], settings["workers"])
         run = _forward(model, mask=settings["mask"])
-        workers.for_each(batches[:: max(1, len(batches) // 8)], run)  # threads and kernels are ready
+        # threads and kernels are ready
+        finish_all([workers.submit(functools.partial(run, batch)) for batch in batches[:: max(1, len(batches) // 8)]])
         result: dict[str, Any] = {"rows": len(rows), "settings": settings}
         with measured(result):
-            workers.for_each(batches, run)
+            finish_all([workers.submit(functools.partial(run, batch)) for batch in batches])
         result["tokens"] = int(sum(batch.real_BT.sum() for batch in batches))
         result["padded_tokens"] = int(sum(batch.real_BT.size for batch in batches))
         lengths = np.array([len(row.ids_T) for row in rows], dtype=np.float64)
         result["flops"] = 2 * model.backbone_parameters * lengths.sum() + _attention_flops(loaded.model, lengths)
         rounds.append(result)
     return {"rounds": rounds}
+
+
+def _batches(rows: list[TokenRow], batch_tokens: int) -> list[TokenBatch]:
+    return [padded_batch(rows, rows_B, pad_id=0) for rows_B in batches_by_length(rows, batch_tokens=batch_tokens)]
 
 
 def _forward(model: SplitModel, *, mask: bool) -> Callable[[TokenBatch], None]:
@@ -169,8 +173,9 @@ def rows(job: Job) -> dict[str, Any]:
         _embed(embedder, prompts[:256])  # threads and kernels are ready
         result: dict[str, Any] = {"rows": len(prompts), "tokens": 0, "workers": embedder.num_workers}
         with measured(result):
-            for start in range(0, len(prompts), MAX_WINDOW_ROWS):
-                result["tokens"] += _embed(embedder, prompts[start : start + MAX_WINDOW_ROWS])
+            windows = [prompts[start : start + MAX_WINDOW_ROWS] for start in range(0, len(prompts), MAX_WINDOW_ROWS)]
+            for window, following in zip(windows, [*windows[1:], []], strict=True):
+                result["tokens"] += _embed(embedder, window, following)
     return result
 
 
@@ -187,9 +192,12 @@ def _embedder(job: Job, prompts: list[Prompt], work: Path) -> LogitEmbedder:
     return source.create(Reader(), config, memory_bytes=2 << 30, work=work, observer=lambda _: None)
 
 
-def _embed(embedder: LogitEmbedder, prompts: list[Prompt]) -> int:
-    for _ in embedder.embed(prompts, first_row=0, chunk_rows=_chunk_rows(embedder), check=lambda: None):
-        pass
+def _embed(embedder: LogitEmbedder, prompts: list[Prompt], following: list[Prompt] | None = None) -> int:
+    blocks = embedder.embed(
+        prompts, first_row=0, chunk_rows=_chunk_rows(embedder), check=lambda: None, following=following or []
+    )
+    for block in blocks:
+        block.release()
     return embedder.counts.tokens
 
 
@@ -235,15 +243,15 @@ def profile(job: Job) -> dict[str, Any]:
         tokenised = time.perf_counter()
         window = embedder.pool(rows, lambda: None)
         pooled = time.perf_counter()
-        for _ in embedder.blocks(window, first_row=0, chunk_rows=_chunk_rows(embedder), check=lambda: None):
-            pass
+        for block in embedder.blocks(window, first_row=0, chunk_rows=_chunk_rows(embedder), check=lambda: None):
+            block.release()
         finished = time.perf_counter()
         # the profiler sees the thread it was started in
-        batches = token_batches(rows, batch_tokens=embedder.spec.batch_tokens, pad_id=0)
+        batches = _batches(rows, embedder.spec.batch_tokens)
         torch.set_num_threads(1)
         with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
             for batch in batches:
-                embedder._pool_batch(batch, torch.zeros_like(window.mean_WX))
+                embedder._pool_whole(batch, torch.zeros_like(window.mean_WX))
     times = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
     total = sum(times.values())
     operations = {name: each / total for name, each in sorted(times.items(), key=lambda item: -item[1])[:12]}

@@ -7,7 +7,9 @@ row is, is compute.embed's. A build killed anywhere is continued by the same com
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import shutil
 import tempfile
 import time
@@ -186,12 +188,16 @@ def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None) -> None
     prompts = PromptTable(run.writer.root / PROMPTS, spec.rows)
     run.observer(StageStarted(stage="embed", total=spec.rows, done=spec.rows - todo.remaining_rows))
     started = time.perf_counter()
-    with run.stage("embed"):
-        for window in todo.windows:
+    upcoming = prompts.read(todo.grid.window(todo.windows[0]))
+    with run.stage("embed"), contextlib.closing(embedder):
+        for window, after in itertools.zip_longest(todo.windows, todo.windows[1:]):
             rows = todo.grid.window(window)
             since = time.perf_counter()
             with run.stop.deferred() as check:
-                blocks = embedder.embed(prompts.read(rows), first_row=rows.start, chunk_rows=spec.chunk_rows, check=check)
+                given, upcoming = upcoming, prompts.read(todo.grid.window(after)) if after is not None else []
+                blocks = embedder.embed(
+                    given, first_row=rows.start, chunk_rows=spec.chunk_rows, check=check, following=upcoming
+                )
                 record = run.writer.write_window(
                     spec, window, _refuse_failed(blocks, run.config, prompts), lambda: embedder.counts
                 )

@@ -138,8 +138,8 @@ class TokenBatch:
     pooled_BT: NDArray[np.bool_]
 
 
-def token_batches(rows: Sequence[TokenRow], *, batch_tokens: int, pad_id: int) -> Iterator[TokenBatch]:
-    """Batches of at most ``batch_tokens`` padded tokens, longest rows first; rows that pool nothing are left out.
+def batches_by_length(rows: Sequence[TokenRow], *, batch_tokens: int) -> Iterator[NDArray[np.int64]]:
+    """Rows of batches of at most ``batch_tokens`` padded tokens, longest first; rows that pool nothing are left out.
 
     Sorting by length inside a window keeps padding near 2 % at 4096 rows (18.6 % at 256). A row longer than
     ``batch_tokens`` is a batch of its own.
@@ -150,19 +150,23 @@ def token_batches(rows: Sequence[TokenRow], *, batch_tokens: int, pad_id: int) -
     order = order[usable[order]]
     start = 0
     while start < len(order):
-        longest = int(lengths[order[start]])
-        rows_B = order[start : start + max(1, batch_tokens // longest)]
-        shape = (len(rows_B), longest)
-        tokens_BT = np.full(shape, pad_id, dtype=np.int64)
-        real_BT = np.zeros(shape, dtype=np.bool_)
-        pooled_BT = np.zeros(shape, dtype=np.bool_)
-        for position, row in enumerate(rows_B):
-            length = lengths[row]
-            tokens_BT[position, :length] = rows[row].ids_T
-            real_BT[position, :length] = True
-            pooled_BT[position, :length] = rows[row].pooled_T
-        yield TokenBatch(rows_B=rows_B, tokens_BT=tokens_BT, real_BT=real_BT, pooled_BT=pooled_BT)
+        rows_B = order[start : start + max(1, batch_tokens // int(lengths[order[start]]))]
+        yield rows_B
         start += len(rows_B)
+
+
+def padded_batch(rows: Sequence[TokenRow], rows_B: NDArray[np.int64], *, pad_id: int) -> TokenBatch:
+    """The batch of these rows, padded on the right to the longest."""
+    shape = (len(rows_B), max(len(rows[row].ids_T) for row in rows_B))
+    tokens_BT = np.full(shape, pad_id, dtype=np.int64)
+    real_BT = np.zeros(shape, dtype=np.bool_)
+    pooled_BT = np.zeros(shape, dtype=np.bool_)
+    for position, row in enumerate(rows_B):
+        length = len(rows[row].ids_T)
+        tokens_BT[position, :length] = rows[row].ids_T
+        real_BT[position, :length] = True
+        pooled_BT[position, :length] = rows[row].pooled_T
+    return TokenBatch(rows_B=rows_B, tokens_BT=tokens_BT, real_BT=real_BT, pooled_BT=pooled_BT)
 
 
 def _text_of(prompt: Prompt) -> str:

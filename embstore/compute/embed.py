@@ -4,15 +4,18 @@ Invariant: a row depends only on its prompt. Padding is masked and on the right;
 2e-6 (L2, float32) or 5e-4 (bfloat16). No [B, T, V] tensor exists at any time: an affine head sees one pooled state a
 prompt, any other head sees a few hundred real tokens at a time.
 
-Batches and slabs of rows go to worker threads. The next chunk is under way while the caller writes the last one, so the
-disk is waited for only when it is slower than the model.
+Everything goes to worker threads: a window's tokens, its batches, slabs of its rows. While the caller writes a chunk the
+next one is under way, and while it writes a window's last chunks the batches of the following window are, so the disk is
+waited for only when it is slower than the model.
 
 Shapes: W rows of a window, B rows of a batch or block, T tokens, D model width, V vocabulary, R coordinates.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
@@ -23,11 +26,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embstore.compute.batching import PromptTokenizer, TokenBatch, TokenRow, last_token_only, token_batches
+from embstore.compute.batching import (
+    PromptTokenizer,
+    TokenBatch,
+    TokenRow,
+    batches_by_length,
+    last_token_only,
+    padded_batch,
+)
 from embstore.compute.finish import SLAB_ROWS, AffineFinisher, Finisher, MeanFinisher, finish, slab_bytes
 from embstore.compute.heads import AffineHead, CappedHead, SplitModel
+from embstore.compute.recycled import ChunkMemory, RecycledMemory
 from embstore.compute.streamed import add_capped, add_streamed, streamed_tokens
-from embstore.compute.workers import Workers, workers_for
+from embstore.compute.workers import Workers, abandon, finish_all, workers_for
 from embstore.core.config import pooling_rule
 from embstore.core.embedder import Check, RowBlock, WindowCounts
 from embstore.core.errors import ModelError
@@ -39,6 +50,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 # Padding waste falls with the window: 18.6 % at 256 rows, 6.6 % at 1024, 2.0 % at 4096 (batches of 4096 tokens).
 MAX_WINDOW_ROWS = 4096
+
+# What a free worker takes first: rows that the disk waits for, then tokens of the next window, then batches, oldest first.
+_ROWS, _TOKENS, _BATCHES = 0, 1, 2
+_ROW_STREAMS = 2  # double buffering: one slab is computed while another one is copied
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,11 +83,39 @@ class _Chunk:
     """Rows of one chunk in the making: filled by ``jobs``, one a slab."""
 
     start: int  # window-local
-    emb_BV: Tensor
-    coord_BR: Tensor
-    residual_B: Tensor
+    memory: ChunkMemory
     norm_B: NDArray[np.float32]
     jobs: list[Future[None]]
+
+
+class _Window:
+    """A window under way: the workers make its tokens, then its means, one job a batch."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self.prompts = prompts
+        self.rows: Sequence[TokenRow] = ()
+        self.means = PooledWindow(mean_WX=torch.empty(0), ok_W=np.empty(0, dtype=np.bool_))
+        self.batches: list[Future[None]] = []
+        self.tokens: Future[None] = Future()  # done when ``batches`` is complete
+        self.tokens.set_result(None)
+        self.splits = 0
+        self.pooled: torch.cuda.Event | None = None  # the device's side of the last batch
+        self.lock = threading.Lock()
+
+    def finish(self) -> PooledWindow:
+        """Wait for the means; the first error of a job is raised, and none goes on."""
+        try:
+            self.tokens.result()
+            finish_all(self.batches)
+        except BaseException:
+            self.abandon()
+            raise
+        return self.means
+
+    def abandon(self) -> None:
+        """Nothing of this window goes on in the background when this returns."""
+        abandon([self.tokens])
+        abandon(self.batches)
 
 
 class LogitEmbedder:
@@ -97,8 +140,6 @@ class LogitEmbedder:
         self.max_window_rows = max_window_rows
         self.counts = WindowCounts(tokens=0, truncated=0, splits=0)
         self._pools_last = spec.pooling in (pooling_rule("logits", "last"), pooling_rule("hidden", "last"))
-        self._splits = 0
-        self._splits_lock = threading.Lock()
         self._finisher: Finisher = (
             AffineFinisher(self._head, basis_VR, spec.dimension, self._device)
             if self._head is not None
@@ -106,56 +147,77 @@ class LogitEmbedder:
         )
         self.num_workers = num_workers(spec, self._model.width, self._model.inner_width)
         self._workers = Workers(spec.threads, self.num_workers)
+        # an accelerator computes batches while finished rows are copied to the host, two slabs at a time
+        self._row_workers = self._workers if self._device.type == "cpu" else Workers(_ROW_STREAMS, _ROW_STREAMS)
+        self._streams = threading.local()
+        self._memory = RecycledMemory(spec.dimension, spec.rank, pinned=self._device.type == "cuda")
+        self._numbers = itertools.count()
+        self._ahead: _Window | None = None
 
     def memory_bytes(self, chunk_rows: int) -> int:
         """Upper estimate of host memory one window takes above the loaded model."""
         return window_bytes(self.spec, self._model.width, self._model.inner_width, chunk_rows, self.max_window_rows)
 
-    def embed(self, prompts: Sequence[Prompt], *, first_row: int, chunk_rows: int, check: Check) -> Iterator[RowBlock]:
-        """Blocks of ``chunk_rows`` rows, in order. A prompt without a usable row is NaN and named, never skipped."""
-        self._splits = 0
-        rows = self.tokens(prompts)
-        yield from self.blocks(self.pool(rows, check), first_row=first_row, chunk_rows=chunk_rows, check=check)
+    def close(self) -> None:
+        """Abandon the window that was begun ahead."""
+        if self._ahead is not None:
+            self._ahead.abandon()
+            self._ahead = None
+
+    def embed(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        first_row: int,
+        chunk_rows: int,
+        check: Check,
+        following: Sequence[Prompt] = (),
+    ) -> Iterator[RowBlock]:
+        """As ``core.embedder.Embedder``: a prompt without a usable row is NaN and named, never skipped."""
+        window = self._ahead if self._ahead is not None and self._ahead.prompts is prompts else self._begin(prompts, check)
+        self._ahead = None
+        window.tokens.result()
+        if following:
+            self._ahead = self._begin(following, check)
+        means = window.finish()
+        yield from self.blocks(means, first_row=first_row, chunk_rows=chunk_rows, check=check, pooled=window.pooled)
         self.counts = WindowCounts(
-            tokens=sum(int(row.pooled_T.sum()) for row in rows),
-            truncated=sum(row.was_cut for row in rows),
-            splits=self._splits,
+            tokens=sum(int(row.pooled_T.sum()) for row in window.rows),
+            truncated=sum(row.was_cut for row in window.rows),
+            splits=window.splits,
         )
 
     def tokens(self, prompts: Sequence[Prompt]) -> list[TokenRow]:
         """Token rows in prompt order."""
         return self._tokenizer.encode(prompts)
 
-    def blocks(self, window: PooledWindow, *, first_row: int, chunk_rows: int, check: Check) -> Iterator[RowBlock]:
+    def pool(self, rows: Sequence[TokenRow], check: Check) -> PooledWindow:
+        """Masked means of token rows, without finishing them: for probes."""
+        window = _Window(())
+        self._begin_batches(window, rows, next(self._numbers), check)
+        return window.finish()
+
+    def blocks(
+        self,
+        window: PooledWindow,
+        *,
+        first_row: int,
+        chunk_rows: int,
+        check: Check,
+        pooled: torch.cuda.Event | None = None,
+    ) -> Iterator[RowBlock]:
         """Finished rows of a pooled window by chunks; each chunk is begun when the one before it is given away."""
         num_rows = len(window.ok_W)
-        ahead = self._begin_chunk(window, 0, chunk_rows)
+        ahead = self._begin_chunk(window, 0, chunk_rows, pooled)
         try:
             for start in range(0, num_rows, chunk_rows):
                 check()
                 chunk = ahead
                 if start + chunk_rows < num_rows:
-                    ahead = self._begin_chunk(window, start + chunk_rows, chunk_rows)
-                yield _finished(chunk, window, first_row)
+                    ahead = self._begin_chunk(window, start + chunk_rows, chunk_rows, pooled)
+                yield self._finished(chunk, window, first_row)
         finally:
             wait(ahead.jobs)  # an abandoned window must not go on in the background
-
-    @torch.inference_mode()
-    def pool(self, rows: Sequence[TokenRow], check: Check) -> PooledWindow:
-        """Masked means of a window, batch by batch; float32 accumulation."""
-        width = self.spec.dimension if self._head is None else self._model.width
-        mean_WX = torch.zeros((len(rows), width), dtype=torch.float32, device=self._device)
-        ok_W = np.array([row.pooled_T.any() for row in rows], dtype=np.bool_)
-        if self._pools_last:
-            rows = [last_token_only(row) for row in rows]
-
-        def pool_batch(batch: TokenBatch) -> None:
-            check()
-            self._pool_batch(batch, mean_WX)
-
-        batches = token_batches(rows, batch_tokens=self.spec.batch_tokens, pad_id=self._tokenizer.pad_id)
-        self._workers.for_each(batches, pool_batch)
-        return PooledWindow(mean_WX=mean_WX, ok_W=ok_W)
 
     @torch.inference_mode()
     def unit_rows(self, window: PooledWindow, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,32 +227,40 @@ class LogitEmbedder:
         blocks = [unit_BC.clone() for _, unit_BC in self._finisher.unit_blocks(mean_BX, norm_B)]
         return torch.cat(blocks, dim=1), coordinate_BR, norm_B
 
-    def _begin_chunk(self, window: PooledWindow, start: int, chunk_rows: int) -> _Chunk:
-        stop = min(start + chunk_rows, len(window.ok_W))
-        pinned = self._device.type == "cuda"
-        chunk = _Chunk(
-            start=start,
-            emb_BV=torch.empty((stop - start, self.spec.dimension), dtype=torch.float16, pin_memory=pinned),
-            coord_BR=torch.empty((stop - start, self.spec.rank)),
-            residual_B=torch.empty(stop - start),
-            norm_B=np.empty(stop - start, dtype=np.float32),
-            jobs=[],
+    # --- a window's means -------------------------------------------------------------------------------------------
+
+    def _begin(self, prompts: Sequence[Prompt], check: Check) -> _Window:
+        window, number = _Window(prompts), next(self._numbers)
+
+        def tokenise() -> None:
+            check()
+            self._begin_batches(window, self.tokens(prompts), number, check)
+
+        window.tokens = self._workers.submit(tokenise, (_TOKENS, number))
+        return window
+
+    def _begin_batches(self, window: _Window, rows: Sequence[TokenRow], number: int, check: Check) -> None:
+        width = self.spec.dimension if self._head is None else self._model.width
+        window.rows = rows
+        window.means = PooledWindow(
+            mean_WX=torch.zeros((len(rows), width), dtype=torch.float32, device=self._device),
+            ok_W=np.array([row.pooled_T.any() for row in rows], dtype=np.bool_),
         )
+        if self._pools_last:
+            rows = [last_token_only(row) for row in rows]
+        for rows_B in batches_by_length(rows, batch_tokens=self.spec.batch_tokens):
+            pool = functools.partial(self._pool_rows, window, rows, rows_B, check)
+            window.batches.append(self._workers.submit(pool, (_BATCHES, number)))
 
-        def fill(low: int) -> None:
-            part = slice(low, min(low + SLAB_ROWS, stop - start))
-            mean_BX = window.mean_WX[start + part.start : start + part.stop]
-            chunk.norm_B[part] = finish(
-                self._finisher, mean_BX, chunk.emb_BV[part], chunk.coord_BR[part], chunk.residual_B[part]
-            )
+    def _pool_rows(self, window: _Window, rows: Sequence[TokenRow], rows_B: NDArray[np.int64], check: Check) -> None:
+        check()
+        self._pool_batch(padded_batch(rows, rows_B, pad_id=self._tokenizer.pad_id), window)
+        if self._device.type == "cuda":
+            window.pooled = torch.cuda.current_stream().record_event()
 
-        for low in range(0, stop - start, SLAB_ROWS):
-            chunk.jobs.append(self._workers.submit(functools.partial(fill, low)))
-        return chunk
-
-    def _pool_batch(self, batch: TokenBatch, mean_WX: Tensor) -> None:
+    def _pool_batch(self, batch: TokenBatch, window: _Window) -> None:
         try:
-            self._pool_whole(batch, mean_WX)
+            self._pool_whole(batch, window.means.mean_WX)
             return
         except torch.OutOfMemoryError as error:
             if len(batch.rows_B) == 1:
@@ -199,8 +269,8 @@ class LogitEmbedder:
                     hint="build with a lower --max-tokens, or on another device",
                 ) from error
         # outside the handler: the error's traceback holds every tensor of the batch that did not fit
-        with self._splits_lock:
-            self._splits += 1
+        with window.lock:
+            window.splits += 1
         middle = len(batch.rows_B) // 2
         for half in (slice(0, middle), slice(middle, None)):
             part = TokenBatch(
@@ -209,7 +279,7 @@ class LogitEmbedder:
                 real_BT=batch.real_BT[half],
                 pooled_BT=batch.pooled_BT[half],
             )
-            self._pool_batch(part, mean_WX)
+            self._pool_batch(part, window)
 
     def _pool_whole(self, batch: TokenBatch, mean_WX: Tensor) -> None:
         tokens_BT, real_BT, pooled_BT, rows_B = (
@@ -217,7 +287,7 @@ class LogitEmbedder:
         )
         hidden_BTD = self._model.hidden(tokens_BT, real_BT)
         if self._head is not None:
-            if not pooled_BT.all():
+            if not batch.pooled_BT.all():
                 # zeroed, not multiplied: a NaN at a masked position must not reach a row
                 hidden_BTD = hidden_BTD.masked_fill_(~pooled_BT[..., None], 0.0)
             share_BT = pooled_BT / pooled_BT.sum(dim=1, keepdim=True)
@@ -236,19 +306,51 @@ class LogitEmbedder:
             tensor = tensor.pin_memory()  # only then is the copy asynchronous
         return tensor.to(self._device, non_blocking=True)
 
+    # --- a chunk's rows ---------------------------------------------------------------------------------------------
 
-def _finished(chunk: _Chunk, window: PooledWindow, first_row: int) -> RowBlock:
-    """Wait for a chunk's slabs and mark rows that failed."""
-    for job in chunk.jobs:
-        job.result()
-    emb_BV, coord_BR, residual_B = chunk.emb_BV.numpy(), chunk.coord_BR.numpy(), chunk.residual_B.numpy()
-    failed: list[FailedRow] = []
-    for local, norm in enumerate(chunk.norm_B):
-        reason = _failure(bool(window.ok_W[chunk.start + local]), float(norm))
-        if reason is not None:
-            emb_BV[local] = coord_BR[local] = residual_B[local] = np.nan
-            failed.append(FailedRow(row=first_row + chunk.start + local, reason=reason))
-    return RowBlock(emb_BV=emb_BV, coord_BR=coord_BR, residual_B=residual_B, failed=tuple(failed))
+    def _begin_chunk(self, window: PooledWindow, start: int, chunk_rows: int, pooled: torch.cuda.Event | None) -> _Chunk:
+        stop = min(start + chunk_rows, len(window.ok_W))
+        memory = self._memory.take(stop - start)
+        norm_B = np.empty(stop - start, dtype=np.float32)
+
+        def fill(part: slice) -> None:
+            mean_BX = window.mean_WX[start + part.start : start + part.stop]
+            with self._own_stream(pooled):
+                norm_B[part] = finish(
+                    self._finisher, mean_BX, memory.emb_BV[part], memory.coord_BR[part], memory.residual_B[part]
+                )
+
+        slabs = (slice(low, min(low + SLAB_ROWS, stop - start)) for low in range(0, stop - start, SLAB_ROWS))
+        jobs = [self._row_workers.submit(functools.partial(fill, slab), (_ROWS,)) for slab in slabs]
+        return _Chunk(start=start, memory=memory, norm_B=norm_B, jobs=jobs)
+
+    @contextlib.contextmanager
+    def _own_stream(self, pooled: torch.cuda.Event | None) -> Iterator[None]:
+        """On CUDA a stream of this thread's own, after the window's last batch; anywhere else nothing."""
+        if self._device.type != "cuda":
+            yield
+            return
+        if not hasattr(self._streams, "own"):
+            self._streams.own = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._streams.own):
+            if pooled is not None:
+                self._streams.own.wait_event(pooled)
+            yield
+
+    def _finished(self, chunk: _Chunk, window: PooledWindow, first_row: int) -> RowBlock:
+        """Wait for a chunk's slabs and mark rows that failed."""
+        for job in chunk.jobs:
+            job.result()
+        memory = chunk.memory
+        emb_BV, coord_BR, residual_B = memory.emb_BV.numpy(), memory.coord_BR.numpy(), memory.residual_B.numpy()
+        failed: list[FailedRow] = []
+        for local, norm in enumerate(chunk.norm_B):
+            reason = _failure(bool(window.ok_W[chunk.start + local]), float(norm))
+            if reason is not None:
+                emb_BV[local] = coord_BR[local] = residual_B[local] = np.nan
+                failed.append(FailedRow(row=first_row + chunk.start + local, reason=reason))
+        release = functools.partial(self._memory.give_back, memory)
+        return RowBlock(emb_BV=emb_BV, coord_BR=coord_BR, residual_B=residual_B, failed=tuple(failed), release=release)
 
 
 def is_streamed(spec: EmbeddingSpec) -> bool:
@@ -276,12 +378,12 @@ def window_bytes(spec: EmbeddingSpec, width: int, inner_width: int, chunk_rows: 
     tokens = max(spec.batch_tokens, spec.max_tokens)
     activations = workers * activation_bytes(tokens, width, inner_width) if spec.device == "cpu" else 0
     pooled_width = spec.dimension if is_streamed(spec) else width
-    means = window_rows * pooled_width * 4
+    means = 2 * window_rows * pooled_width * 4  # of a window and the one that follows
     wide = workers * slab_bytes(spec.dimension, spec.rank)
     if is_streamed(spec):
         # the logits, the class's own copies while it caps them, and what is added and gathered
         wide += workers * 6 * streamed_tokens(spec.dimension) * spec.dimension * 4
-    # one is being written, two wait with their encoded copies, the next one is ready and another one begun
+    # one is being written and two wait with their encoded copies, the next one is ready and another one begun
     chunks = 8 * chunk_rows * (spec.dimension * 2 + spec.rank * 4)
     coordinates = 2 * window_rows * spec.rank * 4
     return activations + means + wide + chunks + coordinates + _FIXED_BYTES

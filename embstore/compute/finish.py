@@ -20,9 +20,10 @@ from torch import Tensor
 from embstore.compute.coordinates import ReadBlock, project
 from embstore.compute.heads import AffineHead
 
-# Rows of a slab: enough for the product to run at full speed, few enough for two slabs of a chunk. Both decide low bits.
-SLAB_ROWS = 160
-_BLOCK_COLUMNS = 2048
+# A slab and a block of columns: large enough for the product to run at full speed, small enough for a core's cache. Both
+# decide low bits. Other slabs and batches keep the other cores busy, so a chunk need not be shared out.
+SLAB_ROWS = 320
+_BLOCK_COLUMNS = 512
 
 
 class Finisher(Protocol):

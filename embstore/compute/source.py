@@ -60,7 +60,7 @@ _BASIS_OF = {"logits": "head", "hidden": "identity"}
 # Nominal rates for "a window is about a minute of work"; a constant, so that the window does not depend on the day's load.
 _NOMINAL_FLOPS = {"cpu": 1e11, "mps": 2e12, "cuda": 5e13}
 _WINDOW_SECONDS = 60
-_STREAMED_WINDOW_BYTES = 256 << 20  # of V-wide float32 means
+_STREAMED_WINDOW_BYTES = 128 << 20  # of V-wide float32 means; two windows are under way at a time
 
 
 class TorchSource:
@@ -242,7 +242,7 @@ def _window_rows(spec: EmbeddingSpec, model: SplitModel, sample: Sequence[TokenR
     minute = int(_WINDOW_SECONDS * _NOMINAL_FLOPS[spec.device] / max(1.0, 2 * model.backbone_parameters * mean_tokens))
     wide = MAX_WINDOW_ROWS
     if is_streamed(spec):
-        wide = min(_STREAMED_WINDOW_BYTES, memory_bytes // 4) // (4 * spec.dimension)
+        wide = min(_STREAMED_WINDOW_BYTES, memory_bytes // 8) // (4 * spec.dimension)
     return max(16, min(MAX_WINDOW_ROWS, minute, wide))
 
 

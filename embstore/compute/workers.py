@@ -1,22 +1,25 @@
-"""Threads that each run torch with its own share of the cores.
+"""Threads that each run torch with its own share of the cores, the most urgent job first.
 
 One batch a thread beats all threads on one batch: nobody waits at the end of every small operation, and a worker with one
-core gives the same bits on any number of workers (docs/decisions/0012).
+core gives the same bits on any number of workers (docs/decisions/0012). Urgency keeps the disk fed: rows of the window that
+is being written are finished before batches of the next one go on.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
 import torch
 
-T = TypeVar("T")
-
 # Activations of all batches in flight; above it fewer workers share the cores. A constant, because bits depend on the split.
 _MAX_ACTIVATION_BYTES = 512 << 20
+
+Urgency = tuple[int, ...]  # smaller is sooner; jobs of one urgency start in the order given
+_Waiting = tuple[Urgency, int, Callable[[], None], Future[None]]
 
 
 def workers_for(threads: int, activation_bytes: int) -> int:
@@ -34,37 +37,43 @@ class Workers:
         self._executor = ThreadPoolExecutor(
             num_workers, thread_name_prefix="embstore", initializer=torch.set_num_threads, initargs=(share,)
         )
+        self._waiting: list[_Waiting] = []
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()  # also keeps jobs themselves from being compared
 
-    def submit(self, job: Callable[[], None]) -> Future[None]:
-        """Run ``job`` under inference mode on some worker; jobs start in the order given."""
-        return self._executor.submit(_inferring, job)
+    def submit(self, job: Callable[[], None], urgency: Urgency = ()) -> Future[None]:
+        """Run ``job`` under inference mode on the next free worker that finds nothing more urgent."""
+        done: Future[None] = Future()
+        with self._lock:
+            heapq.heappush(self._waiting, (urgency, next(self._numbers), job, done))
+        self._executor.submit(self._run_most_urgent)  # as many calls as jobs: each takes one, whichever it is then
+        return done
 
-    def for_each(self, items: Iterable[T], work: Callable[[T], None]) -> None:
-        """``work(item)`` on every item, each worker taking the next when it is free; returns when all are done.
+    def _run_most_urgent(self) -> None:
+        with self._lock:
+            _, _, job, done = heapq.heappop(self._waiting)
+        if not done.set_running_or_notify_cancel():
+            return
+        try:
+            with torch.inference_mode():  # a mode of the thread, not of the process
+                job()
+        except BaseException as error:  # noqa: BLE001 - it is raised again by who waits
+            done.set_exception(error)
+        else:
+            done.set_result(None)
 
-        Items are drawn one at a time, so a lazy iterable is never held whole. The first error ends it and is raised.
-        """
-        remaining, lock = iter(items), threading.Lock()
-        has_failed = threading.Event()
 
-        def draw() -> None:
-            try:
-                while not has_failed.is_set():
-                    with lock:
-                        item = next(remaining, None)
-                    if item is None:
-                        return
-                    work(item)
-            except BaseException:
-                has_failed.set()
-                raise
-
-        jobs = [self.submit(draw) for _ in range(self.num_workers)]
-        wait(jobs)
-        for job in jobs:
+def finish_all(jobs: Iterable[Future[None]]) -> None:
+    """Wait until all jobs are done; the first error cancels those that have not begun, and is raised when no other runs."""
+    jobs = list(jobs)
+    _, remaining = wait(jobs, return_when=FIRST_EXCEPTION)
+    if remaining:
+        abandon(remaining)
+    for job in jobs:
+        if not job.cancelled():
             job.result()
 
 
-def _inferring(job: Callable[[], None]) -> None:
-    with torch.inference_mode():  # a mode of the thread, not of the process
-        job()
+def abandon(jobs: Iterable[Future[None]]) -> None:
+    """Cancel jobs, and wait for those that have begun: nothing of them goes on in the background."""
+    wait([job for job in jobs if not job.cancel()])

@@ -29,13 +29,15 @@ class RowBlock:
 
     ``emb_BV`` float16, unit L2 norm before rounding; ``coord_BR`` float32; ``residual_B`` float32, the distance from a
     stored row to its coordinates. A failed row is NaN in all three and named in ``failed`` (global row numbers). Its memory
-    is the taker's: it is read after the next block was asked for, so an embedder that reuses it is refused.
+    is the taker's until ``release`` is called: it is read after the next block was asked for, so an embedder that uses it
+    again earlier is refused.
     """
 
     emb_BV: NDArray[np.float16]
     coord_BR: NDArray[np.float32]
     residual_B: NDArray[np.float32]
     failed: tuple[FailedRow, ...] = ()
+    release: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,8 +75,23 @@ class Embedder(Protocol):
     def memory_bytes(self, chunk_rows: int) -> int:
         """Upper estimate of anonymous memory one window takes above the loaded model."""
 
-    def embed(self, prompts: Sequence[Prompt], *, first_row: int, chunk_rows: int, check: Check) -> Iterator[RowBlock]:
-        """Rows of one window, chunk by chunk; ``counts`` are valid once the iterator is exhausted."""
+    def embed(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        first_row: int,
+        chunk_rows: int,
+        check: Check,
+        following: Sequence[Prompt] = (),
+    ) -> Iterator[RowBlock]:
+        """Rows of one window, chunk by chunk; ``counts`` are valid once the iterator is exhausted.
+
+        ``following`` are the prompts that will be asked for next, as the same object: they may be begun in the background.
+        An error of theirs is raised when they are asked for.
+        """
+
+    def close(self) -> None:
+        """Abandon whatever was begun in the background."""
 
     @property
     def counts(self) -> WindowCounts:

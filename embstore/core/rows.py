@@ -103,18 +103,22 @@ class RowGrid:
             yield index, self.chunk(index)
 
 
-def chunk_rows_near(row_bytes: int, target_bytes: int, *, num_rows: int, max_rows: int = 4096) -> int:
-    """The multiple of 16 rows whose chunk comes nearest ``target_bytes``, never more than the array needs.
+_MARGIN_BYTES = 4096  # headers of a compressed frame and of the allocator
 
-    16 rows of 50,304 float16 columns are exactly 393 pages, so an uncompressed chunk maps page-aligned.
+
+def chunk_rows_near(row_bytes: int, target_bytes: int, *, num_rows: int, max_rows: int = 4096) -> int:
+    """The largest multiple of 16 rows whose chunk stays below ``target_bytes``, never more than the array needs.
+
+    16 rows of 50,304 float16 columns are exactly 393 pages, so an uncompressed chunk maps page-aligned. Below, because glibc
+    hands blocks above 32 MiB back to the kernel each time they are freed, and fresh pages cost more than compression.
 
     Examples
     --------
     >>> chunk_rows_near(50304 * 2, 32 << 20, num_rows=28000)
-    336
+    320
     >>> chunk_rows_near(1024, 32 << 20, num_rows=100)
     112
     """
-    wanted = round(target_bytes / row_bytes / 16) * 16
+    wanted = (target_bytes - _MARGIN_BYTES) // row_bytes // 16 * 16
     needed = -(-num_rows // 16) * 16
     return max(16, min(wanted, max_rows // 16 * 16, needed))

@@ -234,12 +234,14 @@ class DurableFile:
 
     Use as a context manager: leaving it normally publishes, an exception leaves no trace. ``digest`` is valid afterwards.
     ``sync_directory=False`` leaves the directory fsync to the caller, who may group many renames under one.
+    ``is_cached=False`` takes what was written out of the page cache, for files that nobody is about to read.
     """
 
-    def __init__(self, path: Path, *, sync_directory: bool = True, sha256: bool = True) -> None:
+    def __init__(self, path: Path, *, sync_directory: bool = True, sha256: bool = True, is_cached: bool = True) -> None:
         self._path = path
         self._temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._sync_directory = sync_directory
+        self._is_cached = is_cached
         self._sha256 = hashlib.sha256() if sha256 else None
         self._size = 0
         self._pending = bytearray()
@@ -284,6 +286,8 @@ class DurableFile:
                 try:
                     self._flush()
                     os.fsync(self._handle)
+                    if not self._is_cached:
+                        _drop_cache(self._handle)
                 finally:
                     os.close(self._handle)
                 os.rename(self._temp, self._path)
@@ -302,6 +306,13 @@ class DurableFile:
     def _discard(self) -> None:
         with contextlib.suppress(OSError):
             os.unlink(self._temp)
+
+
+def _drop_cache(handle: int) -> None:
+    """Let the kernel use a synced file's pages for the next one, instead of the memory of whoever else is running."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # advice
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def write_durable(path: Path, data: Buffer) -> FileDigest:

@@ -223,6 +223,7 @@ class StoreWriter:
             local = slice(chunk_rows.start - rows.start, chunk_rows.stop - rows.start)
             coord_WR[local], residual_W[local] = block.coord_BR, block.residual_B
             failed += block.failed
+            block.release()
         _refuse_unlisted(rows, coord_WR, residual_W, failed)
         fsync_directory(self.root / EMBEDDINGS)
         for name, values in zip(ROW_FILES, (coord_WR, residual_W), strict=True):
@@ -307,7 +308,8 @@ class StoreWriter:
         yield from waiting
 
     def _write_chunk(self, index: int, pieces: list[bytes | memoryview], record: ChunkRecord) -> ChunkRecord:
-        with DurableFile(self.root / chunk_name(index), sync_directory=False, sha256=False) as file:
+        path = self.root / chunk_name(index)
+        with DurableFile(path, sync_directory=False, sha256=False, is_cached=False) as file:
             for piece in pieces:
                 file.write(piece)
         return dataclasses.replace(record, index=index)

@@ -11,11 +11,11 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from embstore.core.embedder import Check
 from embstore.core.errors import BuildInterruptedError, ExitCode
 from embstore.core.prompts import Prompt
 from embstore.info import verify
@@ -166,8 +166,8 @@ def test_what_a_caller_does_to_its_buffer_after_an_interrupt_reaches_no_file(
     source = OwnBuffers()
     inner = FakeEmbedder.embed
 
-    def embed(self: FakeEmbedder, prompts: Sequence[Prompt], *, first_row: int, chunk_rows: int, check: Check) -> Iterator:
-        for block in inner(self, prompts, first_row=first_row, chunk_rows=chunk_rows, check=check):
+    def embed(self: FakeEmbedder, prompts: Sequence[Prompt], *, first_row: int, **more: Any) -> Iterator[RowBlock]:
+        for block in inner(self, prompts, first_row=first_row, **more):
             if first_row == 32:
                 for _ in range(signals):
                     signal.raise_signal(signal.SIGINT)

@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from embstore.compute.heads import SplitModel
-from embstore.compute.workers import Workers
+from embstore.compute.workers import Urgency, Workers
 from embstore.core.embedder import RowBlock
 from embstore.core.errors import ModelError, RowError
 from embstore.core.prompts import Prompt
@@ -126,7 +126,7 @@ def test_a_batch_that_does_not_fit_is_split_and_counted(
         embed(case.embedder, PROMPTS)
 
 
-def _run_here(self: Workers, job: Callable[[], None]) -> Future[None]:
+def _run_here(self: Workers, job: Callable[[], None], urgency: Urgency = ()) -> Future[None]:
     done: Future[None] = Future()
     with torch.inference_mode():
         job()

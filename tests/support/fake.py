@@ -97,7 +97,18 @@ class FakeEmbedder:
     def memory_bytes(self, chunk_rows: int) -> int:
         return 1 << 20
 
-    def embed(self, prompts: Sequence[Prompt], *, first_row: int, chunk_rows: int, check: Check) -> Iterator[RowBlock]:
+    def close(self) -> None:
+        pass
+
+    def embed(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        first_row: int,
+        chunk_rows: int,
+        check: Check,
+        following: Sequence[Prompt] = (),
+    ) -> Iterator[RowBlock]:
         self._source.calls.append((first_row, first_row + len(prompts)))
         for start in range(0, len(prompts), chunk_rows):
             check()

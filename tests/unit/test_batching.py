@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embstore.compute.batching import TokenBatch, TokenRow, token_batches
+from embstore.compute.batching import TokenBatch, TokenRow, batches_by_length, padded_batch
 
 PAD = 999
 
@@ -26,7 +26,7 @@ def windows(draw: st.DrawFn) -> list[TokenRow]:
 
 
 def batches_of(rows: list[TokenRow], batch_tokens: int) -> list[TokenBatch]:
-    return list(token_batches(rows, batch_tokens=batch_tokens, pad_id=PAD))
+    return [padded_batch(rows, rows_B, pad_id=PAD) for rows_B in batches_by_length(rows, batch_tokens=batch_tokens)]
 
 
 @settings(max_examples=60, deadline=None)

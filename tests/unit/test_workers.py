@@ -1,16 +1,18 @@
-"""Worker threads: every item once, the first error ends it, thread counts shared out."""
+"""Worker threads: every job once, the most urgent first, the first error ends it, thread counts shared out."""
 
 from __future__ import annotations
 
+import functools
 import threading
+import time
 
 import pytest
 import torch
 
-from embstore.compute.workers import Workers, workers_for
+from embstore.compute.workers import Workers, abandon, finish_all, workers_for
 
 
-def test_every_item_is_worked_on_once_by_as_many_threads_as_there_are() -> None:
+def test_as_many_jobs_run_at_once_as_there_are_workers_under_inference_mode() -> None:
     workers, both_here = Workers(2, 2), threading.Barrier(2, timeout=10)
     done: list[int] = []
 
@@ -20,43 +22,62 @@ def test_every_item_is_worked_on_once_by_as_many_threads_as_there_are() -> None:
         assert torch.is_inference_mode_enabled()
         done.append(item)
 
-    workers.for_each(range(100), work)
+    finish_all([workers.submit(functools.partial(work, item)) for item in range(100)])
     assert sorted(done) == list(range(100))
 
 
-def test_the_first_error_ends_the_work_and_is_raised() -> None:
-    drawn = []
+def test_the_most_urgent_job_is_next_and_equals_keep_their_order() -> None:
+    workers, may_begin = Workers(1, 1), threading.Event()
+    done: list[str] = []
+    jobs = [workers.submit(lambda: may_begin.wait(10) and None)]
+    for name, urgency in (("batch 2", (2, 1)), ("batch 1a", (2, 0)), ("row", (0,)), ("batch 1b", (2, 0)), ("token", (1, 1))):
+        jobs.append(workers.submit(functools.partial(done.append, name), urgency))
+    may_begin.set()
+    finish_all(jobs)
+    assert done == ["row", "token", "batch 1a", "batch 1b", "batch 2"]
 
-    def items() -> object:
-        for item in range(10_000):
-            drawn.append(item)
-            yield item
+
+def test_the_first_error_is_raised_and_what_has_not_begun_never_begins() -> None:
+    workers, done = Workers(2, 2), list[int]()
 
     def work(item: int) -> None:
         if item == 5:
             raise KeyError(item)
+        time.sleep(0.001)
+        done.append(item)
 
-    workers = Workers(2, 2)
+    jobs = [workers.submit(functools.partial(work, item)) for item in range(10_000)]
     with pytest.raises(KeyError, match="5"):
-        workers.for_each(items(), work)  # type: ignore[arg-type]
-    assert len(drawn) < 10_000
-    workers.for_each([1], work)  # and they can be used again
+        finish_all(jobs)
+    assert {0, 1, 2, 3, 4} <= set(done)
+    seen = len(done)
+    assert seen < 10_000
+    finish_all([workers.submit(lambda: None)])  # they can be used again
+    assert len(done) == seen
 
 
-def test_an_iterable_that_fails_is_no_end_of_work() -> None:
-    def items() -> object:
-        yield 1
-        raise ValueError("no more tokens")
+def test_abandoned_jobs_are_over_when_that_returns() -> None:
+    workers, has_begun, ended = Workers(1, 1), threading.Event(), list[int]()
 
-    with pytest.raises(ValueError, match="no more tokens"):
-        Workers(2, 2).for_each(items(), lambda _: None)  # type: ignore[arg-type]
+    def slow() -> None:
+        has_begun.set()
+        time.sleep(0.05)
+        ended.append(0)
+
+    jobs = [workers.submit(slow), *(workers.submit(functools.partial(ended.append, item)) for item in range(1, 50))]
+    has_begun.wait(10)
+    abandon(jobs)
+    assert ended == [0]
+    finish_all([workers.submit(lambda: None)])
+    assert ended == [0]
 
 
 @pytest.mark.parametrize(("threads", "num_workers", "share"), [(4, 4, 1), (4, 1, 4), (5, 2, 2)])
 def test_threads_are_shared_out(threads: int, num_workers: int, share: int) -> None:
     before = torch.get_num_threads()
     seen: list[int] = []
-    Workers(threads, num_workers).for_each(range(8), lambda _: seen.append(torch.get_num_threads()))
+    workers = Workers(threads, num_workers)
+    finish_all([workers.submit(lambda: seen.append(torch.get_num_threads())) for _ in range(8)])
     assert set(seen) == {share}
     assert torch.get_num_threads() == before
 
