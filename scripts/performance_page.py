@@ -189,11 +189,19 @@ def _gpu_model(found: Report) -> list[str]:
             f" `torch.compile` of the layers makes the floor {compiled['times_uncompiled']:.2f} times as fast, after "
             f"{compiled['compile_seconds']:.0f} s of compiling."
         )
+    own = floor["table"][-1]
+    with_cudnn = [each for each in floor["table"] if each["cudnn_attention"]]
+    (same,) = (each for each in with_cudnn if all(each[name] == own[name] for name in ("batch_tokens", "mask")))
+    lines[-1] += (
+        f" The floor at {own['batch_tokens']:,} tokens a batch, over shapes already seen and over new ones: "
+        f"{same['rows_per_second']:,.0f} and {same['rows_per_second_of_new_shapes']:,.0f} rows/s; without cuDNN's attention "
+        f"{own['rows_per_second']:,.0f} and {own['rows_per_second_of_new_shapes']:,.0f}."
+    )
     masks = {True: "mask", False: "no mask"}
     lines += ["", "| batch tokens | padding | " + " | ".join(f"floor, {each}" for each in masks.values()) + " |"]
     lines.append("|---:|---:|---:|---:|")
-    for tokens in dict.fromkeys(each["batch_tokens"] for each in floor["table"]):
-        row = [each for each in floor["table"] if each["batch_tokens"] == tokens]
+    for tokens in dict.fromkeys(each["batch_tokens"] for each in with_cudnn):
+        row = [each for each in with_cudnn if each["batch_tokens"] == tokens]
         rates = [next((f"{each['rows_per_second']:,.0f}" for each in row if each["mask"] == mask), "") for mask in masks]
         lines.append(f"| {tokens:,} | {row[0]['padding']:.1%} | {rates[0]} | {rates[1]} |")
     return lines
