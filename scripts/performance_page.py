@@ -1,6 +1,7 @@
 """Put measured figures into ``docs/performance.md`` and its plot: ``python -m scripts.performance_page``.
 
 ``python -m benchmarks.embedding`` writes ``benchmarks/results/embedding.json``; page and plot show it, and a test compares.
+``python -m benchmarks.gpu`` writes ``benchmarks/results/gpu.json``; its section stays as it is where that file is missing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "benchmarks" / "results" / "embedding.json"
+GPU_REPORT = ROOT / "benchmarks" / "results" / "gpu.json"
 PAGE = ROOT / "docs" / "performance.md"
 PLOT = ROOT / "docs" / "performance.svg"
 
@@ -123,6 +125,88 @@ def profile(report: Report) -> str:
     return "\n".join(lines)
 
 
+def gpu(report: Report) -> str:
+    """The device, then for each model: methods, settings of the floor, and where the time of a window goes."""
+    versions, machine = report["versions"], report["machine"]
+    lines = [
+        f"{machine['date']}, {machine['device']}, {machine['cores']} cores of {machine['cpu']}, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}: `{report['command']}`",
+        "",
+        f"Measured ceilings: bfloat16 products {machine['bfloat16_flops'] / 1e12:.0f} TFLOP/s, float32 products "
+        f"{machine['float32_flops'] / 1e12:.0f} TFLOP/s, copies to pinned host memory "
+        f"{machine['pinned_to_host_bytes_per_second'] / 1e9:.1f} GB/s, encoding on 4 threads "
+        f"{machine['encode_4_bytes_per_second'] / 1e9:.2f} GB/s, durable writes on {machine['file_system']} "
+        f"{machine['durable_write_4_bytes_per_second'] / 1e9:.2f} GB/s.",
+    ]
+    for found in report["models"].values():
+        lines += ["", *_gpu_model(found)]
+    return "\n".join(lines)
+
+
+def _gpu_model(found: Report) -> list[str]:
+    model, floor, embed = found["model"], found["floor"], found["embed"]
+    methods = {
+        "original method": found.get("original", {}),
+        f"backbone alone (floor, batches of {floor['batch_tokens']:,} tokens)": floor | {"share_of_floor": 1.0},
+        "embstore, rows dropped": embed["rows"],
+        "embstore, store written": embed["store"],
+    }
+    lines = [
+        f"**{model['name']}**, {model['layers']} layers, width {model['width']}, {model['vocabulary']:,} columns; "
+        f"{model['rows']:,} prompts, bfloat16",
+        "",
+        "| | rows/s | tokens/s | share of the floor | MFU, measured peak | MFU, datasheet | device memory |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for title, each in methods.items():
+        if "rows_per_second" not in each:
+            continue
+        share = f"{each['share_of_floor']:.3f}" if "share_of_floor" in each else ""
+        mfu = [f"{each[name]:.1%}" if name in each else "" for name in ("mfu_of_measured", "mfu_of_datasheet")]
+        memory = f"{each['peak_device_bytes'] / 2**30:.1f} GiB" if "peak_device_bytes" in each else ""
+        lines.append(
+            f"| {title} | {each['rows_per_second']:,.0f} | {each['tokens_per_second']:,.0f} | {share} "
+            f"| {mfu[0]} | {mfu[1]} | {memory} |"
+        )
+    store = embed["store"]
+    lines += [
+        "",
+        f"The store takes {store['raw_bytes_per_second'] / 1e9:.2f} GB/s of rows, "
+        f"{store['stored_bytes_per_second'] / 1e9:.2f} GB/s encoded.",
+    ]
+    if "seconds_overlapped" in (profile := found.get("profile", {})):
+        stages = ", ".join(
+            f"{name} {1e3 * seconds / profile['rows']:.3f}"
+            for name, seconds in profile["seconds_one_after_the_other"].items()
+        )
+        lines[-1] += (
+            f" Milliseconds a row, one after the other: {stages}; overlapped "
+            f"{1e3 * profile['seconds_overlapped'] / profile['rows']:.3f}, with the device busy "
+            f"{profile['device_busy_seconds'] / profile['seconds_overlapped']:.0%} of it."
+        )
+    if "rows_per_second" in (compiled := found.get("compile", {})):
+        lines[-1] += (
+            f" `torch.compile` of the layers makes the floor {compiled['times_uncompiled']:.2f} times as fast, after "
+            f"{compiled['compile_seconds']:.0f} s of compiling."
+        )
+    own = floor["table"][-1]
+    with_cudnn = [each for each in floor["table"] if each["cudnn_attention"]]
+    (same,) = (each for each in with_cudnn if all(each[name] == own[name] for name in ("batch_tokens", "mask")))
+    lines[-1] += (
+        f" The floor at {own['batch_tokens']:,} tokens a batch, over shapes already seen and over new ones: "
+        f"{same['rows_per_second']:,.0f} and {same['rows_per_second_of_new_shapes']:,.0f} rows/s; without cuDNN's attention "
+        f"{own['rows_per_second']:,.0f} and {own['rows_per_second_of_new_shapes']:,.0f}."
+    )
+    masks = {True: "mask", False: "no mask"}
+    lines += ["", "| batch tokens | padding | " + " | ".join(f"floor, {each}" for each in masks.values()) + " |"]
+    lines.append("|---:|---:|---:|---:|")
+    for tokens in dict.fromkeys(each["batch_tokens"] for each in with_cudnn):
+        row = [each for each in with_cudnn if each["batch_tokens"] == tokens]
+        rates = [next((f"{each['rows_per_second']:,.0f}" for each in row if each["mask"] == mask), "") for mask in masks]
+        lines.append(f"| {tokens:,} | {row[0]['padding']:.1%} | {rates[0]} | {rates[1]} |")
+    return lines
+
+
 def _conditions(report: Report, part: str) -> str:
     versions = report["versions"]
     return (
@@ -145,13 +229,17 @@ def page(text: str) -> str:
     """The page with every section's figures between its marks."""
     report: Report = json.loads(REPORT.read_text())
     for name, render in SECTIONS.items():
-        begin, end = f"<!-- {name}: made by python -m scripts.performance_page -->\n", f"<!-- end of {name} -->"
-        before, found_begin, rest = text.partition(begin)
-        _, found_end, after = rest.partition(end)
-        if not (found_begin and found_end):
-            raise ValueError(f"{PAGE.name} has no section {name!r}")
-        text = f"{before}{begin}{render(report)}\n{end}{after}"
-    return text
+        text = _filled(text, name, render(report))
+    return _filled(text, "gpu", gpu(json.loads(GPU_REPORT.read_text()))) if GPU_REPORT.exists() else text
+
+
+def _filled(text: str, name: str, figures: str) -> str:
+    begin, end = f"<!-- {name}: made by python -m scripts.performance_page -->\n", f"<!-- end of {name} -->"
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise ValueError(f"{PAGE.name} has no section {name!r}")
+    return f"{before}{begin}{figures}\n{end}{after}"
 
 
 def plot() -> str:
