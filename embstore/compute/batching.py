@@ -157,15 +157,14 @@ def batches_by_length(rows: Sequence[TokenRow], *, batch_tokens: int) -> Iterato
 
 def padded_batch(rows: Sequence[TokenRow], rows_B: NDArray[np.int64], *, pad_id: int) -> TokenBatch:
     """The batch of these rows, padded on the right to the longest."""
-    shape = (len(rows_B), max(len(rows[row].ids_T) for row in rows_B))
-    tokens_BT = np.full(shape, pad_id, dtype=np.int64)
-    real_BT = np.zeros(shape, dtype=np.bool_)
-    pooled_BT = np.zeros(shape, dtype=np.bool_)
-    for position, row in enumerate(rows_B):
-        length = len(rows[row].ids_T)
-        tokens_BT[position, :length] = rows[row].ids_T
-        real_BT[position, :length] = True
-        pooled_BT[position, :length] = rows[row].pooled_T
+    chosen = [rows[row] for row in rows_B]
+    lengths_B = np.array([len(row.ids_T) for row in chosen])
+    real_BT = np.arange(lengths_B.max()) < lengths_B[:, None]
+    tokens_BT = np.full(real_BT.shape, pad_id, dtype=np.int64)
+    pooled_BT = np.zeros_like(real_BT)
+    # row by row in order: exactly how a mask is filled
+    tokens_BT[real_BT] = np.concatenate([row.ids_T for row in chosen])
+    pooled_BT[real_BT] = np.concatenate([row.pooled_T for row in chosen])
     return TokenBatch(rows_B=rows_B, tokens_BT=tokens_BT, real_BT=real_BT, pooled_BT=pooled_BT)
 
 

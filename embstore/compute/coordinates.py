@@ -16,14 +16,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 # Directions weaker than this, relative to the strongest, are float32 noise of the weights.
 _SINGULAR_TOLERANCE = 1e-6
 _BLOCK_BYTES = 16 << 20
 
-# Rows start <= v < stop of the spanning matrix [V, M], any float dtype.
-ReadBlock = Callable[[int, int], NDArray[np.floating]]
+# Rows start <= v < stop of the spanning matrix [V, M], any float dtype, on the device that shall compute.
+ReadBlock = Callable[[int, int], Tensor]
 
 
 def orthonormal_basis(
@@ -49,34 +51,40 @@ def orthonormal_basis(
     -------
     float32 [V, R] with R <= min(M, max_rank); |Q^T Q - 1| is at float32 rounding.
     """
-    gram_MM = sum((block.T @ block for _, block in _blocks(read_block, num_columns, width)), np.zeros((width, width)))
-    values_M, vectors_MM = np.linalg.eigh(gram_MM)
-    strongest = values_M[::-1]
-    rank = min(max_rank, int(np.count_nonzero(strongest > strongest[0] * _SINGULAR_TOLERANCE**2)))
-    mixing_MR = vectors_MM[:, ::-1][:, :rank] / np.sqrt(strongest[:rank])
-    nearly_RR = np.zeros((rank, rank))
+    device = read_block(0, 0).device
+    gram_MM = torch.zeros((width, width), dtype=torch.float64, device=device)
+    for _, block in _blocks(read_block, num_columns, width):
+        gram_MM += block.T @ block
+    values_M, vectors_MM = torch.linalg.eigh(gram_MM)
+    strongest = values_M.flip(0)
+    rank = min(max_rank, int((strongest > strongest[0] * _SINGULAR_TOLERANCE**2).sum()))
+    mixing_MR = vectors_MM.flip(1)[:, :rank] / strongest[:rank].sqrt()
+    nearly_RR = torch.zeros((rank, rank), dtype=torch.float64, device=device)
     for _, block in _blocks(read_block, num_columns, width):
         projected = block @ mixing_MR
         nearly_RR += projected.T @ projected
-    mixing_MR = mixing_MR @ np.linalg.inv(np.linalg.cholesky(nearly_RR)).T
+    mixing_MR = mixing_MR @ torch.linalg.inv(torch.linalg.cholesky(nearly_RR)).T
     flat = np.empty(num_columns * rank, dtype=np.float32) if scratch is None else scratch[: num_columns * rank]
     basis_VR = flat.reshape(num_columns, rank)
     for start, block in _blocks(read_block, num_columns, width):
-        basis_VR[start : start + len(block)] = block @ mixing_MR
+        basis_VR[start : start + len(block)] = (block @ mixing_MR).cpu().numpy()
     return basis_VR
 
 
-def project(basis_VR: NDArray[np.float32], read_block: ReadBlock, width: int) -> NDArray[np.float64]:
-    """Q^T A, float64 [R, M]: the spanning matrix in coordinates."""
+def project(basis_VR: NDArray[np.float32], read_block: ReadBlock, width: int) -> Tensor:
+    """Q^T A, float64 [R, M]: the spanning matrix in coordinates, on the device of its blocks."""
     num_columns, rank = basis_VR.shape
-    total_RM = np.zeros((rank, width))
+    device = read_block(0, 0).device
+    total_RM = torch.zeros((rank, width), dtype=torch.float64, device=device)
     for start, block in _blocks(read_block, num_columns, width):
-        total_RM += basis_VR[start : start + len(block)].astype(np.float64).T @ block
+        # a copy: the basis may be a read-only map, which torch refuses to wrap
+        basis_CR = torch.from_numpy(np.array(basis_VR[start : start + len(block)])).to(device)
+        total_RM += basis_CR.double().T @ block
     return total_RM
 
 
-def _blocks(read_block: ReadBlock, num_columns: int, width: int) -> Iterator[tuple[int, NDArray[np.float64]]]:
+def _blocks(read_block: ReadBlock, num_columns: int, width: int) -> Iterator[tuple[int, Tensor]]:
     step = max(256, _BLOCK_BYTES // (8 * width))
     for start in range(0, num_columns, step):
         stop = min(start + step, num_columns)
-        yield start, read_block(start, stop).astype(np.float64)
+        yield start, read_block(start, stop).double()

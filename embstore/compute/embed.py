@@ -14,6 +14,7 @@ Shapes: W rows of a window, B rows of a batch or block, T tokens, D model width,
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import threading
@@ -41,7 +42,7 @@ from embstore.compute.streamed import add_capped, add_streamed, streamed_tokens
 from embstore.compute.workers import Workers, abandon, finish_all, workers_for
 from embstore.core.config import pooling_rule
 from embstore.core.embedder import Check, RowBlock, WindowCounts
-from embstore.core.errors import ModelError
+from embstore.core.errors import ConfigError, ModelError
 from embstore.core.format import EmbeddingSpec
 from embstore.core.prompts import Prompt
 from embstore.core.records import FailedRow
@@ -54,17 +55,19 @@ MAX_WINDOW_ROWS = 4096
 # What a free worker takes first: rows that the disk waits for, then tokens of the next window, then batches, oldest first.
 _ROWS, _TOKENS, _BATCHES = 0, 1, 2
 _ROW_STREAMS = 2  # double buffering: one slab is computed while another one is copied
+_REAL, _POOLED = 1 << 40, 1 << 41  # flags above every token id, in an int64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PooledWindow:
     """Means over the pooled tokens of each row: hidden states [W, D] (affine) or logits [W, V] (streamed), float32.
 
-    ``ok_W`` is false where a prompt gave no tokens.
+    ``ok_W`` is false where a prompt gave no tokens. On CUDA the means are there once ``ready`` has happened.
     """
 
     mean_WX: Tensor
     ok_W: NDArray[np.bool_]
+    ready: torch.cuda.Event | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +102,7 @@ class _Window:
         self.tokens: Future[None] = Future()  # done when ``batches`` is complete
         self.tokens.set_result(None)
         self.splits = 0
-        self.pooled: torch.cuda.Event | None = None  # the device's side of the last batch
+        self.ready: torch.cuda.Event | None = None  # on the device, behind the last batch
         self.lock = threading.Lock()
 
     def finish(self) -> PooledWindow:
@@ -110,7 +113,7 @@ class _Window:
         except BaseException:
             self.abandon()
             raise
-        return self.means
+        return dataclasses.replace(self.means, ready=self.ready)
 
     def abandon(self) -> None:
         """Nothing of this window goes on in the background when this returns."""
@@ -131,6 +134,7 @@ class LogitEmbedder:
         truncated_share: float = 0.0,
         seconds_per_row: float = 0.0,
     ) -> None:
+        _refuse_tensor_float(parts.device)
         self._model, self._head, self._capped = parts.model, parts.head, parts.capped
         self._tokenizer, self._device = parts.tokenizer, parts.device
         self.spec = spec
@@ -147,8 +151,10 @@ class LogitEmbedder:
         )
         self.num_workers = num_workers(spec, self._model.width, self._model.inner_width)
         self._workers = Workers(spec.threads, self.num_workers)
-        # an accelerator computes batches while finished rows are copied to the host, two slabs at a time
-        self._row_workers = self._workers if self._device.type == "cpu" else Workers(_ROW_STREAMS, _ROW_STREAMS)
+        self._token_workers = self._row_workers = self._workers
+        if self._device.type != "cpu":
+            # batches are computed while the next window is tokenised and finished rows are copied, two slabs at a time
+            self._token_workers, self._row_workers = Workers(1, 1), Workers(_ROW_STREAMS, _ROW_STREAMS)
         self._streams = threading.local()
         self._memory = RecycledMemory(spec.dimension, spec.rank, pinned=self._device.type == "cuda")
         self._numbers = itertools.count()
@@ -179,8 +185,7 @@ class LogitEmbedder:
         window.tokens.result()
         if following:
             self._ahead = self._begin(following, check)
-        means = window.finish()
-        yield from self.blocks(means, first_row=first_row, chunk_rows=chunk_rows, check=check, pooled=window.pooled)
+        yield from self.blocks(window.finish(), first_row=first_row, chunk_rows=chunk_rows, check=check)
         self.counts = WindowCounts(
             tokens=sum(int(row.pooled_T.sum()) for row in window.rows),
             truncated=sum(row.was_cut for row in window.rows),
@@ -197,24 +202,16 @@ class LogitEmbedder:
         self._begin_batches(window, rows, next(self._numbers), check)
         return window.finish()
 
-    def blocks(
-        self,
-        window: PooledWindow,
-        *,
-        first_row: int,
-        chunk_rows: int,
-        check: Check,
-        pooled: torch.cuda.Event | None = None,
-    ) -> Iterator[RowBlock]:
+    def blocks(self, window: PooledWindow, *, first_row: int, chunk_rows: int, check: Check) -> Iterator[RowBlock]:
         """Finished rows of a pooled window by chunks; each chunk is begun when the one before it is given away."""
         num_rows = len(window.ok_W)
-        ahead = self._begin_chunk(window, 0, chunk_rows, pooled)
+        ahead = self._begin_chunk(window, 0, chunk_rows)
         try:
             for start in range(0, num_rows, chunk_rows):
                 check()
                 chunk = ahead
                 if start + chunk_rows < num_rows:
-                    ahead = self._begin_chunk(window, start + chunk_rows, chunk_rows, pooled)
+                    ahead = self._begin_chunk(window, start + chunk_rows, chunk_rows)
                 yield self._finished(chunk, window, first_row)
         finally:
             wait(ahead.jobs)  # an abandoned window must not go on in the background
@@ -236,7 +233,7 @@ class LogitEmbedder:
             check()
             self._begin_batches(window, self.tokens(prompts), number, check)
 
-        window.tokens = self._workers.submit(tokenise, (_TOKENS, number))
+        window.tokens = self._token_workers.submit(tokenise, (_TOKENS, number))
         return window
 
     def _begin_batches(self, window: _Window, rows: Sequence[TokenRow], number: int, check: Check) -> None:
@@ -256,7 +253,7 @@ class LogitEmbedder:
         check()
         self._pool_batch(padded_batch(rows, rows_B, pad_id=self._tokenizer.pad_id), window)
         if self._device.type == "cuda":
-            window.pooled = torch.cuda.current_stream().record_event()
+            window.ready = torch.cuda.current_stream().record_event()
 
     def _pool_batch(self, batch: TokenBatch, window: _Window) -> None:
         try:
@@ -282,9 +279,7 @@ class LogitEmbedder:
             self._pool_batch(part, window)
 
     def _pool_whole(self, batch: TokenBatch, mean_WX: Tensor) -> None:
-        tokens_BT, real_BT, pooled_BT, rows_B = (
-            self._to_device(values) for values in (batch.tokens_BT, batch.real_BT, batch.pooled_BT, batch.rows_B)
-        )
+        tokens_BT, real_BT, pooled_BT, rows_B = self._on_device(batch)
         hidden_BTD = self._model.hidden(tokens_BT, real_BT)
         if self._head is not None:
             if not batch.pooled_BT.all():
@@ -300,22 +295,28 @@ class LogitEmbedder:
             mean_WX[rows_B] = 0.0  # a batch that ran out of memory may have begun to add
             add_streamed(self._model, hidden_BTD, pooled_BT, rows_B, mean_WX, columns=self.spec.dimension)
 
-    def _to_device(self, values: NDArray[np.generic]) -> Tensor:
-        tensor = torch.from_numpy(values)
-        if self._device.type == "cuda":
-            tensor = tensor.pin_memory()  # only then is the copy asynchronous
-        return tensor.to(self._device, non_blocking=True)
+    def _on_device(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens, real, pooled [B, T] and row numbers [B]; to an accelerator in one copy that waits for nothing."""
+        whole = (batch.tokens_BT, batch.real_BT, batch.pooled_BT, batch.rows_B)
+        if self._device.type != "cuda":
+            tokens_BT, real_BT, pooled_BT, rows_B = (torch.from_numpy(values).to(self._device) for values in whole)
+            return tokens_BT, real_BT, pooled_BT, rows_B
+        flags_BT = batch.real_BT * _REAL | batch.pooled_BT * _POOLED
+        packed = torch.from_numpy(np.column_stack([batch.tokens_BT | flags_BT, batch.rows_B])).pin_memory()
+        packed = packed.to(self._device, non_blocking=True)
+        marked_BT, rows_B = packed[:, :-1], packed[:, -1]
+        return marked_BT & (_REAL - 1), (marked_BT & _REAL) != 0, (marked_BT & _POOLED) != 0, rows_B
 
     # --- a chunk's rows ---------------------------------------------------------------------------------------------
 
-    def _begin_chunk(self, window: PooledWindow, start: int, chunk_rows: int, pooled: torch.cuda.Event | None) -> _Chunk:
+    def _begin_chunk(self, window: PooledWindow, start: int, chunk_rows: int) -> _Chunk:
         stop = min(start + chunk_rows, len(window.ok_W))
         memory = self._memory.take(stop - start)
         norm_B = np.empty(stop - start, dtype=np.float32)
 
         def fill(part: slice) -> None:
             mean_BX = window.mean_WX[start + part.start : start + part.stop]
-            with self._own_stream(pooled):
+            with self._own_stream(window.ready):
                 norm_B[part] = finish(
                     self._finisher, mean_BX, memory.emb_BV[part], memory.coord_BR[part], memory.residual_B[part]
                 )
@@ -325,7 +326,7 @@ class LogitEmbedder:
         return _Chunk(start=start, memory=memory, norm_B=norm_B, jobs=jobs)
 
     @contextlib.contextmanager
-    def _own_stream(self, pooled: torch.cuda.Event | None) -> Iterator[None]:
+    def _own_stream(self, ready: torch.cuda.Event | None) -> Iterator[None]:
         """On CUDA a stream of this thread's own, after the window's last batch; anywhere else nothing."""
         if self._device.type != "cuda":
             yield
@@ -333,8 +334,8 @@ class LogitEmbedder:
         if not hasattr(self._streams, "own"):
             self._streams.own = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._streams.own):
-            if pooled is not None:
-                self._streams.own.wait_event(pooled)
+            if ready is not None:
+                self._streams.own.wait_event(ready)
             yield
 
     def _finished(self, chunk: _Chunk, window: PooledWindow, first_row: int) -> RowBlock:
@@ -351,6 +352,14 @@ class LogitEmbedder:
                 failed.append(FailedRow(row=first_row + chunk.start + local, reason=reason))
         release = functools.partial(self._memory.give_back, memory)
         return RowBlock(emb_BV=emb_BV, coord_BR=coord_BR, residual_B=residual_B, failed=tuple(failed), release=release)
+
+
+def _refuse_tensor_float(device: torch.device) -> None:
+    if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        raise ConfigError(
+            f"float32 products are set to precision {torch.get_float32_matmul_precision()!r}, which moves every row",
+            hint='call torch.set_float32_matmul_precision("highest") before the build',
+        )
 
 
 def is_streamed(spec: EmbeddingSpec) -> bool:

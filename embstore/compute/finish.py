@@ -23,7 +23,7 @@ from embstore.compute.heads import AffineHead
 # A slab and a block of columns: large enough for the product to run at full speed, small enough for a core's cache. Both
 # decide low bits. Other slabs and batches keep the other cores busy, so a chunk need not be shared out.
 SLAB_ROWS = 320
-_BLOCK_COLUMNS = 512
+_BLOCK_COLUMNS = {"cpu": 512, "mps": 16384, "cuda": 16384}
 
 
 class Finisher(Protocol):
@@ -49,8 +49,8 @@ class AffineFinisher:
         # Q^T x = scale (Q^T A) z: no V-wide product
         read_block, width = spanning_columns(head, dimension)
         map_RM = head.scale * project(basis_VR, read_block, width)
-        self._map_MR = torch.from_numpy(np.ascontiguousarray(map_RM.T)).float().to(device)
-        self._step = _columns_at_once(dimension, device)
+        self._map_MR = map_RM.T.float().contiguous().to(device)
+        self._step = _BLOCK_COLUMNS[device.type]
 
     def coordinates(self, mean_BD: Tensor) -> tuple[Tensor, Tensor]:
         """As ``Finisher``."""
@@ -81,7 +81,7 @@ class MeanFinisher:
 
     def __init__(self, basis_VR: NDArray[np.float32], device: torch.device) -> None:
         self._basis_VR = torch.from_numpy(basis_VR).to(device)
-        self._step = _columns_at_once(len(basis_VR), device)
+        self._step = _BLOCK_COLUMNS[device.type]
 
     def coordinates(self, mean_BV: Tensor) -> tuple[Tensor, Tensor]:
         """As ``Finisher``."""
@@ -105,16 +105,14 @@ def finish(finisher: Finisher, mean_BX: Tensor, out_BV: Tensor, coord_BR: Tensor
     """
     coordinate_BR, norm_B = finisher.coordinates(mean_BX)
     square_B = torch.zeros_like(norm_B)
+    is_here = mean_BX.device.type == "cpu"
+    half_BV = out_BV if is_here else torch.empty(out_BV.shape, dtype=torch.float16, device=mean_BX.device)
     for columns, unit_BC in finisher.unit_blocks(mean_BX, norm_B):
-        half_BC = out_BV[:, columns]
-        if unit_BC.device.type == "cpu":
-            half_BC.copy_(unit_BC)
-        else:
-            device_BC = unit_BC.to(torch.float16)
-            half_BC.copy_(device_BC, non_blocking=True)  # the host's side is pinned
-            half_BC = device_BC
+        half_BC = half_BV[:, columns].copy_(unit_BC)
         lost_BC = finisher.lost(unit_BC, half_BC, coordinate_BR, columns)
         square_B += torch.linalg.vecdot(lost_BC, lost_BC)
+    if not is_here:
+        out_BV.copy_(half_BV, non_blocking=True)  # the host's side is pinned where that is possible
     coord_BR.copy_(coordinate_BR)
     residual_B.copy_(square_B.sqrt_())
     norms: NDArray[np.float32] = norm_B.cpu().numpy()
@@ -125,7 +123,7 @@ def finish(finisher: Finisher, mean_BX: Tensor, out_BV: Tensor, coord_BR: Tensor
 
 def slab_bytes(dimension: int, rank: int) -> int:
     """Host memory of one slab in the making, above its inputs and outputs."""
-    return 4 * SLAB_ROWS * (3 * min(_BLOCK_COLUMNS, dimension) + 4 * rank)
+    return 4 * SLAB_ROWS * (3 * min(_BLOCK_COLUMNS["cpu"], dimension) + 4 * rank)
 
 
 def spanning_columns(head: AffineHead, dimension: int) -> tuple[ReadBlock, int]:
@@ -133,9 +131,11 @@ def spanning_columns(head: AffineHead, dimension: int) -> tuple[ReadBlock, int]:
     weight_VD = head.weight_VD[:dimension]
     bias_V = head.bias_V[:dimension] if head.bias_V is not None else None
 
-    def read(start: int, stop: int) -> NDArray[np.floating]:
-        block = weight_VD[start:stop].cpu().numpy()
-        return block if bias_V is None else np.column_stack([block, bias_V[start:stop].cpu().numpy()])
+    device = weight_VD.device if weight_VD.device.type == "cuda" else torch.device("cpu")  # MPS has no float64
+
+    def read(start: int, stop: int) -> Tensor:
+        block = weight_VD[start:stop].to(device)
+        return block if bias_V is None else torch.column_stack([block, bias_V[start:stop].to(device)])
 
     return read, weight_VD.shape[1] + (bias_V is not None)
 
@@ -143,11 +143,6 @@ def spanning_columns(head: AffineHead, dimension: int) -> tuple[ReadBlock, int]:
 def identity_head(width: int, device: torch.device) -> AffineHead:
     """The head of ``--space hidden``: rows are the pooled states themselves, and a product with 1 is exact."""
     return AffineHead(weight_VD=torch.eye(width, device=device), bias_V=None, scale=1.0)
-
-
-def _columns_at_once(dimension: int, device: torch.device) -> int:
-    """A block that fits a core's cache; an accelerator takes the whole width at once."""
-    return _BLOCK_COLUMNS if device.type == "cpu" else dimension
 
 
 def _blocks(dimension: int, step: int) -> Iterator[slice]:

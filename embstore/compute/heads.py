@@ -11,6 +11,7 @@ Shapes: B rows, T tokens, D model width, V vocabulary, L tokens in a flat list.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from embstore.core.errors import ModelError
 
@@ -88,7 +90,8 @@ class SplitModel:
         """Final hidden states float32 [B, T, D], as the head receives them; rubbish at padding, which is on the right."""
         # a causal model never looks to the right, and kernels without a mask are faster
         mask_BT = None if self.is_causal else real_BT.long()
-        output = self.backbone(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
+        with _attention(tokens_BT.device):
+            output = self.backbone(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
         self._output_type = type(output)
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD.float()
@@ -197,6 +200,15 @@ def _backbone_of(model: Any) -> Any:  # noqa: ANN401
     finally:
         hook.remove()
     return model.base_model if used else decoder
+
+
+def _attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Without cuDNN's kernels on CUDA: those make a plan for each new shape, and nearly every batch is one."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    context: contextlib.AbstractContextManager[None] = sdpa_kernel(kernels)
+    return context
 
 
 @torch.inference_mode()

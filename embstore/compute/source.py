@@ -129,14 +129,11 @@ class TorchSource:
         embedder.pool(sample[:_TIMED_ROWS], _no_check)
         seconds = time.perf_counter() - timed
         observer(StageFinished(stage="model", seconds=time.perf_counter() - started))
-        return LogitEmbedder(
-            parts,
-            dataclasses.replace(embedder.spec, dtype=dtype),
-            embedder.basis_VR,
-            max_window_rows=window_rows,
-            truncated_share=sum(row.was_cut for row in sample) / len(sample),
-            seconds_per_row=seconds / len(sample[:_TIMED_ROWS]),
-        )
+        embedder.spec = dataclasses.replace(embedder.spec, dtype=dtype)
+        embedder.max_window_rows = window_rows
+        embedder.truncated_share = sum(row.was_cut for row in sample) / len(sample)
+        embedder.seconds_per_row = seconds / len(sample[:_TIMED_ROWS])
+        return embedder
 
     def _pick_dtype(
         self, embedder: LogitEmbedder, parts: ModelParts, wanted: str, sample: Sequence[TokenRow], observer: Observer
@@ -278,8 +275,8 @@ def _with_basis(
         pilot_NV = _pilot_rows(parts, spec, prompts, 4 * max_rank, window_rows, work)
         width = len(pilot_NV)
 
-        def read_block(start: int, stop: int) -> NDArray[np.floating]:
-            return np.asarray(pilot_NV[:, start:stop]).T
+        def read_block(start: int, stop: int) -> torch.Tensor:
+            return torch.from_numpy(np.asarray(pilot_NV[:, start:stop])).T
 
     # a mapped scratch file: the basis does not count as anonymous memory
     flat = map_scratch(work / "basis.npy", (spec.dimension * min(max_rank, width),))
