@@ -170,6 +170,9 @@ def test_a_bfloat16_backbone_computes_in_bfloat16_beside_one_in_float32(
     expected_NV = np.stack([unit_mean(logits_TV[1:]) for logits_TV in oracle(state, monkeypatch)[0]])
     assert 1e-4 < distances(rows_before_rounding(lower, PROMPTS), expected_NV).max() < 0.1
     assert distances(rows_before_rounding(full, PROMPTS), expected_NV).max() <= 5e-6
+    with torch.inference_mode():
+        dtypes = [each._model.backbone(torch.tensor([IDS[0]])).last_hidden_state.dtype for each in (lower, full)]
+    assert dtypes == [torch.bfloat16, torch.float32]
     assert_same_bytes(lower, resumed(lower))
 
 
@@ -203,6 +206,7 @@ def test_the_process_is_left_as_it_was(base: Path, monkeypatch: pytest.MonkeyPat
     import nanochat.gpt as theirs
 
     monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", logging.WARNING)
     before = (theirs.COMPUTE_DTYPE, list(root.handlers), root.level, torch.random.get_rng_state().tolist())
     files = locate_model(EmbeddingConfig(model=str(MODEL), **TRUSTED))
     loaded = load_model(files, "cpu")
