@@ -1,12 +1,14 @@
 """nanochat's own checkpoints: ``--model nanochat:SOURCE[:TAG[:STEP]]``.
 
 A checkpoint is ``model_<step>.pt`` (a state dict) and ``meta_<step>.json`` under ``$NANOCHAT_BASE_DIR`` (by default
-``~/.cache/nanochat``); the tokenizer lies beside the checkpoints. It is mapped onto the NanoChat class of transformers, and
-only where that is exact: every tensor has its place there and the configuration has no field that the class does not know.
-Newer nanochat models (value embeddings, sliding windows, residual scales) are refused by name. Weights load with
-``weights_only``; the pickled tokenizer runs whatever code it holds, so it is opened only where the user said so.
+``~/.cache/nanochat``); the tokenizer lies beside the checkpoints. It is mapped onto the NanoChat class of transformers where
+that is exact: every tensor has its place there and the configuration has no field that the class does not know. That is the
+first generation, until January 2026: what changed in nanochat's code without a trace in its files changed later. Models of
+later generations (value embeddings, sliding windows, residual scales) are built with an installed nanochat
+(``nanochat_package``), and refused by name where there is none. Weights load with ``weights_only``; the pickled tokenizer
+runs whatever code it holds, so it is opened only where the user said so.
 
-Weights are taken in float32 with float32 rotary tables and norms; nanochat itself rounds its rotary tables to bfloat16.
+Mapped weights are taken in float32 with float32 rotary tables and norms; nanochat itself rounds its tables to bfloat16.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from embstore.compute.digests import digest_of
+from embstore.compute.nanochat_package import NanochatPackage, find_package
 from embstore.core.config import Space
 from embstore.core.errors import ModelError
 from embstore.core.format import ModelIdentity, canonical_json
@@ -40,6 +44,7 @@ _FOLDERS = {
 _COMPILED = "_orig_mod."  # what torch.compile puts before every name
 _BOS = "<|bos|>"
 _SOFT_CAP = 15.0
+_VOCABULARY_MULTIPLE = 64  # since December 2025
 # model_config of meta_<step>.json -> NanoChatConfig
 _SETTINGS = {
     "sequence_len": "max_position_embeddings",
@@ -76,13 +81,16 @@ class NanochatFiles:
     trust_pickle: bool
 
     def identity(self) -> ModelIdentity:
-        """Digests of weights, the model's configuration, and the tokenizer."""
+        """Digests of weights, the model's configuration, the tokenizer, and the installed nanochat where that is needed."""
+        settings = self._settings()
+        package = self._package_for(settings, self._state())
+        config = settings if package is None else {"model_config": settings, "nanochat": package.sha256()}
         return ModelIdentity(
             name=self.name,
-            architecture="NanoChatForCausalLM",
+            architecture="NanoChatForCausalLM" if package is None else "nanochat.gpt.GPT",
             revision=None,
             weights_sha256=digest_of([self.weights]),
-            config_sha256=hashlib.sha256(canonical_json(self._settings()).encode()).hexdigest(),
+            config_sha256=hashlib.sha256(canonical_json(config).encode()).hexdigest(),
             tokenizer_sha256=digest_of([self.tokenizer]),
             trust_remote_code=False,
         )
@@ -93,50 +101,80 @@ class NanochatFiles:
         Raises
         ------
         ModelError
-            The checkpoint is no state dict, has tensors or settings that transformers' class does not know or lacks some, or
-            the tokenizer cannot be read.
+            The checkpoint is no state dict, has tensors or settings that neither transformers' class nor an installed
+            nanochat knows, or lacks some, or the tokenizer cannot be read.
         """
-        settings = self._settings()
-        try:
-            state = torch.load(self.weights, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ModelError(f"{self.weights} cannot be read: {str(error).splitlines()[0][:200]}") from error
-        state = {name.removeprefix(_COMPILED): tensor for name, tensor in state.items()}
-        renamed = _names(settings["n_layer"])
-        self._refuse_others("tensor", set(state) - set(renamed), set(renamed) - set(state))
-        inner = state["transformer.h.0.mlp.c_fc.weight"].shape[0]
+        settings, state = self._settings(), self._state()
+        package = self._package_for(settings, state)
+        if package is None:
+            mapped = self._mapped(settings, state)
+            return (mapped.model if space == "hidden" else mapped), self.open_tokenizer()
+        model = package.build(settings, state, name=self.name)
+        return (model.base_model if space == "hidden" else model), self.open_tokenizer()
+
+    def _mapped(self, settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> Any:  # noqa: ANN401
+        """The class of transformers with these weights."""
         config = transformers.NanoChatConfig(
             **{_SETTINGS[name]: value for name, value in settings.items()},
-            intermediate_size=inner,
+            intermediate_size=state["transformer.h.0.mlp.c_fc.weight"].shape[0],
             final_logit_softcapping=_SOFT_CAP,
             rms_norm_eps=torch.finfo(torch.float32).eps,  # what torch's rms_norm takes when it is given none
             tie_word_embeddings=False,
         )
         with torch.device("meta"):
             model = transformers.NanoChatForCausalLM(config)
-        weights = {renamed[name]: tensor.float() for name, tensor in state.items()}
+        renamed = _names(settings["n_layer"])
+        columns = settings["vocab_size"]
+        padded = -(-columns // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+        weights = {
+            # rows that only pad the vocabulary: no token looks them up, and nanochat cuts their logits off
+            renamed[name]: (tensor[:columns] if name in _TENSORS and len(tensor) == padded else tensor).float()
+            for name, tensor in state.items()
+        }
         try:
             model.load_state_dict(weights, strict=True, assign=True)
         except RuntimeError as error:
             raise ModelError(f"{self.weights} does not fit {self.meta.name}: {str(error).splitlines()[-1][:200]}") from error
         # the rotary frequencies are no weights: they were made on the meta device
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
-        return (model.model if space == "hidden" else model), self.open_tokenizer()
+        return model
 
-    def _settings(self) -> dict[str, int]:
-        meta = json.loads(self.meta.read_bytes())
-        settings: dict[str, int] = meta.get("model_config", {})
-        self._refuse_others("setting", set(settings) - set(_SETTINGS), set(_SETTINGS) - set(settings))
+    def _settings(self) -> dict[str, Any]:
+        try:
+            settings = json.loads(self.meta.read_bytes())["model_config"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{self.meta} holds no model_config", hint="copy it again from where it was trained") from error
+        if not isinstance(settings, dict) or not isinstance(settings.get("n_layer"), int):
+            raise ModelError(f"{self.meta}: model_config has no n_layer", hint="copy it again from where it was trained")
         return settings
 
-    def _refuse_others(self, what: str, unknown: set[str], missing: set[str]) -> None:
-        for names, problem in ((unknown, "which transformers' NanoChat class does not know"), (missing, "which is missing")):
-            if names:
-                raise ModelError(
-                    f"{self.name} is no model of the first nanochat generation: {what} {min(names)}, {problem} "
-                    f"({len(names)} such)",
-                    hint="convert it to a Hugging Face folder with the code that trained it, and give that folder",
-                )
+    def _state(self) -> dict[str, torch.Tensor]:
+        """Every tensor by nanochat's own name; mapped, not read."""
+        try:
+            state = torch.load(self.weights, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise ModelError(
+                f"{self.weights} cannot be read: it holds more than tensors, which could run code",
+                hint="save its state dict alone, where you trust it",
+            ) from error
+        except (OSError, RuntimeError, EOFError, ValueError) as error:
+            lines = str(error).splitlines() or [type(error).__name__]
+            raise ModelError(f"{self.weights} cannot be read: {lines[0][:200]}", hint="is the copy complete?") from error
+        if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+            raise ModelError(f"{self.weights} is no state dict", hint="give the folder that nanochat wrote")
+        return {name.removeprefix(_COMPILED): tensor for name, tensor in state.items()}
+
+    def _package_for(self, settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> NanochatPackage | None:
+        """None where transformers' class holds the model exactly, else the installed package."""
+        problem = _unmapped(settings, state)
+        package = None if problem is None else find_package()
+        if problem is not None and package is None:
+            raise ModelError(
+                f"{self.name} is no model of the first nanochat generation: {problem}; and no nanochat is installed",
+                hint="clone https://github.com/karpathy/nanochat at the commit that trained it and put that folder on "
+                "PYTHONPATH; or convert the model to a Hugging Face folder and give that",
+            )
+        return package
 
     def open_tokenizer(self) -> Any:  # noqa: ANN401
         """A fast Hugging Face tokenizer that prepends <|bos|> and renders chats as nanochat does; errors as of ``load``."""
@@ -210,6 +248,19 @@ def locate_nanochat(given: str, *, trust_pickle: bool) -> NanochatFiles:
 def _depth(tag: str) -> tuple[int, str]:
     found = re.fullmatch(r"d(\d+)", tag)
     return (int(found[1]) if found else -1, tag)
+
+
+def _unmapped(settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> str | None:
+    """The first setting or tensor that keeps a model from being transformers' NanoChat, None where nothing does."""
+    known_tensors = set(_names(settings["n_layer"]))
+    for what, found, known in (("setting", set(settings), set(_SETTINGS)), ("tensor", set(state), known_tensors)):
+        for names, problem in (
+            (found - known, "which transformers' NanoChat class does not know"),
+            (known - found, "which is missing"),
+        ):
+            if names:
+                return f"{what} {min(names)}, {problem} ({len(names)} such)"
+    return None
 
 
 def _names(num_layers: int) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +18,10 @@ from embstore.compute.nanochat import NanochatFiles
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
 from embstore.core.prompts import Prompt
+from tests.support.checkpoints import Evil, State, make_base, tokens_of
 from tests.support.models import PROMPTS, distances, open_embedder, rows_before_rounding, unit_mean
 
 CONFIG = {"sequence_len": 128, "vocab_size": 320, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
-SPECIALS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
-State = dict[str, torch.Tensor]
-
-
-class PickledEncoding:
-    """What of a tiktoken Encoding is read: bytes are tokens 0 to 255, two pairs are merged, then special tokens."""
-
-    def __init__(self) -> None:
-        tokens = [bytes([value]) for value in range(256)] + [b"th", b"the"]
-        self._mergeable_ranks = {token: rank for rank, token in enumerate(tokens)}
-        self._special_tokens = {name: len(tokens) + index for index, name in enumerate(SPECIALS)}
-        self._pat_str = r"\s+|\S+"
-
-
-def tokens_of(text: str) -> list[int]:
-    """Bytes, with the two merges, after <|bos|>: word by word, as the pattern splits."""
-    ids, data = [], text.encode()
-    while data:
-        token = next(token for token in (b"the", b"th", data[:1]) if data.startswith(token))
-        ids.append({b"th": 256, b"the": 257}.get(token) if len(token) > 1 else token[0])
-        data = data[len(token) :]
-    return [258, *ids]  # type: ignore[list-item]
 
 
 def make_state(seed: int = 0, **changes: int) -> State:
@@ -61,17 +40,6 @@ def make_state(seed: int = 0, **changes: int) -> State:
         state |= {f"{name}.mlp.c_fc.weight": made(4 * width, width), f"{name}.mlp.c_proj.weight": made(width, 4 * width)}
     # loud enough for the soft cap to matter
     return state | {"lm_head.weight": made(config["vocab_size"], width, 9.0)}
-
-
-def make_base(base: Path, state: State, *, source: str = "base_checkpoints", tag: str = "d2", step: int = 100) -> Path:
-    folder = base / source / tag
-    folder.mkdir(parents=True)
-    torch.save(state, folder / f"model_{step:06d}.pt")
-    (folder / f"meta_{step:06d}.json").write_text(json.dumps({"step": step, "model_config": CONFIG}))
-    (base / "tokenizer").mkdir(exist_ok=True)
-    with (base / "tokenizer" / "tokenizer.pkl").open("wb") as file:
-        pickle.dump(PickledEncoding(), file)
-    return folder
 
 
 def _norm(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -113,6 +81,7 @@ def reference_logits(state: State, ids: list[int]) -> NDArray[np.float64]:
 @pytest.fixture
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "nanochat"))
+    monkeypatch.setitem(sys.modules, "nanochat", None)  # whatever this machine has is not installed here
     return tmp_path / "nanochat"
 
 
@@ -126,7 +95,7 @@ def _located(model: str, **settings: Any) -> NanochatFiles:
 def test_rows_are_those_of_nanochats_own_forward_pass(compiled: bool, base: Path, tmp_path: Path) -> None:
     state = make_state()
     saved = {f"_orig_mod.{name}": tensor for name, tensor in state.items()} if compiled else state
-    make_base(base, saved)
+    make_base(base, CONFIG, saved)
     embedder = open_embedder(Path("nanochat:base"), PROMPTS, tmp_path / "work", trust_tokenizer_pickle=True)
     assert embedder.spec.head == "capped"
     assert [list(row.ids_T) for row in embedder.tokens(PROMPTS)] == [tokens_of(prompt.text or "") for prompt in PROMPTS]
@@ -139,15 +108,25 @@ def test_rows_are_those_of_nanochats_own_forward_pass(compiled: bool, base: Path
 
 def test_bfloat16_weights_are_taken_as_they_are(base: Path, tmp_path: Path) -> None:
     state = {name: tensor.bfloat16() for name, tensor in make_state().items()}
-    make_base(base, state, source="chatsft_checkpoints")
+    make_base(base, CONFIG, state, source="chatsft_checkpoints")
     embedder = open_embedder(Path("nanochat:sft"), PROMPTS[:4], tmp_path / "work", trust_tokenizer_pickle=True)
     logits = [reference_logits(state, tokens_of(prompt.text or ""))[1:] for prompt in PROMPTS[:4]]
     expected_NV = np.stack([unit_mean(logits_TV) for logits_TV in logits])
     assert distances(rows_before_rounding(embedder, PROMPTS[:4]), expected_NV).max() <= 5e-6
 
 
+def test_rows_that_only_pad_the_vocabulary_are_left_out(base: Path, tmp_path: Path) -> None:
+    state = make_state()  # 320 rows, a multiple of 64
+    make_base(base, CONFIG | {"vocab_size": 290}, state)
+    embedder = open_embedder(Path("nanochat:base"), PROMPTS[:4], tmp_path / "work", trust_tokenizer_pickle=True)
+    assert (embedder.spec.head, embedder.spec.dimension) == ("capped", 290)
+    logits = [reference_logits(state, tokens_of(prompt.text or ""))[1:, :290] for prompt in PROMPTS[:4]]
+    expected_NV = np.stack([unit_mean(logits_TV) for logits_TV in logits])
+    assert distances(rows_before_rounding(embedder, PROMPTS[:4]), expected_NV).max() <= 5e-6
+
+
 def test_a_conversation_is_rendered_with_nanochats_turn_tokens(base: Path, tmp_path: Path) -> None:
-    make_base(base, make_state())
+    make_base(base, CONFIG, make_state())
     embedder = open_embedder(Path("nanochat:base"), PROMPTS, tmp_path / "work", trust_tokenizer_pickle=True)
     messages = ({"role": "user", "content": "the"}, {"role": "assistant", "content": "a"})
     (row,) = embedder.tokens([Prompt(id=None, messages=messages)])
@@ -156,8 +135,8 @@ def test_a_conversation_is_rendered_with_nanochats_turn_tokens(base: Path, tmp_p
 
 
 def test_the_deepest_tag_and_the_last_step_are_taken_unless_named(base: Path) -> None:
-    make_base(base, make_state(), tag="d4", step=7)
-    make_base(base, make_state(1), tag="d12", step=50)
+    make_base(base, CONFIG, make_state(), tag="d4", step=7)
+    make_base(base, CONFIG, make_state(1), tag="d12", step=50)
     folder = base / "base_checkpoints" / "d12"
     for name in ("model_000050.pt", "meta_000050.json"):
         (folder / name.replace("000050", "000100")).write_bytes((folder / name).read_bytes())
@@ -178,13 +157,13 @@ def test_the_deepest_tag_and_the_last_step_are_taken_unless_named(base: Path) ->
     ],
 )
 def test_what_is_not_there_is_said_with_what_is(given: str, message: str, base: Path) -> None:
-    make_base(base, make_state())
+    make_base(base, CONFIG, make_state())
     with pytest.raises(ModelError, match=message):
         _located(given)
 
 
 def test_a_pickled_tokenizer_is_not_opened_unasked(base: Path) -> None:
-    make_base(base, make_state())
+    make_base(base, CONFIG, make_state())
     with pytest.raises(ModelError, match=r"tokenizer\.pkl is a pickle") as caught:
         _located("nanochat:base").load("logits")
     assert "--trust-tokenizer-pickle" in str(caught.value.hint)
@@ -192,7 +171,7 @@ def test_a_pickled_tokenizer_is_not_opened_unasked(base: Path) -> None:
 
 
 def test_a_tokenizer_file_that_is_no_pickle_comes_first(base: Path, tmp_path: Path) -> None:
-    make_base(base, make_state())
+    make_base(base, CONFIG, make_state())
     files = _located("nanochat:base", trust_tokenizer_pickle=True)  # as docs/models.md says
     files.open_tokenizer().backend_tokenizer.save(str(files.tokenizer.with_name("tokenizer.json")))
     again = open_embedder(Path("nanochat:base"), PROMPTS, tmp_path / "work")
@@ -210,30 +189,20 @@ def test_a_checkpoint_of_another_generation_is_refused_by_name(
     change: dict[str, torch.Tensor | None], message: str, base: Path
 ) -> None:
     state = {name: tensor for name, tensor in (make_state() | change).items() if tensor is not None}
-    make_base(base, state)
+    make_base(base, CONFIG, state)
     with pytest.raises(ModelError, match=message):
         _located("nanochat:base", trust_tokenizer_pickle=True).load("logits")
 
 
 def test_a_setting_that_the_class_does_not_know_is_refused(base: Path) -> None:
-    meta = make_base(base, make_state()) / "meta_000100.json"
+    meta = make_base(base, CONFIG, make_state()) / "meta_000100.json"
     meta.write_text(json.dumps({"model_config": CONFIG | {"window_pattern": "SSL"}}))
     with pytest.raises(ModelError, match="setting window_pattern"):
         _located("nanochat:base").identity()
 
 
-class Evil:
-    """A pickle that would create a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.path,))
-
-
 def test_no_code_in_a_weight_file_runs(base: Path, tmp_path: Path) -> None:
-    folder = make_base(base, make_state())
+    folder = make_base(base, CONFIG, make_state())
     torch.save({"transformer.wte.weight": Evil(tmp_path / "ran")}, folder / "model_000100.pt")
     with pytest.raises(ModelError, match="cannot be read"):
         _located("nanochat:base", trust_tokenizer_pickle=True).load("logits")
