@@ -18,13 +18,14 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 
 from embstore.admission import CHUNK_BYTES
 from embstore.compute.batching import PromptTokenizer, TokenBatch, TokenRow, batches_by_length, padded_batch
@@ -69,7 +70,7 @@ def measured(result: dict[str, Any]) -> Iterator[None]:
     result["peak_anonymous_bytes"] = meter.peak_anonymous_bytes
 
 
-def _plain(job: Job) -> tuple[Any, Any]:
+def plain(job: Job) -> tuple[Any, Any]:
     """Model and tokenizer as a user loads them."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"])
     if tokenizer.pad_token is None:
@@ -81,7 +82,7 @@ def _plain(job: Job) -> tuple[Any, Any]:
 @torch.inference_mode()
 def original(job: Job) -> dict[str, Any]:
     """Padding is in the mean, as it was."""
-    model, tokenizer = _plain(job)
+    model, tokenizer = plain(job)
     texts = texts_of(job)
     result: dict[str, Any] = {"rows": len(texts), "tokens": 0, "padded_tokens": 0}
     with measured(result):
@@ -99,7 +100,7 @@ def original(job: Job) -> dict[str, Any]:
 @torch.inference_mode()
 def careful(job: Job) -> dict[str, Any]:
     """Sorted by length, masked."""
-    model, tokenizer = _plain(job)
+    model, tokenizer = plain(job)
     texts = texts_of(job)
     result: dict[str, Any] = {"rows": len(texts), "tokens": 0, "padded_tokens": 0}
     with measured(result):
@@ -139,7 +140,7 @@ def backbone(job: Job) -> dict[str, Any]:
         result["tokens"] = int(sum(batch.real_BT.sum() for batch in batches))
         result["padded_tokens"] = int(sum(batch.real_BT.size for batch in batches))
         lengths = np.array([len(row.ids_T) for row in rows], dtype=np.float64)
-        result["flops"] = 2 * model.backbone_parameters * lengths.sum() + _attention_flops(loaded.model, lengths)
+        result["flops"] = 2 * model.backbone_parameters * lengths.sum() + attention_flops(loaded.model.config, lengths)
         rounds.append(result)
     return {"rounds": rounds}
 
@@ -156,9 +157,9 @@ def _forward(model: SplitModel, *, mask: bool) -> Callable[[TokenBatch], None]:
     return run
 
 
-def _attention_flops(model: Any, lengths: np.ndarray[Any, Any]) -> float:  # noqa: ANN401
+def attention_flops(config: Any, lengths: NDArray[np.float64]) -> float:  # noqa: ANN401
     """Scores and values over the causal half: 2 * 2 * T^2 / 2 * width of all heads, in each layer."""
-    config = model.config.get_text_config()
+    config = config.get_text_config()
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
@@ -170,38 +171,49 @@ def rows(job: Job) -> dict[str, Any]:
     prompts = [Prompt(id=None, text=text) for text in texts_of(job)]
     with tempfile.TemporaryDirectory() as scratch:
         embedder = _embedder(job, prompts, Path(scratch))
-        _embed(embedder, prompts[:256])  # threads and kernels are ready
-        result: dict[str, Any] = {"rows": len(prompts), "tokens": 0, "workers": embedder.num_workers}
+        drop_rows(embedder, prompts[:256])  # threads and kernels are ready
+        result: dict[str, Any] = {"rows": len(prompts), "workers": embedder.num_workers}
         with measured(result):
-            windows = [prompts[start : start + MAX_WINDOW_ROWS] for start in range(0, len(prompts), MAX_WINDOW_ROWS)]
-            for window, following in zip(windows, [*windows[1:], []], strict=True):
-                result["tokens"] += _embed(embedder, window, following)
+            result["tokens"] = drop_rows(embedder, prompts)
     return result
 
 
+class PromptList:
+    """Prompts in memory, as an embedder's source samples them."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self._prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def sample(self, rows: Sequence[int]) -> list[Prompt]:
+        """Prompts of single rows, in the order given."""
+        return [self._prompts[row] for row in rows]
+
+
 def _embedder(job: Job, prompts: list[Prompt], work: Path) -> LogitEmbedder:
-    class Reader:
-        def __len__(self) -> int:
-            return len(prompts)
-
-        def sample(self, rows: Any) -> list[Prompt]:  # noqa: ANN401
-            return [prompts[row] for row in rows]
-
     config = _config(job)
     source = TorchSource(locate_model(config))
-    return source.create(Reader(), config, memory_bytes=2 << 30, work=work, observer=lambda _: None)
+    return source.create(PromptList(prompts), config, memory_bytes=2 << 30, work=work, observer=lambda _: None)
 
 
-def _embed(embedder: LogitEmbedder, prompts: list[Prompt], following: list[Prompt] | None = None) -> int:
-    blocks = embedder.embed(
-        prompts, first_row=0, chunk_rows=_chunk_rows(embedder), check=lambda: None, following=following or []
-    )
-    for block in blocks:
-        block.release()
-    return embedder.counts.tokens
+def drop_rows(embedder: LogitEmbedder, prompts: Sequence[Prompt]) -> int:
+    """Pooled tokens of these prompts, window by window as ``build`` asks for them, every block let go at once."""
+    windows = [prompts[start : start + MAX_WINDOW_ROWS] for start in range(0, len(prompts), MAX_WINDOW_ROWS)]
+    tokens = 0
+    for window, following in zip(windows, [*windows[1:], []], strict=True):
+        blocks = embedder.embed(
+            window, first_row=0, chunk_rows=chunk_rows(embedder), check=lambda: None, following=following
+        )
+        for block in blocks:
+            block.release()
+        tokens += embedder.counts.tokens
+    return tokens
 
 
-def _chunk_rows(embedder: LogitEmbedder) -> int:
+def chunk_rows(embedder: LogitEmbedder) -> int:
+    """Rows of a chunk of the size that ``build`` aims at."""
     return chunk_rows_near(2 * embedder.spec.dimension, CHUNK_BYTES, num_rows=MAX_WINDOW_ROWS)
 
 
@@ -237,13 +249,13 @@ def profile(job: Job) -> dict[str, Any]:
     prompts = [Prompt(id=None, text=text) for text in texts_of(job)]
     with tempfile.TemporaryDirectory() as scratch:
         embedder = _embedder(job | {"threads": 1}, prompts, Path(scratch))
-        _embed(embedder, prompts[:256])
+        drop_rows(embedder, prompts[:256])
         started = time.perf_counter()
         rows = embedder.tokens(prompts)
         tokenised = time.perf_counter()
         window = embedder.pool(rows, lambda: None)
         pooled = time.perf_counter()
-        for block in embedder.blocks(window, first_row=0, chunk_rows=_chunk_rows(embedder), check=lambda: None):
+        for block in embedder.blocks(window, first_row=0, chunk_rows=chunk_rows(embedder), check=lambda: None):
             block.release()
         finished = time.perf_counter()
         # the profiler sees the thread it was started in
