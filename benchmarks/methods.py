@@ -35,7 +35,7 @@ from embstore.compute.models import load_model, locate_model
 from embstore.compute.source import TorchSource
 from embstore.compute.workers import Workers, finish_all
 from embstore.core.config import BuildConfig, EmbeddingConfig
-from embstore.core.events import RowsCommitted, StageStarted
+from embstore.core.events import RowsCommitted, StageFinished, StageStarted
 from embstore.core.prompts import Prompt
 from embstore.core.rows import chunk_rows_near
 from embstore.memory import MemoryMeter
@@ -146,7 +146,7 @@ def backbone(job: Job) -> dict[str, Any]:
 
 
 def _batches(rows: list[TokenRow], batch_tokens: int) -> list[TokenBatch]:
-    return [padded_batch(rows, rows_B, pad_id=0) for rows_B in batches_by_length(rows, batch_tokens=batch_tokens)]
+    return [padded_batch(rows, *batch, pad_id=0) for batch in batches_by_length(rows, batch_tokens=batch_tokens)]
 
 
 def _forward(model: SplitModel, *, mask: bool) -> Callable[[TokenBatch], None]:
@@ -224,10 +224,18 @@ def _config(job: Job) -> EmbeddingConfig:
 def store(job: Job) -> dict[str, Any]:
     """A whole build; the seconds are those of its embedding stage, window by window as they were committed."""
     times: list[float] = []
+    meter = MemoryMeter()
+    embedding = contextlib.ExitStack()  # memory of this stage alone: the search is another subject
 
     def watch(event: object) -> None:
-        if isinstance(event, RowsCommitted) or (isinstance(event, StageStarted) and event.stage == "embed"):
+        if isinstance(event, StageStarted) and event.stage == "embed":
+            embedding.enter_context(meter)
+            meter.set_baseline()
             times.append(time.perf_counter())
+        elif isinstance(event, RowsCommitted):
+            times.append(time.perf_counter())
+        elif isinstance(event, StageFinished) and event.stage == "embed":
+            embedding.close()
 
     with tempfile.TemporaryDirectory(dir=job["work"]) as scratch:
         prompts = Path(scratch) / "prompts.jsonl"
@@ -240,7 +248,7 @@ def store(job: Job) -> dict[str, Any]:
         "stored_bytes": report.stored_bytes,
         "seconds": times[-1] - times[0],
         "stage_seconds": report.seconds,
-        "peak_anonymous_bytes": report.peak_anonymous_bytes,
+        "peak_anonymous_bytes": meter.peak_anonymous_bytes,
     }
 
 

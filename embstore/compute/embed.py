@@ -32,6 +32,7 @@ from embstore.compute.batching import (
     TokenBatch,
     TokenRow,
     batches_by_length,
+    few_lengths,
     last_token_only,
     padded_batch,
 )
@@ -245,13 +246,22 @@ class LogitEmbedder:
         )
         if self._pools_last:
             rows = [last_token_only(row) for row in rows]
-        for rows_B in batches_by_length(rows, batch_tokens=self.spec.batch_tokens):
-            pool = functools.partial(self._pool_rows, window, rows, rows_B, check)
+        for rows_B, length in batches_by_length(
+            rows, batch_tokens=self.spec.batch_tokens, padded_length=self._padded_length
+        ):
+            pool = functools.partial(self._pool_rows, window, rows, rows_B, length, check)
             window.batches.append(self._workers.submit(pool, (_BATCHES, number)))
 
-    def _pool_rows(self, window: _Window, rows: Sequence[TokenRow], rows_B: NDArray[np.int64], check: Check) -> None:
+    def _padded_length(self, length: int) -> int:
+        """As long as it is, or where every new shape costs a kernel of 650 KB and a millisecond, of a few lengths."""
+        is_made_to_shape = self._device.type == "cpu" and self.spec.dtype != "float32"
+        return min(few_lengths(length), self.spec.max_tokens) if is_made_to_shape else length
+
+    def _pool_rows(
+        self, window: _Window, rows: Sequence[TokenRow], rows_B: NDArray[np.int64], length: int, check: Check
+    ) -> None:
         check()
-        self._pool_batch(padded_batch(rows, rows_B, pad_id=self._tokenizer.pad_id), window)
+        self._pool_batch(padded_batch(rows, rows_B, length, pad_id=self._tokenizer.pad_id), window)
         if self._device.type == "cuda":
             window.ready = torch.cuda.current_stream().record_event()
 
@@ -395,9 +405,11 @@ def window_bytes(spec: EmbeddingSpec, width: int, inner_width: int, chunk_rows: 
     # one is being written and two wait with their encoded copies, the next one is ready and another one begun
     chunks = 8 * chunk_rows * (spec.dimension * 2 + spec.rank * 4)
     coordinates = 2 * window_rows * spec.rank * 4
-    return activations + means + wide + chunks + coordinates + _FIXED_BYTES
+    kernels = 0 if spec.device != "cpu" or spec.dtype == "float32" else _KERNEL_BYTES
+    return activations + means + wide + chunks + coordinates + kernels + _FIXED_BYTES
 
 
+_KERNEL_BYTES = 192 << 20  # oneDNN's, in 16 bits: three for each of about a hundred lengths
 _FIXED_BYTES = 48 << 20  # token lists, allocator slack, thread pools
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embstore.compute.batching import TokenBatch, TokenRow, batches_by_length, padded_batch
+from embstore.compute.batching import TokenBatch, TokenRow, batches_by_length, few_lengths, padded_batch
 
 PAD = 999
 
@@ -26,7 +26,7 @@ def windows(draw: st.DrawFn) -> list[TokenRow]:
 
 
 def batches_of(rows: list[TokenRow], batch_tokens: int) -> list[TokenBatch]:
-    return [padded_batch(rows, rows_B, pad_id=PAD) for rows_B in batches_by_length(rows, batch_tokens=batch_tokens)]
+    return [padded_batch(rows, *batch, pad_id=PAD) for batch in batches_by_length(rows, batch_tokens=batch_tokens)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,3 +83,26 @@ def test_padding_is_a_small_share_of_a_full_window() -> None:
 
     assert padding(4096) <= 0.025
     assert padding(256) >= 3 * padding(4096)  # what long windows are for
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=windows(), batch_tokens=st.integers(1, 200))
+def test_batches_of_few_lengths_hold_the_same_rows_in_the_same_order(rows: list[TokenRow], batch_tokens: int) -> None:
+    batches = list(batches_by_length(rows, batch_tokens=batch_tokens, padded_length=few_lengths))
+    order = [int(row) for rows_B, _ in batches for row in rows_B]
+    assert order == [int(row) for rows_B, _ in batches_by_length(rows, batch_tokens=batch_tokens) for row in rows_B]
+    for rows_B, length in batches:
+        assert length % 4 == 0
+        assert max(len(rows[row].ids_T) for row in rows_B) <= length
+        assert len(rows_B) * length <= batch_tokens or len(rows_B) == 1
+
+
+@given(st.integers(1, 1 << 20))
+def test_few_lengths_waste_little(length: int) -> None:
+    assert length <= few_lengths(length) < length + max(4, length / 16)
+    assert few_lengths(few_lengths(length)) == few_lengths(length)
+    assert few_lengths(length) <= few_lengths(length + 1)
+
+
+def test_there_are_few_lengths() -> None:
+    assert len({few_lengths(length) for length in range(1, 513)}) <= 96
