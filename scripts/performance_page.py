@@ -1,6 +1,7 @@
 """Put measured figures into ``docs/performance.md`` and its plot: ``python -m scripts.performance_page``.
 
 ``python -m benchmarks.embedding`` writes ``benchmarks/results/embedding.json``; page and plot show it, and a test compares.
+``python -m benchmarks.levers`` writes ``benchmarks/results/levers.json``, shown by scripts/performance_levers.py.
 ``python -m benchmarks.gpu`` writes ``benchmarks/results/gpu.json``; its section stays as it is where that file is missing.
 """
 
@@ -11,8 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from scripts import performance_levers
+
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "benchmarks" / "results" / "embedding.json"
+LEVERS_REPORT = ROOT / "benchmarks" / "results" / "levers.json"
 GPU_REPORT = ROOT / "benchmarks" / "results" / "gpu.json"
 PAGE = ROOT / "docs" / "performance.md"
 PLOT = ROOT / "docs" / "performance.svg"
@@ -125,6 +129,11 @@ def profile(report: Report) -> str:
     return "\n".join(lines)
 
 
+def levers(_: Report) -> str:
+    """Every lever that was tried, from a report of its own."""
+    return performance_levers.section(json.loads(LEVERS_REPORT.read_text()))
+
+
 def gpu(report: Report) -> str:
     """The device, then for each model: methods, settings of the floor, and where the time of a window goes."""
     versions, machine = report["versions"], report["machine"]
@@ -223,6 +232,7 @@ def _conditions(report: Report, part: str) -> str:
 SECTIONS: dict[str, Callable[[Report], str]] = {
     "methods": methods,
     "sweep": sweep,
+    "levers": levers,
     "writer": writer,
     "scale": scale,
     "dtype": dtype,
