@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 
 from benchmarks.acceptance import cpu_name
 from embstore import open_store
@@ -38,7 +39,7 @@ from embstore.storage.writer import StoreWriter
 
 RESULTS = Path(__file__).parent / "results" / "embedding.json"
 DTYPES = ("float32", "bfloat16")
-PARTS = ("machine", "sweep", "methods", "writer", "profile", "dtype", "scale")
+PARTS = ("machine", "sweep", "methods", "streamed", "writer", "profile", "dtype", "scale")
 SWEPT_TOKENS = (512, 1024, 2048, 4096, 8192)
 SLOW_ROWS = {"original": 192, "careful": 384}
 Figures = dict[str, Any]
@@ -54,8 +55,8 @@ class Run:
 
     def method(self, name: str, dtype: str, rows: int, **more: object) -> Figures:
         """One run of a method in a process of its own."""
-        job = {"method": name, "dtype": dtype, "rows": rows, "threads": self.threads, "work": str(self.options.work)} | more
-        job |= {"prompts": str(self.options.prompts), "model": str(self.options.model)}
+        job = {"method": name, "dtype": dtype, "rows": rows, "threads": self.threads, "work": str(self.options.work)}
+        job |= {"prompts": str(self.options.prompts), "model": str(self.options.model)} | more
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             json.dump(job, file)
             file.flush()
@@ -89,7 +90,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     run = Run(options)
     parts: dict[str, Callable[[Run], Figures]] = {
-        "machine": machine, "sweep": sweep, "methods": methods, "writer": writer,
+        "machine": machine, "sweep": sweep, "methods": methods, "streamed": streamed, "writer": writer,
         "scale": scale, "dtype": dtype, "profile": profile,
     }  # fmt: skip
     for part in options.parts.split(","):
@@ -181,6 +182,33 @@ def _summary(rounds: list[Figures]) -> Figures:
     if "stored_bytes" in middle:
         figures["stored_bytes_per_second"] = middle["stored_bytes"] / figures["seconds"]
     return figures
+
+
+def streamed(run: Run) -> Figures:
+    """Heads that cannot be pooled before, of the given model's size: a soft cap, and a network; float32."""
+    given = json.loads((run.options.model / "config.json").read_text())
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {name: given[name] for name in (*names, "bos_token_id", "eos_token_id", "pad_token_id")}
+    configs = {
+        "capped": transformers.NanoChatConfig(**sizes, max_position_embeddings=512, final_logit_softcapping=15.0),
+        "network": transformers.ModernBertDecoderConfig(
+            **sizes, max_position_embeddings=512, cls_token_id=0, sep_token_id=0
+        ),
+    }
+    found: Figures = {}
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        folder = run.options.work / f"model-{name}"
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(run.options.model).save_pretrained(folder)
+        seen: dict[str, list[Figures]] = {}
+        for _ in range(run.options.rounds):
+            for method, rows in (("original", 64), ("rows", 256)):
+                seen.setdefault(method, []).append(run.method(method, "float32", rows, model=str(folder)))
+        shutil.rmtree(folder)
+        found[name] = {method: _summary(rounds) for method, rounds in seen.items()} | {"class": type(config).__name__}
+        found[name]["times_original"] = found[name]["rows"]["rows_per_second"] / found[name]["original"]["rows_per_second"]
+    return found
 
 
 def writer(run: Run) -> Figures:

@@ -170,7 +170,7 @@ def memory(bench: Bench) -> Figures:
 
     In processes of their own: what malloc gives depends on what was freed before.
     """
-    columns, chunk_rows = bench.embedder("float32").spec.dimension, methods._chunk_rows(bench.embedder("float32"))
+    columns, chunk_rows = bench.embedder("float32").spec.dimension, methods.chunk_rows(bench.embedder("float32"))
     groups = []
     for rows in (chunk_rows, chunk_rows + 16):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:

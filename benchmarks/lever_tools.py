@@ -114,7 +114,7 @@ class Bench:
     @functools.cached_property
     def chunks(self) -> list[NDArray[np.float16]]:
         """Finished rows of chunks, twice as many as threads."""
-        embedder, chunk_rows = self.embedder("float32"), methods._chunk_rows(self.embedder("float32"))
+        embedder, chunk_rows = self.embedder("float32"), methods.chunk_rows(self.embedder("float32"))
         prompts = self.prompts(chunk_rows * 2 * self.threads)
         blocks = embedder.embed(prompts, first_row=0, chunk_rows=chunk_rows, check=lambda: None)
         return [block.emb_BV for block in blocks]  # never released, so never used again
@@ -153,7 +153,7 @@ def fresh_model(folder: Path, dtype: str) -> SplitModel:
 
 def batches_of(rows: Sequence[TokenRow], batch_tokens: int) -> Iterator[TokenBatch]:
     """Padded batches of one window."""
-    return (padded_batch(rows, rows_B, pad_id=0) for rows_B in batches_by_length(rows, batch_tokens=batch_tokens))
+    return (padded_batch(rows, *batch, pad_id=0) for batch in batches_by_length(rows, batch_tokens=batch_tokens))
 
 
 def unit_error(found_BV: Tensor, exact_BV: Tensor) -> float:

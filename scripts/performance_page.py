@@ -84,6 +84,21 @@ def _workers(count: int) -> str:
     return f"{count} workers of one thread" if count > 1 else "all threads on one batch"
 
 
+def streamed(report: Report) -> str:
+    """Heads that are not affine against the original method."""
+    lines = [_conditions(report, "streamed"), "", "| head | original | embstore | times the original | memory |"]
+    lines += ["|---|---:|---:|---:|---:|"]
+    titles = {"capped": "soft cap (NanoChat)", "network": "network (ModernBERT decoder)"}
+    for name, title in titles.items():
+        each = report["streamed"][name]
+        lines.append(
+            f"| {title} | {each['original']['rows_per_second']:.1f} rows/s | {each['rows']['rows_per_second']:.1f} rows/s "
+            f"| {each['times_original']:.1f} | {each['original']['peak_anonymous_bytes'] / 2**20:.0f} MiB and "
+            f"{each['rows']['peak_anonymous_bytes'] / 2**20:.0f} MiB |"
+        )
+    return "\n".join(lines)
+
+
 def writer(report: Report) -> str:
     """The writer alone."""
     found = report["writer"]
@@ -232,6 +247,7 @@ def _conditions(report: Report, part: str) -> str:
 SECTIONS: dict[str, Callable[[Report], str]] = {
     "methods": methods,
     "sweep": sweep,
+    "streamed": streamed,
     "levers": levers,
     "writer": writer,
     "scale": scale,

@@ -253,9 +253,12 @@ class LogitEmbedder:
             window.batches.append(self._workers.submit(pool, (_BATCHES, number)))
 
     def _padded_length(self, length: int) -> int:
-        """As long as it is, or where every new shape costs a kernel of 650 KB and a millisecond, of a few lengths."""
+        """As long as it is, or where every new shape costs a kernel of 650 KB and a millisecond, of a few lengths.
+
+        Never 1: some classes take a single token for a step of generation, or refuse it.
+        """
         is_made_to_shape = self._device.type == "cpu" and self.spec.dtype != "float32"
-        return min(few_lengths(length), self.spec.max_tokens) if is_made_to_shape else length
+        return max(2, min(few_lengths(length), self.spec.max_tokens) if is_made_to_shape else length)
 
     def _pool_rows(
         self, window: _Window, rows: Sequence[TokenRow], rows_B: NDArray[np.int64], length: int, check: Check

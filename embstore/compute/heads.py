@@ -100,8 +100,10 @@ class SplitModel:
         """Logits float32 [L, V] of single hidden states, by the class's own code after its backbone."""
         if self._output_type is None:
             raise AssertionError("hidden() must run once before head()")
-        logits_1LV = self._after_backbone(self._output_type(last_hidden_state=hidden_LD[None]))
-        return logits_1LV[0].float()
+        # two at least: some classes take a single token for a step of generation, or refuse it
+        given_LD = hidden_LD if len(hidden_LD) > 1 else hidden_LD.expand(2, -1)
+        logits_1LV = self._after_backbone(self._output_type(last_hidden_state=given_LD[None]))
+        return logits_1LV[0, : len(hidden_LD)].float()
 
     def logits(self, tokens_BT: Tensor, real_BT: Tensor) -> Tensor:
         """Logits float32 [B, T, V] by the unmodified class: probes only, never the embedding pass."""

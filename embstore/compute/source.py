@@ -230,7 +230,8 @@ def _batch_tokens(device: torch.device, model: SplitModel) -> int:
 
 def _probe_tokens(sample: Sequence[TokenRow]) -> torch.Tensor:
     longest = max(sample, key=lambda row: len(row.ids_T)).ids_T[:_HEAD_PROBE_TOKENS]
-    return torch.from_numpy(longest if len(longest) else np.zeros(1, dtype=np.int64))[None]
+    # two at least, as everywhere
+    return torch.from_numpy(np.resize(longest, max(2, len(longest))) if len(longest) else np.zeros(2, dtype=np.int64))[None]
 
 
 def _window_rows(spec: EmbeddingSpec, model: SplitModel, sample: Sequence[TokenRow], memory_bytes: int) -> int:

@@ -39,12 +39,18 @@ def test_the_meter_counts_what_is_allocated_and_not_what_is_mapped(tmp_path: Pat
     assert held[0] == 1
 
 
-@pytest.mark.parametrize(("budget_mib", "kind"), [(96, "llama"), (160, "gemma2")])
-def test_a_build_stays_under_its_budget(budget_mib: int, kind: str, tmp_path: Path) -> None:
-    # 20,000 columns: rows are 40 kB, a default chunk would be 32 MiB and its float32 work several times that
+@pytest.mark.parametrize(
+    ("budget_mib", "kind", "words"),
+    [(96, "llama", 1), (160, "gemma2", 1), (160, "gemma2", 60), (160, "modernbert-decoder", 60)],
+)
+def test_a_build_stays_under_its_budget(budget_mib: int, kind: str, words: int, tmp_path: Path) -> None:
+    # 20,000 columns: rows are 40 kB, a default chunk would be 32 MiB and its float32 work several times that; logits of
+    # one batch of 2048 tokens would be 156 MiB
     model = save_model(tmp_path / "model", make_model(kind, vocab_size=20_000, logit_std=1.0), make_tokenizer())
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"prompt number {index} of many"}) + "\n" for index in range(700)))
+    prompts.write_text(
+        "".join(json.dumps({"prompt": f"prompt number {index} of " + "many " * words}) + "\n" for index in range(700))
+    )
     command = [sys.executable, "-m", "embstore", "build", prompts, "--model", model, "--out", tmp_path / "store"]
     command += ["--memory-budget", f"{budget_mib}MiB", "--json"]
     result = subprocess.run([str(word) for word in command], check=False, capture_output=True, text=True)
