@@ -3,8 +3,8 @@
 For an affine head mean_t(W h_t + b) = W mean_t(h_t) + b, so one V-wide product a prompt replaces one a token. A head counts
 as affine only when its configuration names no soft cap, the class reproduces ``scale * (W h + b)`` on a probe of long
 prompts to 1e-5 in float32, and still does with hidden states 64 times as large: tiny random models look affine even under a
-cap, because their logits never reach it. Any doubt means streaming: logits of real tokens only, a few hundred at a time, by
-the class's own code.
+cap, because their logits never reach it. Where a network comes between backbone and output layer, the mean is taken behind
+the network. Any doubt means streaming: logits of real tokens only, a few hundred at a time, by the class's own code.
 
 Shapes: B rows, T tokens, D model width, V vocabulary, L tokens in a flat list.
 """
@@ -75,6 +75,7 @@ class SplitModel:
         self.num_tokens: int = table.shape[0]
         self.backbone_parameters = sum(parameter.numel() for parameter in self.backbone.parameters()) - table.numel()
         self._output_type: type[Any] | None = None
+        self.pools_features = False
         self._given = _shadow_forward(self.backbone)
         self.is_causal = _is_causal(self.backbone, self.num_tokens)
         head = None if headless else model.get_output_embeddings()
@@ -94,7 +95,7 @@ class SplitModel:
             output = self.backbone(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
         self._output_type = type(output)
         hidden_BTD: Tensor = output.last_hidden_state
-        return hidden_BTD.float()
+        return self._features(hidden_BTD.float()) if self.pools_features else hidden_BTD.float()
 
     def head(self, hidden_LD: Tensor) -> Tensor:
         """Logits float32 [L, V] of single hidden states, by the class's own code after its backbone."""
@@ -144,6 +145,40 @@ class SplitModel:
         )
         return self.stored_affine_head(scale) if fits else None
 
+    def network_head(self, tokens_1T: Tensor) -> AffineHead | None:
+        """The head as an affine map of what its output layer is given, if it is one on this prompt, soft and loud.
+
+        If it is, ``hidden`` gives what the output layer is given from now on.
+        """
+        if self._soft_caps() or not isinstance(self._model.get_output_embeddings(), nn.Linear):
+            return None
+        hidden_TD = self.hidden(tokens_1T, torch.ones_like(tokens_1T, dtype=torch.bool))[0]
+        states = [loudness * hidden_TD for loudness in (1.0, _LOUD)]
+        expected = [self.head(state_TD) for state_TD in states]
+        self.pool_features()
+        plain = self.stored_affine_head(1.0)
+        found = [plain(self._features(state_TD[None])[0]) for state_TD in states] if plain is not None else []
+        if plain is not None and found[0].shape == expected[0].shape:
+            scale = float((expected[0].double() * found[0].double()).sum() / found[0].double().square().sum())
+            scale = 1.0 if abs(scale - 1) < _AFFINE_TOLERANCE else scale
+            errors = [_relative_error(scale * left, right) for left, right in zip(found, expected, strict=True)]
+            if scale > 0 and max(errors) < _AFFINE_TOLERANCE:
+                return self.stored_affine_head(scale)
+        self.pools_features, self.width = False, hidden_TD.shape[1]
+        return None
+
+    def pool_features(self) -> None:
+        """Have ``hidden`` give what the output layer is given: behind a network or a projection, which this runs too."""
+        layer, given = self._model.get_output_embeddings(), self._given
+
+        def stop(_: object, arguments: tuple[Tensor, ...]) -> None:
+            if getattr(given, "stops", False):
+                raise _ReachedError(arguments[0])
+
+        layer.register_forward_pre_hook(stop)
+        self.inner_width = max(self.inner_width, 3 * self.width)  # activations are still those of the backbone
+        self.pools_features, self.width = True, layer.in_features
+
     def capped_head(self, tokens_1T: Tensor) -> CappedHead | None:
         """The head as a capped linear map if its class computes just that, soft and loud, on this prompt; else None."""
         capped = self.stored_capped_head()
@@ -177,16 +212,37 @@ class SplitModel:
         named = [item for config in configs for item in config.to_dict().items()]
         return {float(value) for name, value in named if value and "soft" in name and "cap" in name and "attn" not in name}
 
+    def _features(self, hidden_BTD: Tensor) -> Tensor:
+        """What the output layer is given, float32 [B, T, F]: the class's own code, left where the V-wide product begins."""
+        if self._output_type is None:
+            raise AssertionError("hidden() must run once before _features()")
+        self._given.stops = True
+        try:
+            self._after_backbone(self._output_type(last_hidden_state=hidden_BTD))
+        except _ReachedError as reached:
+            return reached.features.float()
+        finally:
+            self._given.stops = False
+        raise ModelError(f"{type(self._model).__name__} does not run its output layer", hint="please report it")
+
     def _after_backbone(self, output: Any) -> Tensor:  # noqa: ANN401
         """Logits of the class with ``output`` in the place of what its backbone gives, in this thread only."""
         self._given.output = output
         try:
-            (length,) = output.last_hidden_state.shape[1:2]
-            dummy_1L = torch.zeros((1, length), dtype=torch.long, device=output.last_hidden_state.device)
-            logits: Tensor = self._model(input_ids=dummy_1L, use_cache=False).logits
+            shape = output.last_hidden_state.shape[:2]
+            dummy_BL = torch.zeros(shape, dtype=torch.long, device=output.last_hidden_state.device)
+            logits: Tensor = self._model(input_ids=dummy_BL, use_cache=False).logits
             return logits
         finally:
             self._given.output = None
+
+
+class _ReachedError(Exception):
+    """The output layer was about to run; it carries what the layer was given, and belongs to one thread."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__("output layer")
+        self.features = features
 
 
 def _backbone_of(model: Any) -> Any:  # noqa: ANN401

@@ -56,6 +56,7 @@ _DTYPE_MAX_TV = 1e-3
 _BATCH_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 16384}
 _MIN_BATCH_TOKENS = 256
 _DEVICE_MEMORY_SHARE = 4  # activations may take a quarter of an accelerator's memory
+_HEADS = ("affine", "network", "capped", "streamed", "none")
 _BASIS_OF = {"logits": "head", "hidden": "identity"}
 # Nominal rates for "a window is about a minute of work"; a constant, so that the window does not depend on the day's load.
 _NOMINAL_FLOPS = {"cpu": 1e11, "mps": 2e12, "cuda": 5e13}
@@ -106,7 +107,7 @@ class TorchSource:
             dimension=columns,
             rank=0,
             columns="hidden" if space == "hidden" else config.vocab or "model",
-            head="none" if space == "hidden" else "affine" if head else "capped" if capped else "streamed",
+            head=_kind_of(model, head, capped, space),
             head_scale=1.0 if head is None else head.scale,
             pooling=pooling_rule(space, pooling),
             normalization="l2",
@@ -146,6 +147,8 @@ class TorchSource:
         space = _space_of(embedder.spec)
         # a second copy, because rounding the weights in place could not be undone
         copy = SplitModel(load_model(self._files, str(parts.device), space=space).model, headless=space == "hidden")
+        if embedder.spec.head == "network":
+            copy.pool_features()
         copy.to_dtype(torch.bfloat16)
         lower = LogitEmbedder(dataclasses.replace(parts, model=copy), embedder.spec, embedder.basis_VR)
         tv = total_variation(_probe_distances(embedder, sample), _probe_distances(lower, sample))
@@ -157,7 +160,7 @@ class TorchSource:
     def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> LogitEmbedder:
         """Load the model under a stored spec; nothing is probed or decided."""
         options = space_and_pooling(spec.pooling)
-        if options is None or spec.head not in ("affine", "capped", "streamed", "none") or spec.token_rule != TOKEN_RULE:
+        if options is None or spec.head not in _HEADS or spec.token_rule != TOKEN_RULE:
             raise _not_ours(spec)
         torch.set_num_threads(spec.threads)
         loaded = load_model(self._files, spec.device, space=options[0])
@@ -165,8 +168,11 @@ class TorchSource:
         head = None
         if spec.head == "none":
             head = identity_head(model.width, loaded.device)
-        elif spec.head == "affine" and (head := model.stored_affine_head(spec.head_scale)) is None:
-            raise _not_ours(spec)
+        elif spec.head in ("affine", "network"):
+            if spec.head == "network":
+                model.pool_features()
+            if (head := model.stored_affine_head(spec.head_scale)) is None:
+                raise _not_ours(spec)
         capped = model.stored_capped_head() if spec.head == "capped" else None
         model.to_dtype(DTYPES[spec.dtype])
         tokenizer = PromptTokenizer(loaded.tokenizer, spec.max_tokens, model.num_tokens)
@@ -205,6 +211,15 @@ def _space_of(spec: EmbeddingSpec) -> Space:
     return "hidden" if spec.head == "none" else "logits"
 
 
+def _kind_of(model: SplitModel, head: AffineHead | None, capped: CappedHead | None, space: Space) -> str:
+    """Which way rows are made, one of _HEADS."""
+    if space == "hidden":
+        return "none"
+    if head is not None:
+        return "network" if model.pools_features else "affine"
+    return "capped" if capped is not None else "streamed"
+
+
 def _head_and_columns(
     model: SplitModel, probe_1T: torch.Tensor, space: Space
 ) -> tuple[AffineHead | None, CappedHead | None, int]:
@@ -214,8 +229,11 @@ def _head_and_columns(
     with torch.inference_mode():
         head = model.affine_head(probe_1T)
         hidden_TD = model.hidden(probe_1T, torch.ones_like(probe_1T, dtype=torch.bool))[0]
+        columns = model.head(hidden_TD[:1]).shape[1]
         capped = model.capped_head(probe_1T) if head is None else None
-        return head, capped, model.head(hidden_TD[:1]).shape[1]
+        if head is None and capped is None:
+            head = model.network_head(probe_1T)
+        return head, capped, columns
 
 
 def _batch_tokens(device: torch.device, model: SplitModel) -> int:

@@ -113,8 +113,10 @@ class ModelIdentity:
 class EmbeddingSpec:
     """Everything about the embedding pass that changes a byte, resolved.
 
-    ``dimension`` is V (D under ``--space hidden``), ``rank`` is R. ``head`` is "affine" (pooled before the head), "streamed"
-    or "none" (hidden states are the rows); ``head_scale`` the factor a class applies after its head.
+    ``dimension`` is V (D under ``--space hidden``), ``rank`` is R. ``head`` is "affine" (pooled before the head), "network"
+    (pooled behind a network, before the output layer), "capped" or "streamed" (logits of every token, by blocks of
+    columns or by the class), or "none" (hidden states are the rows); ``head_scale`` the factor a class applies after its
+    head.
     """
 
     dimension: int

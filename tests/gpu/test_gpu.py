@@ -57,7 +57,7 @@ pytestmark = [
 ]
 
 DEVICE = "cuda"
-HEADS = {"llama": "affine", "granite": "affine", "gemma2": "capped", "modernbert-decoder": "streamed"}
+HEADS = {"llama": "affine", "granite": "affine", "gemma2": "capped", "modernbert-decoder": "network"}
 # Rows of these share one direction (a bias), as rows of trained models do; others spread ten times as far, and so do errors.
 BIASED = ("phi", "modernbert-decoder")
 Record = Callable[[str, object], None]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from embstore.core.errors import ModelError
 from embstore.core.events import Event, Notice
@@ -18,6 +21,7 @@ from tests.support.models import (
     Case,
     distances,
     embed,
+    make_case,
     make_model,
     make_tokenizer,
     open_embedder,
@@ -39,8 +43,8 @@ AFFINE_SCALES = dict.fromkeys(_UNSCALED + _BIASED + _EXPERTS, 1.0) | {
     "falcon-h1": 0.5,
 }
 CAPPED = ("gemma2", "gemma3n", "nanochat")
-STREAMED = (*CAPPED, "modernbert-decoder", "opt-projected")
-CLASSES = [*AFFINE_SCALES, *STREAMED]
+NETWORK = ("modernbert-decoder", "opt-projected")
+CLASSES = [*AFFINE_SCALES, *CAPPED, *NETWORK]
 # Rows of these share one direction (a bias), as rows of trained models do; others spread ten times as far, and so do errors.
 BIASED = ("phi", "modernbert-decoder")
 
@@ -62,9 +66,40 @@ def test_a_linear_head_is_pooled_before(case_of: CaseOf, name: str, scale: float
     assert spec.head_scale == pytest.approx(scale, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", STREAMED)
-def test_a_capped_head_is_fused_and_any_other_streamed_by_its_class(case_of: CaseOf, name: str) -> None:
-    assert case_of(name).embedder.spec.head == ("capped" if name in CAPPED else "streamed")
+@pytest.mark.parametrize("name", [*CAPPED, *NETWORK])
+def test_a_capped_head_is_fused_and_a_network_pooled_behind(case_of: CaseOf, name: str) -> None:
+    spec = case_of(name).embedder.spec
+    assert spec.head == ("capped" if name in CAPPED else "network")
+    assert spec.basis == ("range-finder" if name in CAPPED else "head")
+    assert spec.rank <= (16 if name == "opt-projected" else 33)  # as wide as what the output layer is given, and a bias
+
+
+def test_a_head_that_nothing_describes_is_streamed_by_its_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = transformers.LlamaForCausalLM.forward
+
+    def forward(self: Any, *args: Any, **more: Any) -> Any:
+        output = genuine(self, *args, **more)
+        output.logits = 9 * torch.tanh(output.logits / 9)  # a cap that no configuration names
+        return output
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+    case = make_case("llama", tmp_path)
+    assert case.embedder.spec.head == "streamed"
+    expected_NV = np.stack([unit_mean(logits_TV) for logits_TV in case.logits])
+    assert distances(case.rows_NV, expected_NV).max() <= 5e-6
+    stored = [block.emb_BV for block in embed(reopened(case.folder, case.embedder), PROMPTS)]
+    assert np.array_equal(np.concatenate(stored), np.concatenate([block.emb_BV for block in case.blocks]))
+
+
+@pytest.mark.parametrize("name", NETWORK)
+def test_threads_do_not_share_what_a_network_was_given(case_of: CaseOf, name: str, tmp_path: Path) -> None:
+    case = case_of(name)
+    rows = []
+    for threads in (1, 3):
+        embedder = open_embedder(case.folder, PROMPTS, tmp_path, threads=threads, batch_tokens=48)
+        assert embedder.num_workers == threads
+        rows.append(np.concatenate([block.emb_BV for block in embed(embedder, PROMPTS * 4)]))
+    assert np.array_equal(rows[0], rows[1])
 
 
 @pytest.mark.parametrize("name", ["gemma2", "nanochat"])
@@ -220,7 +255,7 @@ def test_coordinates_keep_distances_within_the_residuals(case_of: CaseOf, name: 
     check_residuals_bound_distances(case)
 
 
-@pytest.mark.parametrize("name", STREAMED)
+@pytest.mark.parametrize("name", CAPPED)
 def test_residuals_tell_what_the_pilots_basis_misses(case_of: CaseOf, name: str, tmp_path: Path) -> None:
     """A pilot of 12 rows cannot span 24."""
     embedder = open_embedder(case_of(name).folder, PROMPTS[:12], tmp_path)
