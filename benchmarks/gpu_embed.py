@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu_run import DEVICE, Figures, Opened, Run, Subject
 from benchmarks.methods import MAX_TOKENS, PromptList, chunk_rows, drop_rows
-from embstore.compute.embed import MAX_WINDOW_ROWS, LogitEmbedder
+from embstore.compute.embed import LogitEmbedder
+from embstore.compute.estimates import MAX_WINDOW_ROWS
 from embstore.compute.models import locate_model
 from embstore.compute.source import TorchSource
 from embstore.core.config import BuildConfig, EmbeddingConfig

@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks import methods
 from benchmarks.lever_tools import MEDIUM, Bench, Figures, Way, at_medium, batches_of, compare, unit_error
 from embstore.compute.batching import PromptTokenizer
-from embstore.compute.embed import MAX_WINDOW_ROWS
+from embstore.compute.estimates import MAX_WINDOW_ROWS
 from embstore.compute.finish import SLAB_ROWS, finish
 from embstore.compute.recycled import ChunkMemory
 from embstore.storage.atomic import DurableFile

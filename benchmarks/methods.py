@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 
 from embstore.admission import CHUNK_BYTES
 from embstore.compute.batching import PromptTokenizer, TokenBatch, TokenRow, batches_by_length, padded_batch
-from embstore.compute.embed import DTYPES, MAX_WINDOW_ROWS, LogitEmbedder
+from embstore.compute.embed import DTYPES, LogitEmbedder
+from embstore.compute.estimates import MAX_WINDOW_ROWS
 from embstore.compute.heads import SplitModel
 from embstore.compute.models import load_model, locate_model
 from embstore.compute.source import TorchSource

@@ -36,11 +36,12 @@ from embstore.compute.batching import (
     last_token_only,
     padded_batch,
 )
-from embstore.compute.finish import SLAB_ROWS, AffineFinisher, Finisher, MeanFinisher, finish, slab_bytes
+from embstore.compute.estimates import MAX_WINDOW_ROWS, num_workers, window_bytes
+from embstore.compute.finish import SLAB_ROWS, AffineFinisher, Finisher, MeanFinisher, finish
 from embstore.compute.heads import AffineHead, CappedHead, SplitModel
 from embstore.compute.recycled import ChunkMemory, RecycledMemory
-from embstore.compute.streamed import add_capped, add_streamed, streamed_tokens
-from embstore.compute.workers import Workers, abandon, finish_all, workers_for
+from embstore.compute.streamed import add_capped, add_streamed
+from embstore.compute.workers import Workers, abandon, finish_all
 from embstore.core.config import pooling_rule
 from embstore.core.embedder import Check, RowBlock, WindowCounts
 from embstore.core.errors import ConfigError, ModelError
@@ -49,9 +50,6 @@ from embstore.core.prompts import Prompt
 from embstore.core.records import FailedRow
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# Padding waste falls with the window: 18.6 % at 256 rows, 6.6 % at 1024, 2.0 % at 4096 (batches of 4096 tokens).
-MAX_WINDOW_ROWS = 4096
 
 # What a free worker takes first: rows that the disk waits for, then tokens of the next window, then batches, oldest first.
 _ROWS, _TOKENS, _BATCHES = 0, 1, 2
@@ -125,24 +123,15 @@ class _Window:
 class LogitEmbedder:
     """Rows of a loaded model under a resolved spec; implements ``core.embedder.Embedder``."""
 
-    def __init__(
-        self,
-        parts: ModelParts,
-        spec: EmbeddingSpec,
-        basis_VR: NDArray[np.float32],
-        *,
-        max_window_rows: int = MAX_WINDOW_ROWS,
-        truncated_share: float = 0.0,
-        seconds_per_row: float = 0.0,
-    ) -> None:
+    def __init__(self, parts: ModelParts, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> None:
         _refuse_tensor_float(parts.device)
         self._model, self._head, self._capped = parts.model, parts.head, parts.capped
         self._tokenizer, self._device = parts.tokenizer, parts.device
         self.spec = spec
         self.basis_VR = basis_VR
-        self.truncated_share = truncated_share
-        self.seconds_per_row = seconds_per_row
-        self.max_window_rows = max_window_rows
+        self.truncated_share = 0.0  # these three are for the plan of a new store, and set by who made it
+        self.seconds_per_row = 0.0
+        self.max_window_rows = MAX_WINDOW_ROWS
         self.counts = WindowCounts(tokens=0, truncated=0, splits=0)
         self._pools_last = spec.pooling in (pooling_rule("logits", "last"), pooling_rule("hidden", "last"))
         self._finisher: Finisher = (
@@ -181,8 +170,11 @@ class LogitEmbedder:
         following: Sequence[Prompt] = (),
     ) -> Iterator[RowBlock]:
         """As ``core.embedder.Embedder``: a prompt without a usable row is NaN and named, never skipped."""
-        window = self._ahead if self._ahead is not None and self._ahead.prompts is prompts else self._begin(prompts, check)
-        self._ahead = None
+        window, self._ahead = self._ahead, None
+        if window is None or window.prompts is not prompts:
+            if window is not None:
+                window.abandon()
+            window = self._begin(prompts, check)
         window.tokens.result()
         if following:
             self._ahead = self._begin(following, check)
@@ -373,47 +365,6 @@ def _refuse_tensor_float(device: torch.device) -> None:
             f"float32 products are set to precision {torch.get_float32_matmul_precision()!r}, which moves every row",
             hint='call torch.set_float32_matmul_precision("highest") before the build',
         )
-
-
-def is_streamed(spec: EmbeddingSpec) -> bool:
-    """Whether what is pooled is logits, V wide, because the head is not affine."""
-    return spec.head in ("streamed", "capped")
-
-
-def num_workers(spec: EmbeddingSpec, width: int, inner_width: int) -> int:
-    """Batches in flight; follows from pinned values and the model, because it decides how torch splits its sums."""
-    tokens = max(spec.batch_tokens, spec.max_tokens)
-    return workers_for(spec.threads, activation_bytes(tokens, width, inner_width)) if spec.device == "cpu" else 1
-
-
-def activation_bytes(tokens: int, width: int, inner_width: int) -> int:
-    """Of one batch in float32, calibrated with VmRSS - RssFile on the CPU."""
-    return tokens * (12 * width + 4 * inner_width) * 4
-
-
-def window_bytes(spec: EmbeddingSpec, width: int, inner_width: int, chunk_rows: int, window_rows: int) -> int:
-    """Upper estimate of host memory of one window: activations, pooled means, slabs in work, and chunks.
-
-    On another device than the CPU activations live there.
-    """
-    workers = num_workers(spec, width, inner_width)
-    tokens = max(spec.batch_tokens, spec.max_tokens)
-    activations = workers * activation_bytes(tokens, width, inner_width) if spec.device == "cpu" else 0
-    pooled_width = spec.dimension if is_streamed(spec) else width
-    means = 2 * window_rows * pooled_width * 4  # of a window and the one that follows
-    wide = workers * slab_bytes(spec.dimension, spec.rank)
-    if is_streamed(spec):
-        # the logits, the class's own copies while it caps them, and what is added and gathered
-        wide += workers * 6 * streamed_tokens(spec.dimension) * spec.dimension * 4
-    # one is being written and two wait with their encoded copies, the next one is ready and another one begun
-    chunks = 8 * chunk_rows * (spec.dimension * 2 + spec.rank * 4)
-    coordinates = 2 * window_rows * spec.rank * 4
-    kernels = 0 if spec.device != "cpu" or spec.dtype == "float32" else _KERNEL_BYTES
-    return activations + means + wide + chunks + coordinates + kernels + _FIXED_BYTES
-
-
-_KERNEL_BYTES = 192 << 20  # oneDNN's, in 16 bits: three for each of about a hundred lengths
-_FIXED_BYTES = 48 << 20  # token lists, allocator slack, thread pools
 
 
 def _failure(has_tokens: bool, norm: float) -> str | None:

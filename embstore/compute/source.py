@@ -18,15 +18,8 @@ from numpy.typing import NDArray
 
 from embstore.compute.batching import TOKEN_RULE, PromptTokenizer, TokenRow
 from embstore.compute.coordinates import orthonormal_basis
-from embstore.compute.embed import (
-    DTYPES,
-    MAX_WINDOW_ROWS,
-    LogitEmbedder,
-    ModelParts,
-    activation_bytes,
-    is_streamed,
-    window_bytes,
-)
+from embstore.compute.embed import DTYPES, LogitEmbedder, ModelParts
+from embstore.compute.estimates import MAX_WINDOW_ROWS, activation_bytes, is_streamed, window_bytes
 from embstore.compute.exact import exact_neighbors
 from embstore.compute.finish import identity_head, spanning_columns
 from embstore.compute.heads import AffineHead, CappedHead, SplitModel
@@ -123,7 +116,10 @@ class TorchSource:
         window_rows = _window_rows(spec, model, sample, memory_bytes)
         spec = _fit_batch(spec, config, model, window_rows, memory_bytes)
         embedder = _with_basis(parts, spec, prompts, window_rows, work)
-        dtype = self._pick_dtype(embedder, parts, config.dtype or "auto", sample, observer)
+        wanted = config.dtype or "auto"
+        if wanted == "auto" and _needs(embedder.spec, model, window_rows, "bfloat16") > memory_bytes:
+            wanted = "float32"  # whose kernels are not made to shape, and kept
+        dtype = self._pick_dtype(embedder, parts, wanted, sample, observer)
         if dtype != "float32":
             model.to_dtype(DTYPES[dtype])
         timed = time.perf_counter()
@@ -262,15 +258,21 @@ def _window_rows(spec: EmbeddingSpec, model: SplitModel, sample: Sequence[TokenR
     return max(16, min(MAX_WINDOW_ROWS, minute, wide))
 
 
+def _needs(spec: EmbeddingSpec, model: SplitModel, window_rows: int, dtype: str) -> int:
+    """Bytes of a window with the smallest chunk."""
+    trial = dataclasses.replace(spec, dtype=dtype)
+    return window_bytes(trial, model.width, model.inner_width, chunk_rows=16, window_rows=window_rows)
+
+
 def _fit_batch(
     spec: EmbeddingSpec, config: EmbeddingConfig, model: SplitModel, window_rows: int, memory_bytes: int
 ) -> EmbeddingSpec:
     """Halve the batch until a window with the smallest chunk fits the budget; an explicit batch is taken as it is."""
+    dtype = config.dtype if config.dtype in DTYPES else "float32"
     full = dataclasses.replace(spec, rank=min(model.width + 1, spec.dimension))
 
     def needs(tokens: int) -> int:
-        trial = dataclasses.replace(full, batch_tokens=tokens)
-        return window_bytes(trial, model.width, model.inner_width, chunk_rows=16, window_rows=window_rows)
+        return _needs(dataclasses.replace(full, batch_tokens=tokens), model, window_rows, dtype)
 
     tokens = spec.batch_tokens
     while config.batch_tokens is None and tokens > _MIN_BATCH_TOKENS and needs(tokens) > memory_bytes:
