@@ -77,7 +77,7 @@ class SplitModel:
         self._output_type: type[Any] | None = None
         self.pools_features = False
         self._given = _shadow_forward(self.backbone)
-        self.is_causal = _is_causal(self.backbone, self.num_tokens)
+        self.is_causal = _is_causal(self.backbone, self.num_tokens, table.device)
         head = None if headless else model.get_output_embeddings()
         if head is not None and getattr(head, "weight", None) is not None:
             # untie: the backbone may go to bfloat16, the head stays in float32
@@ -270,15 +270,13 @@ def _attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
 
 
 @torch.inference_mode()
-def _is_causal(backbone: Any, num_tokens: int) -> bool:  # noqa: ANN401
+def _is_causal(backbone: Any, num_tokens: int, device: torch.device) -> bool:  # noqa: ANN401
     """Whether what follows a token leaves its hidden state alone, without any mask: tried on two made-up rows.
 
     A property of the class: encoders differ by far more than rounding, decoders by nothing.
     """
-    first_T = torch.arange(2 * _CAUSAL_PROBE_TOKENS, device=backbone.device) * 37 % num_tokens
-    second_T = torch.where(
-        torch.arange(len(first_T), device=backbone.device) < _CAUSAL_PROBE_TOKENS, first_T, first_T.flip(0)
-    )
+    first_T = torch.arange(2 * _CAUSAL_PROBE_TOKENS, device=device) * 37 % num_tokens
+    second_T = torch.where(torch.arange(len(first_T), device=device) < _CAUSAL_PROBE_TOKENS, first_T, first_T.flip(0))
     tokens_2T = torch.stack([first_T, second_T])
     first_TD, second_TD = backbone(input_ids=tokens_2T, use_cache=False).last_hidden_state[:, :_CAUSAL_PROBE_TOKENS]
     return _relative_error(first_TD, second_TD) < _AFFINE_TOLERANCE
