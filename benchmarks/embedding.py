@@ -67,7 +67,9 @@ class Run:
 
     def record(self, part: str, figures: Figures) -> None:
         """Keep a part's figures, with what they were measured on."""
-        command = f"python -m benchmarks.embedding --prompts {self.options.prompts.name} --model {self.options.model.name}"
+        given = self.options
+        command = f"python -m benchmarks.embedding --prompts {given.prompts.name} --model {given.model.name}"
+        command += f" --rows {given.rows} --rounds {given.rounds}"
         self.results[part] = figures | {"date": time.strftime("%Y-%m-%d"), "command": f"{command} --parts {part}"}
         packages = ("embstore", "torch", "transformers", "numpy", "numcodecs")
         self.results["versions"] = {name: importlib.metadata.version(name) for name in packages}
