@@ -26,7 +26,7 @@ class StopSignals:
     def __init__(self) -> None:
         self._count = 0
         self._is_deferred = False
-        self._is_stopping = False
+        self._stopped: BuildInterruptedError | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -37,6 +37,9 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        # code that a signal fell into may answer with an error of its own: an extension module says "initialization failed"
+        if self._stopped is not None and isinstance(error, Exception) and not isinstance(error, BuildInterruptedError):
+            raise self._stopped from None
 
     @contextlib.contextmanager
     def deferred(self, what: str = "committing the window in flight") -> Iterator[Check]:
@@ -47,6 +50,8 @@ class StopSignals:
         BuildInterruptedError
             A signal arrived.
         """
+        if self._stopped is not None:  # whatever the signal fell into swallowed it: nothing new is begun
+            raise self._stopped
         self._is_deferred = True
         try:
             yield self._check
@@ -62,9 +67,9 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
         # a build that is stopping already must not be stopped from tidying up
-        if not (self._is_deferred or self._is_stopping):
+        if not (self._is_deferred or self._stopped):
             raise self._stop(f"stopped by {signal.Signals(number).name}")
 
     def _stop(self, message: str) -> BuildInterruptedError:
-        self._is_stopping = True
-        return BuildInterruptedError(message, hint=_HINT)
+        self._stopped = BuildInterruptedError(message, hint=_HINT)
+        return self._stopped

@@ -19,6 +19,7 @@ import pytest
 from embstore.core.errors import BuildInterruptedError, ExitCode
 from embstore.core.prompts import Prompt
 from embstore.info import verify
+from embstore.interrupts import StopSignals
 from embstore.storage.journal import read_journal
 from tests.support.fake import FakeEmbedder, FakeSource, RowBlock
 from tests.support.fork_server import ForkServer
@@ -104,6 +105,19 @@ def test_the_command_line_ends_as_interrupted_however_many_signals_come(
             stopped += 1
             tally("SIGINT and SIGTERM, up to three, at the command line", losses=int(is_wrong))
             assert not is_wrong, output
+
+
+@pytest.mark.parametrize("is_swallowed", [False, True])
+def test_code_that_turns_the_interruption_into_its_own_error_does_not_hide_it(is_swallowed: bool) -> None:
+    # pybind11 answers a signal during an extension's import with ImportError("initialization failed")
+    with pytest.raises(BuildInterruptedError, match="SIGTERM"), StopSignals() as stop:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BuildInterruptedError as error:
+            if not is_swallowed:
+                raise ImportError("initialization failed") from error
+        with stop.deferred():
+            pytest.fail("a window was begun after the signal")
 
 
 def _has_lock(pid: int, store: Path) -> bool:
