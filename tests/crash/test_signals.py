@@ -110,14 +110,18 @@ def test_the_command_line_ends_as_interrupted_however_many_signals_come(
 @pytest.mark.parametrize("is_swallowed", [False, True])
 def test_code_that_turns_the_interruption_into_its_own_error_does_not_hide_it(is_swallowed: bool) -> None:
     # pybind11 answers a signal during an extension's import with ImportError("initialization failed")
-    with pytest.raises(BuildInterruptedError, match="SIGTERM"), StopSignals() as stop:
-        try:
-            signal.raise_signal(signal.SIGTERM)
-        except BuildInterruptedError as error:
-            if not is_swallowed:
-                raise ImportError("initialization failed") from error
-        with stop.deferred():
-            pytest.fail("a window was begun after the signal")
+    def answer() -> None:
+        with StopSignals() as stop:
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except BuildInterruptedError as error:
+                if not is_swallowed:
+                    raise ImportError("initialization failed") from error
+            with stop.deferred():
+                pytest.fail("a window was begun after the signal")
+
+    with pytest.raises(BuildInterruptedError, match="SIGTERM"):
+        answer()
 
 
 def _has_lock(pid: int, store: Path) -> bool:
