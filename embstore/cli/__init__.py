@@ -1,0 +1,20 @@
+"""The command line: options -> config -> one call of the library. Nothing is computed here.
+
+Results go to stdout, messages to stderr; ``--json`` wherever a program may read. Exit codes are core.errors.ExitCode. One
+file a command; they are listed below in the order that ``--help`` shows.
+"""
+
+import signal
+
+from embstore.cli import build, inspect, verify, weights, export  # isort: skip
+from embstore.cli.frame import app, stop
+from embstore.interrupts import STOP_SIGNALS
+
+__all__ = ["app", "build", "export", "inspect", "main", "verify", "weights"]
+
+
+def main() -> None:
+    """Entry point of the ``embstore`` command."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop)
+    app()

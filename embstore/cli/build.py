@@ -1,0 +1,127 @@
+"""``embstore build``: the main job."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from embstore.cli.frame import AsJson, app, print_json, reporting
+from embstore.cli.weighting import Gamma, K, Method, TargetEss, UniformMix, weighting_config
+from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, Pooling, Space, parse_bytes
+
+
+@app.command()
+@reporting
+def build(
+    prompts: Annotated[
+        str | None, typer.Argument(help="JSONL, also gzipped, or - for stdin; not needed on a resume.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the store.", show_default=False)] = ...,  # type: ignore[assignment]
+    model: Annotated[str | None, typer.Option("--model", help="Folder or hub id of a causal LM.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what is there; starts anew if nothing is.")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="Revision of a hub model.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"] | None,
+        typer.Option("--dtype", help="Of the backbone; pooling and head are float32. auto: fastest that moves no weight."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="First tokens kept of each prompt; default 512.")
+    ] = None,
+    space: Annotated[
+        Space | None,
+        typer.Option("--space", help="Rows of logits, or of final hidden states (also of encoders)."),
+    ] = None,
+    pooling: Annotated[
+        Pooling | None, typer.Option("--pooling", help="Mean over a prompt's own tokens, or the last one alone.")
+    ] = None,
+    vocab: Annotated[
+        Literal["model", "tokenizer"] | None,
+        typer.Option("--vocab", help="All columns of the model's logits, or without its padding columns."),
+    ] = None,
+    compressor: Annotated[
+        Literal["lz4", "none"] | None, typer.Option("--compressor", help="none: chunks can be mapped.")
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option("--batch-tokens", help="Padded tokens in a batch; default 2048 on a CPU.")
+    ] = None,
+    window_rows: Annotated[int | None, typer.Option("--window-rows", help="Rows of one commit.")] = None,
+    chunk_rows: Annotated[int | None, typer.Option("--chunk-rows", help="Rows of one chunk file.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads; default all this process may use.")] = None,
+    trust_tokenizer_pickle: Annotated[
+        bool | None,
+        typer.Option("--trust-tokenizer-pickle", help="Unpickle nanochat's tokenizer.pkl, which can run any code."),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool | None, typer.Option("--trust-remote-code/--no-trust-remote-code", help="Run the model's own code; recorded.")
+    ] = None,
+    memory_budget: Annotated[str, typer.Option("--memory-budget", help="Anonymous memory above the loaded model.")] = "2GiB",
+    knn: Annotated[Literal["hnsw", "exact"], typer.Option("--knn", help="How neighbours are found.")] = "hnsw",
+    shards: Annotated[
+        int | None, typer.Option("--shards", help="HNSW shards; default what memory and cores ask for.")
+    ] = None,
+    weighting: Method = "inverse-density",
+    k: K = 10,
+    gamma: Gamma = 1.0,
+    target_ess: TargetEss = None,
+    uniform_mix: UniformMix = 0.0,
+    on_error: Annotated[
+        Literal["stop", "quarantine"],
+        typer.Option("--on-error", help="A prompt that fails in the model: stop, or keep its row empty."),
+    ] = "stop",
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse the file if any line holds no prompt.")] = False,
+    limit: Annotated[int | None, typer.Option("--limit", help="Only the first N distinct prompts.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and cost; write nothing.")] = False,
+    allow_drift: Annotated[
+        bool, typer.Option("--allow-drift", help="Resume on other hardware or threads; recorded, voids byte identity.")
+    ] = False,
+    trust_journal: Annotated[
+        bool, typer.Option("--trust-journal", help="Resume without reading committed rows back.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Embed prompts, find neighbours, write weights. Killed at any moment, the same line with --resume continues it."""
+    config = BuildConfig(
+        embedding=EmbeddingConfig(
+            model=model,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            max_tokens=max_tokens,
+            space=space,
+            pooling=pooling,
+            vocab=vocab,
+            batch_tokens=batch_tokens,
+            window_rows=window_rows,
+            chunk_rows=chunk_rows,
+            threads=threads,
+            compressor=compressor,
+            trust_remote_code=trust_remote_code,
+            trust_tokenizer_pickle=trust_tokenizer_pickle,
+        ),
+        density=DensityConfig(knn=knn, shards=shards),
+        weighting=weighting_config(weighting, k, gamma, target_ess, uniform_mix),
+        memory_budget_bytes=parse_bytes(memory_budget),
+        on_error=on_error,
+        strict=strict,
+        limit=limit,
+        allow_drift=allow_drift,
+        trust_journal=trust_journal,
+    )
+    from embstore import info, pipeline, terminal  # noqa: PLC0415 - other commands start without them
+
+    with terminal.TerminalObserver(Console(stderr=True, soft_wrap=not sys.stderr.isatty())) as observer:
+        if dry_run:
+            planned = pipeline.preflight(prompts, out=out, config=config, observer=observer)
+            if as_json:
+                print_json(planned)
+            return
+        report = pipeline.build(prompts, out=out, config=config, resume=resume, observer=observer)
+    if as_json:
+        print_json(report)
+    else:
+        terminal.print_report(terminal.results(), report, info.inspect(out))

@@ -1,0 +1,32 @@
+"""``embstore export``: a finished store in another format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from embstore.cli.frame import AsJson, Store, app, print_json, reporting
+
+
+@app.command()
+@reporting
+def export(
+    store: Store,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the files.", show_default=False)],
+    format: Annotated[
+        Literal["npy", "kat"], typer.Option("--format", help="npy: float32 rows. kat: the original scripts' files.")
+    ] = "npy",
+    as_json: AsJson = False,
+) -> None:
+    """Write a finished store in another format, one entry per input line."""
+    from embstore.export import export_store  # noqa: PLC0415
+
+    files = export_store(store, out, format=format)
+    if as_json:
+        print_json([str(file) for file in files])
+    else:
+        for file in files:
+            Console().print(str(file), highlight=False, soft_wrap=True)

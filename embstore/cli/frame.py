@@ -1,0 +1,106 @@
+"""What all commands share: the application, errors as two lines and an exit code, signals, results as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from embstore import __version__
+from embstore.core.decode import printable, printable_json
+from embstore.core.errors import EmbstoreError, ExitCode
+from embstore.interrupts import STOP_SIGNALS
+
+_Arguments = ParamSpec("_Arguments")
+
+app = typer.Typer(
+    name="embstore",
+    help="Offline embedding and density store for LLM post-training.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Store = Annotated[Path, typer.Argument(help="Folder of the store.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+def stop(number: int, frame: FrameType | None) -> NoReturn:
+    """Any signal to stop ends the process as an interrupted one."""
+    # not SIG_IGN yet: Python complains of a signal that it took before it was ignored
+    for each in STOP_SIGNALS:
+        signal.signal(each, _stopping)
+    raise KeyboardInterrupt
+
+
+def _stopping(number: int, frame: FrameType | None) -> None:
+    """A signal to a process that is stopping already."""
+
+
+def _ignore_signals() -> None:
+    """On the way out: another signal would only spoil the message and the exit code. A caller's own handlers stay."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) in (stop, _stopping):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def reporting(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+    """Turn an expected error into two lines and its exit code; anything else is a bug and keeps its traceback."""
+
+    @functools.wraps(command)
+    def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+        try:
+            _report(lambda: command(*args, **kwargs))
+        except KeyboardInterrupt:
+            _ignore_signals()
+            raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
+
+    return run
+
+
+def _report(command: Callable[[], None]) -> None:
+    try:
+        command()
+    except EmbstoreError as error:
+        _ignore_signals()
+        console = Console(stderr=True, soft_wrap=True, emoji=False)
+        console.print(f"[bold red]error[/bold red]: {escape(printable(str(error)))}", highlight=False)
+        if error.hint:
+            console.print(f"[bold]hint[/bold]: {escape(printable(error.hint))}", highlight=False)
+        raise typer.Exit(int(error.exit_code)) from None
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        Console().print(f"embstore {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Offline embedding and density store for LLM post-training."""
+
+
+def print_json(value: object) -> None:
+    """A result on stdout, for programs."""
+
+    def plain(item: object) -> object:
+        if dataclasses.is_dataclass(item) and not isinstance(item, type):
+            return dataclasses.asdict(item)
+        return str(item)
+
+    sys.stdout.write(printable_json(json.dumps(value, default=plain, indent=2, ensure_ascii=False)) + "\n")

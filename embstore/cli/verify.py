@@ -1,0 +1,33 @@
+"""``embstore verify``: read everything back."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from embstore.cli.frame import AsJson, Store, app, print_json, reporting
+from embstore.core.errors import ExitCode
+
+
+@app.command()
+@reporting
+def verify(
+    store: Store,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Demote damaged windows, so that build --resume computes them again.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read everything back: every checksum, finiteness, norms, strays. Exits 3 if damaged, 6 if unfinished."""
+    from embstore import info, terminal  # noqa: PLC0415
+
+    report = info.verify(store, repair=repair)
+    if as_json:
+        print_json(report)
+    else:
+        terminal.print_verify(terminal.results(), report, repaired=repair)
+    if report.findings:
+        raise typer.Exit(int(ExitCode.CORRUPT))
+    if not report.is_complete:
+        raise typer.Exit(int(ExitCode.INCOMPLETE))

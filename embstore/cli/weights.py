@@ -1,0 +1,34 @@
+"""``embstore weights``: new weights, no search."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from embstore.cli.frame import AsJson, Store, app, print_json, reporting
+from embstore.cli.weighting import Gamma, K, Method, TargetEss, UniformMix, weighting_config
+
+
+@app.command()
+@reporting
+def weights(
+    store: Store,
+    name: Annotated[
+        str, typer.Option("--name", help="Keep these weights under a name, beside the default ones.")
+    ] = "default",
+    weighting: Method = "inverse-density",
+    k: K = 10,
+    gamma: Gamma = 1.0,
+    target_ess: TargetEss = None,
+    uniform_mix: UniformMix = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """New weights from the neighbours a store already has, in seconds."""
+    from embstore import artifact, info, terminal  # noqa: PLC0415
+
+    metadata = artifact.recompute_weights(store, weighting_config(weighting, k, gamma, target_ess, uniform_mix), name=name)
+    if as_json:
+        print_json(metadata)
+    else:
+        terminal.print_info(terminal.results(), info.inspect(store, name=name))
