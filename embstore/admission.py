@@ -217,7 +217,7 @@ def _fit_rows(config: BuildConfig, embedder: Embedder, num_rows: int) -> tuple[i
 
 def check_fits(run: Run, spec: StoreSpec, embedder: Embedder, todo: BuildPlan, free_bytes: int) -> Preflight:
     """Say what is about to happen; refuse what cannot fit on the disk or in the budget."""
-    from embstore.compute.knn import plan_search  # noqa: PLC0415 - hnswlib loads only where it is needed
+    from embstore.compute.search_plan import plan_search  # noqa: PLC0415 - hnswlib loads only where it is needed
 
     search = plan_search(
         spec.rows,
@@ -243,6 +243,7 @@ def check_fits(run: Run, spec: StoreSpec, embedder: Embedder, todo: BuildPlan, f
         free_bytes=free_bytes,
         embed_memory_bytes=embedder.memory_bytes(spec.chunk_rows),
         memory_budget_bytes=run.config.memory_budget_bytes,
+        knn=search.method,
         num_shards=search.shards,
         seconds=embedder.seconds_per_row * todo.remaining_rows,
     )

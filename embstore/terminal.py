@@ -151,7 +151,8 @@ class TerminalObserver:
 
 def preflight_line(event: Preflight) -> str:
     """One paragraph: what will be computed, what it costs, and what there is."""
-    shards = f"{event.num_shards} HNSW shards" if event.num_shards else "exact search"
+    graphs = f"{event.num_shards} HNSW shards"
+    search = {"exact": "exact search", "hnsw": graphs, "pilot": f"{graphs}, or exact search if a sample is hard for them"}
     seconds = event.seconds
     duration = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
     return (
@@ -159,7 +160,7 @@ def preflight_line(event: Preflight) -> str:
         f"({event.head} head, {event.dtype} on {event.device}), about {duration}; "
         f"{event.truncated_share:.1%} of prompts cut, {event.quarantined_lines:,} lines quarantined; "
         f"disk {format_bytes(event.remaining_bytes)} of {format_bytes(event.free_bytes)} free; "
-        f"memory {format_bytes(event.embed_memory_bytes)} of {format_bytes(event.memory_budget_bytes)}; {shards}"
+        f"memory {format_bytes(event.embed_memory_bytes)} of {format_bytes(event.memory_budget_bytes)}; {search[event.knn]}"
     )
 
 

@@ -65,6 +65,7 @@ class Preflight:
     free_bytes: int
     embed_memory_bytes: int
     memory_budget_bytes: int
+    knn: str
     num_shards: int
     seconds: float
 
