@@ -68,7 +68,7 @@ class SearchBlocks:
         StorageError
             The disk has no room, or fails.
         """
-        parts = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+        parts = {key: np.ascontiguousarray(arrays[key]) for key in sorted(arrays)}  # as the header will list them
         payload = b"".join(part.tobytes() for part in parts.values())
         header = {
             "arrays": {key: [part.dtype.str, list(part.shape)] for key, part in parts.items()},
