@@ -10,8 +10,9 @@ import dataclasses
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from embstore.core.config import K_MAX, BuildConfig, format_bytes
+from embstore.core.config import K_MAX, BuildConfig, DensityConfig, format_bytes
 from embstore.core.embedder import Embedder, EmbedderSource
 from embstore.core.errors import BudgetError, ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.events import Notice, Preflight
@@ -26,6 +27,12 @@ from embstore.storage.place import caveat
 from embstore.storage.prompts import PromptTable, ingest
 from embstore.storage.store import open_published
 from embstore.storage.verify import check_stage0, damaged_windows
+
+if TYPE_CHECKING:
+    from embstore.compute.search_plan import SearchPlan
+
+# Searches of fewer rows take seconds: not worth a second to foretell.
+_PROBED_ROWS = 20_000
 
 CHUNK_BYTES = 32 << 20
 
@@ -245,6 +252,7 @@ def check_fits(run: Run, spec: StoreSpec, embedder: Embedder, todo: BuildPlan, f
         memory_budget_bytes=run.config.memory_budget_bytes,
         knn=search.method,
         num_shards=search.shards,
+        search_seconds=_search_seconds(search, spec, run.config.density),
         seconds=embedder.seconds_per_row * todo.remaining_rows,
     )
     run.observer(event)
@@ -254,6 +262,14 @@ def check_fits(run: Run, spec: StoreSpec, embedder: Embedder, todo: BuildPlan, f
             hint="free some space, choose another --out, or try --limit",
         )
     return event
+
+
+def _search_seconds(search: SearchPlan, spec: StoreSpec, density: DensityConfig) -> dict[str, float]:
+    if spec.rows < _PROBED_ROWS:
+        return {}
+    from embstore.compute.search_probe import estimate_seconds  # noqa: PLC0415
+
+    return estimate_seconds(search, spec.rows, spec.embedding.rank, density, threads=spec.embedding.threads)
 
 
 def _demote_damaged(run: Run, spec: StoreSpec) -> None:

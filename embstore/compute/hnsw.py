@@ -113,7 +113,7 @@ def hnsw_candidates(
             every = range(first, min(first + threads, shards))
             wave = [shard for shard in every if any(asked <= shard for asked in running.asked)]
             tell(sum(len(members[shard]) + num_nodes for shard in every if shard not in wave))
-            graphs = list(pool.map(lambda shard: _build(coord_GR, members[shard], effort, tell), wave))
+            graphs = list(pool.map(lambda shard: build(coord_GR, members[shard], effort, tell), wave))
             for shard, graph in zip(wave, graphs, strict=True):
                 _query(coord_GR, members[shard], graph, effort.ef, threads, running, shard)
                 tell(num_nodes)
@@ -173,9 +173,13 @@ def _is_block(found: Mapping[str, NDArray[np.generic]], num_rows: int, num_candi
     return shapes == wanted and int(found["ids"].max(initial=-1)) < num_nodes
 
 
-def _build(
-    coord_GR: NDArray[np.float32], nodes: NDArray[np.int64], effort: Effort, tell: Callable[[int], None]
+def build(
+    coord_GR: NDArray[np.float32],
+    nodes: NDArray[np.int64],
+    effort: Effort,
+    tell: Callable[[int], None] = lambda count: None,
 ) -> hnswlib.Index:
+    """A graph of some nodes, labelled by their numbers: one thread in the order given, so always the same graph."""
     graph = hnswlib.Index(space="l2", dim=coord_GR.shape[1])
     graph.init_index(max_elements=len(nodes), M=effort.links, ef_construction=effort.ef_construction, random_seed=100)
     for start in range(0, len(nodes), BLOCK_ROWS):

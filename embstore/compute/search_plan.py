@@ -47,25 +47,38 @@ def plan_search(num_rows: int, rank: int, config: DensityConfig, *, threads: int
     BudgetError
         The budget holds neither a graph of 64 rows nor the buffers around it; names the least that would do.
     """
-    held_bytes = num_rows * _ROW_BYTES + min(_SMALL_ARRAYS_BYTES, 6 * 132 * num_rows) + _FIXED_BYTES
+    held_bytes = _held_bytes(num_rows)
     scan_memory = max(0, memory_bytes - held_bytes)
     needed = held_bytes + _scan_needs(num_rows, rank, threads=threads, memory_bytes=scan_memory)
     method = _method(num_rows, rank, config)
     shards = 0
     if method != "exact":
-        buffers = held_bytes + query_bytes(rank, K_MAX + 1) + threads * rerank_bytes(rank, K_MAX + 1)
-        smallest = threads * graph_bytes(64, rank, config.links)
-        shards = config.shards or num_shards(
-            num_rows, rank, config.links, threads=threads, memory_bytes=max(smallest, memory_bytes - buffers)
-        )
+        shards = hnsw_shards(num_rows, rank, config, threads=threads, memory_bytes=memory_bytes)
         graphs = min(threads, shards) * graph_bytes(-(-num_rows // shards), rank, config.links)
-        needed = max(needed, graphs + buffers)
+        needed = max(needed, graphs + _hnsw_buffers(num_rows, rank, threads))
     if needed > memory_bytes:
         raise BudgetError(
             f"the neighbour search needs {format_bytes(needed)}, --memory-budget is {format_bytes(memory_bytes)}",
             hint=f"give --memory-budget {-(-needed // (1 << 20))}MiB or more",
         )
     return SearchPlan(method=method, shards=shards, memory_bytes=needed, scan_memory_bytes=scan_memory)
+
+
+def hnsw_shards(num_rows: int, rank: int, config: DensityConfig, *, threads: int, memory_bytes: int) -> int:
+    """Graphs to cut the rows into: as asked, else what memory and cores ask for."""
+    smallest = threads * graph_bytes(64, rank, config.links)
+    memory_bytes = max(smallest, memory_bytes - _hnsw_buffers(num_rows, rank, threads))
+    return config.shards or num_shards(num_rows, rank, config.links, threads=threads, memory_bytes=memory_bytes)
+
+
+def _held_bytes(num_rows: int) -> int:
+    """Memory that any search holds."""
+    return num_rows * _ROW_BYTES + min(_SMALL_ARRAYS_BYTES, 6 * 132 * num_rows) + _FIXED_BYTES
+
+
+def _hnsw_buffers(num_rows: int, rank: int, threads: int) -> int:
+    """Memory beside the graphs."""
+    return _held_bytes(num_rows) + query_bytes(rank, K_MAX + 1) + threads * rerank_bytes(rank, K_MAX + 1)
 
 
 def _method(num_rows: int, rank: int, config: DensityConfig) -> Method:

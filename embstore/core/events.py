@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +67,7 @@ class Preflight:
     memory_budget_bytes: int
     knn: str
     num_shards: int
+    search_seconds: Mapping[str, float]  # by engine; empty for searches of seconds
     seconds: float
 
 

@@ -32,8 +32,8 @@ method, folder, kill = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 hnsw.BLOCK_ROWS = knn.BLOCK_ROWS = 500
 plan = allpairs.ScanPlan(tile_rows=512, panel_rows=10_000, memory_bytes=0)
 allpairs.plan_scan = lambda *_, **__: plan
-graphs, visited, build = [], [], hnsw._build
-hnsw._build = lambda coord_GR, nodes, effort, tell: graphs.append(len(nodes)) or build(coord_GR, nodes, effort, tell)
+graphs, build = [], hnsw.build
+hnsw.build = lambda coord_GR, nodes, effort, tell: graphs.append(len(nodes)) or build(coord_GR, nodes, effort, tell)
 
 class Blocks(SearchBlocks):
     saved = 0
@@ -113,7 +113,11 @@ def test_torn_and_foreign_blocks_are_computed_again(uninterrupted: tuple[str, Pa
 
 
 def arrays() -> dict[str, NDArray[Any]]:
-    return {"ids": np.arange(6, dtype=np.int32).reshape(2, 3), "a": np.ones(6, dtype=np.float32), "b": np.zeros((0, 4), dtype=np.float32)}
+    return {
+        "ids": np.arange(6, dtype=np.int32).reshape(2, 3),
+        "a": np.ones(6, dtype=np.float32),
+        "b": np.zeros((0, 4), dtype=np.float32),
+    }
 
 
 def test_a_block_is_read_as_it_was_saved(tmp_path: Path) -> None:
