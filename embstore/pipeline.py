@@ -270,6 +270,7 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
             observer=run.observer,
             clock=time.perf_counter,
             kept=SearchBlocks(run.writer.work, digest),
+            device=spec.embedding.device,
         )
     found = {
         "knn": density.knn,

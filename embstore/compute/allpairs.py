@@ -56,6 +56,12 @@ class NeighborBlock:
     distances_NK: FloatMatrix
 
 
+def scan_device(name: str) -> torch.device:
+    """Where tiles are computed: the GPU that the rows came from if this machine has it, else the CPU; the result is the same."""
+    is_here = name.startswith("cuda") and torch.cuda.is_available()
+    return torch.device(name if is_here else "cpu")
+
+
 def scan_dtype(device: torch.device) -> torch.dtype:
     """What tiles are computed in: bfloat16 where the hardware has it, float32 elsewhere."""
     return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32

@@ -65,6 +65,7 @@ def build_graph(
     observer: Observer,
     clock: Callable[[], float],
     kept: BlockStore | None = None,
+    device: str = "cpu",
 ) -> KnnGraph:
     """Neighbours of every row; see the module docstring.
 
@@ -82,13 +83,15 @@ def build_graph(
         Seconds, for the events.
     kept
         Where finished blocks survive a killed run; small searches keep none.
+    device
+        Where the exact engine may compute its tiles; another one gives the same result.
     """
     rows_G, node_N = group_rows(coord_NR, failed_N)
     num_nodes = len(rows_G)
     plan = plan_search(num_nodes, coord_NR.shape[1], config, threads=threads, memory_bytes=memory_bytes)
     coord_GR = centred(coord_NR, rows_G, work)
     blocks = kept if kept is not None and num_nodes > BLOCK_ROWS else NothingKept()
-    search = Search(coord_GR, config, plan, threads=threads, work=work, kept=blocks, observer=observer)
+    search = Search(coord_GR, config, plan, threads=threads, work=work, kept=blocks, observer=observer, device=device)
     started = clock()
     observer(StageStarted(stage="knn", total=search.total, unit="node visits"))
     search.run()

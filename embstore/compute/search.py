@@ -50,8 +50,10 @@ class Search:
         work: Path,
         kept: BlockStore,
         observer: Observer,
+        device: str = "cpu",
     ) -> None:
         self.coord_GR = coord_GR
+        self._device = device
         self._config, self._plan, self._threads = config, plan, threads
         self._work, self._kept, self._observer = work, kept, observer
         shape = (len(coord_GR), K_MAX)
@@ -121,7 +123,7 @@ class Search:
     def _exact_blocks(
         self, nodes: NDArray[np.int64] | None, finished: int = 0
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64]]]:
-        from embstore.compute.allpairs import all_neighbors  # noqa: PLC0415 - torch, which small searches do not need
+        from embstore.compute.allpairs import all_neighbors, scan_device  # noqa: PLC0415 - torch, which small searches do not need
 
         blocks = all_neighbors(
             self.coord_GR,
@@ -131,6 +133,7 @@ class Search:
             threads=self._threads,
             memory_bytes=self._plan.scan_memory_bytes,
             work=self._work,
+            device=scan_device(self._device),
             advance=self._advance if nodes is None else None,
         )
         for block in blocks:
