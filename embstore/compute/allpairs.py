@@ -57,7 +57,7 @@ class NeighborBlock:
 
 
 def scan_device(name: str) -> torch.device:
-    """Where tiles are computed: the GPU that the rows came from if this machine has it, else the CPU; the result is the same."""
+    """Where tiles are computed: the GPU that the rows came from if it is here, else the CPU; the result is the same."""
     is_here = name.startswith("cuda") and torch.cuda.is_available()
     return torch.device(name if is_here else "cpu")
 
