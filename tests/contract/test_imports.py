@@ -49,9 +49,9 @@ def test_the_package_alone_imports_not_even_numpy() -> None:
 
 
 def test_inspecting_loads_neither_model_nor_search() -> None:
-    loaded = loaded_by("import embstore.info, embstore.export")
+    loaded = loaded_by("import embstore.info, embstore.export, embstore.report.write")
     assert "embstore" in loaded
-    assert not loaded & {"torch", "transformers", "hnswlib", "typer", "rich"}
+    assert not loaded & {"torch", "transformers", "hnswlib", "typer", "rich", "plotly", "matplotlib", "umap"}
 
 
 @pytest.mark.parametrize("name", sorted(set(embstore.__all__) - {"__version__"}))
