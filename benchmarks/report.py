@@ -109,11 +109,13 @@ def search(page: Page, word: str) -> dict[str, Any]:
 
 
 def picture(page: Page, file: Path) -> None:
-    """The beginning of the page, without a search."""
+    """The page down to its charts, without a search."""
     page.type_into("#search", "")
     page.wait("document.getElementById('found').dataset.shown === ''")
     page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
     page.resize(1120, 1800)
+    end = page.evaluate("document.getElementById('distributions').getBoundingClientRect().bottom")
+    page.resize(1120, round(end) + 24)
     time.sleep(1)  # charts follow the new width
     file.write_bytes(page.screenshot())
 

@@ -79,8 +79,10 @@ def charts_of(data: ReportData) -> Charts:
 
 
 def _histogram(values: NDArray[np.float64], low: float, high: float) -> Histogram:
+    if high - low <= 1e-6 * high:  # all but equal: bins of some width all the same
+        low, high = 0.99 * low, 1.01 * high + 1e-6
     inside = values[values <= high]
-    counts, edges = np.histogram(inside, bins=_BINS, range=(low, high if high > low else low + 1e-6))
+    counts, edges = np.histogram(inside, bins=_BINS, range=(low, high))
     return Histogram(edges=edges, counts=counts, above=len(values) - len(inside))
 
 

@@ -156,6 +156,8 @@ def read_report(path: str | Path, *, by: str | None = None, name: str = "default
     k = metadata["weighting"]["k"]
     distance_N = mean_distance(store.neighbor_distances, k)
     has_vector_N = groups_N >= 0
+    if not has_vector_N.any():
+        raise CorruptStoreError("no row of the store has a vector", hint=f"run embstore verify {path}")
     weight_N = np.where(has_vector_N, weights_N.astype(np.float64) * np.count_nonzero(has_vector_N), np.nan)
     shown = _rows_on_map(np.flatnonzero(has_vector_N), map_rows)
     shown = shown[np.argsort(weight_N[shown], kind="stable")]
@@ -338,7 +340,7 @@ class _View:
         return Group(
             rows=len(part),
             row_share=len(part) / np.count_nonzero(np.isfinite(self._weight_N)),
-            weight_share=float(np.nansum(self._weight_N[part]) / np.nansum(self._weight_N)),
+            weight_share=float(np.nansum(self._weight_N[part]) / (np.nansum(self._weight_N) or 1.0)),
             source=self._values[int(counts.argmax())],
             source_share=float(counts.max() / len(part)),
             median_distance=float(np.median(self._distance_N[part])),

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from embstore.core.errors import CorruptStoreError
+from embstore.core.format import COORDINATES
+
 _BLOCK_ROWS = 4096
 _UMAP_COMPONENTS = 50  # UMAP's own neighbour search is slow and no better in more dimensions than carry the variance
 
@@ -37,11 +40,18 @@ def principal_axes(coordinates_NR: NDArray[np.float32], rows: NDArray[np.int64],
         int64 [M], at least one.
     count
         How many axes; fewer come back when R is smaller.
+
+    Raises
+    ------
+    CorruptStoreError
+        A coordinate is no number.
     """
     rank = coordinates_NR.shape[1]
     total_R = np.zeros(rank)
     for block_BR in _blocks(coordinates_NR, rows):
         total_R += block_BR.sum(axis=0)
+    if not np.isfinite(total_R).all():
+        raise CorruptStoreError(f"{COORDINATES} holds coordinates that are no numbers", hint="run embstore verify STORE")
     mean_R = total_R / len(rows)
     scatter_RR = np.zeros((rank, rank))
     for block_BR in _blocks(coordinates_NR, rows):

@@ -8,6 +8,7 @@ digests and forbids every connection: what got past the other two could neither 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import html
 import json
@@ -94,6 +95,7 @@ def embedded_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
+@functools.cache
 def _plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs  # noqa: PLC0415 - an extra

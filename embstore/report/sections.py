@@ -14,6 +14,7 @@ import numpy as np
 from embstore.core.config import format_bytes
 from embstore.core.decode import printable
 from embstore.core.density import MILD_ESS_SHARE
+from embstore.core.format import FORMAT_VERSION
 from embstore.report.data import Example, Group, ReportData, SourceShare
 from embstore.report.groups import CROWDED_SHARE
 
@@ -192,7 +193,7 @@ def origin(data: ReportData) -> str:
     """What the store was made from."""
     spec = data.info.spec or {}
     model, embedding, neighbors = spec["model"], spec["embedding"], data.metadata["neighbors"]
-    search = "exact scan" if neighbors["knn"] == "exact" else f"HNSW in {neighbors['shards']} shards"
+    search = "exact scan" if neighbors.get("knn") == "exact" else f"HNSW in {_text(neighbors.get('shards'))} shards"
     facts = [
         ("Model", f"{_text(model['name'])} ({_text(model['architecture'])})"),
         ("Fingerprints", f"weights {_code(model['weights_sha256'])}, tokenizer {_code(model['tokenizer_sha256'])}, "
@@ -200,8 +201,8 @@ def origin(data: ReportData) -> str:
         ("Rows", f"{embedding['dimension']:,} columns in {embedding['rank']:,} coordinates, {_text(embedding['pooling'])}"),
         ("Computed", f"{_text(embedding['dtype'])} on {_text(embedding['device'])} ({_text(embedding['capability'])}), "
                      f"at most {embedding['max_tokens']:,} tokens a prompt"),
-        ("Neighbours", f"{search}, {neighbors['distinct_vectors']:,} distinct vectors"),
-        ("Format", f"version {data.metadata['format_version']}"),
+        ("Neighbours", f"{search}, {_text(neighbors.get('distinct_vectors'))} distinct vectors"),
+        ("Format", f"version {FORMAT_VERSION}"),
     ]  # fmt: skip
     rows = "".join(f"<dt>{title}</dt><dd>{value}</dd>" for title, value in facts)
     return f'<section id="origin"><h2>What it was made from</h2><dl>{rows}</dl></section>'
@@ -230,7 +231,7 @@ def _audit(data: ReportData) -> str:
     audit = neighbors["audit"]
     if audit is None:
         return "<p>There are too few distinct prompts to have neighbours.</p>"
-    if neighbors["knn"] == "exact":
+    if neighbors.get("knn") == "exact":
         first = (
             f"<p>Yes: they were found by an exact scan. {audit['num_rows']:,} prompts were checked again all the same.</p>"
         )
@@ -254,14 +255,15 @@ def _weights(data: ReportData) -> str:
     metadata = data.metadata
     weighting = metadata["weighting"]
     finite = np.sort(data.weight[np.isfinite(data.weight)])[::-1]
-    tenth = finite[: max(1, len(finite) // 10)].sum() / finite.sum()
+    tenth = finite[: max(1, len(finite) // 10)].sum() / (finite.sum() or 1.0)
     how = {
         "uniform": "Every vector is drawn equally often.",
         "legacy-inverse": "The original formula, 1 / distance: it favours crowds. For comparison only.",
         "inverse-density": f"A prompt’s weight is its mean distance to its {weighting['k']} nearest others"
         + ("." if weighting["gamma"] == 1 else f", to the power {weighting['gamma']:.3g}."),
-    }[weighting["weighting"]]
-    mixed = f" {_percent(weighting['uniform_mix'])} even sampling is mixed in." if weighting["uniform_mix"] else ""
+    }.get(weighting["weighting"], f"A weighting called {_text(weighting['weighting'])}.")
+    mix = weighting.get("uniform_mix")
+    mixed = f" {_percent(mix)} even sampling is mixed in." if isinstance(mix, int | float) and mix else ""
     text = (
         f"<p>{how}{mixed}</p><p>The heaviest tenth of the prompts gets {_percent(tenth)} of the draws. Drawing by these "
         f"weights is like drawing evenly from {metadata['ess']:,.0f} prompts ({_percent(metadata['ess_share'])}).</p>"

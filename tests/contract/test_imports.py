@@ -114,6 +114,7 @@ print(json.dumps({"file": embstore.__file__, "found": found, "sum": float(weight
     )
     result = json.loads(done.stdout)
     assert Path(result["file"]).is_relative_to(installed)
+    assert {path.suffix for path in (installed / "embstore" / "report").iterdir()} >= {".py", ".js", ".css"}
     assert result["found"] == {"torch": False, "zarr": False, "hnswlib": False}
     assert result["sum"] == pytest.approx(1, abs=1e-5)
     assert result["drawn"] == DensitySampler(load_weights(finished_store), num_samples=30, seed=4).plan(0).tolist()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.image import imread
 from scipy.sparse import coo_array
@@ -29,7 +29,7 @@ from embstore.report import layout
 from embstore.report.charts import charts_of
 from embstore.report.data import NO_VALUE, one_line, read_report
 from embstore.report.groups import components, crowded_neighbourhoods, near_distance, near_duplicates
-from embstore.report.page import embedded_json, render_page
+from embstore.report.page import _plotly, embedded_json, render_page
 from embstore.report.plots import render_picture
 from embstore.report.write import write_report
 from embstore.storage.store import open_store
@@ -43,6 +43,7 @@ def partition(label_N: np.ndarray) -> set[frozenset[int]]:
     return {frozenset(np.flatnonzero(label_N == label).tolist()) for label in np.unique(label_N)}
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=60))
 def test_components_are_those_of_scipy(num_rows: int, edges: list[tuple[int, int]]) -> None:
     first, second = np.array([(a % num_rows, b % num_rows) for a, b in edges], dtype=np.int64).reshape(-1, 2).T
@@ -275,6 +276,7 @@ def test_the_policy_names_the_two_scripts_and_no_address(finished_store: Path) -
     assert "'unsafe-inline'" not in policy.split("style-src")[0]
 
 
+@settings(deadline=None)
 @given(
     st.recursive(st.text() | st.integers() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
 )
@@ -349,6 +351,7 @@ def test_files_that_are_no_reports_stay(store: Path, tmp_path: Path, unfinished:
 def test_without_the_extra_the_command_to_install_it_is_named(
     option: str, library: str, finished_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    _plotly.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] == library]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, library, None)
