@@ -67,17 +67,24 @@ def map_section(data: ReportData) -> str:
         if data.map.is_sample
         else ""
     )
+    share = _percent(data.map.pca_share)
+    placed = (
+        f"One point a prompt, placed by its embedding along the two directions of largest variance (PCA). They carry "
+        f"{share} of the variance: points that touch here may still be far apart."
+    )
     switch = ""
     if data.map.umap is not None:
+        placed = (
+            "One point a prompt, placed by its embedding. UMAP keeps neighbours together and says little about far "
+            f"distances; PCA shows the two directions of largest variance, which carry {share} of it."
+        )
         switch = (
             '<span class="switch" role="group" aria-label="Layout of the map">'
             '<button type="button" data-layout="umap" aria-pressed="true">UMAP</button>'
             '<button type="button" data-layout="pca" aria-pressed="false">PCA</button></span>'
         )
-    umap = " UMAP keeps neighbours together and says little about far distances." if data.map.umap is not None else ""
     return f"""<section id="map-section"><h2>Map of the prompts</h2>
-<p class="muted">{sample}One point a prompt, placed by its embedding along the two directions of largest variance (PCA). They
-carry {_percent(data.map.pca_share)} of the variance: points that touch here may still be far apart.{umap}
+<p class="muted">{sample}{placed}
 Colour is the weight: <span class="low">drawn less</span> or <span class="high">drawn more</span> than evenly.
 Drag to zoom, double-click to go back.</p>
 <div class="tools"><input id="search" type="search" autocomplete="off" spellcheck="false"
@@ -152,7 +159,7 @@ less.{note}</p>
 
 def crowded(data: ReportData) -> str:
     """The most crowded neighbourhoods."""
-    share = f"{CROWDED_SHARE:.0%}"
+    share = _percent(CROWDED_SHARE)
     intro = (
         f"The {share} of prompts with the nearest neighbours, joined where one is among the other’s "
         f"{data.metadata['weighting']['k']} nearest. A large group is one template, or one topic, many times over."
