@@ -58,6 +58,7 @@ from embstore.core.plan import plan
 from embstore.interrupts import StopSignals
 from embstore.memory import MemoryMeter
 from embstore.run import Run
+from embstore.storage.allocator import give_back
 from embstore.storage.arrays import map_array
 from embstore.storage.atomic import storage_errors
 from embstore.storage.blocks import SearchBlocks
@@ -138,6 +139,7 @@ def build(
         meter.set_baseline()  # imports and model are not what the budget bounds
         _embed_windows(run, spec, embedder)
         del embedder  # the model's memory is free for the search
+        give_back()
         finished = open_published(root)
         neighbors = _find_neighbors(run, spec, finished)
         weights = _publish_weights(run, spec, neighbors, finished)

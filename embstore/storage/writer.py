@@ -55,6 +55,7 @@ from embstore.core.format import (
 from embstore.core.plan import grid_of, refuse_misfits
 from embstore.core.records import ChunkRecord, FailedRow, JournalRecord, JournalState, SpecRecord, WindowRecord
 from embstore.core.rows import RowRange
+from embstore.storage.allocator import keep_large_blocks
 from embstore.storage.arrays import map_array, save_array
 from embstore.storage.atomic import (
     DurableFile,
@@ -211,6 +212,7 @@ class StoreWriter:
 
         ``blocks`` yields one RowBlock per chunk; ``counts`` is asked once they are exhausted.
         """
+        keep_large_blocks()
         grid = grid_of(spec)
         rows = grid.window(window)
         rank = spec.embedding.rank
