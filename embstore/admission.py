@@ -227,7 +227,8 @@ def check_fits(run: Run, spec: StoreSpec, embedder: Embedder, todo: BuildPlan, f
         memory_bytes=run.config.memory_budget_bytes,
     )
     row_bytes = 2 * spec.embedding.dimension
-    beside = spec.rows * (3 * 4 * spec.embedding.rank + 16 * K_MAX)  # coordinates, their centred copy, neighbours
+    copies = 4 if run.config.density.center else 3  # coordinates, their centred copies, neighbours
+    beside = spec.rows * (copies * 4 * spec.embedding.rank + 16 * K_MAX)
     remaining_bytes = todo.remaining_rows * row_bytes + beside
     record = run.writer.state.prompts
     event = Preflight(

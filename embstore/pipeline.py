@@ -32,7 +32,7 @@ from embstore.artifact import (
     write_weights,
 )
 from embstore.core.config import K_MAX, BuildConfig
-from embstore.core.density import mean_distance
+from embstore.core.density import NOISE_FLOOR, mean_distance
 from embstore.core.embedder import Embedder, EmbedderSource, RowBlock
 from embstore.core.errors import (
     ConfigError,
@@ -238,7 +238,8 @@ def _refuse_failed(blocks: Iterator[RowBlock], config: BuildConfig, prompts: Pro
 
 def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) -> NeighborFiles:
     """The neighbour graph for these rows and settings: the published one if it is the same, else a new search."""
-    from embstore.compute.knn import build_graph, plan_search  # noqa: PLC0415 - hnswlib loads only where it is needed
+    from embstore.compute.centering import center_rows  # noqa: PLC0415 - hnswlib loads only where it is needed
+    from embstore.compute.knn import build_graph, plan_search  # noqa: PLC0415
 
     state, density = run.writer.state, run.config.density
     failed_N = np.zeros(spec.rows, dtype=np.bool_)
@@ -257,7 +258,11 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
     shape = (spec.rows, spec.embedding.rank)
     # of a finished store nobody has read the coordinates yet: its own map compares them with the manifest
     coord_NR = finished.coordinates if finished is not None else map_array(run.writer.root, COORDINATES, "<f4", shape)
+    noise_floor = NOISE_FLOOR
     with run.stage("knn"), storage_errors("writing to", run.writer.work):
+        if density.center:
+            centered = center_rows(coord_NR, failed_N, run.writer.work)
+            coord_NR, noise_floor = centered.coord_NR, NOISE_FLOOR * centered.stretch
         graph = build_graph(
             coord_NR,
             failed_N,
@@ -270,6 +275,8 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
         )
     found = {
         "knn": density.knn,
+        "center": density.center,
+        "noise_floor": noise_floor,
         "k_max": K_MAX,
         "shards": graph.shards,
         "seed": density.seed,
@@ -297,7 +304,7 @@ def _publish_weights(run: Run, spec: StoreSpec, neighbors: NeighborFiles, finish
             with run.stop.deferred("publishing"):  # the flip and the links that follow it
                 publish(run.writer, spec, neighbors, weights, name=DEFAULT_NAME, kept=kept)
     run.observer(StageFinished(stage="publish", seconds=time.perf_counter() - started))
-    for warning in weights.result.warnings:
+    for warning in weights.metadata["warnings"]:
         run.observer(Notice(message=warning))
     return weights
 

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from embstore.core.config import format_bytes
 from embstore.core.decode import printable
+from embstore.core.diagnostics import MILD_ESS_SHARE
 from embstore.core.events import (
     Event,
     Notice,
@@ -35,7 +36,6 @@ from embstore.storage.verify import ONLY_A_NEW_BUILD, VerifyReport
 
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _HISTOGRAM_WIDTH = 40
-_MILD_ESS_SHARE = 0.9
 
 _TITLES = {
     "prompts": "prompts",
@@ -276,13 +276,14 @@ def _print_density(console: Console, metadata: JsonObject) -> None:
             highlight=False,
         )
     gamma = f", gamma {weighting['gamma']:.3g}" if weighting["weighting"] == "inverse-density" else ""
+    centred = ", rows centred" if neighbors.get("center") is True else ""
     console.print(
-        f"  weights {plain(weighting['weighting'])}, k {weighting['k']}{gamma}: "
+        f"  weights {plain(weighting['weighting'])}, k {weighting['k']}{gamma}{centred}: "
         f"effective sample size {metadata['ess']:,.0f} ({metadata['ess_share']:.1%}), "
         f"largest {metadata['max_over_mean']:.1f} x the mean",
         highlight=False,
     )
-    if metadata["ess_share"] > _MILD_ESS_SHARE and weighting["weighting"] != "uniform":
+    if metadata["ess_share"] > MILD_ESS_SHARE and weighting["weighting"] != "uniform":
         console.print("  the weighting is mild: sampling is close to uniform; [bold]--target-ess 0.5[/bold] makes it matter")
     groups = metadata["vector_groups"]
     if groups["rows"]:

@@ -315,6 +315,7 @@ def spec_problem(spec: StoreSpec) -> str | None:  # noqa: PLR0911 - one return a
 
 _NUMBER = (int, float)
 _NEIGHBORS_SHAPE: JsonObject = {
+    "noise_floor": _NUMBER,
     "meets_target": bool,
     "audit": {"k": int, "num_rows": int, "recall": _NUMBER, "recall_lower": _NUMBER, "tv": _NUMBER},
 }
@@ -329,6 +330,7 @@ _METADATA_SHAPE: JsonObject = {
     "neighbors": _NEIGHBORS_SHAPE,
 }
 _MAY_BE_NULL = frozenset({"audit"})  # too few distinct vectors to have neighbours
+_MAY_BE_ABSENT = frozenset({"noise_floor"})  # the first stores of version 1 do not say
 
 
 def decode_metadata(content: bytes, *, name: str) -> JsonObject:
@@ -352,6 +354,8 @@ def _check_shape(value: object, shape: Mapping[str, Any], name: str) -> None:
         raise CorruptStoreError(f"{name}: expected an object, found {shown(value)}", hint="run embstore verify STORE")
     for field, expected in shape.items():
         item = value.get(field)
+        if field not in value and field in _MAY_BE_ABSENT:
+            continue
         if field in value and item is None and field in _MAY_BE_NULL:
             continue
         if isinstance(expected, dict):
