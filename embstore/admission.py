@@ -23,7 +23,7 @@ from embstore.run import Run
 from embstore.storage.arrays import map_array
 from embstore.storage.journal import run_entries
 from embstore.storage.place import caveat
-from embstore.storage.prompts import PromptTable, ingest
+from embstore.storage.prompts import PromptSource, PromptTable, ingest
 from embstore.storage.store import open_published
 from embstore.storage.verify import check_stage0, damaged_windows
 
@@ -40,7 +40,7 @@ def warn_of_place(run: Run) -> None:
 # --- stage 0: prompts ------------------------------------------------------------------------------------------------
 
 
-def commit_prompts(run: Run, source: str | Path | None) -> PromptsRecord:
+def commit_prompts(run: Run, source: PromptSource | None) -> PromptsRecord:
     """Canonical rows in the store; on a resume, the given file must still give the same rows."""
     writer, config = run.writer, run.config
     _refuse_lost_journal(run)
@@ -78,7 +78,7 @@ def _refuse_lost_journal(run: Run) -> None:
         )
 
 
-def _refuse_other_prompts(root: Path, record: PromptsRecord, source: str | Path, config: BuildConfig) -> None:
+def _refuse_other_prompts(root: Path, record: PromptsRecord, source: PromptSource, config: BuildConfig) -> None:
     """Ingest the given file aside and compare; names the first row that differs."""
     with tempfile.TemporaryDirectory(prefix="embstore-compare-") as scratch:
         folder = Path(scratch)
@@ -110,6 +110,11 @@ def find_source(run: Run) -> EmbedderSource | None:
     if embedding.model is None:
         if state.spec is not None and not plan(run.writer.read_spec(), state).windows:
             return None
+        if state.spec is not None and run.writer.read_spec().embedding.head == "imported":
+            raise ConfigError(
+                f"{run.writer.root} was made from an array, and some of its rows remain",
+                hint="run embstore import ARRAY --resume with the same --out",
+            )
         model, revision = _model_of_last_run(run.writer.root)
         embedding = dataclasses.replace(embedding, model=model, revision=revision)
     return TorchSource(locate_model(embedding))

@@ -60,7 +60,7 @@ from embstore.memory import MemoryMeter
 from embstore.run import Run
 from embstore.storage.arrays import map_array
 from embstore.storage.atomic import storage_errors
-from embstore.storage.prompts import PromptTable
+from embstore.storage.prompts import PromptSource, PromptTable
 from embstore.storage.store import EmbeddingStore, open_published
 from embstore.storage.writer import StoreWriter
 
@@ -87,7 +87,7 @@ class BuildReport:
 
 
 def build(
-    prompts: str | Path | None = None,
+    prompts: PromptSource | None = None,
     *,
     out: str | Path,
     model: str | None = None,
@@ -101,7 +101,8 @@ def build(
     Parameters
     ----------
     prompts
-        JSONL file (gzip allowed) or ``-``. May be None on a resume: the rows are in the store; if given they must match.
+        JSONL file (gzip allowed) or ``-``, or the names of an array's rows. May be None on a resume: the rows are in the
+        store; if given they must match.
     out
         The store's folder; created when absent.
     model

@@ -115,8 +115,8 @@ class EmbeddingSpec:
 
     ``dimension`` is V (D under ``--space hidden``), ``rank`` is R. ``head`` is "affine" (pooled before the head), "network"
     (pooled behind a network, before the output layer), "capped" or "streamed" (logits of every token, by blocks of
-    columns or by the class), or "none" (hidden states are the rows); ``head_scale`` the factor a class applies after its
-    head.
+    columns or by the class), "none" (hidden states are the rows), or "imported" (rows are those of an array, and what
+    concerns tokens is 0 or "none"); ``head_scale`` the factor a class applies after its head.
     """
 
     dimension: int
@@ -375,6 +375,9 @@ def weights_problem(weights_N: NDArray[np.float32]) -> str | None:
     return f"holds values from {low} to {high} of sum {total}, not finite values >= 0 of sum 1"
 
 
+_COLUMN_NAMES = {"hidden": "hidden", "imported": "column"}
+
+
 def array_metadata(spec: StoreSpec) -> bytes:
     """``zarr.json`` of the embedding array: float16 [N, V], NaN fill, crc32c last so that it covers the stored bytes."""
     codecs: list[JsonObject] = [{"name": "bytes", "configuration": {"endian": "little"}}]
@@ -394,6 +397,6 @@ def array_metadata(spec: StoreSpec) -> bytes:
             "fill_value": "NaN",
             "codecs": codecs,
             "attributes": {},
-            "dimension_names": ["row", "hidden" if spec.embedding.columns == "hidden" else "vocabulary"],
+            "dimension_names": ["row", _COLUMN_NAMES.get(spec.embedding.columns, "vocabulary")],
         }
     )
