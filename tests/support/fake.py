@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,7 +136,7 @@ class FakeEmbedder:
         return (vector / np.linalg.norm(vector)).astype(np.float32)
 
 
-def renamed(source: FakeSource, **changes: str) -> FakeSource:
+def renamed(source: FakeSource, **changes: Any) -> FakeSource:
     """The same source with another model identity."""
     other = FakeSource(dimension=source.dimension, rank=source.rank, window_rows=source.window_rows)
     other.model = dataclasses.replace(source.model, **changes)
