@@ -281,7 +281,7 @@ def _metadata(
     ess_share = ess / max(1, num_valid)
     uniform = valid.astype(np.float64)
     found = valid & np.isfinite(mean_distance_N)
-    hubs = hubness(neighbors.ids_NK, neighbors.groups_N, config.k) if found.any() else None
+    hubs = hubness(neighbors.ids_NK, neighbors.groups_N, config.k)
     floored_share = float((mean_distance_N[found] < noise_floor).mean()) if found.any() else 0.0
     alone = found & (np.bincount(np.maximum(neighbors.groups_N, 0), minlength=spec.rows)[neighbors.groups_N] == 1)
     correlation = rank_correlation(weights_N[alone], -mean_distance_N[alone]) if alone.any() else None

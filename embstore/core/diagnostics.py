@@ -35,8 +35,8 @@ class Hubness:
     most: int
 
 
-def hubness(ids_NK: NDArray[np.integer], groups_N: NDArray[np.integer], k: int) -> Hubness:
-    """Hubness of a neighbour graph.
+def hubness(ids_NK: NDArray[np.integer], groups_N: NDArray[np.integer], k: int) -> Hubness | None:
+    """Hubness of a neighbour graph; None where no row has a vector.
 
     Parameters
     ----------
@@ -48,6 +48,8 @@ def hubness(ids_NK: NDArray[np.integer], groups_N: NDArray[np.integer], k: int) 
         1 <= k <= K.
     """
     first_G = np.flatnonzero(groups_N == np.arange(len(groups_N)))
+    if not len(first_G):
+        return None
     counts_N = np.zeros(len(groups_N), dtype=np.int64)
     for start in range(0, len(first_G), _BLOCK_ROWS):
         found = ids_NK[first_G[start : start + _BLOCK_ROWS], :k]

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from embstore import build, inspect, open_store, recompute_weights
+from embstore.cli import app
 from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, WeightingConfig
 from embstore.core.diagnostics import Hubness, concerns, hubness, rank_correlation
 from embstore.terminal import print_info
@@ -26,12 +28,16 @@ def test_hubness_is_the_skewness_of_how_often_vectors_are_neighbours() -> None:
     counts = np.array([3, 2, 2, 0])
     deviation = counts - counts.mean()
     found = hubness(ids, groups, 2)
+    assert found is not None
     assert found.skewness == pytest.approx((deviation**3).mean() / (deviation**2).mean() ** 1.5)
     assert (found.k, found.most, found.antihub_share) == (2, 3, 0.25)
     first_only = hubness(ids, groups, 1)
+    assert first_only is not None
     assert (first_only.most, first_only.antihub_share) == (3, 0.5)
-    ring = np.roll(np.arange(5), 1)[:, None]
-    assert hubness(ring, np.arange(5), 1).skewness is None
+    ring = hubness(np.roll(np.arange(5), 1)[:, None], np.arange(5), 1)
+    assert ring is not None
+    assert ring.skewness is None
+    assert hubness(ids, np.full(6, -1), 2) is None
 
 
 def test_rank_correlation_is_pearsons_of_the_ranks_with_ties_at_their_mean() -> None:
@@ -104,6 +110,18 @@ def test_weights_that_leave_few_prompts_or_favour_crowds_say_so(store: Path) -> 
     inverted = recompute_weights(store, WeightingConfig(weighting="legacy-inverse"))
     assert inverted["weight_density_correlation"] == pytest.approx(1, abs=1e-6)
     assert "crowded prompts are favoured" in shown(store)
+
+
+def test_the_command_line_gives_every_option_to_the_weights(store: Path) -> None:
+    command = ["weights", str(store), "--max-ratio", "inf", "--duplicates", "keep", "--gamma", "9", "--json"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    weighting = json.loads(result.stdout)["weighting"]
+    assert (weighting["max_ratio"], weighting["duplicates"], weighting["gamma"]) == (None, "keep", 9.0)
+    refused = CliRunner().invoke(app, ["weights", str(store), "--target-ess", "0.05"])
+    assert refused.exit_code == 2
+    assert "with max_ratio 10 it is at least 0.1" in refused.stderr
+    assert "raise max_ratio to 20 or more" in refused.stderr
 
 
 def test_a_limit_that_lowered_weights_says_how_many(store: Path) -> None:
