@@ -3,9 +3,10 @@
 ``python -m benchmarks.coordinates --prompts FILE --tokenizer FOLDER [--rows 2000]``
 
 Models are real transformers classes with random weights, whose output layer is scaled until their logits are as large as
-trained ones are, so that the cap bends them. Bases are compared: the range finder that a build uses
-(also with twice its rank), and the span of the head's own weights, which is exact where there is no cap. Results go to
-``benchmarks/results/coordinates.json``.
+trained ones are, so that the cap bends them. Rows of a random model have nothing in common, which is the hardest case; rows
+of a trained one share a direction, which a common vector added to the token embeddings brings about. Bases are compared: the
+range finder that a build uses (also with twice its rank), and the span of the head's own weights, which is exact where there
+is no cap. Results go to ``benchmarks/results/coordinates.json``.
 """
 
 from __future__ import annotations
@@ -46,19 +47,24 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A class, its cap (None: none), and the standard deviation its logits shall have."""
+    """A class, its cap (None: none), the standard deviation its logits shall have, and the length of the common vector.
+
+    ``common`` is in units of a token embedding's length.
+    """
 
     model: str
     cap: float | None
     logit_std: float
+    common: float
 
 
 CASES = (
-    Case(model="NanoChat", cap=15.0, logit_std=5.0),
-    Case(model="NanoChat", cap=15.0, logit_std=8.0),
-    Case(model="Gemma2", cap=30.0, logit_std=5.0),
-    Case(model="Gemma2", cap=30.0, logit_std=10.0),
-    Case(model="Llama", cap=None, logit_std=5.0),
+    Case(model="NanoChat", cap=15.0, logit_std=5.0, common=0.0),
+    Case(model="NanoChat", cap=15.0, logit_std=5.0, common=4.0),
+    Case(model="NanoChat", cap=15.0, logit_std=8.0, common=4.0),
+    Case(model="Gemma2", cap=30.0, logit_std=5.0, common=0.0),
+    Case(model="Gemma2", cap=30.0, logit_std=10.0, common=4.0),
+    Case(model="Llama", cap=None, logit_std=5.0, common=4.0),
 )
 
 
@@ -140,6 +146,9 @@ def make_model(case: Case, tokens_BT: torch.Tensor) -> Any:  # noqa: ANN401 - tr
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    table = model.get_input_embeddings().weight
+    common_D = torch.randn(WIDTH)
+    table.add_(common_D * (case.common * table.norm(dim=1).mean() / common_D.norm()))
     head = model.get_output_embeddings()
     while (found := float(model(input_ids=tokens_BT).logits.std())) < case.logit_std:
         head.weight.mul_(min(2.0, 1.02 * case.logit_std / found))
@@ -176,9 +185,12 @@ def measure(case: Case, prompts: list[Prompt], tokenizer: Any, work: Path, max_t
         "head": embedder.spec.head,
         "rows": len(rows),
         "rank": embedder.spec.rank,
+        "common": case.common,
+        "shared_norm": float(np.linalg.norm(unit_NV.mean(axis=0, dtype=np.float64))),
         "median_distance": float(np.median(np.sort(exact_NN, axis=1)[:, :K].mean(axis=1))),
         "stored_residual": {"median": float(np.median(residual_N)), "max": float(residual_N.max())},
         "range_finder": judged(coord_NR, exact_NN) | lost(unit_NV, embedder.basis_VR),
+        "range_finder_and_residuals": judged(coord_NR, exact_NN, residual_N),
     }
     head = embedder._head if embedder._head is not None else embedder._capped.linear if embedder._capped else None
     if head is not None and case.cap is not None:
@@ -206,12 +218,21 @@ def all_distances(rows_NX: NDArray[np.float32]) -> NDArray[np.float64]:
     return distances_NN
 
 
-def judged(coord_NR: NDArray[np.float32], exact_NN: NDArray[np.float64]) -> Figures:
-    """Recall@K of neighbours by coordinates, judged by distances between rows, and TV of the weights."""
-    nearest_NK = np.argsort(all_distances(coord_NR), axis=1, kind="stable")[:, :K]
+def judged(
+    coord_NR: NDArray[np.float32], exact_NN: NDArray[np.float64], residual_N: NDArray[np.float32] | None = None
+) -> Figures:
+    """Recall@K of neighbours by coordinates, judged by distances between rows, and TV of the weights.
+
+    With residuals: by d^2 + ra^2 + rb^2, what two rows are apart if what they lose has nothing in common.
+    """
+    distances_NN = all_distances(coord_NR)
+    if residual_N is not None:
+        square_N = np.square(residual_N, dtype=np.float64)
+        distances_NN = np.sqrt(np.square(distances_NN) + square_N[:, None] + square_N)
+    nearest_NK = np.argsort(distances_NN, axis=1, kind="stable")[:, :K]
     exact_NK = np.sort(exact_NN, axis=1)[:, :K]
     hits = np.take_along_axis(exact_NN, nearest_NK, axis=1) <= exact_NK[:, -1:] * (1 + TIE_TOLERANCE)
-    by_coordinates = np.sort(all_distances(coord_NR), axis=1)[:, :K].mean(axis=1)
+    by_coordinates = np.sort(distances_NN, axis=1)[:, :K].mean(axis=1)
     weights = [np.maximum(mean, NOISE_FLOOR) for mean in (by_coordinates, exact_NK.mean(axis=1))]
     return {"recall": float(hits.mean()), "tv": total_variation(*weights)}
 
