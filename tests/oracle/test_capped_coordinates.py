@@ -1,8 +1,8 @@
 """Coordinates of soft-capped heads against float64 rows of the unmodified class, every pair of prompts.
 
-Logits have a standard deviation of 5 and more, so that the cap bends them. Rows of a random model have little in common, which
-is the hardest case; rows of a trained one share a direction (0.998 of their norm), which a common vector added to the token
-embeddings brings about.
+Logits have a standard deviation of 5 and more, so that the cap bends them. Rows of a random model have little in common,
+which is the hardest case; rows of a trained one share a direction (0.998 of their norm), which a common vector added to the
+token embeddings brings about.
 """
 
 from __future__ import annotations
