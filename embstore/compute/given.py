@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embstore.compute.coordinates import orthonormal_basis
-from embstore.compute.recycled import RecycledMemory
+from embstore.compute.recycled import ChunkMemory, RecycledMemory
 from embstore.compute.scratch import map_scratch
+from embstore.compute.workers import Workers, finish_all
 from embstore.core.config import EmbeddingConfig, format_bytes
 from embstore.core.embedder import Check, GivenRows, PromptReader, RowBlock, WindowCounts
 from embstore.core.errors import ArrayError, BudgetError, ModelError, RowError
@@ -38,7 +39,7 @@ _TAIL = 2.5e-4
 # A sample of M rows shows M directions at most: it is doubled until they are not all needed, or the columns are spanned.
 _LEAST_SAMPLE, _FIRST_SAMPLE, _LARGEST_SAMPLE = 256, 1024, 4096
 _GRAM_COPIES = 4  # M x M in float64: the matrix, its vectors, and what the factorisation works in
-_SLAB_ROWS, _SLAB_VALUES, _BLOCK_COLUMNS = 320, 2 << 20, 1024
+_SLAB_ROWS, _SLAB_VALUES, _BLOCK_COLUMNS = 320, 1 << 20, 1024
 _TIMED_ROWS = 32
 _FIXED_BYTES = 48 << 20
 
@@ -146,6 +147,7 @@ class GivenEmbedder:
         self.basis_VR = basis_VR
         self.seconds_per_row = 0.0
         self.counts = WindowCounts(tokens=0, truncated=0, splits=0)
+        self._workers = Workers(spec.threads, spec.threads)
         self._basis_VR = torch.from_numpy(basis_VR)
         self._memory = RecycledMemory(spec.dimension, spec.rank, pinned=False)
         self._slab_rows = max(1, min(_SLAB_ROWS, _SLAB_VALUES // spec.dimension))  # of the array alone: it decides low bits
@@ -158,7 +160,7 @@ class GivenEmbedder:
         columns = min(_BLOCK_COLUMNS, spec.dimension)
         slab = 8 * (4 * self._slab_rows * spec.dimension + columns * spec.rank + 4 * self._slab_rows * (columns + spec.rank))
         given = self._rows.held_bytes + (chunk_rows * spec.dimension * 8 if self._rows.held_bytes else 0)
-        return chunks + slab + given + 2 * 4 * _WINDOW_ROWS * spec.rank + _FIXED_BYTES
+        return chunks + spec.threads * slab + given + 2 * 4 * _WINDOW_ROWS * spec.rank + _FIXED_BYTES
 
     def close(self) -> None:
         """As ``Embedder``: nothing is begun ahead."""
@@ -184,11 +186,12 @@ class GivenEmbedder:
             given_BV = self._rows.read(first, min(first + chunk_rows, stop))
             memory = self._memory.take(len(given_BV))
             norm_B = np.empty(len(given_BV))
-            for low in range(0, len(given_BV), self._slab_rows):
-                part = slice(low, min(low + self._slab_rows, len(given_BV)))
-                norm_B[part] = self._finish(
-                    given_BV[part], memory.emb_BV[part], memory.coord_BR[part], memory.residual_B[part]
+            finish_all(
+                self._workers.submit(
+                    functools.partial(self._fill, given_BV, memory, norm_B, slice(low, low + self._slab_rows))
                 )
+                for low in range(0, len(given_BV), self._slab_rows)
+            )
             emb_BV, coord_BR, residual_B = memory.emb_BV.numpy(), memory.coord_BR.numpy(), memory.residual_B.numpy()
             failed = []
             for local in np.flatnonzero(~(norm_B > 0)):
@@ -202,6 +205,9 @@ class GivenEmbedder:
                 failed=tuple(failed),
                 release=functools.partial(self._memory.give_back, memory),
             )
+
+    def _fill(self, given_BV: NDArray[np.floating], memory: ChunkMemory, norm_B: NDArray[np.float64], part: slice) -> None:
+        norm_B[part] = self._finish(given_BV[part], memory.emb_BV[part], memory.coord_BR[part], memory.residual_B[part])
 
     def _finish(
         self, given_BV: NDArray[np.floating], emb_BV: Tensor, coord_BR: Tensor, residual_B: Tensor
