@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from embstore.artifact import recompute_weights
     from embstore.export import export_store
+    from embstore.importing import import_array
     from embstore.info import inspect, verify
     from embstore.pipeline import BuildReport, build
     from embstore.storage.store import EmbeddingStore, open_store
@@ -22,6 +23,7 @@ _HOMES = {
     "EmbeddingStore": "embstore.storage.store",
     "build": "embstore.pipeline",
     "export_store": "embstore.export",
+    "import_array": "embstore.importing",
     "inspect": "embstore.info",
     "open_store": "embstore.storage.store",
     "recompute_weights": "embstore.artifact",
@@ -34,6 +36,7 @@ __all__ = [
     "__version__",
     "build",
     "export_store",
+    "import_array",
     "inspect",
     "open_store",
     "recompute_weights",

@@ -24,7 +24,7 @@ from embstore.run import Run
 from embstore.storage.arrays import map_array
 from embstore.storage.journal import run_entries
 from embstore.storage.place import caveat
-from embstore.storage.prompts import PromptTable, ingest
+from embstore.storage.prompts import PromptSource, PromptTable, ingest
 from embstore.storage.store import open_published
 from embstore.storage.verify import check_stage0, damaged_windows
 
@@ -47,7 +47,7 @@ def warn_of_place(run: Run) -> None:
 # --- stage 0: prompts ------------------------------------------------------------------------------------------------
 
 
-def commit_prompts(run: Run, source: str | Path | None) -> PromptsRecord:
+def commit_prompts(run: Run, source: PromptSource | None) -> PromptsRecord:
     """Canonical rows in the store; on a resume, the given file must still give the same rows."""
     writer, config = run.writer, run.config
     _refuse_lost_journal(run)
@@ -85,7 +85,7 @@ def _refuse_lost_journal(run: Run) -> None:
         )
 
 
-def _refuse_other_prompts(root: Path, record: PromptsRecord, source: str | Path, config: BuildConfig) -> None:
+def _refuse_other_prompts(root: Path, record: PromptsRecord, source: PromptSource, config: BuildConfig) -> None:
     """Ingest the given file aside and compare; names the first row that differs."""
     with tempfile.TemporaryDirectory(prefix="embstore-compare-") as scratch:
         folder = Path(scratch)
@@ -117,6 +117,11 @@ def find_source(run: Run) -> EmbedderSource | None:
     if embedding.model is None:
         if state.spec is not None and not plan(run.writer.read_spec(), state).windows:
             return None
+        if state.spec is not None and run.writer.read_spec().embedding.head == "imported":
+            raise ConfigError(
+                f"{run.writer.root} was made from an array, and some of its rows remain",
+                hint="run embstore import ARRAY --resume with the same --out",
+            )
         model, revision = _model_of_last_run(run.writer.root)
         embedding = dataclasses.replace(embedding, model=model, revision=revision)
     return TorchSource(locate_model(embedding))
@@ -234,7 +239,8 @@ def check_fits(run: Run, spec: StoreSpec, embedder: Embedder, todo: BuildPlan, f
         memory_bytes=run.config.memory_budget_bytes,
     )
     row_bytes = 2 * spec.embedding.dimension
-    beside = spec.rows * (3 * 4 * spec.embedding.rank + 16 * K_MAX)  # coordinates, their centred copy, neighbours
+    copies = 4 if run.config.density.center else 3  # coordinates, their centred copies, neighbours
+    beside = spec.rows * (copies * 4 * spec.embedding.rank + 16 * K_MAX)
     remaining_bytes = todo.remaining_rows * row_bytes + beside
     record = run.writer.state.prompts
     event = Preflight(

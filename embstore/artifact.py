@@ -25,6 +25,7 @@ from embstore.core.density import (
     sampling_weights,
     total_variation,
 )
+from embstore.core.diagnostics import concerns, hubness, rank_correlation
 from embstore.core.errors import ConfigError, CorruptStoreError
 from embstore.core.format import (
     CHUNKS,
@@ -63,6 +64,7 @@ class NeighborFiles:
     """A written neighbour graph: its digest, its arrays (as they lie on disk), its spec, and the digests of its files."""
 
     digest: str
+    ids_NK: NDArray[np.int32]
     distances_NK: NDArray[np.float32]
     groups_N: NDArray[np.int32]
     spec: JsonObject
@@ -96,7 +98,7 @@ def write_neighbors(
         paths.groups: save_array(root / paths.groups, groups_N, sync_directory=False),
         paths.spec: write_durable(root / paths.spec, found),
     }
-    return NeighborFiles(digest=digest, distances_NK=distances_NK, groups_N=groups_N, spec=spec, files=files)
+    return NeighborFiles(digest=digest, ids_NK=ids_NK, distances_NK=distances_NK, groups_N=groups_N, spec=spec, files=files)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,8 +126,9 @@ def write_weights(
         raise CorruptStoreError(
             "a row with a vector has a distance or residual that is no number", hint=f"run embstore verify {root}"
         )
-    result = sampling_weights(mean_distance_N, neighbors.groups_N, config)
-    metadata = _metadata(spec, state, neighbors, mean_distance_N, residual_N, config, result)
+    noise_floor = float(neighbors.spec.get("noise_floor", NOISE_FLOOR))  # stores before --center do not say
+    result = sampling_weights(mean_distance_N, neighbors.groups_N, config, noise_floor=noise_floor)
+    metadata = _metadata(spec, state, neighbors, mean_distance_N, residual_N, config, result, noise_floor)
     # named by content: whatever changes a byte of either file gives new files beside those a manifest lists
     digest = digest_of({"weights": hashlib.sha256(result.weights.tobytes()).hexdigest(), "metadata": metadata})
     array, sidecar = weights_paths(digest)
@@ -199,7 +202,7 @@ def recompute_weights(path: str | Path, config: WeightingConfig, *, name: str = 
     path
         A finished store.
     config
-        Method, k (at most the neighbours kept), gamma or target_ess, uniform_mix.
+        Method, k (at most the neighbours kept), gamma or target_ess, uniform_mix, max_ratio, duplicates.
     name
         ``default`` replaces what training maps; another name is kept beside it.
 
@@ -244,6 +247,7 @@ def read_neighbors(store: EmbeddingStore) -> NeighborFiles:
             )
     return NeighborFiles(
         digest=store.manifest.neighbors,
+        ids_NK=store.neighbor_ids,
         distances_NK=store.neighbor_distances,
         groups_N=store.groups,
         spec=store.neighbor_spec,
@@ -266,6 +270,7 @@ def _metadata(
     residual_N: NDArray[np.float32],
     config: WeightingConfig,
     result: WeightsResult,
+    noise_floor: float,
 ) -> JsonObject:
     weights_N = result.weights.astype(np.float64)
     valid = neighbors.groups_N >= 0
@@ -273,7 +278,13 @@ def _metadata(
     group_sizes = np.bincount(neighbors.groups_N[valid]) if num_valid else np.zeros(0, dtype=np.int64)
     shared = group_sizes[group_sizes > 1]
     ess = effective_sample_size(weights_N)
+    ess_share = ess / max(1, num_valid)
     uniform = valid.astype(np.float64)
+    found = valid & np.isfinite(mean_distance_N)
+    hubs = hubness(neighbors.ids_NK, neighbors.groups_N, config.k)
+    floored_share = float((mean_distance_N[found] < noise_floor).mean()) if found.any() else 0.0
+    alone = found & (np.bincount(np.maximum(neighbors.groups_N, 0), minlength=spec.rows)[neighbors.groups_N] == 1)
+    correlation = rank_correlation(weights_N[alone], -mean_distance_N[alone]) if alone.any() else None
     return {
         # the original's keys, in its order, with correct values
         "n_prompts": spec.rows,
@@ -292,18 +303,32 @@ def _metadata(
         "direction": "distance up, density down, weight up" if result.method != "legacy-inverse" else "inverted",
         "weighting": {**dataclasses.asdict(config), "weighting": result.method, "gamma": result.gamma},
         "requested_weighting": config.weighting,
-        "noise_floor": NOISE_FLOOR,
+        "noise_floor": noise_floor,
+        "share_below_noise_floor": floored_share,
         "ess": ess,
-        "ess_share": ess / max(1, num_valid),
+        "ess_share": ess_share,
         "max_over_mean": float(weights_N.max() * max(1, num_valid)),
+        "max_over_mean_vector": result.max_over_mean_vector,
+        "limited_rows": result.limited_rows,
         "tv_to_uniform": total_variation(weights_N, uniform),
         "mean_distance": _quantiles(mean_distance_N[np.isfinite(mean_distance_N)]),
         "residual": _quantiles(np.asarray(residual_N, dtype=np.float64)[valid]),
         "vector_groups": {"groups": len(shared), "rows": int(shared.sum())},
         "failed_rows": spec.rows - num_valid,
+        "hubness": dataclasses.asdict(hubs) if hubs is not None else None,
+        "weight_density_correlation": correlation,
         "neighbors": {"digest": neighbors.digest, **neighbors.spec},
         "byte_identity_voided": state.voids_identity,
-        "warnings": list(result.warnings),
+        "warnings": [
+            *result.warnings,
+            *concerns(
+                ess_share=ess_share,
+                hubs=hubs,
+                floored_share=floored_share,
+                noise_floor=noise_floor,
+                correlation=correlation,
+            ),
+        ],
     }
 
 

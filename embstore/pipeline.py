@@ -32,7 +32,7 @@ from embstore.artifact import (
     write_weights,
 )
 from embstore.core.config import K_MAX, BuildConfig
-from embstore.core.density import mean_distance
+from embstore.core.density import NOISE_FLOOR, mean_distance
 from embstore.core.embedder import Embedder, EmbedderSource, RowBlock
 from embstore.core.errors import (
     ConfigError,
@@ -62,7 +62,7 @@ from embstore.storage.allocator import give_back
 from embstore.storage.arrays import map_array
 from embstore.storage.atomic import storage_errors
 from embstore.storage.blocks import SearchBlocks
-from embstore.storage.prompts import PromptTable
+from embstore.storage.prompts import PromptSource, PromptTable
 from embstore.storage.store import EmbeddingStore, open_published
 from embstore.storage.writer import StoreWriter
 
@@ -89,7 +89,7 @@ class BuildReport:
 
 
 def build(
-    prompts: str | Path | None = None,
+    prompts: PromptSource | None = None,
     *,
     out: str | Path,
     model: str | None = None,
@@ -103,7 +103,8 @@ def build(
     Parameters
     ----------
     prompts
-        JSONL file (gzip allowed) or ``-``. May be None on a resume: the rows are in the store; if given they must match.
+        JSONL file (gzip allowed) or ``-``, or the names of an array's rows. May be None on a resume: the rows are in the
+        store; if given they must match.
     out
         The store's folder; created when absent.
     model
@@ -241,7 +242,8 @@ def _refuse_failed(blocks: Iterator[RowBlock], config: BuildConfig, prompts: Pro
 
 def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) -> NeighborFiles:
     """The neighbour graph for these rows and settings: the published one if it is the same, else a new search."""
-    from embstore.compute.knn import build_graph  # noqa: PLC0415 - hnswlib loads only where it is needed
+    from embstore.compute.centering import center_rows  # noqa: PLC0415 - hnswlib loads only where it is needed
+    from embstore.compute.knn import build_graph  # noqa: PLC0415
     from embstore.compute.search_plan import plan_search  # noqa: PLC0415
 
     state, density = run.writer.state, run.config.density
@@ -261,7 +263,11 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
     shape = (spec.rows, spec.embedding.rank)
     # of a finished store nobody has read the coordinates yet: its own map compares them with the manifest
     coord_NR = finished.coordinates if finished is not None else map_array(run.writer.root, COORDINATES, "<f4", shape)
+    noise_floor = NOISE_FLOOR
     with run.stage("knn"), storage_errors("writing to", run.writer.work):
+        if density.center:
+            centered = center_rows(coord_NR, failed_N, run.writer.work)
+            coord_NR, noise_floor = centered.coord_NR, NOISE_FLOOR * centered.stretch
         graph = build_graph(
             coord_NR,
             failed_N,
@@ -278,6 +284,8 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
         "knn": density.knn,
         "method": graph.method,
         "pilot_recall": graph.pilot_recall,
+        "center": density.center,
+        "noise_floor": noise_floor,
         "k_max": K_MAX,
         "shards": graph.shards,
         "seed": density.seed,
@@ -305,7 +313,7 @@ def _publish_weights(run: Run, spec: StoreSpec, neighbors: NeighborFiles, finish
             with run.stop.deferred("publishing"):  # the flip and the links that follow it
                 publish(run.writer, spec, neighbors, weights, name=DEFAULT_NAME, kept=kept)
     run.observer(StageFinished(stage="publish", seconds=time.perf_counter() - started))
-    for warning in weights.result.warnings:
+    for warning in weights.metadata["warnings"]:
         run.observer(Notice(message=warning))
     return weights
 

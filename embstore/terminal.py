@@ -18,7 +18,7 @@ from rich.text import Text
 
 from embstore.core.config import format_bytes
 from embstore.core.decode import printable
-from embstore.core.density import MILD_ESS_SHARE
+from embstore.core.diagnostics import MILD_ESS_SHARE
 from embstore.core.events import (
     Event,
     Notice,
@@ -182,9 +182,10 @@ def print_report(console: Console, report: BuildReport, info: StoreInfo) -> None
         f"[bold green]complete[/bold green] {escape(str(report.store))}: {report.num_rows:,} rows", highlight=False
     )
     if report.embedded_rows and seconds:
+        tokens = f"{report.embedded_tokens / seconds:,.0f} tokens/s, " if report.embedded_tokens else ""
         console.print(
             f"  embedded {report.embedded_rows:,} rows in {seconds:.1f} s: {report.embedded_rows / seconds:,.0f} rows/s, "
-            f"{report.embedded_tokens / seconds:,.0f} tokens/s, {format_bytes(report.stored_bytes / seconds)}/s written",
+            f"{tokens}{format_bytes(report.stored_bytes / seconds)}/s written",
             highlight=False,
         )
     if report.peak_anonymous_bytes is not None:
@@ -268,6 +269,13 @@ def _print_spec(console: Console, spec: JsonObject) -> None:
         f"tokenizer {plain(model['tokenizer_sha256'][:12])}, prompts {plain(spec['prompts_fingerprint'][:12])}",
         highlight=False,
     )
+    if embedding["head"] == "imported":
+        console.print(
+            f"  {embedding['dimension']:,} columns in {embedding['rank']} coordinates, imported from "
+            f"{plain(embedding['dtype'])} rows ({plain(embedding['capability'])}, {embedding['threads']} threads)",
+            highlight=False,
+        )
+        return
     console.print(
         f"  {embedding['dimension']:,} columns in {embedding['rank']} coordinates, {plain(embedding['head'])} head, "
         f"{plain(embedding['dtype'])} on {plain(embedding['device'])} "
@@ -288,8 +296,9 @@ def _print_density(console: Console, metadata: JsonObject) -> None:
             highlight=False,
         )
     gamma = f", gamma {weighting['gamma']:.3g}" if weighting["weighting"] == "inverse-density" else ""
+    centred = ", rows centred" if neighbors.get("center") is True else ""
     console.print(
-        f"  weights {plain(weighting['weighting'])}, k {weighting['k']}{gamma}: "
+        f"  weights {plain(weighting['weighting'])}, k {weighting['k']}{gamma}{centred}: "
         f"effective sample size {metadata['ess']:,.0f} ({metadata['ess_share']:.1%}), "
         f"largest {metadata['max_over_mean']:.1f} x the mean",
         highlight=False,

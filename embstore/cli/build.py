@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 
 from embstore.cli.frame import AsJson, app, print_json, reporting
-from embstore.cli.weighting import Gamma, K, Method, TargetEss, UniformMix, weighting_config
+from embstore.cli.searching import Center, Knn, Shards
+from embstore.cli.weighting import CopiesOf, Gamma, K, MaxRatio, Method, TargetEss, UniformMix, weighting_config
 from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, Pooling, Space, parse_bytes
 
 
@@ -60,18 +61,16 @@ def build(
         bool | None, typer.Option("--trust-remote-code/--no-trust-remote-code", help="Run the model's own code; recorded.")
     ] = None,
     memory_budget: Annotated[str, typer.Option("--memory-budget", help="Anonymous memory above the loaded model.")] = "2GiB",
-    knn: Annotated[
-        Literal["auto", "hnsw", "exact"],
-        typer.Option("--knn", help="How neighbours are found; auto: exactly, unless a graph is much faster and as good."),
-    ] = "auto",
-    shards: Annotated[
-        int | None, typer.Option("--shards", help="HNSW shards; default what memory and cores ask for.")
-    ] = None,
+    knn: Knn = "auto",
+    shards: Shards = None,
+    center: Center = False,
     weighting: Method = "inverse-density",
     k: K = 10,
     gamma: Gamma = 1.0,
     target_ess: TargetEss = None,
     uniform_mix: UniformMix = 0.0,
+    max_ratio: MaxRatio = 10.0,
+    duplicates: CopiesOf = "collapse",
     on_error: Annotated[
         Literal["stop", "quarantine"],
         typer.Option("--on-error", help="A prompt that fails in the model: stop, or keep its row empty."),
@@ -106,8 +105,8 @@ def build(
             trust_remote_code=trust_remote_code,
             trust_tokenizer_pickle=trust_tokenizer_pickle,
         ),
-        density=DensityConfig(knn=knn, shards=shards),
-        weighting=weighting_config(weighting, k, gamma, target_ess, uniform_mix),
+        density=DensityConfig(knn=knn, shards=shards, center=center),
+        weighting=weighting_config(weighting, k, gamma, target_ess, uniform_mix, max_ratio, duplicates),
         memory_budget_bytes=parse_bytes(memory_budget),
         on_error=on_error,
         strict=strict,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from embstore.cli.frame import AsJson, Store, app, print_json, reporting
-from embstore.cli.weighting import Gamma, K, Method, TargetEss, UniformMix, weighting_config
+from embstore.cli.weighting import CopiesOf, Gamma, K, MaxRatio, Method, TargetEss, UniformMix, weighting_config
 
 
 @app.command()
@@ -22,12 +22,15 @@ def weights(
     gamma: Gamma = 1.0,
     target_ess: TargetEss = None,
     uniform_mix: UniformMix = 0.0,
+    max_ratio: MaxRatio = 10.0,
+    duplicates: CopiesOf = "collapse",
     as_json: AsJson = False,
 ) -> None:
     """New weights from the neighbours a store already has, in seconds."""
     from embstore import artifact, info, terminal  # noqa: PLC0415
 
-    metadata = artifact.recompute_weights(store, weighting_config(weighting, k, gamma, target_ess, uniform_mix), name=name)
+    config = weighting_config(weighting, k, gamma, target_ess, uniform_mix, max_ratio, duplicates)
+    metadata = artifact.recompute_weights(store, config, name=name)
     if as_json:
         print_json(metadata)
     else:

@@ -29,7 +29,13 @@ ReadBlock = Callable[[int, int], Tensor]
 
 
 def orthonormal_basis(
-    read_block: ReadBlock, num_columns: int, width: int, *, max_rank: int, scratch: NDArray[np.float32] | None = None
+    read_block: ReadBlock,
+    num_columns: int,
+    width: int,
+    *,
+    max_rank: int,
+    tail: float = 0.0,
+    scratch: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Orthonormal basis of the columns of a tall matrix [V, M], strongest directions first.
 
@@ -44,6 +50,8 @@ def orthonormal_basis(
         V and M.
     max_rank
         Keep at most this many directions.
+    tail
+        Keep no more than it takes for what the others hold to have this root mean square over the M columns.
     scratch
         Flat memory for the result, at least V * min(M, max_rank) long, when it should not be anonymous.
 
@@ -58,6 +66,9 @@ def orthonormal_basis(
     values_M, vectors_MM = torch.linalg.eigh(gram_MM)
     strongest = values_M.flip(0)
     rank = min(max_rank, int((strongest > strongest[0] * _SINGULAR_TOLERANCE**2).sum()))
+    if tail:
+        left = strongest.clamp(min=0).flip(0).cumsum(0).flip(0)  # energy of each direction and all after it
+        rank = min(rank, max(1, int((left > tail**2 * width).sum())))
     mixing_MR = vectors_MM.flip(1)[:, :rank] / strongest[:rank].sqrt()
     nearly_RR = torch.zeros((rank, rank), dtype=torch.float64, device=device)
     for _, block in _blocks(read_block, num_columns, width):

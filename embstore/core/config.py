@@ -7,6 +7,7 @@ Runtime fields (memory budget, observer) may differ on every run.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,7 @@ K_MAX = 32  # neighbours kept on disk, so that `embstore weights --k` up to this
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Weighting = Literal["inverse-density", "legacy-inverse", "uniform"]
+Duplicates = Literal["collapse", "keep"]
 Compressor = Literal["lz4", "none"]
 KnnMethod = Literal["auto", "hnsw", "exact"]
 Space = Literal["logits", "hidden"]
@@ -72,9 +74,13 @@ class EmbeddingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DensityConfig:
-    """How neighbours are found. ``shards`` None lets the memory budget and the cores decide."""
+    """How neighbours are found. ``shards`` None lets the memory budget and the cores decide.
+
+    ``center``: distances between directions from the mean row, not between rows (compute.centering).
+    """
 
     knn: KnnMethod = "auto"
+    center: bool = False
     shards: int | None = None
     links: int = 16  # hnswlib's M
     ef_construction: int = 100
@@ -93,13 +99,19 @@ class DensityConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightingConfig:
-    """How mean neighbour distances become weights."""
+    """How mean neighbour distances become weights.
+
+    ``max_ratio`` bounds a vector's weight in units of their mean, None not at all; ``duplicates`` says whether rows with
+    bit-equal vectors share one weight or have it each (core.density).
+    """
 
     weighting: Weighting = "inverse-density"
     k: int = 10
     gamma: float = 1.0
     target_ess: float | None = None
     uniform_mix: float = 0.0
+    max_ratio: float | None = 10.0
+    duplicates: Duplicates = "collapse"
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= K_MAX:
@@ -110,6 +122,14 @@ class WeightingConfig:
             raise ConfigError(f"target_ess is a share of the rows in (0, 1], got {self.target_ess}")
         if not 0 <= self.uniform_mix <= 1:
             raise ConfigError(f"uniform_mix must lie in 0..1, got {self.uniform_mix}")
+        if self.max_ratio is not None and not 1 <= self.max_ratio < math.inf:
+            raise ConfigError(f"max_ratio is a multiple of the mean weight, at least 1, got {self.max_ratio}")
+        if self.target_ess is not None and self.max_ratio is not None and self.target_ess * self.max_ratio < 1:
+            raise ConfigError(
+                f"target_ess {self.target_ess:g} is out of reach: with max_ratio {self.max_ratio:g} it is at least "
+                f"{1 / self.max_ratio:g}",
+                hint=f"raise max_ratio to {1 / self.target_ess:g} or more",
+            )
         if self.target_ess is not None and self.weighting != "inverse-density":
             raise ConfigError(f"target_ess needs weighting inverse-density, got {self.weighting}")
 

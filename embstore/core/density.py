@@ -5,11 +5,15 @@ distance to the k nearest distinct vectors; the textbook k / (n V_d r^d) (Loftsg
 overflows at these dimensions and ranks the same. A prompt's weight is its inverse density, r, raised to ``gamma``: the
 inverse-propensity form of density sampling in Sachdeva et al. 2024 (arXiv:2402.09668), with a kNN estimate of density.
 
+Rows with bit-equal vectors share one vector's weight (or have it each), so what follows is about vectors: a row's *share* is
+1 / copies (or 1), and its weight is share * v with v the weight of its vector. ``docs/density.md`` has the formulas.
+
 Shapes: N rows, K neighbours.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,8 +27,7 @@ from embstore.core.errors import ConfigError, CorruptStoreError
 NOISE_FLOOR = 1e-3
 # The floor of the original method, kept for --weighting legacy-inverse only.
 LEGACY_FLOOR = 1e-6
-# Above this effective sample size, as a share of the rows, sampling is close to uniform: people are told so.
-MILD_ESS_SHARE = 0.9
+_LOG_SMALLEST = -600.0  # e to this is a number, with room for sums
 
 FloatVector = NDArray[np.float64]
 Statistic = Literal["uniform", "inverse-density", "legacy-inverse"]
@@ -35,12 +38,15 @@ class WeightsResult:
     """Weights with what was resolved on the way.
 
     ``weights`` is float32 [N], finite, >= 0, with a float64 sum within 1e-6 of 1. ``method`` differs from the requested one
-    only when there were too few rows. ``gamma`` is the exponent used (solved when an ESS was asked for).
+    only when there were too few rows. ``gamma`` is the exponent used (solved when an ESS was asked for). ``limited_rows``
+    counts rows whose weight ``max_ratio`` lowered, ``max_over_mean_vector`` is the largest v over the mean of v.
     """
 
     weights: NDArray[np.float32]
     method: Statistic
     gamma: float
+    limited_rows: int
+    max_over_mean_vector: float
     warnings: tuple[str, ...] = ()
 
 
@@ -77,7 +83,13 @@ def mean_distance(distances_NK: NDArray[np.floating], k: int) -> FloatVector:
     return mean_N
 
 
-def sampling_weights(mean_distance_N: FloatVector, groups_N: NDArray[np.integer], config: WeightingConfig) -> WeightsResult:
+def sampling_weights(
+    mean_distance_N: FloatVector,
+    groups_N: NDArray[np.integer],
+    config: WeightingConfig,
+    *,
+    noise_floor: float = NOISE_FLOOR,
+) -> WeightsResult:
     """Sampling weights from mean neighbour distances; see the module docstring for the method.
 
     Parameters
@@ -86,9 +98,12 @@ def sampling_weights(mean_distance_N: FloatVector, groups_N: NDArray[np.integer]
         float64 [N]; +inf for rows without enough neighbours.
     groups_N
         The first row with the same vector (itself for most), -1 for rows without a vector. Each member of a group gets its
-        vector's weight divided by the group's size; a row without a vector gets 0 and counts in nothing.
+        vector's weight divided by the group's size (``duplicates`` "keep": undivided); a row without a vector gets 0 and
+        counts in nothing.
     config
-        Method, ``k``, ``gamma`` or ``target_ess``, ``uniform_mix``.
+        Method, ``k``, ``gamma`` or ``target_ess``, ``uniform_mix``, ``max_ratio``, ``duplicates``.
+    noise_floor
+        Distances below it say nothing and count as this.
 
     Returns
     -------
@@ -103,7 +118,8 @@ def sampling_weights(mean_distance_N: FloatVector, groups_N: NDArray[np.integer]
     -----
     Monotone: among rows with equal group size a larger distance never gets a smaller weight. Scale-free above the noise
     floor. With fewer than k + 1 distinct vectors there is no density to estimate: weights are uniform over vectors, and a
-    warning says so.
+    warning says so. ``target_ess`` and ``max_ratio`` hold for the weights returned: gamma is solved with limit and mix in
+    place, and the limit before mixing is such that ``max_ratio`` holds after it. ``legacy-inverse`` is never limited.
     """
     valid_N = groups_N >= 0
     if not valid_N.any():
@@ -111,7 +127,8 @@ def sampling_weights(mean_distance_N: FloatVector, groups_N: NDArray[np.integer]
             "no row has a vector: every prompt failed in the model", hint="see the failed rows in journal.jsonl"
         )
     sizes = np.bincount(groups_N[valid_N], minlength=len(groups_N))
-    share_N = np.where(valid_N, 1.0 / np.maximum(sizes[groups_N], 1), 0.0)
+    copies_N = np.maximum(sizes[groups_N], 1) if config.duplicates == "collapse" else np.ones(len(groups_N))
+    share_N = np.where(valid_N, 1.0 / copies_N, 0.0)
     usable = bool(np.isfinite(mean_distance_N[valid_N]).all())
     warnings: list[str] = []
     method: Statistic = config.weighting
@@ -120,25 +137,36 @@ def sampling_weights(mean_distance_N: FloatVector, groups_N: NDArray[np.integer]
         method = "uniform"
         if config.weighting != "uniform":
             warnings.append(f"fewer than k + 1 = {config.k + 1} distinct vectors: weights are uniform")
+    limited_rows = 0
     if method == "uniform":
-        weights_N = share_N.copy()
+        weights_N = share_N / share_N.sum()
     elif method == "legacy-inverse":
         warnings.append(
             "legacy-inverse is the original formula 1 / mean distance, which favours crowded prompts; for comparison only"
         )
         weights_N = share_N / np.maximum(np.where(valid_N, mean_distance_N, 1.0), LEGACY_FLOOR)
+        weights_N = _mixed(weights_N / weights_N.sum(), share_N, config.uniform_mix)
     else:
-        log_r_N = np.log(np.maximum(np.where(valid_N, mean_distance_N, 1.0), NOISE_FLOOR))
+        log_r_N = np.log(np.maximum(np.where(valid_N, mean_distance_N, 1.0), noise_floor))
         log_r_N -= log_r_N[valid_N].max()  # largest becomes 1: powers cannot overflow
         if config.target_ess is not None:
-            gamma, reached = _solve_gamma(log_r_N, share_N, config.target_ess)
+            gamma, reached = _solve_gamma(log_r_N[valid_N], share_N[valid_N], config, config.target_ess)
             if not reached:
                 warnings.append(f"target ESS/N {config.target_ess} is out of reach; used gamma {gamma:.4g}")
-        weights_N = share_N * np.exp(gamma * log_r_N)
-    weights_N /= weights_N.sum()
-    if config.uniform_mix:
-        weights_N = (1 - config.uniform_mix) * weights_N + config.uniform_mix * share_N / share_N.sum()
-    return WeightsResult(weights=normalise_float32(weights_N), method=method, gamma=gamma, warnings=tuple(warnings))
+        weights_N = np.zeros(len(share_N))
+        weights_N[valid_N], limited_rows = _power_weights(log_r_N[valid_N], share_N[valid_N], gamma, config)
+    if limited_rows and config.target_ess is None:
+        warnings.append(
+            f"max_ratio {config.max_ratio:g} lowered the weights of {limited_rows} rows: they rise less than r ** gamma"
+        )
+    return WeightsResult(
+        weights=normalise_float32(weights_N),
+        method=method,
+        gamma=gamma,
+        limited_rows=limited_rows,
+        max_over_mean_vector=float((weights_N[valid_N] / share_N[valid_N]).max() * share_N.sum() / weights_N.sum()),
+        warnings=tuple(warnings),
+    )
 
 
 def normalise_float32(weights_N: FloatVector) -> NDArray[np.float32]:
@@ -183,18 +211,61 @@ def total_variation(first_N: NDArray[np.floating], second_N: NDArray[np.floating
     return float(np.abs(first - second).sum() / 2)
 
 
-def _solve_gamma(log_r_N: FloatVector, share_N: FloatVector, target: float) -> tuple[float, bool]:
-    """The gamma in [0, 1024] at which ESS/N of ``share * r ** gamma`` falls to ``target``; bisection, ESS falls in gamma."""
+def _power_weights(
+    log_r_N: FloatVector, share_N: FloatVector, gamma: float, config: WeightingConfig
+) -> tuple[FloatVector, int]:
+    """Normalised ``share * r ** gamma``, limited, then mixed; and how many rows were limited. All shares are positive."""
+    weights_N = share_N * np.exp(gamma * log_r_N)
+    weights_N /= weights_N.sum()
+    limited_rows, mix = 0, config.uniform_mix
+    if config.max_ratio is not None and mix < 1:
+        before_mix = (config.max_ratio - mix) / (1 - mix)  # (1 - mix) * before_mix + mix is max_ratio
+        if (weights_N / share_N).max() * share_N.sum() > before_mix * (1 + 1e-12):
+            weights_N, limited_rows = _limited(gamma * log_r_N, share_N, before_mix)
+    return _mixed(weights_N, share_N, mix), limited_rows
+
+
+def _mixed(weights_N: FloatVector, share_N: FloatVector, mix: float) -> FloatVector:
+    return (1 - mix) * weights_N + mix * share_N / share_N.sum() if mix else weights_N
+
+
+def _limited(log_v_N: FloatVector, share_N: FloatVector, max_ratio: float) -> tuple[FloatVector, int]:
+    """Weights of min(v, c) with the one c at which c over the mean of min(v, c) is ``max_ratio``; and the rows above c.
+
+    With the m largest v at c, their shares adding up to C of S in all, and W the weight of the others, the condition is
+    c S = max_ratio (c C + W); the right m is the first whose c is not below the next v. In logarithms: under a large gamma
+    all but the largest v are 0 as numbers, and must not stay so.
+    """
+    order_N = np.argsort(-log_v_N, kind="stable")
+    sorted_N, shares_N = log_v_N[order_N], share_N[order_N]
+    if sorted_N[-1] > _LOG_SMALLEST:
+        log_rest_N = np.log(np.cumsum((shares_N * np.exp(sorted_N))[::-1])[::-1])  # row m and all after it
+    else:
+        log_rest_N = np.logaddexp.accumulate((sorted_N + np.log(shares_N))[::-1])[::-1]  # the same, ten times slower
+    free_N = shares_N.sum() - max_ratio * np.concatenate([[0.0], np.cumsum(shares_N)[:-1]])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        log_cap_N = np.where(free_N > 0, np.log(max_ratio) + log_rest_N - np.log(free_N), np.inf)
+    m = int(np.argmax(log_cap_N >= sorted_N))
+    # where no cap lies above (max_ratio 1), all come down to the smallest
+    log_cap = log_cap_N[m] if np.isfinite(log_cap_N[m]) and log_cap_N[m] >= sorted_N[m] else sorted_N[-1]
+    weights_N = share_N * np.exp(np.minimum(log_v_N - log_cap, 0.0))
+    return weights_N / weights_N.sum(), int(np.count_nonzero(log_v_N > log_cap))
+
+
+def _solve_gamma(log_r_N: FloatVector, share_N: FloatVector, config: WeightingConfig, target: float) -> tuple[float, bool]:
+    """The gamma in [0, 1024] at which ESS/N of the finished weights falls to ``target``, by bisection."""
+    order_N = np.argsort(-log_r_N, kind="stable")  # once: a limit sorts, which costs little on what is sorted
+    log_r_N, share_N = log_r_N[order_N], share_N[order_N]
 
     def ess(gamma: float) -> float:
-        return effective_sample_size(share_N * np.exp(gamma * log_r_N)) / np.count_nonzero(share_N)
+        return effective_sample_size(_power_weights(log_r_N, share_N, gamma, config)[0]) / len(share_N)
 
     low, high = 0.0, 1024.0
     if ess(low) <= target:
-        return low, ess(low) == target
+        return low, math.isclose(ess(low), target, rel_tol=1e-9)
     if ess(high) > target:
         return high, False
-    for _ in range(60):
+    for _ in range(45):
         middle = (low + high) / 2
         low, high = (middle, high) if ess(middle) > target else (low, middle)
     return high, True

@@ -98,6 +98,36 @@ class Embedder(Protocol):
         """Counts of the last window."""
 
 
+class GivenRows(Protocol):
+    """Rows that exist already: an array [N, D] of floats, of which some are in memory at a time."""
+
+    @property
+    def name(self) -> str:
+        """For people: the file's own name, no path."""
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+
+    @property
+    def dtype(self) -> str:
+        """One of float16, float32 and float64."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Anonymous memory that reading takes, besides what is returned."""
+
+    def read(self, start: int, stop: int) -> NDArray[np.floating]:
+        """Rows ``start <= row < stop``; may be a view of mapped memory."""
+
+    def fingerprint(self) -> str:
+        """Sha256 of shape, dtype and every value; price: one read of all."""
+
+
 class PromptReader(Protocol):
     """Random access to the canonical prompts."""
 

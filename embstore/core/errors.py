@@ -5,6 +5,7 @@
     EmbstoreError                    .kind (stable code)  .hint (next step)  .exit_code (command line)
     ├── ConfigError                  also ValueError        an option is wrong: change the command            2
     ├── PromptError                  also ValueError        the prompts file is wrong: mend it                1
+    ├── ArrayError                   also ValueError        the array to import is wrong: mend it             1
     ├── ModelError                                          the model cannot be used: pick or mend it         1
     ├── RowError                     also ValueError        one prompt failed in the model                    1
     ├── BudgetError                                         memory or disk cannot fit: nothing was written    1
@@ -79,6 +80,12 @@ class PromptError(EmbstoreError, ValueError):
     """The prompts file cannot be read, or breaks a rule that no line may break."""
 
     kind = "prompts"
+
+
+class ArrayError(EmbstoreError, ValueError):
+    """The array to import cannot be read, or holds no rows that can be."""
+
+    kind = "array"
 
 
 class ModelError(EmbstoreError):

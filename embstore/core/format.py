@@ -115,8 +115,8 @@ class EmbeddingSpec:
 
     ``dimension`` is V (D under ``--space hidden``), ``rank`` is R. ``head`` is "affine" (pooled before the head), "network"
     (pooled behind a network, before the output layer), "capped" or "streamed" (logits of every token, by blocks of
-    columns or by the class), or "none" (hidden states are the rows); ``head_scale`` the factor a class applies after its
-    head.
+    columns or by the class), "none" (hidden states are the rows), or "imported" (rows are those of an array, and what
+    concerns tokens is 0 or "none"); ``head_scale`` the factor a class applies after its head.
     """
 
     dimension: int
@@ -315,6 +315,7 @@ def spec_problem(spec: StoreSpec) -> str | None:  # noqa: PLR0911 - one return a
 
 _NUMBER = (int, float)
 _NEIGHBORS_SHAPE: JsonObject = {
+    "noise_floor": _NUMBER,
     "meets_target": bool,
     "audit": {"k": int, "num_rows": int, "recall": _NUMBER, "recall_lower": _NUMBER, "tv": _NUMBER},
 }
@@ -329,6 +330,7 @@ _METADATA_SHAPE: JsonObject = {
     "neighbors": _NEIGHBORS_SHAPE,
 }
 _MAY_BE_NULL = frozenset({"audit"})  # too few distinct vectors to have neighbours
+_MAY_BE_ABSENT = frozenset({"noise_floor"})  # the first stores of version 1 do not say
 
 
 def decode_metadata(content: bytes, *, name: str) -> JsonObject:
@@ -352,6 +354,8 @@ def _check_shape(value: object, shape: Mapping[str, Any], name: str) -> None:
         raise CorruptStoreError(f"{name}: expected an object, found {shown(value)}", hint="run embstore verify STORE")
     for field, expected in shape.items():
         item = value.get(field)
+        if field not in value and field in _MAY_BE_ABSENT:
+            continue
         if field in value and item is None and field in _MAY_BE_NULL:
             continue
         if isinstance(expected, dict):
@@ -369,6 +373,9 @@ def weights_problem(weights_N: NDArray[np.float32]) -> str | None:
     if low >= 0 and np.isfinite(high) and abs(total - 1) <= WEIGHTS_TOLERANCE:  # NaN is never >= 0
         return None
     return f"holds values from {low} to {high} of sum {total}, not finite values >= 0 of sum 1"
+
+
+_COLUMN_NAMES = {"hidden": "hidden", "imported": "column"}
 
 
 def array_metadata(spec: StoreSpec) -> bytes:
@@ -390,6 +397,6 @@ def array_metadata(spec: StoreSpec) -> bytes:
             "fill_value": "NaN",
             "codecs": codecs,
             "attributes": {},
-            "dimension_names": ["row", "hidden" if spec.embedding.columns == "hidden" else "vocabulary"],
+            "dimension_names": ["row", _COLUMN_NAMES.get(spec.embedding.columns, "vocabulary")],
         }
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from embstore.core.decode import (
@@ -30,7 +30,10 @@ _PROMPT_FIELDS = frozenset({"id", "prompt", "messages", "prefix"})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A prompt as written: either ``text`` or ``messages`` is set; ``fields`` are the line's other fields (such as src)."""
+    """A prompt as written: either ``text`` or ``messages`` is set; ``fields`` are the line's other fields (such as src).
+
+    ``text`` is empty only for a row of an imported array that came without one.
+    """
 
     id: str | None
     text: str | None = None
@@ -39,10 +42,15 @@ class Prompt:
 
     @property
     def digest(self) -> bytes:
-        """Row identity: sha256 of the canonical rendering (32 bytes)."""
+        """Row identity where prompts are embedded: sha256 of the canonical rendering (32 bytes)."""
         if self.messages is not None:
             return hashlib.sha256(b"messages\0" + canonical_json(list(self.messages)).encode()).digest()
         return hashlib.sha256(b"text\0" + collapse_whitespace(self.text or "").encode()).digest()
+
+    @property
+    def id_digest(self) -> bytes:
+        """Row identity where an array is imported: sha256 of the id (32 bytes), since a row may come without a text."""
+        return hashlib.sha256(b"id\0" + (self.id or "").encode()).digest()
 
     @property
     def derived_id(self) -> str:
@@ -105,6 +113,47 @@ def parse_line(line: bytes) -> Prompt | Rejected:
     if content is None:
         return Rejected(reason="no text: none of the fields prompt, messages, prefix")
     return _chat(row_id, content, fields)
+
+
+def parse_named_row(line: bytes) -> Prompt | Rejected:
+    """Read one JSONL line that names a row of an array: as ``parse_line``, but it may hold no text, or be a bare id.
+
+    Examples
+    --------
+    >>> parse_named_row(b'{"id": 7, "src": "maths"}')
+    Prompt(id='7', text='', messages=None, fields={'src': 'maths'})
+    >>> parse_named_row(b'"seven"').id
+    'seven'
+    """
+    try:
+        bare = json.loads(line) if line[:1] in b'"-0123456789' else None
+    except ValueError:
+        bare = None
+    if bare is not None:
+        return named_row(bare)
+    record = _decode_object(line)
+    if isinstance(record, Rejected):
+        return record
+    if all(record.get(name) is None for name in ("prompt", "messages", "prefix")):
+        fields = {name: value for name, value in record.items() if name not in _PROMPT_FIELDS}
+        named = named_row(record["id"]) if "id" in record else Prompt(id=None, text="")
+        return named if isinstance(named, Rejected) else replace(named, fields=fields)
+    return parse_line(line)
+
+
+def named_row(value: object) -> Prompt | Rejected:
+    """A row that has an id and no text.
+
+    Examples
+    --------
+    >>> named_row(True)
+    Rejected(reason='the id is neither text nor a whole number but bool')
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return Rejected(reason=f"the id is neither text nor a whole number but {type(value).__name__}")
+    if value == "" or has_lone_surrogate(str(value), value):
+        return Rejected(reason="the id is empty" if value == "" else "holds a lone surrogate, which is no Unicode text")
+    return Prompt(id=str(value), text="")
 
 
 def collapse_whitespace(text: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from embstore.core.config import format_bytes
 from embstore.core.decode import printable
-from embstore.core.density import MILD_ESS_SHARE
+from embstore.core.diagnostics import MILD_ESS_SHARE
 from embstore.core.format import FORMAT_VERSION
 from embstore.report.data import Example, Group, ReportData, SourceShare
 from embstore.report.groups import CROWDED_SHARE

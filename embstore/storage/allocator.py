@@ -1,6 +1,6 @@
 """Memory that is freed and taken again chunk by chunk stays with the process while a store is written.
 
-glibc gives a freed block of 30 MB back to the kernel, and every page of the next one is faulted in and zeroed anew: a quarter
+glibc gives a freed block of 30 MB back to the kernel; every page of the next one is faulted in and zeroed anew: a quarter
 of the cost of encoding a chunk (docs/decisions/0015). Elsewhere nothing is done, and nothing is needed.
 """
 

@@ -16,10 +16,10 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,20 @@ _SPOOL = "rows.spool"
 _LINES_SPOOL = "lines.spool"  # the row of each line, 8 bytes little endian
 _READ_BYTES = 1 << 20
 _SHORTEST_ROW_BYTES = len(b'{"id": "", "prompt": ""}\n')
+
+
+class RowNames(Protocol):
+    """What names the rows of an array, in its order: each gives one row, told apart by id."""
+
+    @property
+    def name(self) -> str:
+        """The file, for messages."""
+
+    def prompts(self) -> Generator[Prompt, None, None]:
+        """One prompt a row, each with an id; raises where a row has none, or where there are not as many as rows."""
+
+
+PromptSource = str | Path | RowNames
 
 
 @contextlib.contextmanager
@@ -111,13 +125,13 @@ class _Rows:
     first_quarantined: list[str] = field(default_factory=list)
 
 
-def ingest(source: str | Path, folder: Path, spool_folder: Path, *, strict: bool, limit: int | None) -> PromptsRecord:
+def ingest(source: PromptSource, folder: Path, spool_folder: Path, *, strict: bool, limit: int | None) -> PromptsRecord:
     """Write stage 0 of ``source`` into ``folder``; durable, but committed only by the record the caller journals.
 
     Parameters
     ----------
     source
-        Path of a JSONL file (gzip allowed), or ``-``.
+        Path of a JSONL file (gzip allowed), or ``-``; or the names of an array's rows.
     folder, spool_folder
         Where the files go, and where the scratch file may lie.
     strict
@@ -138,27 +152,38 @@ def ingest(source: str | Path, folder: Path, spool_folder: Path, *, strict: bool
                 storage_errors("writing to", spool_folder),
                 spools[0].open("wb") as row_spool,
                 spools[1].open("wb") as line_spool,
-                open_prompts(source) as lines,
+                _open_source(source) as prompts,
             ):
-                for line in lines:
+                for prompt in prompts:
                     rows.lines += 1
                     row, is_new = -1, False
-                    prompt = _read(line)
                     if isinstance(prompt, Rejected):
                         _quarantine(rows, prompt.reason, quarantine)
+                    elif isinstance(source, str | Path):
+                        row, is_new = _place(rows, prompt, prompt.digest)
                     else:
-                        row, is_new = _place(rows, prompt, rows.lines)
+                        row, is_new = _place_named(rows, prompt, source.name)
                     line_spool.write(row.to_bytes(8, "little", signed=True))
                     if is_new and isinstance(prompt, Prompt):
                         row_spool.write(encode_row(prompt))
                         if limit is not None and len(rows.row_ids) >= limit:
                             break
-            _refuse_unusable(rows, str(source), strict=strict)
+            _refuse_unusable(rows, str(source) if isinstance(source, str | Path) else source.name, strict=strict)
         return _write_files(rows, spools, folder, quarantine.digest)
     finally:
         for spool in spools:
             with storage_errors("removing", spool):
                 spool.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _open_source(source: PromptSource) -> Iterator[Iterator[Prompt | Rejected]]:
+    if isinstance(source, str | Path):
+        with open_prompts(source) as lines:
+            yield map(_read, lines)
+    else:
+        with contextlib.closing(source.prompts()) as prompts:
+            yield prompts
 
 
 def _quarantine(rows: _Rows, reason: str, file: DurableFile) -> None:
@@ -174,9 +199,20 @@ def _read(line: bytes) -> Prompt | Rejected:
     return parse_line(line)
 
 
-def _place(rows: _Rows, prompt: Prompt, line_number: int) -> tuple[int, bool]:
+def _place_named(rows: _Rows, prompt: Prompt, name: str) -> tuple[int, bool]:
+    """A row of its own, whatever the text."""
+    if prompt.id is None or prompt.id in rows.explicit:
+        raise PromptError(
+            f"{name}: id {prompt.id!r} names two rows, {rows.explicit[prompt.id or '']} and {len(rows.row_ids)}",
+            hint="give each row of the array an id of its own",
+        )
+    return _place(rows, prompt, prompt.id_digest)
+
+
+def _place(rows: _Rows, prompt: Prompt, digest: bytes) -> tuple[int, bool]:
     """The row of this prompt, new or repeated, and whether it is new."""
-    row = rows.digests.setdefault(prompt.digest, len(rows.row_ids))
+    line_number = rows.lines
+    row = rows.digests.setdefault(digest, len(rows.row_ids))
     is_new = row == len(rows.row_ids)
     if is_new:
         rows.row_ids.append(prompt.id)

@@ -30,6 +30,7 @@ CONFIGS = st.builds(
     gamma=st.floats(0, 8),
     uniform_mix=st.sampled_from([0.0, 0.25, 1.0]),
     weighting=st.sampled_from(["inverse-density", "uniform", "legacy-inverse"]),
+    max_ratio=st.sampled_from([None, 10.0, 2.5, 1.0]),
 )
 DEFAULT = WeightingConfig()
 FLOAT32 = {"rtol": 3e-6, "atol": 0}
@@ -63,7 +64,8 @@ def test_weights_are_a_distribution_whatever_the_settings(distances: Vector, con
 @given(DISTANCES, st.floats(0, 8))
 def test_weights_are_the_distance_to_the_power_gamma(distances: Vector, gamma: float) -> None:
     expected = distances**gamma
-    np.testing.assert_allclose(weights_of(distances, WeightingConfig(gamma=gamma)), expected / expected.sum(), **FLOAT32)
+    found = weights_of(distances, WeightingConfig(gamma=gamma, max_ratio=None))
+    np.testing.assert_allclose(found, expected / expected.sum(), **FLOAT32)
 
 
 @settings(deadline=None, max_examples=60)
@@ -102,8 +104,14 @@ def test_weights_follow_their_rows_through_any_reordering(
 @settings(deadline=None, max_examples=40)
 @given(DISTANCES, st.floats(0.1, 10), st.floats(0, 4))
 def test_the_unit_of_distance_does_not_matter_above_the_noise_floor(distances: Vector, scale: float, gamma: float) -> None:
-    config = WeightingConfig(gamma=gamma)
-    np.testing.assert_allclose(weights_of(scale * distances, config), weights_of(distances, config), **FLOAT32)
+    for max_ratio in (None, 2.5):
+        config = WeightingConfig(gamma=gamma, max_ratio=max_ratio)
+        np.testing.assert_allclose(weights_of(scale * distances, config), weights_of(distances, config), **FLOAT32)
+
+
+def test_the_noise_floor_is_the_one_that_is_given() -> None:
+    found = sampling_weights(np.array([0.01, 0.05, 0.1, 0.2]), np.arange(4), DEFAULT, noise_floor=0.1)
+    np.testing.assert_allclose(found.weights, np.array([1, 1, 1, 2]) / 5, rtol=1e-6)
 
 
 def test_distances_below_the_noise_floor_say_nothing() -> None:
@@ -168,14 +176,16 @@ def test_a_store_of_failed_rows_only_is_refused() -> None:
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(0, 1000), st.floats(0.05, 0.99))
+@given(st.integers(0, 1000), st.floats(0.12, 0.99))
 def test_an_asked_for_effective_sample_size_is_reached(seed: int, target: float) -> None:
     distances = np.random.default_rng(seed).uniform(0.1, 1, 200)
     found = sampling_weights(distances, np.arange(200), WeightingConfig(target_ess=target))
     assert found.warnings == ()
     assert effective_sample_size(found.weights) / 200 == pytest.approx(target, rel=1e-4)
-    expected = distances**found.gamma
-    np.testing.assert_allclose(found.weights, expected / expected.sum(), rtol=1e-4, atol=1e-12)
+    assert found.max_over_mean_vector <= 10 * (1 + 1e-6)
+    if not found.limited_rows:
+        expected = distances**found.gamma
+        np.testing.assert_allclose(found.weights, expected / expected.sum(), rtol=1e-4, atol=1e-12)
 
 
 def test_an_effective_sample_size_out_of_reach_is_said_so() -> None:
@@ -189,9 +199,92 @@ def test_an_effective_sample_size_out_of_reach_is_said_so() -> None:
 @settings(deadline=None, max_examples=40)
 @given(DISTANCES, st.floats(0, 4), st.floats(0, 1))
 def test_a_uniform_mix_is_that_share_of_uniform(distances: Vector, gamma: float, mix: float) -> None:
-    alone = weights_of(distances, WeightingConfig(gamma=gamma))
-    mixed = weights_of(distances, WeightingConfig(gamma=gamma, uniform_mix=mix))
+    alone = weights_of(distances, WeightingConfig(gamma=gamma, max_ratio=None))
+    mixed = weights_of(distances, WeightingConfig(gamma=gamma, uniform_mix=mix, max_ratio=None))
     np.testing.assert_allclose(mixed, (1 - mix) * alone + mix / len(distances), rtol=1e-5)
+
+
+def limit_by_bisection(vectors: Vector, ratio: float) -> Vector:
+    """Normalised min(v, c) with c over their mean at ``ratio``: c found by halving, not from the sorted sums."""
+    low, high = vectors.min(), vectors.max()
+    for _ in range(200):
+        middle = (low + high) / 2
+        above = middle / np.minimum(vectors, middle).mean() > ratio
+        low, high = (low, middle) if above else (middle, high)
+    limited = np.minimum(vectors, high)
+    return limited / limited.sum()
+
+
+@settings(deadline=None, max_examples=80)
+@given(DISTANCES, st.floats(0, 12), st.sampled_from([0.0, 0.2]), st.floats(1, 20))
+def test_no_weight_is_above_the_largest_ratio_and_those_below_keep_their_proportions(
+    distances: Vector, gamma: float, mix: float, ratio: float
+) -> None:
+    free = weights_of(distances, WeightingConfig(gamma=gamma, uniform_mix=mix, max_ratio=None))
+    config = WeightingConfig(gamma=gamma, uniform_mix=mix, max_ratio=ratio)
+    found = weights_of(distances, config)
+    assert found.max() * len(found) <= ratio * (1 + 1e-6)
+    power = distances**gamma / (distances**gamma).sum()
+    exact = (1 - mix) * power + mix / len(distances)
+    if exact.max() * len(exact) > ratio:
+        exact = (1 - mix) * limit_by_bisection(power, (ratio - mix) / (1 - mix)) + mix / len(distances)
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-12)
+    result = sampling_weights(distances, np.arange(len(distances)), config)
+    assert result.max_over_mean_vector == pytest.approx(found.max() * len(found), rel=1e-5)
+    assert (result.limited_rows > 0) == any("max_ratio" in warning for warning in result.warnings)
+    if result.limited_rows == 0:
+        np.testing.assert_array_equal(found, free)
+
+
+def test_a_limit_brings_back_weights_that_a_large_gamma_made_zero() -> None:
+    distances = np.array([1e-3, 0.5, 2.0])
+    found = weights_of(distances, WeightingConfig(gamma=1024, max_ratio=1.5))
+    np.testing.assert_allclose(found, [0, 0.5, 0.5], atol=1e-6)  # the next vector, however far below, gets the rest
+
+
+@pytest.mark.parametrize("max_ratio", [0.9, -1.0, float("nan"), float("inf")])
+def test_a_largest_ratio_below_the_mean_is_refused(max_ratio: float) -> None:
+    with pytest.raises(ConfigError, match="max_ratio is a multiple of the mean weight"):
+        WeightingConfig(max_ratio=max_ratio)
+
+
+@settings(deadline=None, max_examples=40)
+@given(DISTANCES, st.floats(0, 8), st.sampled_from([None, 2.5]), st.data())
+def test_copies_that_are_kept_weigh_as_much_as_if_they_were_vectors_of_their_own(
+    distances: Vector, gamma: float, max_ratio: float | None, data: st.DataObject
+) -> None:
+    copied = data.draw(st.integers(0, len(distances) - 1), label="copied")
+    repeated = np.concatenate([distances, np.full(3, distances[copied])])
+    groups = np.concatenate([np.arange(len(distances)), np.full(3, copied)])
+    config = WeightingConfig(gamma=gamma, duplicates="keep", max_ratio=max_ratio)
+    np.testing.assert_array_equal(weights_of(repeated, config, groups), weights_of(repeated, config))
+    shared = WeightingConfig(gamma=gamma, duplicates="collapse", max_ratio=max_ratio)
+    assert weights_of(repeated, config, groups)[groups == copied].sum() >= weights_of(repeated, shared, groups)[
+        groups == copied
+    ].sum() * (1 - 1e-6)
+
+
+def test_an_effective_sample_size_is_that_of_the_finished_weights() -> None:
+    distances = np.random.default_rng(0).lognormal(size=500)
+    for settings_of in ({"uniform_mix": 0.2}, {"max_ratio": 3.0}, {"uniform_mix": 0.1, "max_ratio": 4.0}):
+        config = WeightingConfig(target_ess=0.5, **settings_of)  # type: ignore[arg-type]
+        found = sampling_weights(distances, np.arange(500), config)
+        assert effective_sample_size(found.weights) / 500 == pytest.approx(0.5, rel=1e-4)
+        assert found.max_over_mean_vector <= (config.max_ratio or np.inf) * (1 + 1e-6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(DISTANCES, st.floats(0, 1024), st.floats(1, 20))
+def test_a_limit_bounds_the_effective_sample_size_from_below(distances: Vector, gamma: float, ratio: float) -> None:
+    found = weights_of(distances, WeightingConfig(gamma=gamma, max_ratio=ratio))
+    assert effective_sample_size(found) / len(found) >= (1 - 1e-6) / ratio
+
+
+def test_an_effective_sample_size_below_what_the_limit_allows_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"target_ess 0.05 is out of reach: with max_ratio 10 it is at least 0.1"):
+        WeightingConfig(target_ess=0.05)
+    WeightingConfig(target_ess=0.05, max_ratio=20.0)
+    WeightingConfig(target_ess=0.05, max_ratio=None)
 
 
 def test_gamma_as_large_as_allowed_stays_finite() -> None:

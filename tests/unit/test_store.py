@@ -243,6 +243,8 @@ def test_weights_can_be_made_again_from_what_is_stored(k: int, gamma: float, sto
         "gamma": gamma,
         "target_ess": None,
         "uniform_mix": 0.0,
+        "max_ratio": 10.0,
+        "duplicates": "collapse",
     }
     # a name of its own leaves everything else as it was
     after = snapshot(store)

@@ -1,0 +1,111 @@
+"""What weights and neighbours give away about themselves: figures for the metadata, and plain warnings beyond a limit.
+
+Shapes: N rows, K neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Fewer than a tenth of the prompts would then carry the training (docs/density.md).
+MIN_ESS_SHARE = 0.1
+# Above this the statement is printed that the weighting hardly differs from uniform sampling.
+MILD_ESS_SHARE = 0.9
+# Where unclustered points have as much, a tenth are nobody's neighbour and one is that of hundreds (docs/density.md).
+MAX_HUBNESS = 3.0
+# Share of rows below the noise floor, whose weights the floor decides.
+MAX_FLOORED_SHARE = 0.01
+_BLOCK_ROWS = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hubness:
+    """How often vectors occur among the ``k`` nearest of others (Radovanovic et al. 2010, JMLR 11:2487).
+
+    ``skewness`` of the k-occurrence over distinct vectors, None where all occur equally often; ``antihub_share`` is the
+    share of vectors that never occur; ``most`` the largest count.
+    """
+
+    k: int
+    skewness: float | None
+    antihub_share: float
+    most: int
+
+
+def hubness(ids_NK: NDArray[np.integer], groups_N: NDArray[np.integer], k: int) -> Hubness | None:
+    """Hubness of a neighbour graph; None where no row has a vector.
+
+    Parameters
+    ----------
+    ids_NK
+        Rows of the nearest distinct vectors, each vector named by its first row, -1 for none.
+    groups_N
+        The first row with the same vector, -1 for rows without one. Copies count once.
+    k
+        1 <= k <= K.
+    """
+    first_G = np.flatnonzero(groups_N == np.arange(len(groups_N)))
+    if not len(first_G):
+        return None
+    counts_N = np.zeros(len(groups_N), dtype=np.int64)
+    for start in range(0, len(first_G), _BLOCK_ROWS):
+        found = ids_NK[first_G[start : start + _BLOCK_ROWS], :k]
+        counts_N += np.bincount(found[found >= 0], minlength=len(groups_N))
+    counts_G = counts_N[first_G].astype(np.float64)
+    deviation_G = counts_G - counts_G.mean()
+    variance = float(np.square(deviation_G).mean())
+    return Hubness(
+        k=k,
+        skewness=float((deviation_G**3).mean() / variance**1.5) if variance > 0 else None,
+        antihub_share=float((counts_G == 0).mean()),
+        most=int(counts_G.max()),
+    )
+
+
+def rank_correlation(first_N: NDArray[np.floating], second_N: NDArray[np.floating]) -> float | None:
+    """Spearman's rank correlation, ties at their mean rank; None where either is constant.
+
+    Examples
+    --------
+    >>> rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([9.0, 4.0, 1.0]))
+    -1.0
+    """
+    first_N, second_N = _centred_ranks(first_N), _centred_ranks(second_N)
+    scale = np.sqrt(np.square(first_N).sum() * np.square(second_N).sum())
+    return float(np.clip((first_N * second_N).sum() / scale, -1.0, 1.0)) if scale > 0 else None
+
+
+def _centred_ranks(values_N: NDArray[np.floating]) -> NDArray[np.float64]:
+    _, inverse_N, counts = np.unique(values_N, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts, dtype=np.float64)
+    ranks_N: NDArray[np.float64] = (ends - (counts - 1) / 2)[inverse_N]
+    ranks_N -= ranks_N.mean()
+    return ranks_N
+
+
+def concerns(
+    *, ess_share: float, hubs: Hubness | None, floored_share: float, noise_floor: float, correlation: float | None
+) -> list[str]:
+    """Warnings in words; empty when nothing is out of the ordinary."""
+    found = []
+    if ess_share < MIN_ESS_SHARE:
+        found.append(
+            f"effective sample size {ess_share:.1%} of the rows: a small part of the prompts carries nearly all weight; "
+            "a lower gamma, a larger target_ess, a smaller max_ratio or some uniform_mix spreads it"
+        )
+    if hubs is not None and hubs.skewness is not None and hubs.skewness > MAX_HUBNESS:
+        found.append(
+            f"hubness: k-occurrence skewness {hubs.skewness:.1f} (above {MAX_HUBNESS:g}), one vector is a neighbour of "
+            f"{hubs.most:,} others; center may lower it"
+        )
+    if floored_share > MAX_FLOORED_SHARE:
+        found.append(
+            f"{floored_share:.1%} of the rows have a mean distance below the noise floor {noise_floor:.1e}: "
+            "they count as equally crowded"
+        )
+    if correlation is not None and correlation > 0:
+        found.append(f"weights rise with density (rank correlation {correlation:+.2f}): crowded prompts are favoured")
+    return found
