@@ -273,6 +273,7 @@ def _metadata(
     group_sizes = np.bincount(neighbors.groups_N[valid]) if num_valid else np.zeros(0, dtype=np.int64)
     shared = group_sizes[group_sizes > 1]
     ess = effective_sample_size(weights_N)
+    reused = {} if state.reuse is None else {"reuse": _reuse(state)}
     uniform = valid.astype(np.float64)
     return {
         # the original's keys, in its order, with correct values
@@ -303,7 +304,18 @@ def _metadata(
         "failed_rows": spec.rows - num_valid,
         "neighbors": {"digest": neighbors.digest, **neighbors.spec},
         "byte_identity_voided": state.voids_identity,
+        **reused,
         "warnings": list(result.warnings),
+    }
+
+
+def _reuse(state: JournalState) -> JsonObject:
+    """Where rows were copied from: how many, how many old rows were dropped, and the digest of each old store's rows."""
+    stores = state.reuse.stores if state.reuse is not None else []
+    return {
+        "rows": sum(rows.num_rows for rows in state.reused),
+        "dropped": sum(store.rows - store.found for store in stores),
+        "stores": [dataclasses.asdict(store) for store in stores],
     }
 
 

@@ -36,6 +36,7 @@ from embstore.storage.verify import ONLY_A_NEW_BUILD, VerifyReport
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _HISTOGRAM_WIDTH = 40
 _MILD_ESS_SHARE = 0.9
+_SHOWN_RANGES = 5
 
 _TITLES = {
     "prompts": "prompts",
@@ -154,8 +155,12 @@ def preflight_line(event: Preflight) -> str:
     shards = f"{event.num_shards} HNSW shards" if event.num_shards else "exact search"
     seconds = event.seconds
     duration = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    reuse = ""
+    if event.reused_rows or event.dropped_rows:
+        computed = event.remaining_rows - event.reused_rows
+        reuse = f"{event.reused_rows:,} reused, {computed:,} computed, {event.dropped_rows:,} old rows dropped; "
     return (
-        f"[bold]preflight[/bold]: {event.remaining_rows:,} of {event.num_rows:,} rows x {event.dimension:,} float16 "
+        f"[bold]preflight[/bold]: {reuse}{event.remaining_rows:,} of {event.num_rows:,} rows x {event.dimension:,} float16 "
         f"({event.head} head, {event.dtype} on {event.device}), about {duration}; "
         f"{event.truncated_share:.1%} of prompts cut, {event.quarantined_lines:,} lines quarantined; "
         f"disk {format_bytes(event.remaining_bytes)} of {format_bytes(event.free_bytes)} free; "
@@ -169,6 +174,12 @@ def print_report(console: Console, report: BuildReport, info: StoreInfo) -> None
     console.print(
         f"[bold green]complete[/bold green] {escape(str(report.store))}: {report.num_rows:,} rows", highlight=False
     )
+    if report.reused_rows or report.dropped_rows:
+        console.print(
+            f"  reused {report.reused_rows:,} rows, computed {report.embedded_rows:,}, "
+            f"dropped {report.dropped_rows:,} old rows",
+            highlight=False,
+        )
     if report.embedded_rows and seconds:
         console.print(
             f"  embedded {report.embedded_rows:,} rows in {seconds:.1f} s: {report.embedded_rows / seconds:,.0f} rows/s, "
@@ -196,7 +207,8 @@ def print_info(console: Console, info: StoreInfo) -> None:
     )
     console.print(
         f"  from {info.lines:,} lines: {info.repeated_lines:,} repeats, {info.quarantined_lines:,} quarantined; "
-        f"{info.failed_rows:,} rows without a vector",
+        f"{info.failed_rows:,} rows without a vector"
+        + (f"; {info.reused_rows:,} copied from other stores" if info.reused_rows else ""),
         highlight=False,
     )
     if info.spec is not None:
@@ -234,6 +246,11 @@ def print_verify(console: Console, report: VerifyReport, *, repaired: bool) -> N
     for note in report.notes:
         console.print(f"[yellow]note[/yellow]: {plain(note)}", highlight=False)
     checked = f"{report.files:,} files, {format_bytes(report.bytes)}, {report.committed_rows:,}/{report.total_rows:,} rows"
+    if report.reused:
+        ranges = ", ".join(f"{start:,} to {stop - 1:,}" for start, stop in report.reused[:_SHOWN_RANGES])
+        more = f" and {len(report.reused) - _SHOWN_RANGES:,} more ranges" if len(report.reused) > _SHOWN_RANGES else ""
+        reused = sum(stop - start for start, stop in report.reused)
+        console.print(f"  {reused:,} rows were copied from other stores: rows {ranges}{more}", highlight=False)
     if report.findings:
         windows = {finding.window for finding in report.findings if finding.window is not None}
         console.print(f"[red]damaged[/red]: {len(report.findings)} findings in {checked}", highlight=False)

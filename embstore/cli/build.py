@@ -77,8 +77,15 @@ def build(
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N distinct prompts.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and cost; write nothing.")] = False,
     allow_drift: Annotated[
-        bool, typer.Option("--allow-drift", help="Resume on other hardware or threads; recorded, voids byte identity.")
+        bool,
+        typer.Option(
+            "--allow-drift", help="Resume on other hardware or threads, or without stores to reuse; voids byte identity."
+        ),
     ] = False,
+    reuse: Annotated[
+        list[str] | None,
+        typer.Option("--reuse", help="Finished store whose rows are copied where a prompt is the same; repeatable."),
+    ] = None,
     trust_journal: Annotated[
         bool, typer.Option("--trust-journal", help="Resume without reading committed rows back.")
     ] = False,
@@ -111,6 +118,7 @@ def build(
         limit=limit,
         allow_drift=allow_drift,
         trust_journal=trust_journal,
+        reuse=tuple(reuse or ()),
     )
     from embstore import info, pipeline, terminal  # noqa: PLC0415 - other commands start without them
 

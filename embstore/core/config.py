@@ -127,6 +127,7 @@ class BuildConfig:
     limit: int | None = None
     allow_drift: bool = False
     trust_journal: bool = False
+    reuse: tuple[str, ...] = ()  # folders of finished stores to copy rows from
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:

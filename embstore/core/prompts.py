@@ -45,6 +45,12 @@ class Prompt:
         return hashlib.sha256(b"text\0" + collapse_whitespace(self.text or "").encode()).digest()
 
     @property
+    def verbatim_digest(self) -> bytes:
+        """sha256 of exactly what the model is given (32 bytes): prompts that are one row may differ in it, by whitespace."""
+        content = list(self.messages) if self.messages is not None else self.text
+        return hashlib.sha256(json.dumps(content).encode()).digest()
+
+    @property
     def derived_id(self) -> str:
         """md5-16 of the whitespace-collapsed first user message (or of the text), as existing artefacts have it."""
         return hashlib.md5(collapse_whitespace(self._first_user_text()).encode(), usedforsecurity=False).hexdigest()[:16]

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +77,11 @@ class FakeSource:
         basis_VR = np.linalg.qr(random.standard_normal((self.dimension, self.rank)))[0].astype(np.float32)
         return FakeEmbedder(self, spec, basis_VR)
 
+    def take_over(
+        self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
+    ) -> FakeEmbedder:
+        return self.reopen(spec, basis_VR)
+
     def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> FakeEmbedder:
         self.reopenings += 1
         return FakeEmbedder(self, spec, basis_VR)
@@ -135,7 +141,7 @@ class FakeEmbedder:
         return (vector / np.linalg.norm(vector)).astype(np.float32)
 
 
-def renamed(source: FakeSource, **changes: str) -> FakeSource:
+def renamed(source: FakeSource, **changes: Any) -> FakeSource:
     """The same source with another model identity."""
     other = FakeSource(dimension=source.dimension, rank=source.rank, window_rows=source.window_rows)
     other.model = dataclasses.replace(source.model, **changes)
