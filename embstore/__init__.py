@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from embstore.artifact import recompute_weights
+    from embstore.comparison import compare
     from embstore.export import export_store
     from embstore.info import inspect, verify
     from embstore.pipeline import BuildReport, build
@@ -21,6 +22,7 @@ _HOMES = {
     "BuildReport": "embstore.pipeline",
     "EmbeddingStore": "embstore.storage.store",
     "build": "embstore.pipeline",
+    "compare": "embstore.comparison",
     "export_store": "embstore.export",
     "inspect": "embstore.info",
     "open_store": "embstore.storage.store",
@@ -33,6 +35,7 @@ __all__ = [
     "EmbeddingStore",
     "__version__",
     "build",
+    "compare",
     "export_store",
     "inspect",
     "open_store",

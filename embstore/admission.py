@@ -61,7 +61,7 @@ def commit_prompts(run: Run, source: str | Path | None) -> PromptsRecord:
         if committed is None:
             if source is None:
                 raise ConfigError(f"{writer.root} holds no prompts yet", hint="give the prompts file")
-            record = ingest(source, writer.root, writer.work, strict=config.strict, limit=config.limit)
+            record = ingest(source, writer.root, writer.work, strict=config.strict, limit=config.limit, fields=config.fields)
             writer.commit(record)
         else:
             record = committed
@@ -94,7 +94,7 @@ def _refuse_other_prompts(root: Path, record: PromptsRecord, source: str | Path,
     """Ingest the given file aside and compare; names the first row that differs."""
     with tempfile.TemporaryDirectory(prefix="embstore-compare-") as scratch:
         folder = Path(scratch)
-        given = ingest(source, folder, folder, strict=config.strict, limit=config.limit or None)
+        given = ingest(source, folder, folder, strict=config.strict, limit=config.limit or None, fields=config.fields)
         if given.fingerprint == record.fingerprint:
             return
         mismatches = [FieldMismatch(field="prompts", stored=record.fingerprint[:16], given=given.fingerprint[:16])]

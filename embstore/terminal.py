@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
+from embstore.comparison import Comparison
 from embstore.core.config import format_bytes
 from embstore.core.decode import printable
 from embstore.core.events import (
@@ -236,6 +237,35 @@ def print_neighbors(console: Console, prompt_id: str, neighbors: Sequence[Neighb
     console.print(f"nearest distinct prompts of [bold]{plain(prompt_id)}[/bold]", highlight=False)
     for neighbor in neighbors:
         console.print(f"  {neighbor.distance:.5f}  {plain(neighbor.id)}  {plain(neighbor.text)}", highlight=False)
+
+
+def print_comparison(console: Console, found: Comparison) -> None:
+    """What ``embstore compare`` found."""
+    for title, side in (("left", found.left), ("right", found.right)):
+        gamma = side.weighting.get("gamma")
+        shown_gamma = f", gamma {gamma:.3g}" if isinstance(gamma, float) else ""
+        alone = f"; {side.alone:,} rows ({side.alone_weight:.2%} of the weight) only here" if side.alone else ""
+        console.print(
+            f"[bold]{title:<6}[/bold] {plain(side.store)}:{plain(side.name)}  {plain(str(side.weighting['weighting']))}, "
+            f"k {side.weighting['k']}{shown_gamma}, effective sample size {side.ess_share:.1%}{alone}",
+            highlight=False,
+        )
+    rank = "none: a side is uniform" if found.spearman is None else f"{found.spearman:.4f}"
+    console.print(
+        f"  {found.common:,} common prompts: {found.tv:.2%} of the draws would be others (TV), rank correlation {rank}",
+        highlight=False,
+    )
+    if found.differing_texts:
+        console.print(f"  [yellow]note[/yellow]: {found.differing_texts:,} of them have another text", highlight=False)
+    for title, prompts in (("rose", found.rose), ("fell", found.fell)):
+        for prompt in prompts:
+            console.print(
+                f"  {title} {prompt.left:7.2f} -> {prompt.right:<7.2f} [dim]{plain(prompt.id)}[/dim]  {plain(prompt.text)}",
+                highlight=False,
+                no_wrap=True,
+                overflow="ellipsis" if console.is_terminal else "ignore",
+                crop=console.is_terminal,
+            )
 
 
 def print_verify(console: Console, report: VerifyReport, *, repaired: bool) -> None:

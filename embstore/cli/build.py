@@ -11,14 +11,15 @@ from rich.console import Console
 
 from embstore.cli.frame import AsJson, app, print_json, reporting
 from embstore.cli.weighting import Gamma, K, Method, TargetEss, UniformMix, weighting_config
-from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, Pooling, Space, parse_bytes
+from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, Pooling, PromptFields, Space, parse_bytes
 
 
 @app.command()
 @reporting
 def build(
     prompts: Annotated[
-        str | None, typer.Argument(help="JSONL, also gzipped, or - for stdin; not needed on a resume.")
+        str | None,
+        typer.Argument(help="JSONL, also gzipped, or - for stdin; Parquet; a saved dataset. Not needed on a resume."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of the store.", show_default=False)] = ...,  # type: ignore[assignment]
     model: Annotated[str | None, typer.Option("--model", help="Folder or hub id of a causal LM.")] = None,
@@ -69,6 +70,11 @@ def build(
     gamma: Gamma = 1.0,
     target_ess: TargetEss = None,
     uniform_mix: UniformMix = 0.0,
+    text_field: Annotated[str | None, typer.Option("--text-field", help="Field with the text; default prompt.")] = None,
+    messages_field: Annotated[
+        str | None, typer.Option("--messages-field", help="Field with the list of messages; default messages.")
+    ] = None,
+    id_field: Annotated[str | None, typer.Option("--id-field", help="Field with the id; default id.")] = None,
     on_error: Annotated[
         Literal["stop", "quarantine"],
         typer.Option("--on-error", help="A prompt that fails in the model: stop, or keep its row empty."),
@@ -119,6 +125,7 @@ def build(
         allow_drift=allow_drift,
         trust_journal=trust_journal,
         reuse=tuple(reuse or ()),
+        fields=PromptFields(text=text_field, messages=messages_field, id=id_field),
     )
     from embstore import info, pipeline, terminal  # noqa: PLC0415 - other commands start without them
 
