@@ -8,6 +8,7 @@ chunks where both pools have the same order; where they have not, each window re
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -175,6 +176,8 @@ class RowCopier:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="embstore-copy")
         self._held: tuple[int, int] | None = None  # store and chunk of ...
         self._held_BV: NDArray[np.float16] = np.empty((0, 0), dtype=np.float16)
+        self._decoded = self._held_BV  # fresh memory costs more than what is put into it
+        self._free: list[NDArray[np.float16]] = []
 
     @property
     def computed_chunk_rows(self) -> int:
@@ -184,8 +187,6 @@ class RowCopier:
     def close(self) -> None:
         """End the thread that reads, and delete the scratch file."""
         self._reader.shutdown(cancel_futures=True)
-        self._held = None
-        self._held_BV = np.empty((0, 0), dtype=np.float16)
         self._scratch.unlink(missing_ok=True)
 
     def blocks(self, window: int, computed: Iterator[RowBlock]) -> Iterator[RowBlock]:
@@ -202,7 +203,8 @@ class RowCopier:
                 emb_BV[local], coord_BR[local], residual_B[local] = made.emb_V, made.coord_R, made.residual
                 if made.reason is not None:
                     failed.append(FailedRow(row=int(row), reason=made.reason))
-            yield RowBlock(emb_BV=emb_BV, coord_BR=coord_BR, residual_B=residual_B, failed=tuple(failed))
+            release = functools.partial(self._give_back, emb_BV)
+            yield RowBlock(emb_BV=emb_BV, coord_BR=coord_BR, residual_B=residual_B, failed=tuple(failed), release=release)
         if next(feed, None) is not None:
             raise AssertionError(f"window {window} has more computed rows than it misses")
 
@@ -240,7 +242,8 @@ class RowCopier:
 
     def _gathered(self, rows: RowRange) -> NDArray[np.float16]:
         """float16 [rows, V] with the copied rows of a range."""
-        emb_BV = np.empty((rows.num_rows, self._spec.embedding.dimension), dtype=np.float16)
+        is_whole = rows.num_rows == self._spec.chunk_rows
+        emb_BV = self._free.pop() if is_whole and self._free else self._empty(rows.num_rows)
         self._copy(rows, emb_BV)
         return emb_BV
 
@@ -255,10 +258,20 @@ class RowCopier:
             for local in np.flatnonzero((store_B == number) & (row_B // chunk_rows == index)):
                 emb_BV[local] = old_BV[row_B[local] - index * chunk_rows]
 
+    def _give_back(self, emb_BV: NDArray[np.float16]) -> None:
+        if emb_BV.flags.owndata and len(emb_BV) == self._spec.chunk_rows:  # no map, and not of the last, smaller chunk
+            self._free.append(emb_BV)
+
+    def _empty(self, num_rows: int) -> NDArray[np.float16]:
+        return np.empty((num_rows, self._spec.embedding.dimension), dtype=np.float16)
+
     def _old_chunk(self, number: int, index: int) -> NDArray[np.float16]:
         if self._held != (number, index):
-            self._held, self._held_BV = None, np.empty((0, 0), dtype=np.float16)  # never two at a time
-            self._held_BV = self._reuse.stores[number].read_chunk(index)
+            store = self._reuse.stores[number]
+            if self._held is None or self._held[0] != number:  # never the chunks of two stores at a time
+                self._decoded = self._empty(store.spec.chunk_rows)
+            self._held = None  # what is read next may fail half-way
+            self._held_BV = store.read_chunk(index, out=self._decoded)
             self._held = (number, index)
         return self._held_BV
 

@@ -263,12 +263,12 @@ class EmbeddingStore:
         for index in range(grid_of(self.spec).num_chunks):
             yield grid_of(self.spec).chunk(index), self.read_chunk(index)
 
-    def read_chunk(self, index: int) -> NDArray[np.float16]:
-        """Checked rows of one chunk, padding removed."""
+    def read_chunk(self, index: int, *, out: NDArray[np.float16] | None = None) -> NDArray[np.float16]:
+        """Checked rows of one chunk, padding removed; in ``out`` [chunk_rows, V] if it is given and rows are compressed."""
         record = self._chunks.get(index)
         if record is None:
             raise IncompleteStoreError(f"rows of chunk {index} are not computed yet", hint="run embstore build --resume")
-        rows_BV = decode_chunk(read_chunk(self.root, self.spec, record), self.spec, index)
+        rows_BV = decode_chunk(read_chunk(self.root, self.spec, record), self.spec, index, out=out)
         return rows_BV[: grid_of(self.spec).chunk(index).num_rows]
 
     @functools.cached_property

@@ -128,7 +128,9 @@ def test_a_pool_in_another_order_reads_each_old_chunk_once_a_window(tmp_path: Pa
     build_small(prompts, tmp_path / "full", config=config)
     reads: list[int] = []
     real = EmbeddingStore.read_chunk
-    monkeypatch.setattr(EmbeddingStore, "read_chunk", lambda store, index: (reads.append(index), real(store, index))[1])
+    monkeypatch.setattr(
+        EmbeddingStore, "read_chunk", lambda store, index, **o: (reads.append(index), real(store, index, **o))[1]
+    )
     report = build_small(prompts, tmp_path / "new", config=reusing(tmp_path / "old", config=config))
     assert report.reused_rows == 400
     windows, old_chunks = 4, 25
