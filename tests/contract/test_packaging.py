@@ -119,8 +119,10 @@ def _python(version: str) -> str | None:
     """An interpreter of this version that starts: on the path, or of pyenv, whose own commands may refuse to."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     candidates = [shutil.which(f"python{version}"), *map(str, sorted(pyenv.glob(f"{version}.*/bin/python")))]
-    starts = (each for each in candidates if each and subprocess.run([each, "-c", ""], capture_output=True).returncode == 0)
-    return next(starts, None)
+    for each in candidates:
+        if each and subprocess.run([each, "-c", ""], check=False, capture_output=True).returncode == 0:
+            return each
+    return None
 
 
 @pytest.mark.parametrize("version", OTHER_PYTHONS)
