@@ -21,21 +21,18 @@ from embstore.core.format import (
     FORMAT_VERSION,
     MANIFEST,
     PROMPTS,
-    EmbeddingSpec,
-    ModelIdentity,
     StoreSpec,
-    diff_fields,
 )
 from embstore.core.plan import BuildPlan, plan, refuse_drift, refuse_other_input
 from embstore.core.records import DemotedRecord, DriftRecord, PromptsRecord
 from embstore.core.rows import chunk_rows_near
-from embstore.reuse import Reuse, match_rows, nothing_reused, open_again, open_reused, spare_bytes
+from embstore.reuse import Reuse, match_rows, nothing_reused, open_again, open_reused, refuse_unlike
 from embstore.run import Run
 from embstore.storage.arrays import map_array
 from embstore.storage.journal import run_entries
 from embstore.storage.place import caveat
 from embstore.storage.prompts import PromptTable, ingest
-from embstore.storage.store import EmbeddingStore, open_published
+from embstore.storage.store import open_published
 from embstore.storage.verify import check_stage0, compare_file, damaged_windows
 
 CHUNK_BYTES = 32 << 20
@@ -211,7 +208,7 @@ def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tup
             work=writer.work,
             observer=run.observer,
         )
-    chunk_rows, window_rows = _fit_rows(config, embedder, record.rows)
+    chunk_rows, window_rows = _fit_rows(config, embedder, record.rows, nothing_reused(record.rows))
     spec = StoreSpec(
         format_version=FORMAT_VERSION,
         rows=record.rows,
@@ -241,7 +238,17 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
     if num_computed and run.source is None:
         raise ConfigError(f"{num_computed} prompts are in no store to reuse, and no model was given", hint="add --model")
     model = run.source.identity() if run.source is not None else None
-    embedding, drifted = _refuse_unlike(run, stores, model, is_computing=num_computed > 0)
+    hardware = None
+    if run.source is not None and num_computed:
+        asked = dataclasses.replace(
+            config.embedding,
+            device=config.embedding.device or old.embedding.device,
+            threads=config.embedding.threads or old.embedding.threads,
+        )
+        hardware = run.source.hardware(asked)
+    drifted = refuse_unlike(stores, config, model, hardware)
+    # only what this run computes with: the stored spec stays what the copied rows were made with
+    embedding = dataclasses.replace(old.embedding, **hardware) if hardware is not None else old.embedding  # type: ignore[arg-type]
     problem = compare_file(stores[0].root, BASIS, stores[0].published.files[BASIS])
     if problem is not None:
         raise CorruptStoreError(f"{stores[0].root}/{BASIS} {problem}", hint=f"run embstore verify {stores[0].root}")
@@ -251,7 +258,7 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
     if num_computed and run.source is not None:
         with run.stage("model"):
             embedder = run.source.take_over(prompts, embedding, basis_VR, memory_bytes=config.memory_budget_bytes)
-        chunk_rows, window_rows = _fit_rows(config, embedder, record.rows, is_copying=reuse.num_rows > 0)
+        chunk_rows, window_rows = _fit_rows(config, embedder, record.rows, reuse)
     spec = StoreSpec(
         format_version=FORMAT_VERSION,
         rows=record.rows,
@@ -272,49 +279,6 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
         run.observer(Notice(message=f"drift allowed in {', '.join(drifted)}: computed rows may differ in low bits"))
         writer.commit(DriftRecord(fields=drifted))
     return spec, embedder, reuse
-
-
-def _refuse_unlike(
-    run: Run, stores: Sequence[EmbeddingStore], model: ModelIdentity | None, *, is_computing: bool
-) -> tuple[EmbeddingSpec, list[str]]:
-    """Compare options, model, hardware and the old stores with each other; what this run computes with, and its drift."""
-    config, first = run.config, stores[0]
-    embedding = first.spec.embedding
-    given = dataclasses.replace(config.embedding, window_rows=None, chunk_rows=None, compressor=None)  # of the new store
-    hardware = None
-    if run.source is not None and is_computing:
-        asked = dataclasses.replace(
-            given, device=given.device or embedding.device, threads=given.threads or embedding.threads
-        )
-        hardware = run.source.hardware(asked)
-    hint = "rows can only be reused as they were made: give the old store's settings, or build without --reuse"
-    try:
-        drifted = refuse_other_input(first.spec, given, model, hardware)
-        if drifted and hardware is not None and not config.allow_drift:
-            hint = "build on the same hardware and threads, or add --allow-drift (recorded; rows then differ in low bits)"
-            refuse_drift(first.spec, drifted, hardware)
-    except IdentityMismatchError as error:
-        raise IdentityMismatchError(error.mismatches, hint=hint, reused=str(first.root)) from None
-    for other in stores[1:]:
-        unlike = diff_fields(embedding, other.spec.embedding, prefix="embedding.")
-        unlike += [
-            mismatch
-            for mismatch in diff_fields(first.spec.model, other.spec.model, prefix="model.")
-            if mismatch.field not in ("model.name", "model.trust_remote_code")
-        ]
-        if first.spec.basis_sha256 != other.spec.basis_sha256:
-            unlike.append(
-                FieldMismatch(field="basis_sha256", stored=first.spec.basis_sha256[:16], given=other.spec.basis_sha256[:16])
-            )
-        if unlike:
-            raise IdentityMismatchError(
-                unlike,
-                reused=f"{first.root} and {other.root} together",
-                hint="give only stores that were made alike; a basis that was made from a sample is handed on by --reuse",
-            )
-    if drifted and hardware is not None:
-        embedding = dataclasses.replace(embedding, **hardware)  # type: ignore[arg-type]
-    return embedding, drifted
 
 
 def _open_reused_again(run: Run, spec: StoreSpec) -> Reuse:
@@ -344,13 +308,12 @@ def _reuse_of_last_run(root: Path) -> tuple[str, ...]:
     return ()
 
 
-def _fit_rows(config: BuildConfig, embedder: Embedder, num_rows: int, *, is_copying: bool = False) -> tuple[int, int]:
+def _fit_rows(config: BuildConfig, embedder: Embedder, num_rows: int, reuse: Reuse) -> tuple[int, int]:
     """Rows of a chunk and of a window: near 32 MiB and about a minute, less where the memory budget asks."""
     embedding = config.embedding
 
     def needs(chunk_rows: int) -> int:
-        copies = spare_bytes(embedder.spec.dimension, chunk_rows) if is_copying else 0
-        return embedder.memory_bytes(chunk_rows) + copies
+        return embedder.memory_bytes(chunk_rows) + reuse.memory_bytes(chunk_rows)
 
     chunk_rows = embedding.chunk_rows or chunk_rows_near(
         2 * embedder.spec.dimension, CHUNK_BYTES, num_rows=num_rows, max_rows=embedder.max_window_rows
@@ -396,8 +359,7 @@ def check_fits(
         device=spec.embedding.device,
         remaining_bytes=remaining_bytes,
         free_bytes=free_bytes,
-        embed_memory_bytes=(embedder.memory_bytes(spec.chunk_rows) if embedder else 0)
-        + (spare_bytes(spec.embedding.dimension, spec.chunk_rows) if reuse.num_rows else 0),
+        embed_memory_bytes=(embedder.memory_bytes(spec.chunk_rows) if embedder else 0) + reuse.memory_bytes(spec.chunk_rows),
         memory_budget_bytes=run.config.memory_budget_bytes,
         num_shards=search.shards,
         seconds=(embedder.seconds_per_row if embedder else 0.0) * (todo.remaining_rows - reuse.num_rows)

@@ -8,9 +8,10 @@ chunks where both pools have the same order; where they have not, each window re
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.compute.scratch import map_scratch
+from embstore.core.config import BuildConfig
 from embstore.core.embedder import RowBlock
 from embstore.core.errors import ConfigError, FieldMismatch, IdentityMismatchError, StoreNotFoundError
-from embstore.core.format import BASIS, CHUNKS, COORDINATES, PROMPTS, RESIDUALS, SPEC, StoreSpec, canonical_json
-from embstore.core.plan import grid_of
+from embstore.core.format import (
+    BASIS,
+    CHUNKS,
+    COORDINATES,
+    PROMPTS,
+    RESIDUALS,
+    SPEC,
+    ModelIdentity,
+    StoreSpec,
+    canonical_json,
+    diff_fields,
+)
+from embstore.core.plan import grid_of, refuse_drift, refuse_other_input
 from embstore.core.records import FailedRow, ReusedStore, ReuseRecord
 from embstore.core.rows import RowRange
 from embstore.storage.prompts import PromptTable
@@ -32,8 +45,8 @@ _ROW_FILES = (SPEC, PROMPTS, BASIS, COORDINATES, RESIDUALS, CHUNKS)
 _SCRATCH = "reused_rows.npy"
 # Computed rows come in smaller blocks than chunks, so that both kinds of memory fit where one kind did.
 _BLOCKS_IN_CHUNK = 4
-# Chunks of rows in memory beyond those of an embedder alone: what is assembled, what is begun, one old chunk and its file.
-_EXTRA_CHUNKS = 5
+# New chunks in memory beyond those of an embedder alone: what is assembled, what is begun, what waits to be written.
+_EXTRA_CHUNKS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +67,13 @@ class Reuse:
     def dropped_rows(self) -> int:
         """Rows of the old stores that are no prompts of the new one."""
         return sum(store.rows - store.found for store in self.record.stores)
+
+    def memory_bytes(self, chunk_rows: int) -> int:
+        """Upper estimate of anonymous memory that copying takes beside an embedder: new chunks, an old one and its file."""
+        if not self.num_rows:
+            return 0
+        old_rows = max(store.spec.chunk_rows for store in self.stores)
+        return 2 * self.stores[0].spec.embedding.dimension * (_EXTRA_CHUNKS * chunk_rows + 2 * old_rows)
 
     def count(self, rows: RowRange) -> int:
         """Rows of a range that are copied."""
@@ -155,9 +175,53 @@ def open_again(paths: Sequence[str | Path], root: Path, record: ReuseRecord) -> 
     return stores
 
 
-def spare_bytes(spec_dimension: int, chunk_rows: int) -> int:
-    """Anonymous memory that copying takes beside an embedder."""
-    return _EXTRA_CHUNKS * chunk_rows * spec_dimension * 2
+def refuse_unlike(
+    stores: Sequence[EmbeddingStore],
+    config: BuildConfig,
+    model: ModelIdentity | None,
+    hardware: Mapping[str, object] | None,
+) -> list[str]:
+    """Compare options, model and hardware with the first store, and the other stores with it.
+
+    ``model`` is None when none was given, ``hardware`` when no row will be computed. Windows, chunks and the compressor are
+    the new store's own.
+
+    Returns
+    -------
+    Hardware fields that differ and are allowed to.
+
+    Raises
+    ------
+    IdentityMismatchError
+        Anything else differs, or hardware does without ``allow_drift``.
+    """
+    first = stores[0]
+    given = dataclasses.replace(config.embedding, window_rows=None, chunk_rows=None, compressor=None)
+    hint = "rows can only be reused as they were made: give the old store's settings, or build without --reuse"
+    try:
+        drifted = refuse_other_input(first.spec, given, model, hardware)
+        if drifted and hardware is not None and not config.allow_drift:
+            hint = "build on the same hardware and threads, or add --allow-drift (recorded; rows then differ in low bits)"
+            refuse_drift(first.spec, drifted, hardware)
+    except IdentityMismatchError as error:
+        raise IdentityMismatchError(error.mismatches, hint=hint, reused=str(first.root)) from None
+    for other in stores[1:]:
+        unlike = diff_fields(first.spec.embedding, other.spec.embedding, prefix="embedding.")
+        unlike += [
+            mismatch
+            for mismatch in diff_fields(first.spec.model, other.spec.model, prefix="model.")
+            if mismatch.field not in ("model.name", "model.trust_remote_code")
+        ]
+        digests = first.spec.basis_sha256[:16], other.spec.basis_sha256[:16]
+        if digests[0] != digests[1]:
+            unlike.append(FieldMismatch(field="basis_sha256", stored=digests[0], given=digests[1]))
+        if unlike:
+            raise IdentityMismatchError(
+                unlike,
+                reused=f"{first.root} and {other.root} together",
+                hint="give only stores that were made alike; a basis that was made from a sample is handed on by --reuse",
+            )
+    return drifted
 
 
 class RowCopier:

@@ -42,12 +42,13 @@ def _run(prompts: Path, store: Path, old: Path, *, kill_at: int = 0) -> tuple[bo
 
 
 @pytest.mark.usefixtures("without_syncs")
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.faults)])
 def test_a_kill_at_any_system_call_is_resumed_to_the_same_bytes(
-    small_prompts: Path, old: Path, tmp_path: Path, tally: Counter
+    step: int, small_prompts: Path, old: Path, tmp_path: Path, tally: Counter
 ) -> None:
     _, _, calls = _run(small_prompts, tmp_path / "whole", old)
     reference, untouched = snapshot(tmp_path / "whole"), tree_state(old)
-    points = sorted({*range(1, len(calls) + 1, 7), len(calls)})
+    points = sorted({*range(1, len(calls) + 1, step), len(calls)})
     for point in points:
         store = tmp_path / "store"
         killed, first, _ = _run(small_prompts, store, old, kill_at=point)

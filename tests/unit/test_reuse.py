@@ -321,6 +321,23 @@ def test_drift_allowed_computes_what_was_to_be_copied(small_prompts: Path, old: 
     assert any(isinstance(event, Notice) and "drift allowed" in event.message for event in events)
 
 
+def test_other_hardware_is_drift_also_for_reuse(small_prompts: Path, old: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(with_embedding(threads=3), allow_drift=True)
+    build_small(small_prompts, tmp_path / "new", config=reusing(old, config=config))
+    store = open_store(tmp_path / "new")
+    assert store.spec.embedding.threads == 1, "what the copied rows were made with"
+    assert DriftRecord(fields=["threads"]) in journal_records(tmp_path / "new")
+    assert store.metadata["byte_identity_voided"]
+
+
+def test_places_that_are_no_paths_lead_nowhere(small_prompts: Path, old: Path, tmp_path: Path) -> None:
+    store = _part(small_prompts, tmp_path / "part", old)
+    for places in (["\0"], [7], "x", [str(tmp_path / "nowhere")], []):
+        (store / "runs.jsonl").write_text(json.dumps({"event": "started", "model": "fake", "reuse": places}) + "\n")
+        with pytest.raises(IdentityMismatchError):
+            build_small(None, store)
+
+
 def test_a_finished_store_stands_alone(small_prompts: Path, old: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(old, tmp_path / "moved", symlinks=True))
     build_small(small_prompts, tmp_path / "new", config=reusing(moved))
