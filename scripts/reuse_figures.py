@@ -20,7 +20,9 @@ def table() -> str:
     machine, given = results["machine"], results["input"]
     text = f"{given['prompts']}, {given['model']}; {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}: "
     text += "`python -m benchmarks.reuse`, every figure in `benchmarks/results/reuse.json`.\n\n"
-    text += "| `--dtype` | rows | whole command | embedding stage | other stages |\n|---|---|---:|---:|---:|\n"
+    text += (
+        "| `--dtype` | rows | whole command | CPU time | embedding stage | other stages |\n|---|---|---:|---:|---:|---:|\n"
+    )
     for dtype in ("auto", "float32"):
         for part in ("full", "reuse"):
             figures = results[dtype][part]
@@ -32,7 +34,7 @@ def table() -> str:
             )
             seconds = figures["stage_seconds"]
             others = sum(value for name, value in seconds.items() if name != "embed")
-            text += f"| {dtype} | {counted} | {figures['build_seconds']} s | {seconds['embed']:.1f} s | {others:.1f} s |\n"
+            text += f"| {dtype} | {counted} | {figures['build_seconds']} s | {figures['cpu_seconds']} s | {seconds['embed']:.1f} s | {others:.1f} s |\n"
     for dtype in ("auto", "float32"):
         ratios, copied = results[dtype]["ratios"], results[dtype]["copied_rows"]
         text += (
