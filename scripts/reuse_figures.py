@@ -20,28 +20,30 @@ def table() -> str:
     machine, given = results["machine"], results["input"]
     text = f"{given['prompts']}, {given['model']}; {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}: "
     text += "`python -m benchmarks.reuse`, every figure in `benchmarks/results/reuse.json`.\n\n"
-    text += (
-        "| `--dtype` | rows | whole command | CPU time | embedding stage | other stages |\n|---|---|---:|---:|---:|---:|\n"
-    )
+    heads = ("`--dtype`", "rows", "whole command", "CPU time", "embedding stage", "other stages")
+    text += f"| {' | '.join(heads)} |\n|---|---|---:|---:|---:|---:|\n"
     for dtype in ("auto", "float32"):
         for part in ("full", "reuse"):
             figures = results[dtype][part]
-            rows = figures["rows"]
-            counted = (
-                f"{rows['reused']:,} copied, {rows['embedded']:,} computed"
-                if rows["reused"]
-                else f"{rows['num']:,} computed"
+            stages = figures["stage_seconds"]
+            cells = (
+                dtype,
+                f"{figures['rows']['reused']:,} copied, {figures['rows']['embedded']:,} computed",
+                f"{figures['build_seconds']:.0f} s",
+                f"{figures['cpu_seconds']:.0f} s",
+                f"{stages['embed']:.1f} s",
+                f"{sum(seconds for name, seconds in stages.items() if name != 'embed'):.1f} s",
             )
-            seconds = figures["stage_seconds"]
-            others = sum(value for name, value in seconds.items() if name != "embed")
-            text += f"| {dtype} | {counted} | {figures['build_seconds']} s | {figures['cpu_seconds']} s | {seconds['embed']:.1f} s | {others:.1f} s |\n"
+            text += f"| {' | '.join(cells)} |\n"
     for dtype in ("auto", "float32"):
-        ratios, copied = results[dtype]["ratios"], results[dtype]["copied_rows"]
+        share = {name: f"1/{1 / ratio:.1f}" for name, ratio in results[dtype]["ratios"].items()}
+        copied = results[dtype]["copied_rows"]
         text += (
-            f"\n{dtype}: the embedding stage takes 1/{1 / ratios['embedding_stage']:.1f} of a full one, the whole command "
+            f"\n{dtype}: with 27 of 28 rows copied the embedding stage takes {share['embedding_stage']} of a full one, the "
+            f"whole command {share['whole_command']}, or {share['whole_command_cpu']} of its CPU time. Copied rows differ "
+            f"from the full build's by at most {copied['coordinates_l2_largest']:.1e} (L2), the weights by TV "
+            f"{copied['weights_tv']:.1e}.\n"
         )
-        text += f"1/{1 / ratios['whole_command']:.1f}. Copied rows differ from the full build's by at most "
-        text += f"{copied['coordinates_l2_largest']:.1e} (L2), the weights by TV {copied['weights_tv']:.1e}.\n"
     return text
 
 
