@@ -242,7 +242,9 @@ class _Maker:
 
     def missing(self, prompts: PromptTable, rows: RowRange) -> list[Prompt]:
         """Prompts of a window that the model is asked for."""
-        needed = self._reuse.missing(rows)
+        needed = set(self._reuse.missing(rows).tolist())
+        if not needed:
+            return []
         return [prompt for row, prompt in enumerate(prompts.read(rows), rows.start) if row in needed]
 
     def blocks(

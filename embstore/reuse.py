@@ -332,7 +332,8 @@ class RowCopier:
     def _old_chunk(self, number: int, index: int) -> NDArray[np.float16]:
         if self._held != (number, index):
             store = self._reuse.stores[number]
-            if self._held is None or self._held[0] != number:  # never the chunks of two stores at a time
+            if self._held is None or self._held[0] != number:
+                self._held_BV = self._decoded = self._empty(0)  # never the chunks of two stores at a time
                 self._decoded = self._empty(store.spec.chunk_rows)
             self._held = None  # what is read next may fail half-way
             self._held_BV = store.read_chunk(index, out=self._decoded)

@@ -43,6 +43,8 @@ def table_lines(source: Path) -> Iterator[bytes]:
     PromptError
         pyarrow is missing, or this is no such file or folder, or a damaged one.
     """
+    if source.is_dir() and not (source / _STATE).is_file() and not _parquet_files(source):
+        raise _no_table(source)
     try:
         import pyarrow as pa  # noqa: PLC0415 - an extra
     except ImportError:
@@ -62,11 +64,12 @@ def _batches(source: Path) -> Iterator[Any]:
         for path in _saved_files(source):
             yield from _arrow_batches(path)
     else:
-        files = sorted(source.glob("*.parquet"))
-        if not files:
-            raise _no_table(source)
-        for path in files:
+        for path in _parquet_files(source):
             yield from _parquet_batches(path)
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.parquet"))
 
 
 def _parquet_batches(path: Path) -> Iterator[Any]:
@@ -109,7 +112,7 @@ def _no_table(folder: Path) -> PromptError:
         first = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "train"
         return PromptError(f"{folder} holds several splits: {shown(names)}", hint=f"give one of them: {folder}/{first}")
     return PromptError(
-        f"{folder} is a folder without Parquet files or a saved dataset",
+        f"{folder} is a directory without Parquet files or a saved dataset",
         hint="give a JSONL or Parquet file, or a folder that save_to_disk of the datasets library wrote",
     )
 
