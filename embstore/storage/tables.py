@@ -28,10 +28,11 @@ _INSTALL = "pip install 'embstore[parquet]'"
 
 def is_table(source: Path) -> bool:
     """Whether ``source`` is a folder or a Parquet file, by content."""
-    if source.is_dir():
-        return True
-    with contextlib.suppress(OSError, ValueError), source.open("rb") as file:
-        return file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
+    with contextlib.suppress(OSError, ValueError):  # whoever opens it as a file says what is wrong with it
+        if source.is_dir():
+            return True
+        with source.open("rb") as file:
+            return file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
     return False
 
 
