@@ -4,16 +4,15 @@
 
 The old pool is the file without ``--new-rows`` random lines; its store is built first and not measured. Then the whole file
 is built twice, each time in a process of its own: in full, and with ``--reuse``. Copied rows are compared with the full
-build's. Figures of each dtype go to ``benchmarks/results/reuse.json``; CPU seconds are there too, because they
-do not depend on what else the machine does.
+build's. Figures of each dtype go to ``benchmarks/results/reuse.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
-import resource
 import sys
 import time
 from pathlib import Path
@@ -49,15 +48,14 @@ def main() -> int:
         job = Job(prompts=pools[part], model=options.model, work=options.work, small_budget="")
         extra = ["--reuse", str(options.work / f"{options.dtype}-old")] if part == "reuse" else []
         command = job.build(fresh(options.work / f"{options.dtype}-{part}"), "--dtype", options.dtype, *extra)
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        busy = os.getloadavg()[0]
         report, seconds = run(command)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if part != "old":
             figures[part] = {
                 "date": time.strftime("%Y-%m-%d"),
                 "command": shown(job, command),
                 "build_seconds": round(seconds, 1),
-                "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+                "load_before": round(busy, 1),
                 "stage_seconds": {name: round(value, 2) for name, value in report["seconds"].items()},
                 "rows": {name: report[f"{name}_rows"] for name in ("num", "embedded", "reused", "dropped")},
                 "peak_anonymous_MiB_above_baseline": round(report["peak_anonymous_bytes"] / 2**20, 1),
@@ -76,7 +74,6 @@ def ratios(figures: dict[str, Any]) -> dict[str, float]:
     full, reuse = figures["full"], figures["reuse"]
     return {
         "whole_command": round(reuse["build_seconds"] / full["build_seconds"], 4),
-        "whole_command_cpu": round(reuse["cpu_seconds"] / full["cpu_seconds"], 4),
         "embedding_stage": round(reuse["stage_seconds"]["embed"] / full["stage_seconds"]["embed"], 4),
     }
 

@@ -18,10 +18,11 @@ def table() -> str:
     """The measured builds as a table."""
     results: dict[str, Any] = json.loads(RESULTS.read_text())
     machine, given = results["machine"], results["input"]
-    text = f"{given['prompts']}, {given['model']}; {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}: "
+    text = f"{given['prompts']}, {given['model']}; {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, "
+    text += "a machine that others used meanwhile: "
     text += "`python -m benchmarks.reuse`, every figure in `benchmarks/results/reuse.json`.\n\n"
-    heads = ("`--dtype`", "rows", "whole command", "CPU time", "embedding stage", "other stages")
-    text += f"| {' | '.join(heads)} |\n|---|---|---:|---:|---:|---:|\n"
+    heads = ("`--dtype`", "rows", "whole command", "embedding stage", "other stages")
+    text += f"| {' | '.join(heads)} |\n|---|---|---:|---:|---:|\n"
     for dtype in ("auto", "float32"):
         for part in ("full", "reuse"):
             figures = results[dtype][part]
@@ -30,7 +31,6 @@ def table() -> str:
                 dtype,
                 f"{figures['rows']['reused']:,} copied, {figures['rows']['embedded']:,} computed",
                 f"{figures['build_seconds']:.0f} s",
-                f"{figures['cpu_seconds']:.0f} s",
                 f"{stages['embed']:.1f} s",
                 f"{sum(seconds for name, seconds in stages.items() if name != 'embed'):.1f} s",
             )
@@ -40,8 +40,7 @@ def table() -> str:
         copied = results[dtype]["copied_rows"]
         text += (
             f"\n{dtype}: with 27 of 28 rows copied the embedding stage takes {share['embedding_stage']} of a full one, the "
-            f"whole command {share['whole_command']}, or {share['whole_command_cpu']} of its CPU time. Copied rows differ "
-            f"from the full build's by at most {copied['coordinates_l2_largest']:.1e} (L2), the weights by TV "
+            f"whole command {share['whole_command']}. Copied rows differ from the full build's by at most {copied['coordinates_l2_largest']:.1e} (L2), the weights by TV "
             f"{copied['weights_tv']:.1e}.\n"
         )
     return text
