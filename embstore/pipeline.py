@@ -67,6 +67,7 @@ from embstore.storage.prompts import PromptTable
 from embstore.storage.store import EmbeddingStore, open_published
 from embstore.storage.writer import StoreWriter
 
+_MOST_REREADS = 3.0  # neighbouring chunks share an old one, so in the same order it is about 2
 _NOTHING_COMPUTED = WindowCounts(tokens=0, truncated=0, splits=0)
 
 
@@ -190,7 +191,12 @@ def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: 
     if not todo.windows:
         return
     prompts = PromptTable(run.writer.root / PROMPTS, spec.rows)
-    maker = _Maker(embedder, RowCopier(reuse, spec, run.writer.work), reuse, spec)
+    copier = RowCopier(reuse, spec, run.writer.work)
+    if (rereads := copier.rereads(todo.windows)) > _MOST_REREADS:
+        run.observer(
+            Notice(message=f"the pool has another order than the old store: rows to copy are read {rereads:.0f} times over")
+        )
+    maker = _Maker(embedder, copier, reuse, spec)
     run.observer(StageStarted(stage="embed", total=spec.rows, done=spec.rows - todo.remaining_rows))
     started = time.perf_counter()
     upcoming = maker.missing(prompts, todo.grid.window(todo.windows[0]))

@@ -272,6 +272,17 @@ class RowCopier:
         if next(feed, None) is not None:
             raise AssertionError(f"window {window} has more computed rows than it misses")
 
+    def rereads(self, windows: Sequence[int]) -> float:
+        """How many times the old chunks that these windows need are read, on average."""
+        reads, distinct = 0, set[tuple[int, int]]()
+        for window in windows:
+            chunks = [chunk for _, chunk in self._grid.chunks(window)]
+            needed = [self._needed(chunk) for chunk in chunks]
+            together = set().union(*needed)
+            reads += len(together) if self._is_scattered(chunks) else sum(map(len, needed))
+            distinct |= together
+        return reads / max(1, len(distinct))
+
     def _buffers(self, window: int, chunks: Sequence[RowRange]) -> Iterator[NDArray[np.float16]]:
         """float16 [rows, V] of each chunk with its copied rows; the others are still to be filled."""
         rows = self._grid.window(window)

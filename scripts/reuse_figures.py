@@ -40,8 +40,8 @@ def table() -> str:
         copied = results[dtype]["copied_rows"]
         text += (
             f"\n{dtype}: with 27 of 28 rows copied the embedding stage takes {share['embedding_stage']} of a full one, the "
-            f"whole command {share['whole_command']}. Copied rows differ from the full build's by at most {copied['coordinates_l2_largest']:.1e} (L2), the weights by TV "
-            f"{copied['weights_tv']:.1e}.\n"
+            f"whole command {share['whole_command']}. Copied rows differ from the full build's by at most "
+            f"{copied['coordinates_l2_largest']:.1e} (L2), the weights by TV {copied['weights_tv']:.1e}.\n"
         )
     return text
 

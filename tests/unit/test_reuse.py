@@ -131,14 +131,19 @@ def test_a_pool_in_another_order_reads_each_old_chunk_once_a_window(tmp_path: Pa
     monkeypatch.setattr(
         EmbeddingStore, "read_chunk", lambda store, index, **o: (reads.append(index), real(store, index, **o))[1]
     )
-    report = build_small(prompts, tmp_path / "new", config=reusing(tmp_path / "old", config=config))
+    events: list[Event] = []
+    settings = reusing(tmp_path / "old", config=config)
+    report = build_small(prompts, tmp_path / "new", config=settings, observer=events.append)
     assert report.reused_rows == 400
+    assert any(isinstance(event, Notice) and "read 3 times over" in event.message for event in events)
     windows, old_chunks = 4, 25
     assert max(reads.count(index) for index in range(old_chunks)) <= windows
     _same_rows(open_store(tmp_path / "new"), open_store(tmp_path / "full"))
     # in its own order each old chunk is read by the chunks that it overlaps, and kept between them
     reads.clear()
-    build_small(tmp_path / "old.jsonl", tmp_path / "again", config=reusing(tmp_path / "old"))
+    events.clear()
+    build_small(tmp_path / "old.jsonl", tmp_path / "again", config=reusing(tmp_path / "old"), observer=events.append)
+    assert not any(isinstance(event, Notice) and "times over" in event.message for event in events)
     assert sorted(reads) == list(range(old_chunks))
 
 
