@@ -11,8 +11,9 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from embstore.core.config import K_MAX, BuildConfig, format_bytes
+from embstore.core.config import K_MAX, BuildConfig, DensityConfig, format_bytes
 from embstore.core.embedder import Embedder, EmbedderSource
 from embstore.core.errors import BudgetError, ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.events import Notice, Preflight
@@ -34,6 +35,12 @@ from embstore.storage.place import caveat
 from embstore.storage.prompts import PromptTable, ingest
 from embstore.storage.store import open_published
 from embstore.storage.verify import check_stage0, compare_file, damaged_windows
+
+if TYPE_CHECKING:
+    from embstore.compute.search_plan import SearchPlan
+
+# Searches of fewer rows take seconds: not worth a second to foretell.
+_PROBED_ROWS = 20_000
 
 CHUNK_BYTES = 32 << 20
 _COPIED_BYTES_PER_SECOND = 300e6  # for the estimate: read, checked, decoded, encoded, written
@@ -335,7 +342,7 @@ def check_fits(
     run: Run, spec: StoreSpec, embedder: Embedder | None, todo: BuildPlan, free_bytes: int, reuse: Reuse
 ) -> Preflight:
     """Say what is about to happen; refuse what cannot fit on the disk or in the budget."""
-    from embstore.compute.knn import plan_search  # noqa: PLC0415 - hnswlib loads only where it is needed
+    from embstore.compute.search_plan import plan_search  # noqa: PLC0415 - hnswlib loads only where it is needed
 
     search = plan_search(
         spec.rows,
@@ -361,7 +368,9 @@ def check_fits(
         free_bytes=free_bytes,
         embed_memory_bytes=(embedder.memory_bytes(spec.chunk_rows) if embedder else 0) + reuse.memory_bytes(spec.chunk_rows),
         memory_budget_bytes=run.config.memory_budget_bytes,
+        knn=search.method,
         num_shards=search.shards,
+        search_seconds=_search_seconds(search, spec, run.config.density),
         seconds=(embedder.seconds_per_row if embedder else 0.0) * (todo.remaining_rows - reuse.num_rows)
         + reuse.num_rows * row_bytes / _COPIED_BYTES_PER_SECOND,
         reused_rows=reuse.num_rows,
@@ -374,6 +383,14 @@ def check_fits(
             hint="free some space, choose another --out, or try --limit",
         )
     return event
+
+
+def _search_seconds(search: SearchPlan, spec: StoreSpec, density: DensityConfig) -> dict[str, float]:
+    if spec.rows < _PROBED_ROWS:
+        return {}
+    from embstore.compute.search_probe import estimate_seconds  # noqa: PLC0415
+
+    return estimate_seconds(search, spec.rows, spec.embedding.rank, density, threads=spec.embedding.threads)
 
 
 def _demote_damaged(run: Run, spec: StoreSpec) -> None:

@@ -63,6 +63,7 @@ from embstore.reuse import Reuse, RowCopier
 from embstore.run import Run
 from embstore.storage.arrays import map_array
 from embstore.storage.atomic import storage_errors
+from embstore.storage.blocks import SearchBlocks
 from embstore.storage.prompts import PromptTable
 from embstore.storage.store import EmbeddingStore, open_published
 from embstore.storage.writer import StoreWriter
@@ -297,7 +298,8 @@ def _refuse_failed(blocks: Iterator[RowBlock], config: BuildConfig, prompts: Pro
 
 def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) -> NeighborFiles:
     """The neighbour graph for these rows and settings: the published one if it is the same, else a new search."""
-    from embstore.compute.knn import build_graph, plan_search  # noqa: PLC0415 - hnswlib loads only where it is needed
+    from embstore.compute.knn import build_graph  # noqa: PLC0415 - hnswlib loads only where it is needed
+    from embstore.compute.search_plan import plan_search  # noqa: PLC0415
 
     state, density = run.writer.state, run.config.density
     failed_N = np.zeros(spec.rows, dtype=np.bool_)
@@ -326,9 +328,13 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
             work=run.writer.work,
             observer=run.observer,
             clock=time.perf_counter,
+            kept=SearchBlocks(run.writer.work, digest),
+            device=spec.embedding.device,
         )
     found = {
         "knn": density.knn,
+        "method": graph.method,
+        "pilot_recall": graph.pilot_recall,
         "k_max": K_MAX,
         "shards": graph.shards,
         "seed": density.seed,

@@ -288,9 +288,7 @@ class RowCopier:
         rows = self._grid.window(window)
         if self._is_scattered(chunks):
             self._scratch.unlink(missing_ok=True)
-            values = rows.num_rows * self._spec.embedding.dimension
-            flat = map_scratch(self._scratch, (-(-values // 2),))
-            whole_WV = flat.view(np.float16)[:values].reshape(rows.num_rows, -1)
+            whole_WV = map_scratch(self._scratch, (rows.num_rows, self._spec.embedding.dimension), np.float16)
             self._copy(rows, whole_WV)
             yield from (whole_WV[chunk.start - rows.start : chunk.stop - rows.start] for chunk in chunks)
             return

@@ -153,20 +153,32 @@ class TerminalObserver:
 
 def preflight_line(event: Preflight) -> str:
     """One paragraph: what will be computed, what it costs, and what there is."""
-    shards = f"{event.num_shards} HNSW shards" if event.num_shards else "exact search"
-    seconds = event.seconds
-    duration = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
     reuse = ""
     if event.reused_rows or event.dropped_rows:
         computed = event.remaining_rows - event.reused_rows
         reuse = f"{event.reused_rows:,} reused, {computed:,} computed, {event.dropped_rows:,} old rows dropped; "
     return (
         f"[bold]preflight[/bold]: {reuse}{event.remaining_rows:,} of {event.num_rows:,} rows x {event.dimension:,} float16 "
-        f"({event.head} head, {event.dtype} on {event.device}), about {duration}; "
+        f"({event.head} head, {event.dtype} on {event.device}), about {_duration(event.seconds)}; "
         f"{event.truncated_share:.1%} of prompts cut, {event.quarantined_lines:,} lines quarantined; "
         f"disk {format_bytes(event.remaining_bytes)} of {format_bytes(event.free_bytes)} free; "
-        f"memory {format_bytes(event.embed_memory_bytes)} of {format_bytes(event.memory_budget_bytes)}; {shards}"
+        f"memory {format_bytes(event.embed_memory_bytes)} of {format_bytes(event.memory_budget_bytes)}; {_search(event)}"
     )
+
+
+def _search(event: Preflight) -> str:
+    """How neighbours will be found, why, and what the other engine would cost."""
+    graphs = f"{event.num_shards} HNSW shards" if event.num_shards else "HNSW"
+    about = {engine: f", about {_duration(seconds)}" for engine, seconds in event.search_seconds.items()}
+    exact, hnsw = f"exact search{about.get('exact', '')}", f"{graphs}{about.get('hnsw', '')}"
+    if event.knn == "pilot":
+        return f"{hnsw} or more, if a sample shows that they find everything; else {exact}"
+    chosen, other = (exact, hnsw) if event.knn == "exact" else (hnsw, exact)
+    return f"{chosen} ({other})" if about else chosen
+
+
+def _duration(seconds: float) -> str:
+    return f"{max(1, seconds):.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def print_report(console: Console, report: BuildReport, info: StoreInfo) -> None:

@@ -61,7 +61,10 @@ def build(
         bool | None, typer.Option("--trust-remote-code/--no-trust-remote-code", help="Run the model's own code; recorded.")
     ] = None,
     memory_budget: Annotated[str, typer.Option("--memory-budget", help="Anonymous memory above the loaded model.")] = "2GiB",
-    knn: Annotated[Literal["hnsw", "exact"], typer.Option("--knn", help="How neighbours are found.")] = "hnsw",
+    knn: Annotated[
+        Literal["auto", "hnsw", "exact"],
+        typer.Option("--knn", help="How neighbours are found; auto: exactly, unless a graph is much faster and as good."),
+    ] = "auto",
     shards: Annotated[
         int | None, typer.Option("--shards", help="HNSW shards; default what memory and cores ask for.")
     ] = None,

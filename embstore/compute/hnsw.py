@@ -4,24 +4,28 @@ Malkov & Yashunin 2018 (arXiv:1603.09320), by hnswlib. Its traps and what is don
 pass distinct vectors only); insertion order matters (fixed shuffle); two threads in one graph give other graphs every run
 (one thread a shard, shards in parallel); ``ip`` cancels (``l2`` on coordinates, square root at this border); self is found
 by label, never by column; one row with too few answers fails its whole batch (retried alone, then scanned); graphs are
-never persisted: they have no checksum and load silently wrong.
+never persisted: they have no checksum and load silently wrong. What is kept are the answers, block by block.
 
 Shapes: G nodes, C candidates, R coordinates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import hnswlib
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.compute.exact import IntMatrix
+from embstore.compute.distances import IntMatrix
+from embstore.compute.nodes import shuffled
+from embstore.compute.scratch import large_array
+from embstore.core.blocks import BlockStore
 
-_BLOCK_ROWS = 4096  # Ctrl-C is not honoured inside a call, and each call copies its block
+BLOCK_ROWS = 8192  # Ctrl-C is not honoured inside a call, and each call copies its block
 _MERGE_BYTES = 4 + 4 + 8
 
 
@@ -49,7 +53,7 @@ def graph_bytes(num_nodes: int, rank: int, links: int) -> int:
 
 def query_bytes(rank: int, num_candidates: int) -> int:
     """Memory beside the graphs: two blocks of coordinates and the merge of their answers."""
-    return _BLOCK_ROWS * (2 * 4 * rank + 3 * num_candidates * _MERGE_BYTES)
+    return BLOCK_ROWS * (2 * 4 * rank + 3 * num_candidates * _MERGE_BYTES)
 
 
 def num_shards(num_nodes: int, rank: int, links: int, *, threads: int, memory_bytes: int) -> int:
@@ -77,9 +81,11 @@ def hnsw_candidates(
     shards: int,
     threads: int,
     seed: int,
+    work: Path,
+    kept: BlockStore,
     advance: Callable[[int], None] | None = None,
 ) -> Candidates:
-    """Candidates of every node from ``shards`` graphs; a pure function of its arguments except ``threads``.
+    """Candidates of every node from ``shards`` graphs; a pure function of its arguments, not of threads or ``kept``.
 
     Parameters
     ----------
@@ -89,35 +95,95 @@ def hnsw_candidates(
         C: the best C over all shards are kept, self included.
     shards, threads
         Graphs to cut the nodes into, and how many of them are built at once.
+    work
+        Folder for the candidates, which are mapped when they are many.
+    kept
+        Where each block of nodes is kept when a graph has been asked about it. A killed search builds at most the graph it
+        was asking again, and asks it about the blocks that are left.
     advance
         Called with nodes finished: each node counts once when built and once per shard when queried.
     """
     num_nodes = len(coord_GR)
-    # raw Philox words: their stream is promised stable, Generator.permutation's is not (NEP 19)
-    order = np.argsort(np.random.Philox(key=seed).random_raw(num_nodes), kind="stable")
-    ids_GC = np.full((num_nodes, num_candidates), -1, dtype=np.int32)
-    squared_GC = np.full((num_nodes, num_candidates), np.inf, dtype=np.float32)
-    missed_self_G = np.zeros(num_nodes, dtype=np.bool_)
+    order = shuffled(num_nodes, seed)
+    running = _Running(num_nodes, num_candidates, work, kept, effort)
     tell = advance or (lambda count: None)
     members = [order[shard::shards] for shard in range(shards)]
     with ThreadPoolExecutor(max_workers=threads) as pool:
         for first in range(0, shards, threads):
-            wave = members[first : first + threads]
-            graphs = list(pool.map(lambda nodes: _build(coord_GR, nodes, effort, tell), wave))
-            for nodes, graph in zip(wave, graphs, strict=True):
-                _query(coord_GR, nodes, graph, effort.ef, threads, ids_GC, squared_GC, missed_self_G)
+            every = range(first, min(first + threads, shards))
+            wave = [shard for shard in every if any(asked <= shard for asked in running.asked)]
+            tell(sum(len(members[shard]) + num_nodes for shard in every if shard not in wave))
+            graphs = list(pool.map(lambda shard: build(coord_GR, members[shard], effort, tell), wave))
+            for shard, graph in zip(wave, graphs, strict=True):
+                _query(coord_GR, members[shard], graph, effort.ef, threads, running, shard)
                 tell(num_nodes)
             del graphs
-    return Candidates(ids_GC=ids_GC, missed_self_G=missed_self_G)
+    return Candidates(ids_GC=running.ids_GC, missed_self_G=running.missed_self_G)
 
 
-def _build(
-    coord_GR: NDArray[np.float32], nodes: NDArray[np.int64], effort: Effort, tell: Callable[[int], None]
+class _Running:
+    """The best candidates so far of every node, block by block, and how many shards each block has asked."""
+
+    def __init__(self, num_nodes: int, num_candidates: int, work: Path, kept: BlockStore, effort: Effort) -> None:
+        shape = (num_nodes, num_candidates)
+        self.ids_GC = large_array(work / "candidates.npy", shape, np.int32)
+        self.squared_GC = large_array(work / "squared.npy", shape, np.float32)
+        self.missed_self_G = np.zeros(num_nodes, dtype=np.bool_)
+        self.blocks = [slice(first, min(first + BLOCK_ROWS, num_nodes)) for first in range(0, num_nodes, BLOCK_ROWS)]
+        self.asked = [0] * len(self.blocks)
+        self._kept, self._name = kept, f"candidates-{effort.links}-{effort.ef_construction}-{effort.ef}"
+        for number, rows in enumerate(self.blocks):
+            self.ids_GC[rows], self.squared_GC[rows] = -1, np.inf
+            self._load(number, rows)
+
+    def merge(
+        self, number: int, shard: int, labels: IntMatrix, squared: NDArray[np.float32], missed_self: NDArray[np.bool_]
+    ) -> None:
+        """Take one graph's answers about one block; what a node had stays before what is as near."""
+        rows = self.blocks[number]
+        ids, best = self.ids_GC[rows], self.squared_GC[rows]
+        self.missed_self_G[rows] |= missed_self
+        if self.asked[number]:
+            all_ids, all_squared = np.concatenate([ids, labels], axis=1), np.concatenate([best, squared], axis=1)
+            nearest = np.argsort(all_squared, axis=1, kind="stable")[:, : ids.shape[1]]
+            ids[:], best[:] = np.take_along_axis(all_ids, nearest, 1), np.take_along_axis(all_squared, nearest, 1)
+        else:
+            ids[:, : labels.shape[1]], best[:, : labels.shape[1]] = labels, squared
+        self.asked[number] = shard + 1
+        self._kept.save(
+            f"{self._name}-{number}",
+            {"asked": np.array([shard + 1]), "ids": ids, "squared": best, "missed": self.missed_self_G[rows]},
+        )
+
+    def _load(self, number: int, rows: slice) -> None:
+        found = self._kept.load(f"{self._name}-{number}")
+        ids = self.ids_GC[rows]
+        if found is None or not _is_block(found, len(ids), ids.shape[1], len(self.ids_GC)):
+            return
+        self.ids_GC[rows], self.squared_GC[rows] = found["ids"], found["squared"]
+        self.missed_self_G[rows] = found["missed"]
+        self.asked[number] = int(found["asked"][0])
+
+
+def _is_block(found: Mapping[str, NDArray[np.generic]], num_rows: int, num_candidates: int, num_nodes: int) -> bool:
+    """Whether a kept block has the parts of one: its checksum says that it is whole, not that it is of this search."""
+    shapes = {name: (array.dtype.str, array.shape) for name, array in found.items()}
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {"asked": ("<i8", (1,)), "missed": ("|b1", (num_rows,))}
+    wanted |= {"ids": ("<i4", (num_rows, num_candidates)), "squared": ("<f4", (num_rows, num_candidates))}
+    return shapes == wanted and int(found["ids"].max(initial=-1)) < num_nodes
+
+
+def build(
+    coord_GR: NDArray[np.float32],
+    nodes: NDArray[np.int64],
+    effort: Effort,
+    tell: Callable[[int], None] = lambda count: None,
 ) -> hnswlib.Index:
+    """A graph of some nodes, labelled by their numbers: one thread in the order given, so always the same graph."""
     graph = hnswlib.Index(space="l2", dim=coord_GR.shape[1])
     graph.init_index(max_elements=len(nodes), M=effort.links, ef_construction=effort.ef_construction, random_seed=100)
-    for start in range(0, len(nodes), _BLOCK_ROWS):
-        block = nodes[start : start + _BLOCK_ROWS]
+    for start in range(0, len(nodes), BLOCK_ROWS):
+        block = nodes[start : start + BLOCK_ROWS]
         graph.add_items(np.ascontiguousarray(coord_GR[block]), block, num_threads=1)
         tell(len(block))
     return graph
@@ -129,28 +195,20 @@ def _query(
     graph: hnswlib.Index,
     ef: int,
     threads: int,
-    ids_GC: IntMatrix,
-    squared_GC: NDArray[np.float32],
-    missed_self_G: NDArray[np.bool_],
+    running: _Running,
+    shard: int,
 ) -> None:
-    """Ask one graph about every node and merge the answers into the running best, in place."""
-    num_nodes, num_candidates = ids_GC.shape
-    wanted = min(num_candidates, len(nodes))
+    """Ask one graph about every node that has not asked it yet."""
+    wanted = min(running.ids_GC.shape[1], len(nodes))
     graph.set_ef(max(ef, wanted))
-    in_shard = np.zeros(num_nodes, dtype=np.bool_)
+    in_shard = np.zeros(len(coord_GR), dtype=np.bool_)
     in_shard[nodes] = True
-    for start in range(0, num_nodes, _BLOCK_ROWS):
-        rows = slice(start, min(start + _BLOCK_ROWS, num_nodes))
-        block_BR = np.ascontiguousarray(coord_GR[rows])
-        labels, squared = _ask(graph, block_BR, wanted, ef, threads, coord_GR, nodes)
+    for number, rows in enumerate(running.blocks):
+        if running.asked[number] > shard:
+            continue
+        labels, squared = _ask(graph, np.ascontiguousarray(coord_GR[rows]), wanted, ef, threads, coord_GR, nodes)
         own = np.arange(rows.start, rows.stop)[:, None]
-        missed_self_G[rows] |= in_shard[rows] & ~(labels == own).any(axis=1)
-        all_ids = np.concatenate([ids_GC[rows], labels], axis=1)
-        all_squared = np.concatenate([squared_GC[rows], squared], axis=1)
-        # by distance, ties by node: the merge must not depend on which shard came first
-        best = np.lexsort((all_ids, all_squared), axis=1)[:, :num_candidates]
-        ids_GC[rows] = np.take_along_axis(all_ids, best, 1)
-        squared_GC[rows] = np.take_along_axis(all_squared, best, 1)
+        running.merge(number, shard, labels, squared, in_shard[rows] & ~(labels == own).any(axis=1))
 
 
 def _ask(

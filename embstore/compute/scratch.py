@@ -6,7 +6,7 @@ import errno
 import math
 import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +14,24 @@ from numpy.typing import NDArray
 from embstore.core.config import format_bytes
 from embstore.core.errors import StorageError
 
+Scalar = TypeVar("Scalar", bound=np.generic)
+
 _ZEROS = bytes(1 << 20)
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
-def map_scratch(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """A writable map of zeros, float32, in a new .npy file whose blocks are all reserved.
+_SMALL_BYTES = 4 << 20
+
+
+def large_array(path: Path, shape: tuple[int, ...], dtype: type[Scalar]) -> NDArray[Scalar]:
+    """Zeros that a caller fills: below 4 MiB in anonymous memory, else as ``map_scratch``."""
+    if math.prod(shape) * np.dtype(dtype).itemsize <= _SMALL_BYTES:
+        return np.zeros(shape, dtype=dtype)
+    return map_scratch(path, shape, dtype)
+
+
+def map_scratch(path: Path, shape: tuple[int, ...], dtype: type[Scalar]) -> NDArray[Scalar]:
+    """A writable map of zeros in a new .npy file whose blocks are all reserved.
 
     A page of a sparse file that finds no free block when it is written kills the process (SIGBUS); here the disk is asked
     before anything is mapped.
@@ -29,10 +41,12 @@ def map_scratch(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
     StorageError
         The disk has no room, or fails.
     """
-    size = 4 * math.prod(shape)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     try:
         with path.open("wb+") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+            )
             _reserve(file, size)
     except OSError as error:
         failure = StorageError(
@@ -41,7 +55,7 @@ def map_scratch(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
         )
         failure.errno = error.errno
         raise failure from error
-    array: NDArray[np.float32] = np.load(path, mmap_mode="r+", allow_pickle=False)
+    array: NDArray[Scalar] = np.load(path, mmap_mode="r+", allow_pickle=False)
     return array
 
 

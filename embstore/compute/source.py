@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from embstore.compute.batching import TOKEN_RULE, PromptTokenizer, TokenRow
+from embstore.compute.capabilities import capability_of, has_fast_bfloat16
 from embstore.compute.coordinates import orthonormal_basis
 from embstore.compute.embed import DTYPES, LogitEmbedder, ModelParts
 from embstore.compute.estimates import MAX_WINDOW_ROWS, activation_bytes, is_streamed, window_bytes
@@ -26,8 +27,6 @@ from embstore.compute.heads import AffineHead, CappedHead, SplitModel
 from embstore.compute.models import (
     LoadedModel,
     ModelFiles,
-    capability_of,
-    has_fast_bfloat16,
     load_model,
     resolve_device,
 )
@@ -313,7 +312,7 @@ def _with_basis(
             return torch.from_numpy(np.asarray(pilot_NV[:, start:stop])).T
 
     # a mapped scratch file: the basis does not count as anonymous memory
-    flat = map_scratch(work / "basis.npy", (spec.dimension * min(max_rank, width),))
+    flat = map_scratch(work / "basis.npy", (spec.dimension * min(max_rank, width),), np.float32)
     basis_VR = orthonormal_basis(read_block, spec.dimension, width, max_rank=max_rank, scratch=flat)
     return LogitEmbedder(parts, dataclasses.replace(spec, rank=basis_VR.shape[1]), basis_VR)
 
@@ -323,7 +322,7 @@ def _pilot_rows(
 ) -> NDArray[np.float32]:
     """Unit rows float32 [n, V] of a seeded sample, in a mapped scratch file."""
     rows = _seeded_rows(len(prompts), wanted)
-    pilot_NV = map_scratch(work / "pilot.npy", (len(rows), spec.dimension))
+    pilot_NV = map_scratch(work / "pilot.npy", (len(rows), spec.dimension), np.float32)
     pilot = LogitEmbedder(parts, spec, np.zeros((spec.dimension, 0), dtype=np.float32))
     count = 0
     for start in range(0, len(rows), window_rows):

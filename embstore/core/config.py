@@ -18,7 +18,7 @@ K_MAX = 32  # neighbours kept on disk, so that `embstore weights --k` up to this
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Weighting = Literal["inverse-density", "legacy-inverse", "uniform"]
 Compressor = Literal["lz4", "none"]
-KnnMethod = Literal["hnsw", "exact"]
+KnnMethod = Literal["auto", "hnsw", "exact"]
 Space = Literal["logits", "hidden"]
 Pooling = Literal["mean", "last"]
 
@@ -74,7 +74,7 @@ class EmbeddingConfig:
 class DensityConfig:
     """How neighbours are found. ``shards`` None lets the memory budget and the cores decide."""
 
-    knn: KnnMethod = "hnsw"
+    knn: KnnMethod = "auto"
     shards: int | None = None
     links: int = 16  # hnswlib's M
     ef_construction: int = 100

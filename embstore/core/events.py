@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,7 +72,9 @@ class Preflight:
     free_bytes: int
     embed_memory_bytes: int
     memory_budget_bytes: int
+    knn: str
     num_shards: int
+    search_seconds: Mapping[str, float]  # by engine; empty for searches of seconds
     seconds: float
     reused_rows: int = 0
     dropped_rows: int = 0

@@ -237,7 +237,7 @@ def test_scratch_that_does_not_fit_is_refused_and_scratch_that_was_mapped_can_be
         with pytest.raises(
             StorageError, match=rf"reserving 39\.1 KiB in {disk.path}/scratch\.npy failed: No space left"
         ) as caught:
-            map_scratch(disk.path / "scratch.npy", (10_000,))
+            map_scratch(disk.path / "scratch.npy", (10_000,), np.float32)
         assert caught.value.hint is not None
         assert caught.value.hint.startswith("free some space")
         (disk.path / "scratch.npy").unlink()

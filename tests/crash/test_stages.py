@@ -31,7 +31,7 @@ STAGES = {
     "embedding": "tests.support.fake.FakeEmbedder._coordinates",
     "encoding a chunk": "embstore.storage.writer.encode_chunk",
     "writing rows": "embstore.storage.writer.StoreWriter._write_rows",
-    "building a graph": "embstore.compute.knn.hnsw_candidates",
+    "building a graph": "embstore.compute.search.hnsw_candidates",
     "audit": "embstore.compute.knn.sample_nodes",
     "writing neighbours": "embstore.pipeline.write_neighbors",
     "weights": "embstore.artifact.sampling_weights",

@@ -20,6 +20,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from embstore.compute.allpairs import all_neighbors
 from embstore.compute.embed import LogitEmbedder
 from embstore.compute.models import locate_model
 from embstore.compute.source import TorchSource
@@ -409,3 +410,18 @@ def test_a_killed_build_ends_as_if_nobody_had_killed_it(model_of: Callable[[str]
     assert committed_starts(events) == [window.start for window in windows_of(store)[len(kept) :]]
     assert snapshot(store) == snapshot(tmp_path / "whole")
     assert verify(store).findings == []
+
+
+def test_the_exact_engine_finds_on_the_gpu_what_it_finds_on_the_cpu(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    points = random.standard_normal((20_000, 96)).astype(np.float32)
+    points[:4000] = 1e-3 * points[:4000] + 2  # near-copies that no tile can tell apart
+    points -= points.mean(axis=0)
+    found = []
+    for name in ("cpu", DEVICE):
+        ids_GK, distances_GK = np.empty((20_000, 32), dtype=np.int32), np.empty((20_000, 32))
+        blocks = all_neighbors(points, 32, threads=2, memory_bytes=1 << 30, work=tmp_path, device=torch.device(name))
+        for block in blocks:
+            ids_GK[block.nodes_N], distances_GK[block.nodes_N] = block.ids_NK, block.distances_NK
+        found.append((ids_GK.tobytes(), distances_GK.tobytes()))
+    assert found[0] == found[1]

@@ -1,0 +1,217 @@
+"""Neighbour searches side by side: ``python -m benchmarks.knn --store STORE --work FOLDER [--parts store,engines,large]``.
+
+``store``: the real rows at three sizes, scikit-learn over the full matrix as the original does it against the whole density
+stage. ``engines``: what a user could take instead, on seeded easy and hard points of 256 dimensions. ``copies``: plain
+hnswlib and embstore where a few prompts are repeated hundreds of times. ``large``: the density stage up to a million rows
+under 2 GiB. Every search runs in a process of its own; figures are written as they come, to ``benchmarks/results/knn.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import knn_sets
+from benchmarks.acceptance import cpu_name
+
+RESULTS = Path(__file__).parent / "results" / "knn.json"
+PARTS = ("store", "engines", "copies", "large")
+BUDGET_BYTES = 2 << 30
+EF = {"easy": [16, 24, 32, 48, 64], "hard": [64, 128, 256, 512, 1024]}
+Figures = dict[str, Any]
+
+
+class Bench:
+    """Options, results so far, and how one search is run."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.results: Figures = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+    def prepare(self, folder: Path, points: knn_sets.Points) -> None:
+        """Lay out points and their truth."""
+        np.save(folder / "points.npy", points)
+        rows, true_QK = knn_sets.truth(points)
+        np.save(folder / "rows.npy", rows)
+        np.save(folder / "true.npy", true_QK)
+
+    def search(self, engine: str, folder: Path, **options: object) -> Figures:
+        """One search in a process of its own."""
+        # without the settings that pin an older BLAS kernel here: every engine gets what its users get
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
+        command = [sys.executable, "-m", "benchmarks.knn_engines", engine, str(folder)]
+        command.append(json.dumps({"work": str(folder), **options}))
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+        figures: Figures = json.loads(done.stdout.splitlines()[-1])
+        print(f"  {engine}: {figures}", flush=True)
+        return figures
+
+    def record(self, part: str, figures: Figures) -> None:
+        """Write a part's figures, with what they were measured on."""
+        command = f"python -m benchmarks.knn --store STORE --parts {part}"
+        self.results[part] = figures | {"date": time.strftime("%Y-%m-%d"), "command": command}
+        packages = ("embstore", "torch", "numpy", "scikit-learn", "faiss-cpu", "hnswlib", "usearch")
+        self.results["versions"] = {name: importlib.metadata.version(name) for name in packages}
+        self.results["versions"]["python"] = sys.version.split()[0]
+        cores = len(os.sched_getaffinity(0))
+        self.results["hardware"] = f"{cpu_name()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
+        RESULTS.write_text(json.dumps(self.results, indent=1) + "\n")
+
+
+def main() -> None:
+    """Run the chosen parts and write their figures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--store", type=Path, required=True, help="a finished store of the real prompts")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--store-rows", default="7000,14000,28000")
+    parser.add_argument("--rows", default="28000,100000", help="of the part engines")
+    parser.add_argument("--large-rows", default="28000,100000,300000,1000000", help="of the part large")
+    options = parser.parse_args()
+    bench = Bench(options)
+    parts: dict[str, Callable[[Bench], Iterator[Figures]]] = {
+        "store": store,
+        "engines": engines,
+        "copies": copies,
+        "large": large,
+    }
+    for part in options.parts.split(","):
+        for figures in parts[part](bench):
+            bench.record(part, figures)
+
+
+def store(bench: Bench) -> Iterator[Figures]:
+    """The real rows: the original's search of the full matrix, and the density stage in one piece and in four shards."""
+    figures: Figures = {}
+    for rows in (int(size) for size in bench.options.store_rows.split(",")):
+        with tempfile.TemporaryDirectory(dir=bench.options.work) as name:
+            folder = Path(name)
+            bench.prepare(folder, knn_sets.make("store", rows, store=bench.options.store))
+            row: Figures = {}
+            for title, density in (
+                ("auto", {"knn": "auto"}),
+                ("hnsw", {"knn": "hnsw"}),
+                ("hnsw, 4 shards", {"knn": "hnsw", "shards": 4}),
+            ):
+                row[title] = bench.search("embstore", folder, memory_bytes=1 << 30, **density)
+            row["sklearn"] = bench.search("sklearn", folder, store=str(bench.options.store.resolve()), rows=rows)
+            slow = row["sklearn"]["tried"][0]["seconds"]
+            row["times_faster"] = {
+                title: round(slow / row[title]["tried"][0]["seconds"]) for title in ("auto", "hnsw", "hnsw, 4 shards")
+            }
+            figures[str(rows)] = row
+            yield figures
+
+
+def engines(bench: Bench) -> Iterator[Figures]:
+    """Engines that a user could take instead, on the same points and k."""
+    figures: Figures = {}
+    for rows in (int(size) for size in bench.options.rows.split(",")):
+        for kind in ("easy", "hard"):
+            with tempfile.TemporaryDirectory(dir=bench.options.work) as name:
+                folder = Path(name)
+                bench.prepare(folder, knn_sets.make(kind, rows, store=None))
+                graph = {"ef_construction": 100 if kind == "easy" else 200, "ef": EF[kind]}
+                found = {
+                    "faiss-flat": bench.search("faiss-flat", folder),
+                    "embstore-exact": bench.search("embstore-exact", folder, k=[10, 32]),
+                }
+                for engine in ("hnswlib", "embstore-hnsw", "usearch", "faiss-hnsw"):
+                    found[engine] = bench.search(engine, folder, **graph)
+                figures[f"{kind} {rows}"] = found | {"summary": _summary(found)}
+                yield figures
+
+
+def _summary(found: Figures) -> Figures:
+    """Ratios in this run: to the flat index, and of graphs at the least setting that reaches recall 0.999."""
+    flat = found["faiss-flat"]["tried"][0]["seconds"]
+    summary: Figures = {"flat_over_exact": round(flat / found["embstore-exact"]["tried"][0]["seconds"], 2)}
+    reached = {}
+    for engine in ("hnswlib", "embstore-hnsw", "usearch", "faiss-hnsw"):
+        good = [each for each in found[engine]["tried"] if each["recall"] >= 0.999]
+        if good:
+            reached[engine] = min(each["seconds"] for each in good)
+    summary["seconds_at_recall_0.999"] = reached
+    if {"hnswlib", "embstore-hnsw"} <= reached.keys():
+        summary["embstore_over_hnswlib"] = round(reached["embstore-hnsw"] / reached["hnswlib"], 3)
+    return summary
+
+
+def copies(bench: Bench) -> Iterator[Figures]:
+    """8 groups of 500 copies among 4000 distinct points of 64 dimensions, in file order."""
+    random = np.random.default_rng(0)
+    distinct = random.standard_normal((4008, 64)).astype(np.float32)
+    rows = np.concatenate([np.repeat(np.arange(8), 500), np.arange(8, 4008)])
+    points = distinct[rows]
+    points -= points.mean(axis=0)
+    with tempfile.TemporaryDirectory(dir=bench.options.work) as name:
+        folder = Path(name)
+        bench.prepare(folder, points)
+        plain = bench.search("hnswlib", folder, ef_construction=200, ef=[64, 200])
+        yield {"hnswlib": plain, "embstore": _distinct_recall(bench, folder, points)}
+
+
+def _distinct_recall(bench: Bench, folder: Path, points: knn_sets.Points) -> Figures:
+    """Recall of distinct neighbours: every copy is one vector, so the truth is that of the distinct points."""
+    first = np.unique(points, axis=0, return_index=True)[1]
+    np.save(folder / "points.npy", points)
+    rows, true_QK = knn_sets.truth(points[np.sort(first)])
+    np.save(folder / "rows.npy", np.sort(first)[rows])
+    np.save(folder / "true.npy", true_QK)
+    return bench.search("embstore", folder, knn="hnsw", memory_bytes=1 << 30)
+
+
+def large(bench: Bench) -> Iterator[Figures]:
+    """The density stage under 2 GiB, from 28 thousand to a million rows; one graph alone; and how time grows."""
+    figures: Figures = {}
+    sizes = [int(size) for size in bench.options.large_rows.split(",")]
+    for rows in sizes:
+        for kind in ("easy", "hard"):
+            with tempfile.TemporaryDirectory(dir=bench.options.work) as name:
+                folder = Path(name)
+                bench.prepare(folder, knn_sets.make(kind, rows, store=None))
+                found = {"auto": bench.search("embstore", folder, knn="auto", memory_bytes=BUDGET_BYTES, mapped=True)}
+                if rows <= 300_000:
+                    found["exact"] = bench.search("embstore-exact", folder, k=[32], mapped=True)
+                if rows <= 100_000 or (kind == "easy" and rows <= 300_000):
+                    ef = [24, 48, 96] if kind == "easy" else [256, 512, 1024]
+                    found["one graph"] = bench.search(
+                        "embstore-hnsw", folder, ef_construction=100 if kind == "easy" else 200, ef=ef, shards=1
+                    )
+                figures[f"{kind} {rows}"] = found
+                yield figures | {"growth": _growth(figures)}
+
+
+def _growth(figures: Figures) -> Figures:
+    """Fitted exponents of seconds over rows: the exact engine; one graph at its least setting with recall 0.999."""
+    exponents: Figures = {}
+    for kind in ("easy", "hard"):
+        for engine in ("exact", "one graph"):
+            seen = []
+            for title, found in figures.items():
+                if title.startswith(f"{kind} ") and engine in found:
+                    good = [each["seconds"] for each in found[engine]["tried"] if each["recall"] >= 0.999]
+                    if good:
+                        seen.append((math.log(int(title.split()[1])), math.log(min(good))))
+            if len(seen) > 1:
+                rows, seconds = np.array(seen).T
+                slope = float(np.polyfit(rows, seconds, 1)[0])
+                exponents[f"{engine}, {kind}"] = round(slope, 3)
+    return exponents
+
+
+if __name__ == "__main__":
+    main()
