@@ -19,6 +19,7 @@ from rich.text import Text
 from embstore.comparison import Comparison
 from embstore.core.config import format_bytes
 from embstore.core.decode import printable
+from embstore.core.density import MILD_ESS_SHARE
 from embstore.core.events import (
     Event,
     Notice,
@@ -36,7 +37,6 @@ from embstore.storage.verify import ONLY_A_NEW_BUILD, VerifyReport
 
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _HISTOGRAM_WIDTH = 40
-_MILD_ESS_SHARE = 0.9
 _SHOWN_RANGES = 5
 
 _TITLES = {
@@ -341,7 +341,7 @@ def _print_density(console: Console, metadata: JsonObject) -> None:
         f"largest {metadata['max_over_mean']:.1f} x the mean",
         highlight=False,
     )
-    if metadata["ess_share"] > _MILD_ESS_SHARE and weighting["weighting"] != "uniform":
+    if metadata["ess_share"] > MILD_ESS_SHARE and weighting["weighting"] != "uniform":
         console.print("  the weighting is mild: sampling is close to uniform; [bold]--target-ess 0.5[/bold] makes it matter")
     groups = metadata["vector_groups"]
     if groups["rows"]:

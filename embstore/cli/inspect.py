@@ -1,12 +1,14 @@
-"""``embstore inspect``: what a store is."""
+"""``embstore inspect``: what a store is, on the terminal, as a page or as a picture."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from embstore.cli.frame import AsJson, Store, app, print_json, reporting
+from embstore.core.config import format_bytes
 
 
 @app.command()
@@ -18,11 +20,29 @@ def inspect(
     ] = None,
     by: Annotated[str | None, typer.Option("--by", help="Share of weight by this field of the input lines.")] = None,
     name: Annotated[str, typer.Option("--name", help="Which weights.")] = "default",
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", help="Write a report as one self-contained page; needs the extra embstore[report]."),
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", help="Write the summary plots as a picture; needs the extra embstore[report].")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """What a store is, how far it is, and what its weights say. Instant, also while it is being built."""
     from embstore import info, terminal  # noqa: PLC0415
 
+    if html is not None or png is not None:
+        from embstore.report.write import write_report  # noqa: PLC0415
+
+        written = write_report(store, html=html, png=png, by=by, name=name)
+        if as_json:
+            print_json(written)
+        else:
+            for file in written:
+                shown = f"{file.path} ({format_bytes(file.bytes)})"
+                terminal.results().print(shown, highlight=False, markup=False, soft_wrap=True)
+        return
     if neighbors is not None:
         found = info.neighbors_of(store, neighbors)
         if as_json:

@@ -23,6 +23,8 @@ from embstore.core.errors import ConfigError, CorruptStoreError
 NOISE_FLOOR = 1e-3
 # The floor of the original method, kept for --weighting legacy-inverse only.
 LEGACY_FLOOR = 1e-6
+# Above this effective sample size, as a share of the rows, sampling is close to uniform: people are told so.
+MILD_ESS_SHARE = 0.9
 
 FloatVector = NDArray[np.float64]
 Statistic = Literal["uniform", "inverse-density", "legacy-inverse"]

@@ -82,7 +82,7 @@ def test_every_command_of_the_page_runs(page: str, folder: Path, tmp_path: Path,
     here = Path(shutil.copytree(folder, tmp_path / "here"))
     monkeypatch.chdir(here)
     commands = [command for command in _commands(ROOT / page) if command.startswith("embstore ")]
-    assert len(commands) >= 5
+    assert len(commands) >= 2
     for number, command in enumerate(itertools.chain.from_iterable(map(_spellings, commands))):
         words = shlex.split(command)[1:]
         if "--out" in words and words[0] == "export":  # one folder each: nothing is overwritten

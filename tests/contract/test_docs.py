@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from embstore.core import format as contract
 from embstore.core.errors import EmbstoreError
@@ -70,6 +71,21 @@ def test_every_link_of_the_readme_leads_somewhere() -> None:
     targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    def result(name: str) -> Any:
+        return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+
+    store = result("embedding.json")["methods"]["float32"]["store"]
+    assert f"**{store['share_of_floor']:.0%}**".replace("%", " %") in text
+    assert f"{store['times_original']:.0f} times the original method" in text
+    faults = result("faults.json")["faults"]
+    assert f"lost in {sum(row['cycles'] for row in faults):,} kills" in text
+    assert f"| **{sum(row['losses'] for row in faults)}** |" in text
+    assert f"**{result('acceptance.json')['speed']['audit']['recall']:.2%}**".replace("%", " %") in text
 
 
 def test_decisions_have_unique_numbers() -> None:

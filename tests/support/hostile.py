@@ -28,6 +28,8 @@ from embstore.core.errors import EmbstoreError
 from embstore.export import export_store
 from embstore.info import inspect, neighbors_of, verify
 from embstore.pipeline import build
+from embstore.report.data import read_report
+from embstore.report.page import render_page
 from embstore.storage.store import open_store
 from embstore.terminal import print_info, print_neighbors, print_verify
 from embstore.training import DensitySampler, load_weights
@@ -61,6 +63,7 @@ READERS: Mapping[str, Callable[[Path], object]] = {
     "neighbors": lambda store: print_neighbors(_terminal(), "given-0", neighbors_of(store, "given-0")),
     "verify": lambda store: print_verify(_terminal(), verify(store), repaired=False),
     "open": _read,
+    "report": lambda store: render_page(read_report(store)),
     "load_weights": lambda store: DensitySampler(load_weights(store)).plan(0),
     "load_weights with keys": _train,
     "export": lambda store: export_store(store, store.parent / "exported", format="kat"),
