@@ -48,7 +48,7 @@ class Job:
 
     def build(self, store: Path, *options: str) -> list[str]:
         """The command line of a build."""
-        command = [str(Path(sys.executable).with_name("embstore")), "build", str(self.prompts), "--model", str(self.model)]
+        command = [sys.executable, "-m", "embstore", "build", str(self.prompts), "--model", str(self.model)]
         return [*command, "--out", str(store), "--json", *options]
 
 
@@ -223,7 +223,7 @@ def sha256(path: Path) -> str | None:
 
 def shown(job: Job, command: list[str]) -> str:
     """A command line without the paths of this machine."""
-    text = " ".join(["embstore", *command[1:]])
+    text = " ".join(["embstore", *command[3:]])
     for path, name in ((job.prompts, job.prompts.name), (job.model, job.model.name), (job.work, "WORK")):
         text = text.replace(str(path), name)
     return text
@@ -235,16 +235,21 @@ def record(job: Job, part: str, figures: dict[str, Any]) -> None:
     path = RESULTS / "acceptance.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     results["input"] = {"prompts": job.prompts.name, "model": job.model.name}
-    results["machine"] = {
+    results["machine"] = machine()
+    results[part] = {"date": time.strftime("%Y-%m-%d"), **figures}
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    path.with_suffix(".md").write_text(page(results))
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions."""
+    return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("embstore", "torch", "transformers", "zarr", "hnswlib")},
     }
-    results[part] = {"date": time.strftime("%Y-%m-%d"), **figures}
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    path.with_suffix(".md").write_text(page(results))
 
 
 def page(results: dict[str, Any]) -> str:

@@ -54,6 +54,12 @@ class Held:
         """A benchmark resumes nothing."""
         raise NotImplementedError
 
+    def take_over(
+        self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
+    ) -> LogitEmbedder:
+        """A benchmark reuses nothing."""
+        raise NotImplementedError
+
 
 class _EnoughError(Exception):
     """The embedding stage is over, and the search is not measured here."""

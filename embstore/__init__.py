@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from embstore.artifact import recompute_weights
+    from embstore.comparison import compare
     from embstore.export import export_store
     from embstore.importing import import_array
     from embstore.info import inspect, verify
@@ -22,6 +23,7 @@ _HOMES = {
     "BuildReport": "embstore.pipeline",
     "EmbeddingStore": "embstore.storage.store",
     "build": "embstore.pipeline",
+    "compare": "embstore.comparison",
     "export_store": "embstore.export",
     "import_array": "embstore.importing",
     "inspect": "embstore.info",
@@ -35,6 +37,7 @@ __all__ = [
     "EmbeddingStore",
     "__version__",
     "build",
+    "compare",
     "export_store",
     "import_array",
     "inspect",

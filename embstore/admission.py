@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,17 +17,24 @@ from embstore.core.config import K_MAX, BuildConfig, DensityConfig, format_bytes
 from embstore.core.embedder import Embedder, EmbedderSource
 from embstore.core.errors import BudgetError, ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.events import Notice, Preflight
-from embstore.core.format import BASIS, FORMAT_VERSION, MANIFEST, PROMPTS, StoreSpec
+from embstore.core.format import (
+    BASIS,
+    FORMAT_VERSION,
+    MANIFEST,
+    PROMPTS,
+    StoreSpec,
+)
 from embstore.core.plan import BuildPlan, plan, refuse_drift, refuse_other_input
 from embstore.core.records import DemotedRecord, DriftRecord, PromptsRecord
 from embstore.core.rows import chunk_rows_near
+from embstore.reuse import Reuse, match_rows, nothing_reused, open_again, open_reused, refuse_unlike
 from embstore.run import Run
 from embstore.storage.arrays import map_array
 from embstore.storage.journal import run_entries
 from embstore.storage.place import caveat
 from embstore.storage.prompts import PromptSource, PromptTable, ingest
 from embstore.storage.store import open_published
-from embstore.storage.verify import check_stage0, damaged_windows
+from embstore.storage.verify import check_stage0, compare_file, damaged_windows
 
 if TYPE_CHECKING:
     from embstore.compute.search_plan import SearchPlan
@@ -35,6 +43,7 @@ if TYPE_CHECKING:
 _PROBED_ROWS = 20_000
 
 CHUNK_BYTES = 32 << 20
+_COPIED_BYTES_PER_SECOND = 300e6  # for the estimate: read, checked, decoded, encoded, written
 
 
 def warn_of_place(run: Run) -> None:
@@ -56,7 +65,7 @@ def commit_prompts(run: Run, source: PromptSource | None) -> PromptsRecord:
         if committed is None:
             if source is None:
                 raise ConfigError(f"{writer.root} holds no prompts yet", hint="give the prompts file")
-            record = ingest(source, writer.root, writer.work, strict=config.strict, limit=config.limit)
+            record = ingest(source, writer.root, writer.work, strict=config.strict, limit=config.limit, fields=config.fields)
             writer.commit(record)
         else:
             record = committed
@@ -89,7 +98,7 @@ def _refuse_other_prompts(root: Path, record: PromptsRecord, source: PromptSourc
     """Ingest the given file aside and compare; names the first row that differs."""
     with tempfile.TemporaryDirectory(prefix="embstore-compare-") as scratch:
         folder = Path(scratch)
-        given = ingest(source, folder, folder, strict=config.strict, limit=config.limit or None)
+        given = ingest(source, folder, folder, strict=config.strict, limit=config.limit or None, fields=config.fields)
         if given.fingerprint == record.fingerprint:
             return
         mismatches = [FieldMismatch(field="prompts", stored=record.fingerprint[:16], given=given.fingerprint[:16])]
@@ -109,11 +118,13 @@ def _refuse_other_prompts(root: Path, record: PromptsRecord, source: PromptSourc
 
 def find_source(run: Run) -> EmbedderSource | None:
     """The model named by the options, or by the last run; None when every row is committed and none was named."""
+    embedding = run.config.embedding
+    state = run.writer.state
+    if embedding.model is None and (run.config.reuse or state.reuse) and not _knows_model(run.writer.root):
+        return None  # perhaps every row is in an old store
     from embstore.compute.models import locate_model  # noqa: PLC0415 - torch loads only where rows may be computed
     from embstore.compute.source import TorchSource  # noqa: PLC0415
 
-    embedding = run.config.embedding
-    state = run.writer.state
     if embedding.model is None:
         if state.spec is not None and not plan(run.writer.read_spec(), state).windows:
             return None
@@ -127,6 +138,10 @@ def find_source(run: Run) -> EmbedderSource | None:
     return TorchSource(locate_model(embedding))
 
 
+def _knows_model(root: Path) -> bool:
+    return any(entry.get("model") for entry in run_entries(root))
+
+
 def _model_of_last_run(root: Path) -> tuple[str, str | None]:
     for entry in reversed(run_entries(root)):
         model, revision = entry.get("model"), entry.get("revision")
@@ -135,14 +150,25 @@ def _model_of_last_run(root: Path) -> tuple[str, str | None]:
     raise ConfigError("no model was given", hint="add --model, a folder or a hub id such as org/name")
 
 
-def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | None]:
-    """The pinned spec, and an embedder for it if rows remain; a different input is refused here, nothing written."""
+def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | None, Reuse]:
+    """The pinned spec, an embedder if rows are to be computed, and where others are copied from.
+
+    A different input is refused here, nothing written.
+    """
     writer, config = run.writer, run.config
     if writer.state.spec is None:
+        paths = config.reuse or (_reuse_of_last_run(writer.root) if writer.state.reuse is not None else ())
+        if paths:
+            return _create_reusing(run, record, paths)
         if run.source is None:
             raise ConfigError("no model was given", hint="add --model")
-        return _create_spec(run, record, run.source)
+        return *_create_spec(run, record, run.source), nothing_reused(record.rows)
     spec = writer.read_spec()
+    if config.reuse and writer.state.reuse is None:
+        raise IdentityMismatchError(
+            [FieldMismatch(field="stores to reuse", stored="none", given=", ".join(config.reuse))],
+            hint="resume without --reuse, or build into another --out",
+        )
     model = run.source.identity() if run.source is not None else None
     remaining = plan(spec, writer.state).windows
     # an explicit device or thread count is compared even when no row is left
@@ -164,17 +190,22 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
             writer.commit(DriftRecord(fields=drifted))
         # only this run's copy: the stored spec stays what the first rows were made with
         spec = dataclasses.replace(spec, embedding=dataclasses.replace(spec.embedding, **hardware))  # type: ignore[arg-type]
+    reuse = _open_reused_again(run, spec) if remaining else None
     run.log_start()
     _demote_damaged(run, spec)
-    if not plan(spec, writer.state).windows:
-        return spec, None
+    todo = plan(spec, writer.state)
+    if not todo.windows:
+        return spec, None, nothing_reused(spec.rows)
+    reuse = reuse or _open_reused_again(run, spec)
+    if all(reuse.count(todo.grid.window(window)) == todo.grid.window(window).num_rows for window in todo.windows):
+        return spec, None, reuse
     run.source = run.source or find_source(run)  # every row was committed, then some were found damaged
     if run.source is None:
-        raise AssertionError("rows remain, so there is a model to compute them")
+        raise ConfigError("rows are to be computed, and no model was given", hint="add --model")
     with run.stage("model"):
         # copy-on-write mapping: torch takes no read-only array, and nothing writes to it
         shape = (spec.embedding.dimension, spec.embedding.rank)
-        return spec, run.source.reopen(spec.embedding, map_array(writer.root, BASIS, "<f4", shape, mode="c"))
+        return spec, run.source.reopen(spec.embedding, map_array(writer.root, BASIS, "<f4", shape, mode="c")), reuse
 
 
 def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tuple[StoreSpec, Embedder]:
@@ -189,7 +220,7 @@ def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tup
             work=writer.work,
             observer=run.observer,
         )
-    chunk_rows, window_rows = _fit_rows(config, embedder, record.rows)
+    chunk_rows, window_rows = _fit_rows(config, embedder, record.rows, nothing_reused(record.rows))
     spec = StoreSpec(
         format_version=FORMAT_VERSION,
         rows=record.rows,
@@ -201,22 +232,107 @@ def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tup
         compressor=config.embedding.compressor or "lz4",
         basis_sha256="",
     )
-    check_fits(run, spec, embedder, plan(spec, writer.state), shutil.disk_usage(writer.root).free)
+    free_bytes = shutil.disk_usage(writer.root).free
+    check_fits(run, spec, embedder, plan(spec, writer.state), free_bytes, nothing_reused(spec.rows))
     run.log_start()
     return writer.create(spec, embedder.basis_VR), embedder
 
 
-def _fit_rows(config: BuildConfig, embedder: Embedder, num_rows: int) -> tuple[int, int]:
+def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tuple[StoreSpec, Embedder | None, Reuse]:
+    """A new store under the settings of old ones: nothing is decided anew but the sizes of windows and chunks."""
+    writer, config = run.writer, run.config
+    prompts = PromptTable(writer.root / PROMPTS, record.rows)
+    stores = open_reused(paths, writer.root)
+    with run.stage("reuse"):
+        reuse = match_rows(prompts, stores)
+    old = stores[0].spec
+    num_computed = record.rows - reuse.num_rows
+    if num_computed and run.source is None:
+        raise ConfigError(f"{num_computed} prompts are in no store to reuse, and no model was given", hint="add --model")
+    model = run.source.identity() if run.source is not None else None
+    hardware = None
+    if run.source is not None and num_computed:
+        asked = dataclasses.replace(
+            config.embedding,
+            device=config.embedding.device or old.embedding.device,
+            threads=config.embedding.threads or old.embedding.threads,
+        )
+        hardware = run.source.hardware(asked)
+    drifted = refuse_unlike(stores, config, model, hardware)
+    # only what this run computes with: the stored spec stays what the copied rows were made with
+    embedding = dataclasses.replace(old.embedding, **hardware) if hardware is not None else old.embedding  # type: ignore[arg-type]
+    problem = compare_file(stores[0].root, BASIS, stores[0].published.files[BASIS])
+    if problem is not None:
+        raise CorruptStoreError(f"{stores[0].root}/{BASIS} {problem}", hint=f"run embstore verify {stores[0].root}")
+    basis_VR = map_array(stores[0].root, BASIS, "<f4", (old.embedding.dimension, old.embedding.rank), mode="c")
+    embedder = None
+    chunk_rows, window_rows = config.embedding.chunk_rows or old.chunk_rows, config.embedding.window_rows or old.window_rows
+    if num_computed and run.source is not None:
+        with run.stage("model"):
+            embedder = run.source.take_over(prompts, embedding, basis_VR, memory_bytes=config.memory_budget_bytes)
+        chunk_rows, window_rows = _fit_rows(config, embedder, record.rows, reuse)
+    spec = StoreSpec(
+        format_version=FORMAT_VERSION,
+        rows=record.rows,
+        prompts_fingerprint=record.fingerprint,
+        model=model or old.model,
+        embedding=old.embedding,
+        window_rows=window_rows,
+        chunk_rows=chunk_rows,
+        compressor=config.embedding.compressor or old.compressor,
+        basis_sha256="",
+    )
+    check_fits(run, spec, embedder, plan(spec, writer.state), shutil.disk_usage(writer.root).free, reuse)
+    run.log_start()
+    if writer.state.reuse != reuse.record:
+        writer.commit(reuse.record)  # before the spec: a store with a spec says whether rows of it are copied
+    spec = writer.create(spec, basis_VR)
+    if drifted:
+        run.observer(Notice(message=f"drift allowed in {', '.join(drifted)}: computed rows may differ in low bits"))
+        writer.commit(DriftRecord(fields=drifted))
+    return spec, embedder, reuse
+
+
+def _open_reused_again(run: Run, spec: StoreSpec) -> Reuse:
+    """Where the rows that are left come from, on a resume; without the old stores they are computed if drift is allowed."""
+    record = run.writer.state.reuse
+    if record is None:
+        return nothing_reused(spec.rows)
+    paths = run.config.reuse or _reuse_of_last_run(run.writer.root)
+    try:
+        stores = open_again(paths, run.writer.root, record)
+    except IdentityMismatchError as error:
+        if not run.config.allow_drift:
+            raise
+        message = "; ".join(str(mismatch) for mismatch in error.mismatches)
+        run.observer(Notice(message=f"drift allowed: rows are computed that were to be copied ({message})"))
+        run.writer.commit(DriftRecord(fields=["reuse"]))
+        return nothing_reused(spec.rows)
+    with run.stage("reuse"):
+        return match_rows(PromptTable(run.writer.root / PROMPTS, spec.rows), stores)
+
+
+def _reuse_of_last_run(root: Path) -> tuple[str, ...]:
+    for entry in reversed(run_entries(root)):
+        paths = entry.get("reuse")
+        if isinstance(paths, list) and paths and all(isinstance(path, str) for path in paths):
+            return tuple(paths)
+    return ()
+
+
+def _fit_rows(config: BuildConfig, embedder: Embedder, num_rows: int, reuse: Reuse) -> tuple[int, int]:
     """Rows of a chunk and of a window: near 32 MiB and about a minute, less where the memory budget asks."""
     embedding = config.embedding
+
+    def needs(chunk_rows: int) -> int:
+        return embedder.memory_bytes(chunk_rows) + reuse.memory_bytes(chunk_rows)
+
     chunk_rows = embedding.chunk_rows or chunk_rows_near(
         2 * embedder.spec.dimension, CHUNK_BYTES, num_rows=num_rows, max_rows=embedder.max_window_rows
     )
-    while (
-        embedding.chunk_rows is None and chunk_rows > 16 and embedder.memory_bytes(chunk_rows) > config.memory_budget_bytes
-    ):
+    while embedding.chunk_rows is None and chunk_rows > 16 and needs(chunk_rows) > config.memory_budget_bytes:
         chunk_rows = max(16, chunk_rows // 2 // 16 * 16)
-    needed = embedder.memory_bytes(chunk_rows)
+    needed = needs(chunk_rows)
     if needed > config.memory_budget_bytes:
         raise BudgetError(
             f"embedding needs {format_bytes(needed)}, --memory-budget is {format_bytes(config.memory_budget_bytes)}",
@@ -227,7 +343,9 @@ def _fit_rows(config: BuildConfig, embedder: Embedder, num_rows: int) -> tuple[i
     return chunk_rows, window_rows
 
 
-def check_fits(run: Run, spec: StoreSpec, embedder: Embedder, todo: BuildPlan, free_bytes: int) -> Preflight:
+def check_fits(
+    run: Run, spec: StoreSpec, embedder: Embedder | None, todo: BuildPlan, free_bytes: int, reuse: Reuse
+) -> Preflight:
     """Say what is about to happen; refuse what cannot fit on the disk or in the budget."""
     from embstore.compute.search_plan import plan_search  # noqa: PLC0415 - hnswlib loads only where it is needed
 
@@ -247,19 +365,22 @@ def check_fits(run: Run, spec: StoreSpec, embedder: Embedder, todo: BuildPlan, f
         num_rows=spec.rows,
         remaining_rows=todo.remaining_rows,
         quarantined_lines=record.quarantined if record else 0,
-        truncated_share=embedder.truncated_share,
+        truncated_share=embedder.truncated_share if embedder else 0.0,
         dimension=spec.embedding.dimension,
         head=spec.embedding.head,
         dtype=spec.embedding.dtype,
         device=spec.embedding.device,
         remaining_bytes=remaining_bytes,
         free_bytes=free_bytes,
-        embed_memory_bytes=embedder.memory_bytes(spec.chunk_rows),
+        embed_memory_bytes=(embedder.memory_bytes(spec.chunk_rows) if embedder else 0) + reuse.memory_bytes(spec.chunk_rows),
         memory_budget_bytes=run.config.memory_budget_bytes,
         knn=search.method,
         num_shards=search.shards,
         search_seconds=_search_seconds(search, spec, run.config.density),
-        seconds=embedder.seconds_per_row * todo.remaining_rows,
+        seconds=(embedder.seconds_per_row if embedder else 0.0) * (todo.remaining_rows - reuse.num_rows)
+        + reuse.num_rows * row_bytes / _COPIED_BYTES_PER_SECOND,
+        reused_rows=reuse.num_rows,
+        dropped_rows=reuse.dropped_rows,
     )
     run.observer(event)
     if remaining_bytes > free_bytes:

@@ -279,6 +279,7 @@ def _metadata(
     shared = group_sizes[group_sizes > 1]
     ess = effective_sample_size(weights_N)
     ess_share = ess / max(1, num_valid)
+    reused = {} if state.reuse is None else {"reuse": _reuse(state)}
     uniform = valid.astype(np.float64)
     found = valid & np.isfinite(mean_distance_N)
     hubs = hubness(neighbors.ids_NK, neighbors.groups_N, config.k)
@@ -319,6 +320,7 @@ def _metadata(
         "weight_density_correlation": correlation,
         "neighbors": {"digest": neighbors.digest, **neighbors.spec},
         "byte_identity_voided": state.voids_identity,
+        **reused,
         "warnings": [
             *result.warnings,
             *concerns(
@@ -329,6 +331,16 @@ def _metadata(
                 correlation=correlation,
             ),
         ],
+    }
+
+
+def _reuse(state: JournalState) -> JsonObject:
+    """Where rows were copied from: how many, how many old rows were dropped, and the digest of each old store's rows."""
+    stores = state.reuse.stores if state.reuse is not None else []
+    return {
+        "rows": sum(rows.num_rows for rows in state.reused),
+        "dropped": sum(store.rows - store.found for store in stores),
+        "stores": [dataclasses.asdict(store) for store in stores],
     }
 
 

@@ -82,6 +82,7 @@ class StoreInfo:
     quarantined_lines: int
     repeated_lines: int
     failed_rows: int
+    reused_rows: int
     stored_bytes: int
     spec: JsonObject | None = None
     metadata: JsonObject | None = None
@@ -140,6 +141,7 @@ def inspect(path: str | Path, *, by: str | None = None, name: str = "default", c
         quarantined_lines=prompts.quarantined if prompts else 0,
         repeated_lines=prompts.repeats if prompts else 0,
         failed_rows=len(state.failed),
+        reused_rows=sum(rows.num_rows for rows in state.reused),
         stored_bytes=sum(chunk.bytes for window in state.windows.values() for chunk in window.chunks),
         spec=dataclasses.asdict(store.spec) if store else None,
     )

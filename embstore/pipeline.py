@@ -13,7 +13,7 @@ import itertools
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from embstore.artifact import (
 )
 from embstore.core.config import K_MAX, BuildConfig
 from embstore.core.density import NOISE_FLOOR, mean_distance
-from embstore.core.embedder import Embedder, EmbedderSource, RowBlock
+from embstore.core.embedder import Check, Embedder, EmbedderSource, RowBlock, WindowCounts
 from embstore.core.errors import (
     ConfigError,
     RowError,
@@ -54,9 +54,12 @@ from embstore.core.format import (
     JsonObject,
     StoreSpec,
 )
-from embstore.core.plan import plan
+from embstore.core.plan import grid_of, plan
+from embstore.core.prompts import Prompt
+from embstore.core.rows import RowRange
 from embstore.interrupts import StopSignals
 from embstore.memory import MemoryMeter
+from embstore.reuse import Reuse, RowCopier
 from embstore.run import Run
 from embstore.storage.allocator import give_back
 from embstore.storage.arrays import map_array
@@ -66,18 +69,24 @@ from embstore.storage.prompts import PromptSource, PromptTable
 from embstore.storage.store import EmbeddingStore, open_published
 from embstore.storage.writer import StoreWriter
 
+_MOST_REREADS = 3.0  # neighbouring chunks share an old one, so in the same order it is about 2
+_NOTHING_COMPUTED = WindowCounts(tokens=0, truncated=0, splits=0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildReport:
     """What a build did and found; ``metadata`` is that of the weights training maps.
 
-    ``seconds`` maps stages of this run to their duration; ``embedded_rows`` counts rows this run computed. ``rarest`` and
+    ``seconds`` maps stages of this run to their duration; ``embedded_rows`` counts rows this run computed, ``reused_rows``
+    those it copied from other stores, ``dropped_rows`` rows of those stores that are no prompts here. ``rarest`` and
     ``most_crowded`` are rows. ``peak_anonymous_bytes`` is above the baseline (see embstore.memory).
     """
 
     store: Path
     num_rows: int
     embedded_rows: int
+    reused_rows: int
+    dropped_rows: int
     embedded_tokens: int
     stored_bytes: int
     seconds: dict[str, float]
@@ -136,10 +145,10 @@ def build(
         warn_of_place(run)
         record = commit_prompts(run, prompts)
         run.source = source or find_source(run)
-        spec, embedder = commit_spec(run, record)
+        spec, embedder, reuse = commit_spec(run, record)
         meter.set_baseline()  # imports and model are not what the budget bounds
-        _embed_windows(run, spec, embedder)
-        del embedder  # the model's memory is free for the search
+        _embed_windows(run, spec, embedder, reuse)
+        del embedder, reuse  # the model's memory is free for the search
         give_back()
         finished = open_published(root)
         neighbors = _find_neighbors(run, spec, finished)
@@ -174,40 +183,46 @@ def preflight(
         run = Run(writer=writer, config=config, source=source, observer=observer, stop=stop, meter=meter)
         record = commit_prompts(run, prompts)
         run.source = source or find_source(run)
-        spec, embedder = commit_spec(run, record)
-        if embedder is None:
-            raise AssertionError("a new store has rows to compute")
-        return check_fits(run, spec, embedder, plan(spec, writer.state), free_bytes)
+        spec, embedder, reuse = commit_spec(run, record)
+        return check_fits(run, spec, embedder, plan(spec, writer.state), free_bytes, reuse)
 
 
 # --- embedding: one window, one commit --------------------------------------------------------------------------------
 
 
-def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None) -> None:
+def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: Reuse) -> None:
     todo = plan(spec, run.writer.state)
     if not todo.windows:
         return
-    if embedder is None:
-        raise AssertionError("rows remain, but there is no embedder")
     prompts = PromptTable(run.writer.root / PROMPTS, spec.rows)
+    copier = RowCopier(reuse, spec, run.writer.work)
+    if (rereads := copier.rereads(todo.windows)) > _MOST_REREADS:
+        run.observer(
+            Notice(message=f"the pool has another order than the old store: rows to copy are read {rereads:.0f} times over")
+        )
+    maker = _Maker(embedder, copier, reuse, spec)
     run.observer(StageStarted(stage="embed", total=spec.rows, done=spec.rows - todo.remaining_rows))
     started = time.perf_counter()
-    upcoming = prompts.read(todo.grid.window(todo.windows[0]))
-    with run.stage("embed"), contextlib.closing(embedder):
+    upcoming = maker.missing(prompts, todo.grid.window(todo.windows[0]))
+    with run.stage("embed"), contextlib.closing(maker):
         for window, after in itertools.zip_longest(todo.windows, todo.windows[1:]):
             rows = todo.grid.window(window)
             since = time.perf_counter()
             with run.stop.deferred() as check:
-                given, upcoming = upcoming, prompts.read(todo.grid.window(after)) if after is not None else []
-                blocks = embedder.embed(
-                    given, first_row=rows.start, chunk_rows=spec.chunk_rows, check=check, following=upcoming
-                )
+                given, upcoming = upcoming, maker.missing(prompts, todo.grid.window(after)) if after is not None else []
+                blocks = maker.blocks(window, given, check=check, following=upcoming)
                 record = run.writer.write_window(
-                    spec, window, _refuse_failed(blocks, run.config, prompts), lambda: embedder.counts
+                    spec,
+                    window,
+                    _refuse_failed(blocks, run.config, prompts),
+                    lambda: maker.counts,
+                    reused=reuse.ranges(rows),
                 )
                 # still deferred: what is committed is always reported, also when a signal waits
                 stored_bytes = sum(chunk.bytes for chunk in record.chunks)
-                run.embedded_rows += rows.num_rows
+                reused = reuse.count(rows)
+                run.embedded_rows += rows.num_rows - reused
+                run.reused_rows += reused
                 run.embedded_tokens += record.tokens
                 run.stored_bytes += stored_bytes
                 run.observer(
@@ -217,11 +232,55 @@ def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None) -> None
                         num_tokens=record.tokens,
                         stored_bytes=stored_bytes,
                         seconds=time.perf_counter() - since,
+                        num_reused=reused,
                     )
                 )
             for failed in record.failed:
                 run.observer(Notice(message=f"row {failed.row} failed and is kept without a vector: {failed.reason}"))
     run.observer(StageFinished(stage="embed", seconds=time.perf_counter() - started))
+
+
+class _Maker:
+    """Blocks of one window after the other: computed, copied, or both."""
+
+    def __init__(self, embedder: Embedder | None, copier: RowCopier, reuse: Reuse, spec: StoreSpec) -> None:
+        self._embedder = embedder
+        self._copier = copier
+        self._reuse = reuse
+        self._spec = spec
+        self.counts = _NOTHING_COMPUTED
+
+    def missing(self, prompts: PromptTable, rows: RowRange) -> list[Prompt]:
+        """Prompts of a window that the model is asked for."""
+        needed = set(self._reuse.missing(rows).tolist())
+        if not needed:
+            return []
+        return [prompt for row, prompt in enumerate(prompts.read(rows), rows.start) if row in needed]
+
+    def blocks(
+        self, window: int, given: Sequence[Prompt], *, check: Check, following: Sequence[Prompt]
+    ) -> Iterator[RowBlock]:
+        """All rows of a window; ``counts`` are valid once they are exhausted."""
+        rows = grid_of(self._spec).window(window)
+        is_mixed = len(given) < rows.num_rows
+        computed: Iterator[RowBlock] = iter(())
+        self.counts = _NOTHING_COMPUTED
+        if given:
+            if self._embedder is None:
+                raise AssertionError("rows remain, but there is no embedder")
+            chunk_rows = self._copier.computed_chunk_rows if is_mixed else self._spec.chunk_rows
+            computed = self._embedder.embed(
+                given, first_row=rows.start, chunk_rows=chunk_rows, check=check, following=following
+            )
+        yield from self._copier.blocks(window, computed) if is_mixed else computed
+        if given and self._embedder is not None:
+            self.counts = self._embedder.counts
+
+    def close(self) -> None:
+        """Stop what was begun in the background, and delete scratch."""
+        if self._embedder is not None:
+            self._embedder.close()
+        self._copier.close()
 
 
 def _refuse_failed(blocks: Iterator[RowBlock], config: BuildConfig, prompts: PromptTable) -> Iterator[RowBlock]:
@@ -319,11 +378,15 @@ def _publish_weights(run: Run, spec: StoreSpec, neighbors: NeighborFiles, finish
 
 
 def _report(run: Run, spec: StoreSpec, neighbors: NeighborFiles, weights: WeightFiles) -> BuildReport:
+    taken = run.writer.state.reuse
+    dropped = sum(store.rows - store.found for store in taken.stores) if taken is not None else 0
     rarest, most_crowded = extremes(mean_distance(neighbors.distances_NK, run.config.weighting.k), 3)
     return BuildReport(
         store=run.writer.root,
         num_rows=spec.rows,
         embedded_rows=run.embedded_rows,
+        reused_rows=run.reused_rows,
+        dropped_rows=dropped,
         embedded_tokens=run.embedded_tokens,
         stored_bytes=run.stored_bytes,
         seconds=run.seconds,

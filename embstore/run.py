@@ -30,6 +30,7 @@ class Run:
     meter: MemoryMeter
     seconds: dict[str, float] = field(default_factory=dict)
     embedded_rows: int = 0
+    reused_rows: int = 0
     embedded_tokens: int = 0
     stored_bytes: int = 0
 
@@ -55,6 +56,7 @@ class Run:
                 "python": platform.python_version(),
                 "model": str(Path(embedding.model).absolute()) if embedding.model and local else embedding.model,
                 "revision": embedding.revision,
+                "reuse": [str(Path(path).absolute()) for path in self.config.reuse],
                 "memory_budget_bytes": self.config.memory_budget_bytes,
             }
         )

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
+from embstore.comparison import Comparison
 from embstore.core.config import format_bytes
 from embstore.core.decode import printable
 from embstore.core.diagnostics import MILD_ESS_SHARE
@@ -36,6 +37,7 @@ from embstore.storage.verify import ONLY_A_NEW_BUILD, VerifyReport
 
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _HISTOGRAM_WIDTH = 40
+_SHOWN_RANGES = 5
 
 _TITLES = {
     "prompts": "prompts",
@@ -151,8 +153,12 @@ class TerminalObserver:
 
 def preflight_line(event: Preflight) -> str:
     """One paragraph: what will be computed, what it costs, and what there is."""
+    reuse = ""
+    if event.reused_rows or event.dropped_rows:
+        computed = event.remaining_rows - event.reused_rows
+        reuse = f"{event.reused_rows:,} reused, {computed:,} computed, {event.dropped_rows:,} old rows dropped; "
     return (
-        f"[bold]preflight[/bold]: {event.remaining_rows:,} of {event.num_rows:,} rows x {event.dimension:,} float16 "
+        f"[bold]preflight[/bold]: {reuse}{event.remaining_rows:,} of {event.num_rows:,} rows x {event.dimension:,} float16 "
         f"({event.head} head, {event.dtype} on {event.device}), about {_duration(event.seconds)}; "
         f"{event.truncated_share:.1%} of prompts cut, {event.quarantined_lines:,} lines quarantined; "
         f"disk {format_bytes(event.remaining_bytes)} of {format_bytes(event.free_bytes)} free; "
@@ -181,6 +187,12 @@ def print_report(console: Console, report: BuildReport, info: StoreInfo) -> None
     console.print(
         f"[bold green]complete[/bold green] {escape(str(report.store))}: {report.num_rows:,} rows", highlight=False
     )
+    if report.reused_rows or report.dropped_rows:
+        console.print(
+            f"  reused {report.reused_rows:,} rows, computed {report.embedded_rows:,}, "
+            f"dropped {report.dropped_rows:,} old rows",
+            highlight=False,
+        )
     if report.embedded_rows and seconds:
         tokens = f"{report.embedded_tokens / seconds:,.0f} tokens/s, " if report.embedded_tokens else ""
         console.print(
@@ -209,7 +221,8 @@ def print_info(console: Console, info: StoreInfo) -> None:
     )
     console.print(
         f"  from {info.lines:,} lines: {info.repeated_lines:,} repeats, {info.quarantined_lines:,} quarantined; "
-        f"{info.failed_rows:,} rows without a vector",
+        f"{info.failed_rows:,} rows without a vector"
+        + (f"; {info.reused_rows:,} copied from other stores" if info.reused_rows else ""),
         highlight=False,
     )
     if info.spec is not None:
@@ -239,6 +252,35 @@ def print_neighbors(console: Console, prompt_id: str, neighbors: Sequence[Neighb
         console.print(f"  {neighbor.distance:.5f}  {plain(neighbor.id)}  {plain(neighbor.text)}", highlight=False)
 
 
+def print_comparison(console: Console, found: Comparison) -> None:
+    """What ``embstore compare`` found."""
+    for title, side in (("left", found.left), ("right", found.right)):
+        gamma = side.weighting.get("gamma")
+        shown_gamma = f", gamma {gamma:.3g}" if isinstance(gamma, float) else ""
+        alone = f"; {side.alone:,} rows ({side.alone_weight:.2%} of the weight) only here" if side.alone else ""
+        console.print(
+            f"[bold]{title:<6}[/bold] {plain(side.store)}:{plain(side.name)}  {plain(str(side.weighting['weighting']))}, "
+            f"k {side.weighting['k']}{shown_gamma}, effective sample size {side.ess_share:.1%}{alone}",
+            highlight=False,
+        )
+    rank = "none: a side is uniform" if found.spearman is None else f"{found.spearman:.4f}"
+    console.print(
+        f"  {found.common:,} common prompts: {found.tv:.2%} of the draws would be others (TV), rank correlation {rank}",
+        highlight=False,
+    )
+    if found.differing_texts:
+        console.print(f"  [yellow]note[/yellow]: {found.differing_texts:,} of them have another text", highlight=False)
+    for title, prompts in (("rose", found.rose), ("fell", found.fell)):
+        for prompt in prompts:
+            console.print(
+                f"  {title} {prompt.left:7.2f} -> {prompt.right:<7.2f} [dim]{plain(prompt.id)}[/dim]  {plain(prompt.text)}",
+                highlight=False,
+                no_wrap=True,
+                overflow="ellipsis" if console.is_terminal else "ignore",
+                crop=console.is_terminal,
+            )
+
+
 def print_verify(console: Console, report: VerifyReport, *, repaired: bool) -> None:
     """What ``embstore verify`` found."""
     for finding in report.findings:
@@ -247,6 +289,11 @@ def print_verify(console: Console, report: VerifyReport, *, repaired: bool) -> N
     for note in report.notes:
         console.print(f"[yellow]note[/yellow]: {plain(note)}", highlight=False)
     checked = f"{report.files:,} files, {format_bytes(report.bytes)}, {report.committed_rows:,}/{report.total_rows:,} rows"
+    if report.reused:
+        ranges = ", ".join(f"{start:,} to {stop - 1:,}" for start, stop in report.reused[:_SHOWN_RANGES])
+        more = f" and {len(report.reused) - _SHOWN_RANGES:,} more ranges" if len(report.reused) > _SHOWN_RANGES else ""
+        reused = sum(stop - start for start, stop in report.reused)
+        console.print(f"  {reused:,} rows were copied from other stores: rows {ranges}{more}", highlight=False)
     if report.findings:
         windows = {finding.window for finding in report.findings if finding.window is not None}
         console.print(f"[red]damaged[/red]: {len(report.findings)} findings in {checked}", highlight=False)

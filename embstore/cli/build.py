@@ -12,14 +12,15 @@ from rich.console import Console
 from embstore.cli.frame import AsJson, app, print_json, reporting
 from embstore.cli.searching import Center, Knn, Shards
 from embstore.cli.weighting import CopiesOf, Gamma, K, MaxRatio, Method, TargetEss, UniformMix, weighting_config
-from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, Pooling, Space, parse_bytes
+from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, Pooling, PromptFields, Space, parse_bytes
 
 
 @app.command()
 @reporting
 def build(
     prompts: Annotated[
-        str | None, typer.Argument(help="JSONL, also gzipped, or - for stdin; not needed on a resume.")
+        str | None,
+        typer.Argument(help="JSONL, also gzipped, or - for stdin; Parquet; a saved dataset. Not needed on a resume."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of the store.", show_default=False)] = ...,  # type: ignore[assignment]
     model: Annotated[str | None, typer.Option("--model", help="Folder or hub id of a causal LM.")] = None,
@@ -71,6 +72,11 @@ def build(
     uniform_mix: UniformMix = 0.0,
     max_ratio: MaxRatio = 10.0,
     duplicates: CopiesOf = "collapse",
+    text_field: Annotated[str | None, typer.Option("--text-field", help="Field with the text; default prompt.")] = None,
+    messages_field: Annotated[
+        str | None, typer.Option("--messages-field", help="Field with the list of messages; default messages.")
+    ] = None,
+    id_field: Annotated[str | None, typer.Option("--id-field", help="Field with the id; default id.")] = None,
     on_error: Annotated[
         Literal["stop", "quarantine"],
         typer.Option("--on-error", help="A prompt that fails in the model: stop, or keep its row empty."),
@@ -79,8 +85,15 @@ def build(
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N distinct prompts.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and cost; write nothing.")] = False,
     allow_drift: Annotated[
-        bool, typer.Option("--allow-drift", help="Resume on other hardware or threads; recorded, voids byte identity.")
+        bool,
+        typer.Option(
+            "--allow-drift", help="Resume on other hardware or threads, or without stores to reuse; voids byte identity."
+        ),
     ] = False,
+    reuse: Annotated[
+        list[str] | None,
+        typer.Option("--reuse", help="Finished store whose rows are copied where a prompt is the same; repeatable."),
+    ] = None,
     trust_journal: Annotated[
         bool, typer.Option("--trust-journal", help="Resume without reading committed rows back.")
     ] = False,
@@ -113,6 +126,8 @@ def build(
         limit=limit,
         allow_drift=allow_drift,
         trust_journal=trust_journal,
+        reuse=tuple(reuse or ()),
+        fields=PromptFields(text=text_field, messages=messages_field, id=id_field),
     )
     from embstore import info, pipeline, terminal  # noqa: PLC0415 - other commands start without them
 

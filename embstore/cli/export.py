@@ -17,11 +17,15 @@ def export(
     store: Store,
     out: Annotated[Path, typer.Option("--out", help="Folder for the files.", show_default=False)],
     format: Annotated[
-        Literal["npy", "kat"], typer.Option("--format", help="npy: float32 rows. kat: the original scripts' files.")
+        Literal["npy", "kat", "parquet"],
+        typer.Option(
+            "--format",
+            help="npy: float32 rows. kat: the original scripts' files. parquet: id, text, weight, density, neighbors.",
+        ),
     ] = "npy",
     as_json: AsJson = False,
 ) -> None:
-    """Write a finished store in another format, one entry per input line."""
+    """Write a finished store in another format: an entry per input line, or per distinct prompt (parquet)."""
     from embstore.export import export_store  # noqa: PLC0415
 
     files = export_store(store, out, format=format)

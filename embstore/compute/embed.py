@@ -154,6 +154,11 @@ class LogitEmbedder:
         """Upper estimate of host memory one window takes above the loaded model."""
         return window_bytes(self.spec, self._model.width, self._model.inner_width, chunk_rows, self.max_window_rows)
 
+    @property
+    def model(self) -> SplitModel:
+        """The loaded model."""
+        return self._model
+
     def close(self) -> None:
         """Abandon the window that was begun ahead."""
         if self._ahead is not None:

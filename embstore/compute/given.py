@@ -124,6 +124,12 @@ class ArraySource:
         observer(StageFinished(stage="model", seconds=time.perf_counter() - started))
         return embedder
 
+    def take_over(
+        self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
+    ) -> GivenEmbedder:
+        """As ``reopen``: an array has no settings to probe."""
+        return self.reopen(spec, basis_VR)
+
     def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> GivenEmbedder:
         """Go on under a stored spec."""
         if spec.head != HEAD:

@@ -121,14 +121,9 @@ class TorchSource:
         dtype = self._pick_dtype(embedder, parts, wanted, sample, observer)
         if dtype != "float32":
             model.to_dtype(DTYPES[dtype])
-        timed = time.perf_counter()
-        embedder.pool(sample[:_TIMED_ROWS], _no_check)
-        seconds = time.perf_counter() - timed
-        observer(StageFinished(stage="model", seconds=time.perf_counter() - started))
         embedder.spec = dataclasses.replace(embedder.spec, dtype=dtype)
-        embedder.max_window_rows = window_rows
-        embedder.truncated_share = sum(row.was_cut for row in sample) / len(sample)
-        embedder.seconds_per_row = seconds / len(sample[:_TIMED_ROWS])
+        _note_plan(embedder, sample, window_rows)
+        observer(StageFinished(stage="model", seconds=time.perf_counter() - started))
         return embedder
 
     def _pick_dtype(
@@ -152,6 +147,15 @@ class TorchSource:
         observer(Notice(message=f"bfloat16 would move the weights by TV {tv:.1e} on {len(sample)} prompts: float32 used"))
         return "float32"
 
+    def take_over(
+        self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
+    ) -> LogitEmbedder:
+        """Load the model under another store's settings and basis; no setting is decided, windows and cost are."""
+        embedder = self.reopen(spec, basis_VR)
+        sample = embedder.tokens(prompts.sample(_seeded_rows(len(prompts), _SAMPLE_ROWS)))
+        _note_plan(embedder, sample, _window_rows(spec, embedder.model, sample, memory_bytes))
+        return embedder
+
     def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> LogitEmbedder:
         """Load the model under a stored spec; nothing is probed or decided."""
         options = space_and_pooling(spec.pooling)
@@ -173,6 +177,15 @@ class TorchSource:
         tokenizer = PromptTokenizer(loaded.tokenizer, spec.max_tokens, model.num_tokens)
         parts = ModelParts(model=model, head=head, capped=capped, tokenizer=tokenizer, device=loaded.device)
         return LogitEmbedder(parts, spec, basis_VR)
+
+
+def _note_plan(embedder: LogitEmbedder, sample: Sequence[TokenRow], window_rows: int) -> None:
+    """What the plan of a new store asks for: rows of a window, the share that is cut, and a timed estimate."""
+    started = time.perf_counter()
+    embedder.pool(sample[:_TIMED_ROWS], _no_check)
+    embedder.seconds_per_row = (time.perf_counter() - started) / len(sample[:_TIMED_ROWS])
+    embedder.max_window_rows = window_rows
+    embedder.truncated_share = sum(row.was_cut for row in sample) / len(sample)
 
 
 def _cores() -> int:

@@ -135,6 +135,28 @@ class WeightingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PromptFields:
+    """Which fields of a line hold the text, the messages and the id, where they have other names than the usual ones.
+
+    With ``text`` or ``messages`` given, no other field is looked at for the prompt.
+    """
+
+    text: str | None = None
+    messages: str | None = None
+    id: str | None = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Fields that are part of the prompt; others are kept beside it."""
+        if self.text is None and self.messages is None:
+            return frozenset({self.id or "id", "prompt", "messages", "prefix"})
+        return frozenset({self.id or "id", *(name for name in (self.text, self.messages) if name is not None)})
+
+
+USUAL_FIELDS = PromptFields()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BuildConfig:
     """Everything a build needs besides prompts and the store's path."""
 
@@ -147,6 +169,8 @@ class BuildConfig:
     limit: int | None = None
     allow_drift: bool = False
     trust_journal: bool = False
+    reuse: tuple[str, ...] = ()  # folders of finished stores to copy rows from
+    fields: PromptFields = USUAL_FIELDS
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:

@@ -152,5 +152,10 @@ class EmbedderSource(Protocol):
     def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> Embedder:
         """Load with stored settings, without probing."""
 
+    def take_over(
+        self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
+    ) -> Embedder:
+        """Load with another store's settings for a new store: only what its plan needs is probed, on a seeded sample."""
+
     def hardware(self, config: EmbeddingConfig) -> dict[str, object]:
         """Device, capability and threads this run would use, under their names in EmbeddingSpec."""

@@ -143,11 +143,13 @@ class IdentityMismatchError(EmbstoreError, ValueError):
     kind = "identity-mismatch"
     exit_code = ExitCode.IDENTITY
 
-    def __init__(self, mismatches: Sequence[FieldMismatch], *, hint: str | None = None) -> None:
+    def __init__(self, mismatches: Sequence[FieldMismatch], *, hint: str | None = None, reused: str | None = None) -> None:
+        """``reused`` is the store whose rows were to be taken over, where it is that one's input that differs."""
         self.mismatches = tuple(mismatches)
         lines = "; ".join(str(mismatch) for mismatch in self.mismatches)
+        refused = "this store was made from a different input" if reused is None else f"rows of {reused} cannot be reused"
         super().__init__(
-            f"this store was made from a different input ({lines}); nothing was written",
+            f"{refused} ({lines}); nothing was written" if reused is None else f"{refused} ({lines}); no row was written",
             hint=hint or "use the settings of the store, or build into another --out",
         )
 

@@ -32,13 +32,17 @@ class StageAdvanced:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowsCommitted:
-    """One window is durable: rows ``start <= row < stop``, its stored bytes, tokens and seconds since the last commit."""
+    """One window is durable: rows ``start <= row < stop``, its stored bytes, tokens and seconds since the last commit.
+
+    ``num_reused`` of the rows were copied from another store.
+    """
 
     start: int
     stop: int
     num_tokens: int
     stored_bytes: int
     seconds: float
+    num_reused: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +55,10 @@ class StageFinished:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preflight:
-    """What the build is about to do and cost, known before the first row is computed."""
+    """What the build is about to do and cost, known before the first row is computed.
+
+    Of ``remaining_rows``, ``reused_rows`` are copied from other stores; ``dropped_rows`` of them are no prompts here.
+    """
 
     num_rows: int
     remaining_rows: int
@@ -69,6 +76,8 @@ class Preflight:
     num_shards: int
     search_seconds: Mapping[str, float]  # by engine; empty for searches of seconds
     seconds: float
+    reused_rows: int = 0
+    dropped_rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

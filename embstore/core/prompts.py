@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from embstore.core.config import USUAL_FIELDS, PromptFields
 from embstore.core.decode import (
     MAX_NESTING,
     has_lone_surrogate,
@@ -25,7 +26,6 @@ from embstore.core.format import PROMPTS, canonical_json
 Message = Mapping[str, object]
 
 _TOO_DEEP = f"nested more than {MAX_NESTING} levels deep"
-_PROMPT_FIELDS = frozenset({"id", "prompt", "messages", "prefix"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +53,12 @@ class Prompt:
         return hashlib.sha256(b"id\0" + (self.id or "").encode()).digest()
 
     @property
+    def verbatim_digest(self) -> bytes:
+        """sha256 of exactly what the model is given (32 bytes): prompts that are one row may differ in it, by whitespace."""
+        content = list(self.messages) if self.messages is not None else self.text
+        return hashlib.sha256(json.dumps(content).encode()).digest()
+
+    @property
     def derived_id(self) -> str:
         """md5-16 of the whitespace-collapsed first user message (or of the text), as existing artefacts have it."""
         return hashlib.md5(collapse_whitespace(self._first_user_text()).encode(), usedforsecurity=False).hexdigest()[:16]
@@ -78,10 +84,11 @@ class Rejected:
     reason: str
 
 
-def parse_line(line: bytes) -> Prompt | Rejected:
+def parse_line(line: bytes, names: PromptFields = USUAL_FIELDS) -> Prompt | Rejected:
     """Read one JSONL line.
 
-    Accepts ``prompt`` (text), ``messages`` (a chat list) or ``prefix`` (``{"messages": [...]}`` or text), in this order.
+    Accepts ``prompt`` (text), ``messages`` (a chat list) or ``prefix`` (``{"messages": [...]}`` or text), in this order; or
+    the fields that ``names`` gives, text first.
 
     Examples
     --------
@@ -89,29 +96,25 @@ def parse_line(line: bytes) -> Prompt | Rejected:
     {'src': 'maths'}
     >>> parse_line(b'{"prompt": "  "}')
     Rejected(reason='the prompt is empty')
+    >>> parse_line(b'{"question": "2 + 2?", "prompt": 7}', PromptFields(text="question")).text
+    '2 + 2?'
     """
     record = _decode_object(line)
     if isinstance(record, Rejected):
         return record
-    given = record.get("id")
+    given = record.get(names.id or "id")
     if isinstance(given, bool) or not isinstance(given, str | int | None):
         return Rejected(reason=f"the id is neither text nor a whole number but {type(given).__name__}")
     row_id = str(given) if given not in (None, "") else None
-    fields = {name: value for name, value in record.items() if name not in _PROMPT_FIELDS}
-    content = record.get("prompt")
-    if content is None:
-        # tables exported as JSONL have every field on every line, null where it does not apply
-        content = record["messages"] if record.get("messages") is not None else record.get("prefix")
-        if isinstance(content, dict):
-            content = content.get("messages")
-        elif isinstance(content, str):
-            content = [{"role": "user", "content": content}]
+    fields = {name: value for name, value in record.items() if name not in names.names}
+    content = _content(record, names)
     if isinstance(content, str):
         if not content.strip():
             return Rejected(reason="the prompt is empty")
         return Prompt(id=row_id, text=content, fields=fields)
     if content is None:
-        return Rejected(reason="no text: none of the fields prompt, messages, prefix")
+        looked_at = [name for name in (names.text, names.messages) if name is not None] or ["prompt", "messages", "prefix"]
+        return Rejected(reason=f"no text: none of the fields {', '.join(looked_at)}")
     return _chat(row_id, content, fields)
 
 
@@ -135,7 +138,7 @@ def parse_named_row(line: bytes) -> Prompt | Rejected:
     if isinstance(record, Rejected):
         return record
     if all(record.get(name) is None for name in ("prompt", "messages", "prefix")):
-        fields = {name: value for name, value in record.items() if name not in _PROMPT_FIELDS}
+        fields = {name: value for name, value in record.items() if name not in USUAL_FIELDS.names}
         named = named_row(record["id"]) if "id" in record else Prompt(id=None, text="")
         return named if isinstance(named, Rejected) else replace(named, fields=fields)
     return parse_line(line)
@@ -154,6 +157,20 @@ def named_row(value: object) -> Prompt | Rejected:
     if value == "" or has_lone_surrogate(str(value), value):
         return Rejected(reason="the id is empty" if value == "" else "holds a lone surrogate, which is no Unicode text")
     return Prompt(id=str(value), text="")
+
+
+def _content(record: Mapping[str, Any], names: PromptFields) -> object:
+    """Text or messages of a line, None if it has neither."""
+    # tables exported as JSONL have every field on every line, null where it does not apply
+    if names.text is not None or names.messages is not None:
+        chosen = [record.get(name) for name in (names.text, names.messages) if name is not None]
+        return next((value for value in chosen if value is not None), None)
+    if record.get("prompt") is not None:
+        return record["prompt"]
+    content = record["messages"] if record.get("messages") is not None else record.get("prefix")
+    if isinstance(content, dict):
+        return content.get("messages")
+    return [{"role": "user", "content": content}] if isinstance(content, str) else content
 
 
 def collapse_whitespace(text: str) -> str:

@@ -28,6 +28,7 @@ from embstore.core.format import (
     check_format_version,
     parse_document,
 )
+from embstore.core.rows import RowRange
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +48,27 @@ class SpecRecord:
     """Journal: spec, basis, array metadata and the preallocated coordinate files are durable; rows may follow."""
 
     files: dict[str, FileDigest]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReusedStore:
+    """A store whose rows are taken over, and the ``digest`` of those rows.
+
+    ``found`` of its ``rows`` are prompts of the new store; ``reused`` are copied: not those that failed in the model, nor
+    those that a store named before it gives.
+    """
+
+    digest: Sha256
+    rows: int
+    found: int
+    reused: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReuseRecord:
+    """Journal, before the spec: rows are copied from these stores, each from the first that has its prompt."""
+
+    stores: list[ReusedStore]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +105,16 @@ class WindowRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReusingWindowRecord(WindowRecord):
+    """Journal: the commit of a window some of whose rows were copied: ``reused`` are ranges [start, stop) of rows.
+
+    ``tokens``, ``truncated`` and ``splits`` are about the rows that were computed.
+    """
+
+    reused: list[list[int]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DemotedRecord:
     """Journal: ``verify --repair`` found window ``window`` damaged; a resume computes it again."""
 
@@ -97,12 +129,14 @@ class DriftRecord:
     fields: list[str]
 
 
-JournalRecord = PromptsRecord | SpecRecord | WindowRecord | DemotedRecord | DriftRecord
+JournalRecord = PromptsRecord | ReuseRecord | SpecRecord | WindowRecord | ReusingWindowRecord | DemotedRecord | DriftRecord
 
 _RECORDS: Mapping[str, type[JournalRecord]] = {
     "prompts": PromptsRecord,
+    "reuse": ReuseRecord,
     "spec": SpecRecord,
     "window": WindowRecord,
+    "window-reused": ReusingWindowRecord,
     "demoted": DemotedRecord,
     "drift": DriftRecord,
 }
@@ -114,6 +148,7 @@ class JournalState:
     """What a journal says is committed: the fold of its records, in order."""
 
     prompts: PromptsRecord | None = None
+    reuse: ReuseRecord | None = None
     spec: SpecRecord | None = None
     windows: Mapping[int, WindowRecord] = dataclasses.field(default_factory=dict)
     drifts: tuple[DriftRecord, ...] = ()
@@ -129,6 +164,18 @@ class JournalState:
         return sorted((row for window in self.windows.values() for row in window.failed), key=lambda failed: failed.row)
 
     @property
+    def reused(self) -> list[RowRange]:
+        """Rows that were copied from other stores, as ranges in row order; neighbouring ranges are one."""
+        joined: list[RowRange] = []
+        for window in self.windows.values():
+            for start, stop in window.reused if isinstance(window, ReusingWindowRecord) else ():
+                if joined and joined[-1].stop == start:
+                    joined[-1] = RowRange(joined[-1].start, stop)
+                else:
+                    joined.append(RowRange(start, stop))
+        return joined
+
+    @property
     def voids_identity(self) -> bool:
         """Whether a drift or an out-of-memory split voided byte identity with an uninterrupted build."""
         return bool(self.drifts) or any(window.splits for window in self.windows.values())
@@ -142,6 +189,8 @@ def replay(records: Iterable[JournalRecord]) -> JournalState:
         match record:
             case PromptsRecord():
                 state = dataclasses.replace(state, prompts=record)
+            case ReuseRecord():
+                state = dataclasses.replace(state, reuse=record)
             case SpecRecord():
                 state = dataclasses.replace(state, spec=record)
             case WindowRecord():
@@ -273,8 +322,25 @@ def _problem(record: JournalRecord) -> str | None:  # noqa: PLR0911 - one return
             if not record.start < record.stop <= MAX_ROWS or len(record.chunks) > MAX_CHUNKS:
                 return f"a window of rows {record.start} to {record.stop - 1} in {len(record.chunks)} chunks"
             outside = next((failed.row for failed in record.failed if not record.start <= failed.row < record.stop), None)
-            return None if outside is None else f"row {outside} failed, but is not in the window"
+            if outside is not None:
+                return f"row {outside} failed, but is not in the window"
+            return _ranges_problem(record) if isinstance(record, ReusingWindowRecord) else None
+        case ReuseRecord():
+            return next((f"{each.reused} of {each.rows} rows reused" for each in record.stores if not _is_reuse(each)), None)
     return None
+
+
+def _ranges_problem(record: ReusingWindowRecord) -> str | None:
+    end = record.start
+    for bounds in record.reused:
+        if len(bounds) != 2 or not end <= bounds[0] < bounds[1] <= record.stop:
+            return f"rows {shown(bounds)} reused, which are no rows of the window in their order"
+        end = bounds[1]
+    return None
+
+
+def _is_reuse(store: ReusedStore) -> bool:
+    return store.reused <= store.found <= store.rows <= MAX_ROWS
 
 
 def _foreign_file(files: Mapping[str, FileDigest], known: Iterable[str]) -> str | None:

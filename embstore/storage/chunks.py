@@ -99,8 +99,10 @@ def check_chunk(data: bytes, record: ChunkRecord) -> None:
         )
 
 
-def decode_chunk(data: bytes, spec: StoreSpec, index: int) -> NDArray[np.float16]:
+def decode_chunk(data: bytes, spec: StoreSpec, index: int, *, out: NDArray[np.float16] | None = None) -> NDArray[np.float16]:
     """Rows of a checked chunk file, float16 [chunk_rows, V], padding rows included.
+
+    ``out``, contiguous and of that shape, takes rows that are decompressed: fresh memory costs more than decoding into it.
 
     Raises
     ------
@@ -116,7 +118,7 @@ def decode_chunk(data: bytes, spec: StoreSpec, index: int) -> NDArray[np.float16
         if len(header) < _BLOSC_HEADER_BYTES or header[3] != 2 or claimed != (size, len(body)):
             raise CorruptStoreError(f"{name} is no blosc frame of {size} bytes in {len(body)}", hint=_REPAIR)
         try:
-            body = memoryview(_BLOSC.decode(body))
+            body = memoryview(_BLOSC.decode(body, out=out)).cast("B")
         except RuntimeError as error:
             raise CorruptStoreError(f"{name} cannot be decoded ({error})", hint=_REPAIR) from error
     if len(body) != size:

@@ -24,6 +24,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from embstore.core.config import USUAL_FIELDS, PromptFields
 from embstore.core.errors import CorruptStoreError, PromptError
 from embstore.core.format import (
     ALIASES,
@@ -42,6 +43,7 @@ from embstore.core.records import PromptsRecord
 from embstore.core.rows import RowRange
 from embstore.storage.arrays import array_header, save_array
 from embstore.storage.atomic import DurableFile, fsync_directory, open_regular, pread_all, read_blocks, storage_errors
+from embstore.storage.tables import is_table, table_lines
 
 # A longer "line" is taken for a file that is no JSONL; reading stays bounded in memory.
 MAX_LINE_BYTES = 64 << 20
@@ -68,7 +70,7 @@ PromptSource = str | Path | RowNames
 
 @contextlib.contextmanager
 def open_prompts(source: str | Path) -> Iterator[Iterator[bytes]]:
-    """Lines of a prompts file: JSONL, gzip by content, or ``-`` for standard input.
+    """Lines of a prompts file: JSONL, gzip by content, ``-`` for standard input, or a table (see storage.tables).
 
     Raises
     ------
@@ -78,13 +80,16 @@ def open_prompts(source: str | Path) -> Iterator[Iterator[bytes]]:
     with contextlib.ExitStack() as stack:
         if str(source) == "-":
             raw: BinaryIO = sys.stdin.buffer
+        elif is_table(Path(source)):
+            yield table_lines(Path(source))
+            return
         else:
             try:
                 raw = stack.enter_context(Path(source).open("rb"))
             except (OSError, ValueError) as error:  # a path may hold a zero byte
                 reason = error.strerror if isinstance(error, OSError) else error
                 raise PromptError(
-                    f"cannot read prompts {source}: {reason}", hint="give a JSONL file, one prompt a line"
+                    f"cannot read prompts {source}: {reason}", hint="give a JSONL or Parquet file, one prompt a line"
                 ) from error
         buffered = io.BufferedReader(raw) if not isinstance(raw, io.BufferedReader) else raw  # type: ignore[type-var]
         stream: BinaryIO = buffered
@@ -125,19 +130,29 @@ class _Rows:
     first_quarantined: list[str] = field(default_factory=list)
 
 
-def ingest(source: PromptSource, folder: Path, spool_folder: Path, *, strict: bool, limit: int | None) -> PromptsRecord:
+def ingest(
+    source: PromptSource,
+    folder: Path,
+    spool_folder: Path,
+    *,
+    strict: bool,
+    limit: int | None,
+    fields: PromptFields = USUAL_FIELDS,
+) -> PromptsRecord:
     """Write stage 0 of ``source`` into ``folder``; durable, but committed only by the record the caller journals.
 
     Parameters
     ----------
     source
-        Path of a JSONL file (gzip allowed), or ``-``; or the names of an array's rows.
+        Path of a JSONL file (gzip allowed), of a table, or ``-``; or the names of an array's rows.
     folder, spool_folder
         Where the files go, and where the scratch file may lie.
     strict
         Refuse the file if any line holds no prompt.
     limit
         Stop after this many distinct rows; None reads everything.
+    fields
+        Names of the fields that hold a prompt, where they are not the usual ones.
 
     Raises
     ------
@@ -152,7 +167,7 @@ def ingest(source: PromptSource, folder: Path, spool_folder: Path, *, strict: bo
                 storage_errors("writing to", spool_folder),
                 spools[0].open("wb") as row_spool,
                 spools[1].open("wb") as line_spool,
-                _open_source(source) as prompts,
+                _open_source(source, fields) as prompts,
             ):
                 for prompt in prompts:
                     rows.lines += 1
@@ -177,10 +192,10 @@ def ingest(source: PromptSource, folder: Path, spool_folder: Path, *, strict: bo
 
 
 @contextlib.contextmanager
-def _open_source(source: PromptSource) -> Iterator[Iterator[Prompt | Rejected]]:
+def _open_source(source: PromptSource, fields: PromptFields) -> Iterator[Iterator[Prompt | Rejected]]:
     if isinstance(source, str | Path):
         with open_prompts(source) as lines:
-            yield map(_read, lines)
+            yield (_read(line, fields) for line in lines)
     else:
         with contextlib.closing(source.prompts()) as prompts:
             yield prompts
@@ -193,10 +208,10 @@ def _quarantine(rows: _Rows, reason: str, file: DurableFile) -> None:
         rows.first_quarantined.append(f"line {rows.lines}: {reason}")
 
 
-def _read(line: bytes) -> Prompt | Rejected:
+def _read(line: bytes, fields: PromptFields) -> Prompt | Rejected:
     if len(line) > MAX_LINE_BYTES:
         return Rejected(reason=f"longer than {MAX_LINE_BYTES >> 20} MiB")
-    return parse_line(line)
+    return parse_line(line, fields)
 
 
 def _place_named(rows: _Rows, prompt: Prompt, name: str) -> tuple[int, bool]:

@@ -205,25 +205,25 @@ class EmbeddingStore:
     @property
     def neighbor_ids(self) -> NDArray[np.int32]:
         """int32 [N, K_max]: rows of the nearest distinct vectors, self excluded, -1 where there is none."""
-        path = neighbors_paths(self._published().neighbors).ids
+        path = neighbors_paths(self.published.neighbors).ids
         return self._checked(path, self._arrays[path], low=-1, high=self.num_rows - 1)
 
     @property
     def neighbor_distances(self) -> NDArray[np.float32]:
         """float32 [N, K_max]: metric distances, ascending, +inf where there is no neighbour."""
-        path = neighbors_paths(self._published().neighbors).distances
+        path = neighbors_paths(self.published.neighbors).distances
         return self._checked(path, self._arrays[path], low=0)
 
     @property
     def groups(self) -> NDArray[np.int32]:
         """int32 [N]: the first row that has the same vector (itself for most), -1 for a failed row."""
-        path = neighbors_paths(self._published().neighbors).groups
+        path = neighbors_paths(self.published.neighbors).groups
         return self._checked(path, self._arrays[path], low=-1, high=self.num_rows - 1)
 
     @property
     def neighbor_spec(self) -> JsonObject:
         """How the neighbours were found, and what the audit measured."""
-        return self._documents[neighbors_paths(self._published().neighbors).spec]
+        return self._documents[neighbors_paths(self.published.neighbors).spec]
 
     def row_of(self, prompt_id: str) -> int:
         """Row of an input id or row id; an unknown id is a ConfigError."""
@@ -263,12 +263,12 @@ class EmbeddingStore:
         for index in range(grid_of(self.spec).num_chunks):
             yield grid_of(self.spec).chunk(index), self.read_chunk(index)
 
-    def read_chunk(self, index: int) -> NDArray[np.float16]:
-        """Checked rows of one chunk, padding removed."""
+    def read_chunk(self, index: int, *, out: NDArray[np.float16] | None = None) -> NDArray[np.float16]:
+        """Checked rows of one chunk, padding removed; in ``out`` [chunk_rows, V] if it is given and rows are compressed."""
         record = self._chunks.get(index)
         if record is None:
             raise IncompleteStoreError(f"rows of chunk {index} are not computed yet", hint="run embstore build --resume")
-        rows_BV = decode_chunk(read_chunk(self.root, self.spec, record), self.spec, index)
+        rows_BV = decode_chunk(read_chunk(self.root, self.spec, record), self.spec, index, out=out)
         return rows_BV[: grid_of(self.spec).chunk(index).num_rows]
 
     @functools.cached_property
@@ -277,20 +277,22 @@ class EmbeddingStore:
             return {chunk.index: chunk for chunk in decode_chunk_table(self._listed(CHUNKS, limit=TABLE_BYTES))}
         return {chunk.index: chunk for window in self.journal.windows.values() for chunk in window.chunks}
 
-    def _published(self) -> Manifest:
+    @property
+    def published(self) -> Manifest:
+        """The manifest of a finished store; of any other an IncompleteStoreError."""
         if self.manifest is None:
             raise _incomplete(self.root, self.journal)
         return self.manifest
 
     def _weights_digest(self, name: str) -> str:
-        names = self._published().names
+        names = self.published.names
         if name not in names:
             raise ConfigError(f"no weights are called {name!r}; there are {', '.join(sorted(names))}")
         return names[name]
 
     def _map_replaceable(self, name: str) -> NDArray[Any]:
         """An array of the neighbour graph or of weights, in the only shape it can have."""
-        paths = neighbors_paths(self._published().neighbors)
+        paths = neighbors_paths(self.published.neighbors)
         layouts = {
             paths.ids: ("<i4", (self.num_rows, K_MAX)),
             paths.distances: ("<f4", (self.num_rows, K_MAX)),

@@ -78,7 +78,10 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyReport:
-    """What ``verify`` read and found. ``findings`` is damage; ``notes`` is not (a torn journal tail, stray files)."""
+    """What ``verify`` read and found. ``findings`` is damage; ``notes`` is not (a torn journal tail, stray files).
+
+    ``reused`` are the rows that were copied from other stores, as ranges [start, stop) in row order.
+    """
 
     is_complete: bool
     committed_rows: int
@@ -87,6 +90,7 @@ class VerifyReport:
     bytes: int
     findings: list[Finding]
     notes: list[str]
+    reused: list[tuple[int, int]]
 
 
 def check_stage0(root: Path, record: PromptsRecord) -> None:
@@ -189,6 +193,7 @@ def verify_store(root: Path) -> VerifyReport:
         bytes=total_bytes,
         findings=findings,
         notes=notes,
+        reused=[(rows.start, rows.stop) for rows in state.reused],
     )
 
 

@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
@@ -53,7 +53,15 @@ from embstore.core.format import (
     weights_paths,
 )
 from embstore.core.plan import grid_of, refuse_misfits
-from embstore.core.records import ChunkRecord, FailedRow, JournalRecord, JournalState, SpecRecord, WindowRecord
+from embstore.core.records import (
+    ChunkRecord,
+    FailedRow,
+    JournalRecord,
+    JournalState,
+    ReusingWindowRecord,
+    SpecRecord,
+    WindowRecord,
+)
 from embstore.core.rows import RowRange
 from embstore.storage.allocator import keep_large_blocks
 from embstore.storage.arrays import map_array, save_array
@@ -206,11 +214,18 @@ class StoreWriter:
         write_durable(self.root / ARRAY_METADATA, array_metadata(self.read_spec()))
 
     def write_window(
-        self, spec: StoreSpec, window: int, blocks: Iterator[RowBlock], counts: Callable[[], WindowCounts]
+        self,
+        spec: StoreSpec,
+        window: int,
+        blocks: Iterator[RowBlock],
+        counts: Callable[[], WindowCounts],
+        *,
+        reused: Sequence[RowRange] = (),
     ) -> WindowRecord:
         """Write one window and commit it; the returned record is durable.
 
-        ``blocks`` yields one RowBlock per chunk; ``counts`` is asked once they are exhausted.
+        ``blocks`` yields one RowBlock per chunk; ``counts`` is asked once they are exhausted; ``reused`` are the rows that
+        were copied from other stores, in row order.
         """
         keep_large_blocks()
         grid = grid_of(spec)
@@ -243,6 +258,9 @@ class StoreWriter:
             splits=seen.splits,
             failed=failed,
         )
+        if reused:
+            fields = {entry.name: getattr(record, entry.name) for entry in dataclasses.fields(record)}
+            record = ReusingWindowRecord(**fields, reused=[[rows.start, rows.stop] for rows in reused])
         self.commit(record)
         return record
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from embstore.core import format as contract
 from embstore.core.errors import EmbstoreError
-from scripts import cli_docs, performance_page, reliability_table
+from scripts import cli_docs, performance_page, reliability_table, reuse_figures
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +38,16 @@ def test_performance_page_and_plot_show_the_committed_run() -> None:
     text = performance_page.PAGE.read_text(encoding="utf-8")
     assert performance_page.page(text) == text, "run: python -m scripts.performance_page"
     assert performance_page.PLOT.read_text(encoding="utf-8") == performance_page.plot()
+
+
+def test_guide_shows_the_committed_figures_of_reuse() -> None:
+    text = reuse_figures.PAGE.read_text(encoding="utf-8")
+    assert reuse_figures.page(text) == text, "run: python -m scripts.reuse_figures"
+    results = json.loads(reuse_figures.RESULTS.read_text())
+    for dtype, tolerance in (("auto", 5e-4), ("float32", 2e-6)):
+        assert results[dtype]["reuse"]["rows"]["reused"] == results[dtype]["copied_rows"]["rows"] == 27_000
+        assert results[dtype]["copied_rows"]["coordinates_l2_largest"] <= tolerance
+        assert results[dtype]["ratios"]["embedding_stage"] <= 1 / 8
 
 
 def test_every_test_that_the_reliability_page_names_exists() -> None:
@@ -80,7 +90,9 @@ def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
 
 def test_decisions_have_unique_numbers() -> None:
     numbers = [path.name[:4] for path in (ROOT / "docs" / "decisions").glob("*.md")]
-    assert sorted(numbers) == [f"{number:04d}" for number in range(1, len(numbers) + 1)]
+    assert numbers
+    assert all(number.isdigit() for number in numbers)
+    assert len(set(numbers)) == len(numbers)
 
 
 def test_error_kinds_are_unique_and_drawn_in_the_tree() -> None:

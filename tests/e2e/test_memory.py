@@ -57,3 +57,20 @@ def test_a_build_stays_under_its_budget(budget_mib: int, kind: str, words: int, 
     assert result.returncode == 0, result.stderr
     peak = json.loads(result.stdout)["peak_anonymous_bytes"]
     assert 0 < peak <= budget_mib << 20
+
+
+def test_copying_rows_stays_under_the_budget(tmp_path: Path) -> None:
+    """Also where the old rows lie in another order, and in chunks that a larger budget made."""
+    model = save_model(tmp_path / "model", make_model("llama", vocab_size=20_000, logit_std=1.0), make_tokenizer())
+    lines = [json.dumps({"prompt": f"prompt number {index}"}) + "\n" for index in range(1500)]
+    (tmp_path / "old.jsonl").write_text("".join(lines[:1400]))
+    large, small = ["--memory-budget", "512MiB"], ["--memory-budget", "270MiB"]
+    (tmp_path / "new.jsonl").write_text("".join(lines[::2] + lines[1::2][::-1]))
+    for name, options in (("old", ["--chunk-rows", "400", *large]), ("new", [*small, "--reuse", str(tmp_path / "old")])):
+        command = [sys.executable, "-m", "embstore", "build", str(tmp_path / f"{name}.jsonl"), "--model", str(model)]
+        command += ["--out", str(tmp_path / name), "--json", *options]
+        result = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["reused_rows"] == 1400
+    assert 0 < report["peak_anonymous_bytes"] <= 270 << 20

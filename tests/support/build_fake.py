@@ -10,6 +10,7 @@ STOP`` for one that is acknowledged, ``error KIND: message`` for an expected fau
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ CONFIG = BuildConfig(
 )
 CONFIG_HNSW = dataclasses.replace(CONFIG, density=DensityConfig(knn="hnsw", shards=3))
 
+REUSE = "EMBSTORE_TEST_REUSE"  # the environment names the old store of "build-reuse"
+
 Say = Callable[[str], None]
 Action = Callable[[Path, "Path | None", Say], object]
 
@@ -43,8 +46,10 @@ class _Told(list[tuple[int, int]]):
         self._say(f"computing {window[0]} {window[1]}")
 
 
-def _build(config: BuildConfig) -> Action:
+def _build(config: BuildConfig, *, reuses: bool = False) -> Action:
     def run(store: Path, prompts: Path | None, say: Say) -> object:
+        settings = dataclasses.replace(config, reuse=(os.environ[REUSE],)) if reuses else config
+
         def tell(event: Event) -> None:
             if isinstance(event, RowsCommitted):
                 say(f"committed {event.start} {event.stop}")
@@ -53,7 +58,7 @@ def _build(config: BuildConfig) -> Action:
 
         source = FakeSource()
         source.calls = _Told(say)
-        return build(prompts, out=store, config=config, resume=True, observer=tell, source=source)
+        return build(prompts, out=store, config=settings, resume=True, observer=tell, source=source)
 
     return run
 
@@ -61,6 +66,7 @@ def _build(config: BuildConfig) -> Action:
 ACTIONS: Mapping[str, Action] = {
     "build": _build(CONFIG),
     "build-hnsw": _build(CONFIG_HNSW),
+    "build-reuse": _build(CONFIG_HNSW, reuses=True),
     "weights": lambda store, prompts, say: recompute_weights(store, WeightingConfig(gamma=3)),
     "repair": lambda store, prompts, say: verify(store, repair=True),
 }

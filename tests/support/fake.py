@@ -77,6 +77,11 @@ class FakeSource:
         basis_VR = np.linalg.qr(random.standard_normal((self.dimension, self.rank)))[0].astype(np.float32)
         return FakeEmbedder(self, spec, basis_VR)
 
+    def take_over(
+        self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
+    ) -> FakeEmbedder:
+        return self.reopen(spec, basis_VR)
+
     def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> FakeEmbedder:
         self.reopenings += 1
         return FakeEmbedder(self, spec, basis_VR)

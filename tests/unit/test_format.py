@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,9 @@ from embstore.core.records import (
     DriftRecord,
     FailedRow,
     JournalRecord,
+    ReusedStore,
+    ReuseRecord,
+    ReusingWindowRecord,
     WindowRecord,
     chunk_table,
     decode_chunk_table,
@@ -39,7 +43,15 @@ from embstore.core.records import (
     encode_journal_record,
     replay,
 )
+from embstore.core.rows import RowRange
 from tests.support.records import DIGEST, EMBEDDING, PROMPTS, SPEC, manifest, spec, window_record
+
+REUSE = ReuseRecord(stores=[ReusedStore(digest="d" * 64, rows=50, found=40, reused=39)])
+
+
+def reusing_window(window: int, start: int, stop: int, reused: list[list[int]]) -> ReusingWindowRecord:
+    return ReusingWindowRecord(**vars_of(window_record(window, start, stop)), reused=reused)
+
 
 RECORDS: list[JournalRecord] = [
     PROMPTS,
@@ -178,6 +190,42 @@ def test_replay_takes_the_last_word_on_each_window() -> None:
     assert state.drifts == (DriftRecord(fields=["threads"]),)
 
 
+def test_windows_say_which_rows_were_copied() -> None:
+    records: list[JournalRecord] = [
+        PROMPTS,
+        REUSE,
+        SPEC,
+        reusing_window(0, 0, 32, [[1, 4], [20, 32]]),
+        reusing_window(1, 32, 64, [[32, 40], [50, 51]]),
+        window_record(2, 64, 70),
+    ]
+    lines = [encode_journal_header(), *(encode_journal_record(seq, record) for seq, record in enumerate(records, start=1))]
+    assert decode(b"".join(lines))[0] == records
+    state = replay(records)
+    assert state.reuse == REUSE
+    assert state.reused == [RowRange(1, 4), RowRange(20, 40), RowRange(50, 51)]
+    assert state.committed_rows == 70
+    assert replay([*records, window_record(0, 0, 32)]).reused == [RowRange(32, 40), RowRange(50, 51)]
+    assert not state.voids_identity
+
+
+@pytest.mark.parametrize(
+    "reused", [[[30, 40]], [[31, 33]], [[40, 40]], [[45, 50], [40, 45]], [[40, 45], [44, 46]], [[60, 65]], [[40]]]
+)
+def test_copied_rows_outside_their_window_or_out_of_order_are_refused(reused: list[list[int]]) -> None:
+    line = encode_journal_record(3, reusing_window(1, 32, 64, reused))
+    with pytest.raises(CorruptStoreError, match="which are no rows of the window in their order"):
+        decode(b"".join(LINES[:3]) + line)
+
+
+@pytest.mark.parametrize("counts", [(50, 51, 1), (50, 40, 41), (1 << 40, 1, 1)])
+def test_more_rows_reused_than_there_are_is_refused(counts: tuple[int, int, int]) -> None:
+    rows, found, reused = counts
+    record = ReuseRecord(stores=[ReusedStore(digest="d" * 64, rows=rows, found=found, reused=reused)])
+    with pytest.raises(CorruptStoreError, match=f"{reused} of {rows} rows reused"):
+        decode(b"".join(LINES[:2]) + encode_journal_record(2, record))
+
+
 def test_drift_or_a_split_batch_voids_byte_identity_and_nothing_else_does() -> None:
     plain = [PROMPTS, SPEC, window_record(0, 0, 32), DemotedRecord(window=0, reason="x"), window_record(0, 0, 32)]
     assert not replay(plain).voids_identity
@@ -268,7 +316,7 @@ def test_a_manifest_must_name_its_default_weights() -> None:
         decode_manifest(Manifest(**{**vars_of(manifest(LISTED)), "names": {"heavy": "1111111111111111"}}).encode())
 
 
-def vars_of(record: Manifest) -> dict[str, object]:
+def vars_of(record: Manifest | WindowRecord) -> dict[str, Any]:
     return {entry.name: getattr(record, entry.name) for entry in dataclasses.fields(record)}
 
 

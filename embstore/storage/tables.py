@@ -1,0 +1,145 @@
+"""Prompts in Parquet files and in Hugging Face datasets saved on disk, as the JSON lines they would be.
+
+Every row becomes one line, so what a prompt is, what is quarantined and how lines count is decided in one place, whatever
+the file. Read batch by batch with pyarrow alone: no ``datasets``, no pandas, nothing unpickled. A null, or a number that
+JSON cannot hold, is a field that is not there: a table has every field on every row, and inside every message. Columns of
+bytes are left out; dates and decimals are text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from embstore.core.decode import parse_json, shown
+from embstore.core.errors import CorruptStoreError, PromptError
+
+_PARQUET_MAGIC = b"PAR1"
+_STATE = "state.json"
+_SPLITS = "dataset_dict.json"
+_BATCH_ROWS = 256
+_BUFFER_BYTES = 1 << 20  # of each column of a Parquet file; without it pyarrow reads a whole row group
+_INSTALL = "pip install 'embstore[parquet]'"
+
+
+def is_table(source: Path) -> bool:
+    """Whether ``source`` is a folder or a Parquet file, by content."""
+    with contextlib.suppress(OSError, ValueError):  # whoever opens it as a file says what is wrong with it
+        if source.is_dir():
+            return True
+        with source.open("rb") as file:
+            return file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
+    return False
+
+
+def table_lines(source: Path) -> Iterator[bytes]:
+    """Rows of a Parquet file, of a folder of them in the order of their names, or of a saved dataset, as JSON lines.
+
+    Raises
+    ------
+    PromptError
+        pyarrow is missing, or this is no such file or folder, or a damaged one.
+    """
+    if source.is_dir() and not (source / _STATE).is_file() and not _parquet_files(source):
+        raise _no_table(source)
+    try:
+        import pyarrow as pa  # noqa: PLC0415 - an extra
+    except ImportError:
+        raise PromptError(f"reading {source} needs pyarrow", hint=_INSTALL) from None
+    try:
+        for batch in _batches(source):
+            for record in batch.to_pylist():
+                yield json.dumps(_plain(record)).encode() + b"\n"
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"reading prompts {source} failed: {error}", hint="the file is damaged or truncated") from error
+
+
+def _batches(source: Path) -> Iterator[Any]:
+    if source.is_file():
+        yield from _parquet_batches(source)
+    elif (source / _STATE).is_file():
+        for path in _saved_files(source):
+            yield from _arrow_batches(path)
+    else:
+        for path in _parquet_files(source):
+            yield from _parquet_batches(path)
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.parquet"))
+
+
+def _parquet_batches(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet as pq  # noqa: PLC0415 - an extra
+
+    with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+        columns = [field.name for field in file.schema_arrow if not _is_binary(field.type)]
+        yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=columns, use_threads=False)
+
+
+def _arrow_batches(path: Path) -> Iterator[Any]:
+    import pyarrow as pa  # noqa: PLC0415 - an extra
+
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+        for batch in stream:
+            batch.validate(full=True)  # offsets of a damaged file lead anywhere
+            texts = batch.select([field.name for field in batch.schema if not _is_binary(field.type)])
+            for start in range(0, texts.num_rows, _BATCH_ROWS):
+                yield texts.slice(start, _BATCH_ROWS)
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """Data files of a dataset that ``save_to_disk`` wrote, in their order."""
+    state = _document(folder / _STATE)
+    listed = state.get("_data_files") if isinstance(state, dict) else None
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed or ()]
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise PromptError(f"{folder / _STATE} names no data files", hint="save the dataset again with save_to_disk")
+    if state.get("_indices_files") or state.get("_indices_data_files"):
+        raise PromptError(
+            f"{folder} is a selection of rows by an index file", hint="call flatten_indices() on it, then save_to_disk"
+        )
+    return [folder / str(name) for name in names]
+
+
+def _no_table(folder: Path) -> PromptError:
+    if (folder / _SPLITS).is_file():
+        splits = _document(folder / _SPLITS)
+        names = splits.get("splits") if isinstance(splits, dict) else None
+        first = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "train"
+        return PromptError(f"{folder} holds several splits: {shown(names)}", hint=f"give one of them: {folder}/{first}")
+    return PromptError(
+        f"{folder} is a directory without Parquet files or a saved dataset",
+        hint="give a JSONL or Parquet file, or a folder that save_to_disk of the datasets library wrote",
+    )
+
+
+def _document(path: Path) -> Any:  # noqa: ANN401 - JSON
+    try:
+        return parse_json(path.read_bytes(), name=str(path))
+    except CorruptStoreError as error:
+        raise PromptError(str(error), hint="save the dataset again with save_to_disk") from error
+
+
+def _is_binary(kind: Any) -> bool:  # noqa: ANN401 - a pyarrow type
+    from pyarrow import types  # noqa: PLC0415 - an extra
+
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind))
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - any value of a table
+    """The value as JSON has it."""
+    if isinstance(value, dict):
+        plain = {str(name): _plain(item) for name, item in value.items()}
+        return {name: item for name, item in plain.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return value.hex() if isinstance(value, bytes) else str(value)

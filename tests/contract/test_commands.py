@@ -1,0 +1,170 @@
+"""Every command and snippet of README and documents is run, in their order, in one folder with a small model.
+
+What cannot be run here is checked as far as it goes: ``make`` targets and ``python -m`` modules must exist, commands in the
+middle of a sentence must be spelled as the program takes them.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import itertools
+import json
+import re
+import shlex
+import shutil
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from embstore.cli import app
+from embstore.core.errors import EmbstoreError
+from tests.support.models import make_model, make_tokenizer, save_model
+from tests.support.stores import small_lines, write_lines
+
+ROOT = Path(__file__).parents[2]
+# what another test compares with the program or a results file
+GENERATED = {"cli.md", "performance.md"}
+PAGES = [ROOT / name for name in ("README.md", "SECURITY.md", "CONTRIBUTING.md", "docs/guide.md", "docs/limits.md")]
+PAGES += [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in GENERATED and path not in PAGES]
+RUN = ["README.md", "docs/guide.md"]
+# needs a checkout of somebody else's code, or the network
+NOT_HERE = ("PYTHONPATH=", "pip ", "HNSWLIB_NO_NATIVE=")
+
+
+def _blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """Code blocks of a page: their language ("sh" for indented ones) and text."""
+    text = page.read_text(encoding="utf-8")
+    for language, body in re.findall(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        yield language, body
+    rest = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    for body in re.findall(r"\n\n((?:    [^\n]+\n)+)", rest):
+        yield "sh", body
+
+
+def _commands(page: Path) -> list[str]:
+    lines = [
+        line.partition("#")[0].strip() for language, body in _blocks(page) if language == "sh" for line in body.splitlines()
+    ]
+    return [line for line in lines if line.startswith(("embstore ", "make ", "python -m ", *NOT_HERE))]
+
+
+def _spellings(command: str) -> list[str]:
+    """A command without its [optional] parts and once with each, and every a|b alternative."""
+    optional = re.findall(r"\[([^\]]+)\]", command)
+    plain = re.sub(r" ?\[[^\]]+\]", "", command)
+    found = []
+    for spelled in [plain, *(f"{plain} {part}" for part in optional)]:
+        choices = [word.split("|") for word in spelled.split()]
+        found += [" ".join(words) for words in itertools.product(*choices)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the documents name: prompts, a changed pool, a table, and a model."""
+    folder = tmp_path_factory.mktemp("documents")
+    save_model(folder / "MODEL", make_model("llama"), make_tokenizer())
+    lines = [*small_lines()[:40], {"id": "ID", "prompt": "A prompt that documents call ID.", "src": "docs"}]
+    write_lines(folder / "prompts.jsonl", lines)
+    write_lines(folder / "new_prompts.jsonl", [*lines[5:], {"prompt": "Entirely new.", "src": "new"}])
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"question": [f"What is {index}?" for index in range(20)], "uid": list(range(20))})
+    parquet.write_table(table, folder / "table.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_every_command_of_the_page_runs(page: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Path(shutil.copytree(folder, tmp_path / "here"))
+    monkeypatch.chdir(here)
+    commands = [command for command in _commands(ROOT / page) if command.startswith("embstore ")]
+    assert len(commands) >= 2
+    for number, command in enumerate(itertools.chain.from_iterable(map(_spellings, commands))):
+        words = shlex.split(command)[1:]
+        if "--out" in words and words[0] == "export":  # one folder each: nothing is overwritten
+            words[words.index("--out") + 1] += str(number)
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, f"{command}\n{result.output}{result.stderr}"
+        if "--json" in words:
+            json.loads(result.stdout)
+
+
+def test_every_python_snippet_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Path(shutil.copytree(folder, tmp_path / "here"))
+    monkeypatch.chdir(here)
+    assert CliRunner().invoke(app, ["build", "prompts.jsonl", "--model", "MODEL", "--out", "STORE"]).exit_code == 0
+    from torch.utils.data import DataLoader
+
+    snippets = [body for page in RUN for language, body in _blocks(ROOT / page) if language == "python"]
+    assert snippets
+    for body in snippets:
+        names: dict[str, object] = {"dataset": [{"row": row} for row in range(41)], "DataLoader": DataLoader}
+        exec(compile(body, "snippet", "exec"), names)
+        assert "weights" in names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"`make ([a-z-]+)`|^ +make ([a-z-]+)", text, re.MULTILINE):
+        assert re.search(rf"^{''.join(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+    for module in re.findall(r"python -m ([\w.]+)", text):
+        assert importlib.util.find_spec(module) is not None, module
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        assert "://" in target or (page.parent / target).exists(), target
+    options = {
+        command.name or command.callback.__name__: _declared(command.callback)
+        for command in app.registered_commands
+        if command.callback is not None
+    }
+    for span in re.findall(r"`embstore ([^`\n]+)`", text):
+        name, *words = span.split()
+        if name.startswith("--"):
+            continue
+        assert name in options, span
+        given = [word.strip("[]") for word in words if word.strip("[]").startswith("--")]
+        assert [word for word in given if word not in options[name]] == [], span
+
+
+def _declared(function: Callable[..., object]) -> set[str]:
+    """Options of a command."""
+    found = set()
+    for hint in typing.get_type_hints(function, include_extras=True).values():
+        for info in getattr(hint, "__metadata__", ()):
+            for word in (getattr(info, "default", None), *(getattr(info, "param_decls", None) or ())):
+                found |= set(re.findall(r"--[a-z-]+", word)) if isinstance(word, str) else set()
+    return found
+
+
+def test_the_guide_speaks_of_every_option() -> None:
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    missing = {
+        f"{command.name or command.callback.__name__} {option}"
+        for command in app.registered_commands
+        if command.callback is not None
+        for option in _declared(command.callback)
+        if not re.search(rf"{option}(?![a-z-])", guide) and not option.startswith("--no-")
+    }
+    assert missing == set()
+
+
+def test_the_guide_says_what_to_do_about_every_kind_of_error() -> None:
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+
+    def kinds(error: type[EmbstoreError]) -> set[str]:
+        return {error.kind, *(kind for child in error.__subclasses__() for kind in kinds(child))}
+
+    rows = re.findall(r"^\| `([a-z-]+)` \| ([^|]+) \| ([^|]+) \|$", guide, re.MULTILINE)
+    explained = {kind for kind, what, action in rows if len(what) > 10 and len(action) > 10}
+    assert kinds(EmbstoreError) - explained == set()
+
+
+def test_python_of_the_documents_is_whole() -> None:
+    for page in PAGES:
+        for language, body in _blocks(page):
+            if language == "python":
+                ast.parse(body)
