@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.compute.scratch import large_array
+from embstore.core.errors import CorruptStoreError
 
 _BLOCK_ROWS = 8192
 
@@ -45,11 +46,24 @@ def group_rows(coord_NR: NDArray[np.float32], failed_N: NDArray[np.bool_]) -> tu
 
 
 def centred(coord_NR: NDArray[np.float32], rows_G: Rows, work: Path) -> NDArray[np.float32]:
-    """float32 [G, R] of the nodes minus their mean, in ``work`` as a memory map: its pages are not anonymous memory."""
+    """float32 [G, R] of the nodes minus their mean, in ``work`` as a memory map: its pages are not anonymous memory.
+
+    Raises
+    ------
+    CorruptStoreError
+        A coordinate is not finite: one such row would spoil the answers of others in any index.
+    """
     rank = coord_NR.shape[1]
     total_R = np.zeros(rank)
     for start in range(0, len(rows_G), _BLOCK_ROWS):
-        total_R += coord_NR[rows_G[start : start + _BLOCK_ROWS]].sum(axis=0, dtype=np.float64)
+        block = coord_NR[rows_G[start : start + _BLOCK_ROWS]]
+        if not np.isfinite(block).all():
+            row = int(rows_G[start + np.flatnonzero(~np.isfinite(block).all(axis=1))[0]])
+            raise CorruptStoreError(
+                f"the coordinates of row {row} are not finite, though no failure was committed for it",
+                hint="run embstore verify STORE --repair, then embstore build --resume",
+            )
+        total_R += block.sum(axis=0, dtype=np.float64)
     mean_R = total_R / max(1, len(rows_G))
     # written, then mapped: a full disk is an error from write, but a bus error from a mapped page
     shape = (len(rows_G), rank)

@@ -17,11 +17,12 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
-from embstore.compute import hnsw, search
+from embstore.compute import hnsw, nodes, search, search_plan
 from embstore.compute.hnsw import Candidates, Effort, hnsw_candidates
 from embstore.compute.knn import KnnGraph, build_graph
 from embstore.core.config import K_MAX, DensityConfig, WeightingConfig
 from embstore.core.density import mean_distance, sampling_weights, total_variation
+from embstore.core.errors import CorruptStoreError
 from embstore.core.events import Event, Notice, ignore
 
 Points = NDArray[np.float32]
@@ -145,6 +146,29 @@ def test_an_isolated_point_outweighs_each_of_a_crowd_and_copies_share_one_weight
         assert len(set(weights[rows == node])) == 1
 
 
+def test_rows_of_one_hash_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 64-bit hash may be shared by different vectors: grouping compares the vectors themselves."""
+    distinct, rows = crowd(copies=3)
+    expected = graph_of(distinct[rows], tmp_path).groups_N
+    monkeypatch.setattr(nodes, "_hashes", lambda coord_NR: np.arange(len(coord_NR), dtype=np.uint64) * 0 + np.uint64(7))
+    assert np.array_equal(graph_of(distinct[rows], tmp_path).groups_N, expected)
+    first = {rows[row]: row for row in reversed(range(len(rows)))}
+    assert expected.tolist() == [first[node] for node in rows]
+
+
+@pytest.mark.parametrize(("hard", "method"), [(False, "hnsw"), (True, "exact")])
+def test_auto_takes_a_graph_only_where_a_sample_says_it_finds_everything(
+    hard: bool, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_plan, "AUTO_EXACT_WORK", 0)  # as if a scan took too long
+    points = np.random.default_rng(0).standard_normal((6000, 64)).astype(np.float32) if hard else clustered(6000)
+    graph = graph_of(points, tmp_path, knn="auto")
+    assert graph.method == method
+    assert graph.pilot_recall is not None
+    assert (graph.pilot_recall < 0.9995) == hard
+    assert recall(graph.distances_NK, exact_distances(points)) >= 0.999
+
+
 def test_negative_zero_is_zero(tmp_path: Path) -> None:
     points = np.array([[0.0, 1.0], [-0.0, 1.0], [2.0, 2.0]], dtype=np.float32)
     assert graph_of(points, tmp_path).groups_N.tolist() == [0, 0, 2]
@@ -166,6 +190,14 @@ def test_failed_rows_have_no_neighbours_and_are_nobodys(tmp_path: Path) -> None:
     weights = weights_of(graph)
     assert (weights[failed] == 0).all()
     assert (weights[kept] > 0).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_is_named_and_poisons_no_index(value: float, tmp_path: Path) -> None:
+    points = clustered(600)
+    points[417, 3] = value
+    with pytest.raises(CorruptStoreError, match="row 417 "):
+        graph_of(points, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["hnsw", "exact"])
