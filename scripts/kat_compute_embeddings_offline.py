@@ -41,9 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> BuildReport:
     parser.add_argument("--k", type=int, default=10, help="nearest neighbours")
     parser.add_argument("--batch_size", type=int, help="prompts of 512 tokens in a batch; default: what suits the device")
     parser.add_argument("--device", default="auto", help="auto (cuda if there is one), cuda or cpu")
-    parser.add_argument("--on_error", choices=("stop", "quarantine"), default="stop", help="when a prompt fails in the model")
-    parser.add_argument("--trust_tokenizer_pickle", action="store_true", help="open nanochat's tokenizer.pkl: it can run code")
-    parser.add_argument("--write_embeddings_npy", action="store_true", help=f"{EMBEDDINGS} too: 4 bytes x vocabulary a prompt")
+    parser.add_argument(
+        "--on_error", choices=("stop", "quarantine"), default="stop", help="when a prompt fails in the model"
+    )
+    parser.add_argument(
+        "--trust_tokenizer_pickle", action="store_true", help="open nanochat's tokenizer.pkl: it can run code"
+    )
+    parser.add_argument(
+        "--write_embeddings_npy", action="store_true", help=f"{EMBEDDINGS} too: 4 bytes x vocabulary a prompt"
+    )
     options = parser.parse_args(arguments)
     if options.batch_size is not None and options.batch_size < 1:
         raise ConfigError(f"--batch_size must be at least 1, got {options.batch_size}")

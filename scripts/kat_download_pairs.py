@@ -27,7 +27,6 @@ Record = Mapping[str, Any]
 Pair = tuple[list[dict[str, str]], str, str]  # messages that end with the user, chosen answer, rejected answer
 
 
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Source:
     """A data set of the hub: what lines call it, which splits are read in which order, and how a record becomes a pair."""
@@ -49,18 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, source in SOURCES.items():
         parser.add_argument(f"--no-{name}", action="store_true", help=f"leave out {source.hub_id}")
     parser.add_argument(
-        "--from-files", nargs="+", type=Path, metavar="FILE", help="local .jsonl or .jsonl.gz as hh-rlhf has them; no download"
+        "--from-files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="local .jsonl or .jsonl.gz as hh-rlhf has them; no download",
     )
     parser.add_argument("--out", type=Path, default=data_folder() / PAIRS, help="default: %(default)s")
     options = parser.parse_args(arguments)
 
+    found: tuple[tuple[_Source, Iterator[Record]], ...]
     if options.from_files:
         found = ((SOURCES["hh"], _from_files(options.from_files)),)
     else:
         chosen = [options.only] if options.only else list(SOURCES)
-        found = tuple(
-            (SOURCES[name], _downloaded(SOURCES[name])) for name in chosen if not getattr(options, f"no_{name}")
-        )
+        found = tuple((SOURCES[name], _downloaded(SOURCES[name])) for name in chosen if not getattr(options, f"no_{name}"))
     if not found:
         raise ConfigError("every data set is left out", hint="drop one of --no-hh, --no-uf, --no-se")
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +153,9 @@ def _uf_pair(record: Record) -> Pair | None:
     """Answers are texts to ``prompt``, or whole conversations, as the published data set has them."""
     chosen, rejected = record.get("chosen"), record.get("rejected")
     if isinstance(chosen, list) and isinstance(rejected, list) and chosen and rejected:
-        messages = [{"role": str(turn["role"]), "content": collapse_whitespace(str(turn["content"]))} for turn in chosen[:-1]]
+        messages = [
+            {"role": str(turn["role"]), "content": collapse_whitespace(str(turn["content"]))} for turn in chosen[:-1]
+        ]
         return _pair(messages, str(chosen[-1]["content"]), str(rejected[-1]["content"]))
     prompt = collapse_whitespace(str(record.get("prompt") or ""))
     return _pair([{"role": "user", "content": prompt}], str(chosen or ""), str(rejected or ""))

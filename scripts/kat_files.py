@@ -1,7 +1,8 @@
 """What the kat scripts share: where their files lie, what a line of them means, and how an expected error ends them.
 
-A file of *pairs* has lines ``{"id", "prefix" or "prompt", "chosen", "rejected", "src", "prefix_id"}``; ``id`` names the pair, so
-its prompt's id is ``prefix_id``, or derived from the text. A file of *prompts* has lines ``{"id", "prefix" or "prompt"}``.
+A file of *pairs* has lines ``{"id", "prefix" or "prompt", "chosen", "rejected", "src", "prefix_id"}``; ``id`` names the
+pair, so its prompt's id is ``prefix_id``, or derived from the text. A file of *prompts* has lines ``{"id", "prefix" or
+"prompt"}``.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class PromptLine:
 
 
 def read_lines(path: Path, *, report: Callable[[str], None]) -> Iterator[PromptLine]:
-    """Every line of a JSONL file (gzip allowed) that holds a prompt; of the others the first five and a count are reported."""
+    """Every line of a JSONL file (gzip allowed) that holds a prompt; of others the first five and a count are reported."""
     skipped = 0
     with open_prompts(path) as lines:
         for number, line in enumerate(lines, start=1):
@@ -98,7 +99,7 @@ def read_lines(path: Path, *, report: Callable[[str], None]) -> Iterator[PromptL
 
 
 def _with_one_prompt(line: bytes) -> bytes:
-    """The line with its ``prefix`` alone where it has a ``prompt`` too: here the older field counts only without the newer."""
+    """The line without its ``prompt`` where it has a ``prefix`` too: the older field counts only alone."""
     if b'"prefix"' not in line or b'"prompt"' not in line:
         return line
     try:

@@ -38,7 +38,7 @@ def write_unique(
     id_map: str,
     content: Callable[[PromptLine], dict[str, object]],
 ) -> None:
-    """Write one line per distinct prompt of the pairs to the file called ``prompts``; ``content`` is what stands beside its id.
+    """Write one line per distinct prompt of the pairs to ``prompts``; ``content`` is what stands beside the id.
 
     Raises
     ------

@@ -1,7 +1,7 @@
 """Unique prompts of a file of pairs, as plain text: ``python -m scripts.kat_make_prompts``.
 
 The older of the two formats: ``prompts_all.jsonl`` has lines ``{"id", "prompt"}`` with the whitespace-collapsed first user
-message, ``prompt_id_map.tsv`` its ids. The same ids as ``kat_make_prefixes`` gives, so weights of either join the same pairs.
+message, ``prompt_id_map.tsv`` its ids. Ids are those of ``kat_make_prefixes``, so weights of either join the same pairs.
 """
 
 from __future__ import annotations
