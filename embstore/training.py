@@ -12,6 +12,7 @@ Shapes: N rows.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import stat
@@ -200,6 +201,17 @@ class DensitySampler:
     def __len__(self) -> int:
         return self._num_samples
 
+    @property
+    def num_rows(self) -> int:
+        """Length of the dataset that is drawn from."""
+        return len(self._weights_N)
+
+    def seek(self, position: int) -> None:
+        """Go to a draw of the current pass, 0 <= position < num_samples."""
+        if not 0 <= position < self._num_samples:
+            raise ConfigError(f"a pass has draws 0 to {self._num_samples - 1}, not {position}")
+        self._position = position
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the pass; a new epoch starts at its beginning."""
         if epoch != self._epoch:
@@ -255,6 +267,55 @@ class DensitySampler:
                     hint="make the sampler from the same store and settings as the saved run",
                 )
         self._epoch, self._position = int(str(state["epoch"])), int(str(state["position"]))
+
+
+class GroupRepeat:
+    """The order in which TRL's trainers take prompts: in batches, each index of a batch ``group_size`` times in a row.
+
+    Each batch comes ``repeat_count`` times; draws that do not fill a last batch are left out.
+
+    Parameters
+    ----------
+    sampler
+        Draws every prompt once for its group.
+    group_size
+        Completions of a prompt.
+    prompts_per_batch
+        Prompts for which completions are generated at a time.
+    repeat_count
+        How often a generated batch is used.
+    """
+
+    def __init__(
+        self, sampler: DensitySampler, *, group_size: int, prompts_per_batch: int = 1, repeat_count: int = 1
+    ) -> None:
+        if min(group_size, prompts_per_batch, repeat_count) < 1:
+            raise ConfigError(
+                f"group_size {group_size}, prompts_per_batch {prompts_per_batch} and repeat_count {repeat_count} must be "
+                "at least 1"
+            )
+        self._sampler = sampler
+        self._group_size = group_size
+        self._prompts_per_batch = prompts_per_batch
+        self._repeat_count = repeat_count
+
+    def __len__(self) -> int:
+        prompts = len(self._sampler) // self._prompts_per_batch * self._prompts_per_batch
+        return prompts * self._group_size * self._repeat_count
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the pass; a new epoch starts at its beginning."""
+        self._sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        batch: list[int] = []
+        for drawn in self._sampler:
+            batch.append(drawn)
+            if len(batch) == self._prompts_per_batch:
+                for _ in range(self._repeat_count):
+                    for index in batch:
+                        yield from itertools.repeat(index, self._group_size)
+                batch = []
 
 
 def _read_manifest(root: Path) -> bytes:

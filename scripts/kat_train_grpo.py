@@ -52,9 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> Training:
         lines = policy.fitting(lines, options.max_prompt_tokens)
     with _timed(seconds, "weights"):
         weights_N, origin = kat_weights.find_weights(options, lines, policy)
-    training = kat_trainer.Training(weights=origin, start_seconds=seconds)
+    ids = [line.prompt_id for line in lines]
+    training = kat_trainer.Training(prompt_ids=ids, weights_N=weights_N, origin=origin, start_seconds=seconds)
     with _timed(seconds, "trainer"):
-        trainer = kat_trainer.make_trainer(options, policy, lines, weights_N, reward, training)
+        trainer = kat_trainer.make_trainer(options, policy, lines, reward, training)
     if policy.is_first_process:
         print(f"{len(lines):,} lines, weights {origin}, {options.max_steps:,} steps")
         print("start-up: " + ", ".join(f"{part} {spent:.3g} s" for part, spent in seconds.items()), flush=True)

@@ -49,9 +49,11 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
-    """What a run did: where its weights are from (precomputed, online, uniform), what its start took, its logged steps."""
+    """What a run did: its lines' prompts, where their weights are from, what its start took, and its logged steps."""
 
-    weights: str
+    prompt_ids: Sequence[str]
+    weights_N: NDArray[np.float64]
+    origin: str  # precomputed, online or uniform
     start_seconds: Mapping[str, float]
     steps: list[Step] = field(default_factory=list)
 
@@ -148,11 +150,10 @@ def make_trainer(
     options: argparse.Namespace,
     policy: Policy,
     lines: Sequence[PromptLine],
-    weights_N: NDArray[np.float64],
     reward: Reward | str,
     training: Training,
 ) -> DensityGRPOTrainer:
-    """The trainer; ``training`` collects its logged steps."""
+    """The trainer that draws ``lines`` by the weights of ``training``, which collects its logged steps."""
     world_size = policy.processes.num_processes
     is_on_gpu = policy.processes.device.type == "cuda"
     config = GRPOConfig(
@@ -182,7 +183,7 @@ def make_trainer(
         reward_funcs=[reward, _recording(drawn)],
         args=config,
         train_dataset=as_dataset(lines, policy),
-        density_sampler=DensitySampler(weights_N, seed=options.seed),
+        density_sampler=DensitySampler(training.weights_N, seed=options.seed),
         callbacks=[_Log(training, drawn, lines if policy.is_first_process else None)],
     )
     trainer.remove_callback(PrinterCallback)

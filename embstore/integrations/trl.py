@@ -59,9 +59,9 @@ class DensitySampling:
     args: Any
 
     def __init__(self, *args: Any, density_sampler: DensitySampler, **kwargs: Any) -> None:  # noqa: ANN401
-        if density_sampler.num_replicas != 1:
+        if (num_replicas := getattr(density_sampler, "num_replicas", 1)) != 1:
             raise ConfigError(
-                f"the sampler draws for one of {density_sampler.num_replicas} processes, and the trainer splits once more",
+                f"the sampler draws for one of {num_replicas} processes, and the trainer splits once more",
                 hint="leave num_replicas at 1: every process must see the same order",
             )
         self.density_sampler = density_sampler

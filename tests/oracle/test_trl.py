@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ from tests.support.trl_runs import (
 )
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Steps of this size gain nothing from more, and lose much where other processes want the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +225,10 @@ def test_a_dataset_of_another_length_is_refused(folder: Path) -> None:
 
 
 def test_a_sampler_that_is_split_by_rank_is_refused(folder: Path) -> None:
-    split = DensitySampler(WEIGHTS, rank=0, num_replicas=2)
+    class Split(DensitySampler):
+        num_replicas = 2
+
+    split = Split(WEIGHTS)
     with pytest.raises(ConfigError, match="one of 2 processes"):
         make_grouped(folder, DensityGRPO, GRPOConfig, density_sampler=split, per_device_train_batch_size=4)
 

@@ -81,11 +81,11 @@ def test_the_same_files_give_the_same_bytes(base: Path, transcripts: Path) -> No
 def test_files_without_a_pair_end_with_an_error_and_leave_nothing(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "other.jsonl"
     path.write_text('{"chosen": "no marker", "rejected": ""}\n[1]\n')
-    with pytest.raises(PromptError, match="no pair found \\(2 records, none usable\\)"):
+    with pytest.raises(PromptError, match=r"no pair found \(2 records, none usable\)"):
         kat_download_pairs.main(["--from-files", str(path)])
     assert list((base / "data").iterdir()) == []
     path.write_text("{}\nnot json\n")
-    with pytest.raises(PromptError, match="line 2 of .*other.jsonl is no JSON"):
+    with pytest.raises(PromptError, match=r"line 2 of .*other.jsonl is no JSON"):
         kat_download_pairs.main(["--from-files", str(path)])
 
 
@@ -104,7 +104,11 @@ def test_data_sets_are_read_as_they_are_published(base: Path, monkeypatch: pytes
         "HuggingFaceH4/stack-exchange-preferences": [
             {
                 "question": "<p>How <b>so</b>?</p>",
-                "answers": [{"text": "<p>worst</p>", "pm_score": 0}, {"text": "best", "pm_score": 4}, {"text": "x", "pm_score": 1}],
+                "answers": [
+                    {"text": "<p>worst</p>", "pm_score": 0},
+                    {"text": "best", "pm_score": 4},
+                    {"text": "x", "pm_score": 1},
+                ],
             },
             {"question": "one answer", "answers": [{"text": "alone", "pm_score": 4}]},
             {"question": "a tie", "answers": [{"text": "a", "pm_score": 1}, {"text": "b", "pm_score": 1}]},
@@ -124,7 +128,9 @@ def test_data_sets_are_read_as_they_are_published(base: Path, monkeypatch: pytes
         ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs"),
         ("HuggingFaceH4/stack-exchange-preferences", "train"),
     ]
-    assert [(pair["prefix"]["messages"][-1]["content"], pair["chosen"], pair["rejected"], pair["src"]) for pair in pairs] == [
+    assert [
+        (pair["prefix"]["messages"][-1]["content"], pair["chosen"], pair["rejected"], pair["src"]) for pair in pairs
+    ] == [
         ("What is seven?", "A number.", "No.", "hh-rlhf"),
         ("What is seven?", "A number.", "No.", "hh-rlhf"),
         ("Sum?", "Yes.", "No.", "ultrafeedback-binarized"),
@@ -157,7 +163,10 @@ def test_a_failed_download_names_the_data_set_and_leaves_the_old_file(base: Path
 
 
 LINES = [
-    {"prefix": {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "A  b\tc"}]}, "src": "x"},
+    {
+        "prefix": {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "A  b\tc"}]},
+        "src": "x",
+    },
     {"prefix": {"messages": [{"role": "user", "content": "a"}]}, "prompt": "the newer field counts", "src": "x"},
     {"prompt": " A b\n c ", "src": "y"},
     {"prompt": "d é", "src": "y"},
@@ -198,7 +207,7 @@ def test_unique_prompts_in_both_formats(base: Path, script: Any, capsys: pytest.
 
 
 def test_a_missing_file_of_pairs_names_the_command_that_makes_it(base: Path) -> None:
-    with pytest.raises(PromptError, match="pairs_all.jsonl does not exist") as caught:
+    with pytest.raises(PromptError, match=r"pairs_all.jsonl does not exist") as caught:
         kat_make_prefixes.main([])
     assert caught.value.hint == "run python -m scripts.kat_download_pairs"
 
@@ -212,12 +221,12 @@ def test_pairs_without_a_user_message_are_an_error(base: Path) -> None:
 
 
 def test_whichever_file_of_prompts_exists_is_taken_and_both_must_be_named(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match="prefixes_all.jsonl does not exist") as caught:
+    with pytest.raises(PromptError, match=r"prefixes_all.jsonl does not exist") as caught:
         find_prompts(tmp_path)
     assert caught.value.hint == "run python -m scripts.kat_make_prefixes"
     (tmp_path / "prompts_all.jsonl").touch()
     assert find_prompts(tmp_path) == tmp_path / "prompts_all.jsonl"
     (tmp_path / "prefixes_all.jsonl").touch()
-    with pytest.raises(ConfigError, match="both prefixes_all.jsonl and prompts_all.jsonl") as both:
+    with pytest.raises(ConfigError, match=r"both prefixes_all.jsonl and prompts_all.jsonl") as both:
         find_prompts(tmp_path)
     assert "--prompts_path" in str(both.value.hint)

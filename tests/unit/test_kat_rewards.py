@@ -35,7 +35,9 @@ def test_the_format_reward_is_the_share_of_words() -> None:
 
 
 def test_a_reward_of_ones_own_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_rewards.py").write_text("def longest(completions, **_):\n    return [float(len(c)) for c in completions]\n")
+    (tmp_path / "my_rewards.py").write_text(
+        "def longest(completions, **_):\n    return [float(len(c)) for c in completions]\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     reward = find_reward("my_rewards:longest", [])
     assert not isinstance(reward, str)
