@@ -48,5 +48,5 @@ def test_what_a_build_refuses_is_refused() -> None:
     model, tokenizer = make_model("llama"), make_tokenizer()
     with pytest.raises(PromptError, match="1 of 61 lines"):
         embstore.DensityAwareSampler([*TEXTS, " "], model, tokenizer, "cpu")
-    with pytest.raises(ConfigError, match="k must lie in 1..32"):
+    with pytest.raises(ConfigError, match=r"k must lie in 1\.\.32"):
         embstore.DensityAwareSampler(TEXTS, model, tokenizer, "cpu", k=33)
