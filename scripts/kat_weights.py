@@ -66,14 +66,13 @@ def find_weights(
     return np.ones(len(lines)), UNIFORM
 
 
-def _precomputed(options: argparse.Namespace, lines: Sequence[PromptLine]) -> NDArray[np.float64]:
+def _precomputed(options: argparse.Namespace, lines: Sequence[PromptLine]) -> Found:
     """The store's weights, joined to the lines by prompt id."""
     weights = load_weights(options.embeddings_dir)
-    rows = embstore.open_store(options.embeddings_dir).aliases
-    return join(lines, rows, weights.array, origin=str(options.embeddings_dir))
+    return weights.align([line.prompt_id for line in lines], duplicates="divide").array.astype(np.float64)
 
 
-def _online(options: argparse.Namespace, lines: Sequence[PromptLine], policy: Policy) -> NDArray[np.float64]:
+def _online(options: argparse.Namespace, lines: Sequence[PromptLine], policy: Policy) -> Found:
     """Weights computed now, with the policy's model as it starts, over each distinct prompt once."""
     embedded = lines
     if options.pairs_path and options.prompts_path:
@@ -85,14 +84,12 @@ def _online(options: argparse.Namespace, lines: Sequence[PromptLine], policy: Po
     sampler = embstore.DensityAwareSampler(
         list(texts.values()), policy.model, policy.tokenizer, policy.processes.device, k=options.density_k
     )
-    rows = {prompt_id: row for row, prompt_id in enumerate(texts)}
-    return join(lines, rows, sampler.density_weights, origin="the prompts embedded online")
+    weight_of = dict(zip(texts, sampler.density_weights.tolist(), strict=True))
+    return join(lines, weight_of)
 
 
-def join(
-    lines: Sequence[PromptLine], rows: Mapping[str, int], weights: NDArray[np.floating], *, origin: str
-) -> NDArray[np.float64]:
-    """Weights float64 [N]: of each line that of its prompt, divided by the number of lines with that prompt.
+def join(lines: Sequence[PromptLine], weight_of: Mapping[str, float]) -> Found:
+    """Weights float64 [N]: of each line that of its prompt id, divided by the number of lines with that prompt.
 
     Raises
     ------
@@ -100,16 +97,16 @@ def join(
         A line's prompt has no weight.
     """
     ids = [line.prompt_id for line in lines]
-    missing = [position for position, prompt_id in enumerate(ids) if prompt_id not in rows]
+    missing = [position for position, prompt_id in enumerate(ids) if prompt_id not in weight_of]
     if missing:
         first = lines[missing[0]]
         raise KeyMismatchError(
-            f"{len(missing)} of {len(lines)} lines have no weight in {origin}, first line {first.number}, "
-            f"prompt id {printable(first.prompt_id)!r}",
-            hint="make the prompts from these pairs (python -m scripts.kat_make_prefixes) and compute their weights again",
+            f"{len(missing)} of {len(lines)} lines are none of the prompts embedded; the first is line {first.number}, "
+            f"prompt id {first.prompt_id!r}",
+            hint="make the prompts from these pairs: python -m scripts.kat_make_prefixes",
         )
     counts = Counter(ids)
-    return np.array([float(weights[rows[prompt_id]]) / counts[prompt_id] for prompt_id in ids])
+    return np.array([weight_of[prompt_id] / counts[prompt_id] for prompt_id in ids])
 
 
 def _agreed(compute: Callable[[], Found], processes: PartialState, *, is_shared: bool) -> Found | _Failed:

@@ -2,7 +2,7 @@
 
     class DensityGRPOTrainer(DensitySampling, GRPOTrainer): ...
 
-    weights = load_weights("STORE").for_dataset(dataset, "id")
+    weights = load_weights("STORE").for_dataset(dataset)
     trainer = DensityGRPOTrainer(..., train_dataset=dataset, density_sampler=DensitySampler(weights, seed=0))
 
 Trainers that draw groups (GRPO, RLOO) get TRL's own order, every prompt ``num_generations`` times in a row; others (SFT,
@@ -28,16 +28,19 @@ class EpochCallback(TrainerCallback):  # type: ignore[misc]  # transformers is u
     """Before each epoch, sets the sampler to that epoch's beginning, whatever was drawn before.
 
     The epoch is counted from the optimizer steps done, as the trainer counts it, so it is right after any resume.
+    ``sampler`` is the one that the trainer's loader iterates; the mixin keeps it up to date.
     """
 
-    def __init__(self, sampler: DensitySampler) -> None:
-        self._sampler = sampler
+    def __init__(self, sampler: DensitySampler | GroupRepeat | None = None) -> None:
+        self.sampler = sampler
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Called by the trainer with its dataloader as ``train_dataloader``."""
+        if self.sampler is None:
+            return  # the trainer made no loader by the hook
         steps = max(1, -(-len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps))
-        self._sampler.set_epoch(state.global_step // steps)
-        self._sampler.seek(0)  # the trainer itself skips what was trained on, counting from the epoch's first draw
+        self.sampler.set_epoch(state.global_step // steps)
+        self.sampler.seek(0)  # the trainer itself skips what was trained on, counting from the epoch's first draw
 
 
 class DensitySampling:
@@ -59,19 +62,20 @@ class DensitySampling:
     args: Any
 
     def __init__(self, *args: Any, density_sampler: DensitySampler, **kwargs: Any) -> None:  # noqa: ANN401
-        if (num_replicas := getattr(density_sampler, "num_replicas", 1)) != 1:
+        if density_sampler.num_replicas != 1:
             raise ConfigError(
-                f"the sampler draws for one of {num_replicas} processes, and the trainer splits once more",
+                f"the sampler draws for one of {density_sampler.num_replicas} processes, and the trainer splits once more",
                 hint="leave num_replicas at 1: every process must see the same order",
             )
         self.density_sampler = density_sampler
+        self._epoch_callback = EpochCallback()
         super().__init__(*args, **kwargs)
         if not isinstance(self.train_dataset, Sized):
             raise ConfigError(
                 f"{type(self.train_dataset).__name__} has no length, and a stream is never sampled",
                 hint="give the trainer a map-style dataset, or resample it first: embstore resample",
             )
-        self.add_callback(EpochCallback(density_sampler))  # type: ignore[attr-defined]  # the trainer's
+        self.add_callback(self._epoch_callback)  # type: ignore[attr-defined]  # the trainer's
 
     def _get_train_sampler(self, dataset: Sized | None = None) -> GroupRepeat:
         """The trainers' hook; ``dataset`` may lack columns, so its length is all that is looked at.
@@ -98,12 +102,9 @@ class DensitySampling:
             group, repeat = 1, 1
             # whole batches only: accelerate would fill the last one with the epoch's first rows
             prompts = args.train_batch_size * args.world_size
-        if len(self.density_sampler) < prompts:
-            raise ConfigError(
-                f"an epoch of {len(self.density_sampler)} draws is less than one batch of {prompts} prompts",
-                hint="give the sampler a larger num_samples, or make the batch smaller",
-            )
-        return GroupRepeat(self.density_sampler, group_size=group, prompts_per_batch=prompts, repeat_count=repeat)
+        groups = GroupRepeat(self.density_sampler, group_size=group, prompts_per_batch=prompts, repeat_count=repeat)
+        self._epoch_callback.sampler = groups
+        return groups
 
     def _warn_of_unaligned_saves(self, repeat: int) -> None:
         """TRL forgets on a resume which part of a generated batch comes next, so a checkpoint must not lie inside one."""

@@ -225,10 +225,7 @@ def test_a_dataset_of_another_length_is_refused(folder: Path) -> None:
 
 
 def test_a_sampler_that_is_split_by_rank_is_refused(folder: Path) -> None:
-    class Split(DensitySampler):
-        num_replicas = 2
-
-    split = Split(WEIGHTS)
+    split = DensitySampler(WEIGHTS, rank=0, num_replicas=2)
     with pytest.raises(ConfigError, match="one of 2 processes"):
         make_grouped(folder, DensityGRPO, GRPOConfig, density_sampler=split, per_device_train_batch_size=4)
 
@@ -255,7 +252,7 @@ def test_a_stream_is_refused(folder: Path) -> None:
 def test_an_epoch_shorter_than_a_batch_is_refused(folder: Path) -> None:
     short = DensitySampler(WEIGHTS, num_samples=2)
     trainer = make_grouped(folder, DensityGRPO, GRPOConfig, density_sampler=short, per_device_train_batch_size=12)
-    with pytest.raises(ConfigError, match="an epoch of 2 draws is less than one batch of 3 prompts"):
+    with pytest.raises(ConfigError, match="a pass of 2 draws has no chunk of prompts_per_batch 3"):
         trainer.train()
 
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from embstore.core.errors import ConfigError, InvalidWeightsError, WeightsError
-from embstore.training import DensitySampler, GroupRepeat, Weights, load_weights
+from embstore.training import DensitySampler, Weights, load_weights
 
 UNEVEN = np.array([0.0, 0.5, 0.02, 0.0, 0.3, 0.08, 0.1, 0.0])
-GOLDEN = [5, 4, 4, 6, 5, 1, 4, 4, 1, 1, 1, 4, 1, 1, 1, 1, 6, 1, 4, 1]  # num_samples=20, seed=3, epoch 2
+GOLDEN = [5, 2, 4, 6, 4, 1, 4, 4, 1, 1, 1, 4, 1, 1, 1, 1, 6, 1, 4, 1]  # num_samples=20, seed=3, epoch 2
 VECTORS = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1.0)), min_size=1, max_size=40).filter(any)
 
 
@@ -99,12 +99,15 @@ def test_the_order_depends_on_weights_seed_and_epoch_alone() -> None:
     assert list(used) == plans[2, 2]
 
 
-def test_a_new_epoch_starts_at_its_beginning_and_the_same_one_goes_on() -> None:
+def test_a_new_epoch_starts_at_its_beginning_and_a_loaded_one_goes_on() -> None:
     sampler = DensitySampler(UNEVEN, num_samples=10)
     first = list(itertools.islice(sampler, 4))
+    state = sampler.state_dict()
+    assert list(sampler) == sampler.plan(0).tolist()  # a look at the first draws costs none of them
+    sampler.load_state_dict(state)
     sampler.set_epoch(0)
     assert first + list(sampler) == sampler.plan(0).tolist()
-    list(itertools.islice(sampler, 4))
+    sampler.load_state_dict(state)
     sampler.set_epoch(5)
     assert list(sampler) == sampler.plan(5).tolist()
 
@@ -112,7 +115,7 @@ def test_a_new_epoch_starts_at_its_beginning_and_the_same_one_goes_on() -> None:
 def test_the_sequence_is_pinned() -> None:
     """Changes only with the name of the method: a resumed run must go on with the order it began."""
     sampler = DensitySampler(UNEVEN, num_samples=20, seed=3)
-    assert sampler.state_dict()["method"] == "systematic-1"
+    assert sampler.state_dict()["method"] == "systematic-2"
     assert sampler.plan(2).tolist() == GOLDEN
 
 
@@ -215,26 +218,3 @@ def test_a_pass_has_one_draw_a_row_by_default() -> None:
     sampler = DensitySampler(np.ones(12, dtype=np.float32) / 12)
     assert len(sampler) == 12
     assert sorted(sampler) == list(range(12))
-
-
-def test_seeking_goes_to_a_draw_of_the_pass() -> None:
-    sampler = DensitySampler(np.arange(1, 9), seed=3)
-    plan = sampler.plan(0).tolist()
-    sampler.seek(5)
-    assert list(sampler) == plan[5:]
-    sampler.set_epoch(0)
-    sampler.seek(0)
-    assert list(sampler) == plan
-    with pytest.raises(ConfigError, match="draws 0 to 7, not 8"):
-        sampler.seek(8)
-
-
-def test_groups_repeat_whole_batches_and_leave_out_the_rest() -> None:
-    sampler = DensitySampler(np.ones(5), seed=3)
-    a, b, c, d, _ = sampler.plan(1).tolist()
-    groups = GroupRepeat(sampler, group_size=3, prompts_per_batch=2, repeat_count=2)
-    groups.set_epoch(1)
-    assert list(groups) == [*[a] * 3, *[b] * 3] * 2 + [*[c] * 3, *[d] * 3] * 2
-    assert len(groups) == 24
-    with pytest.raises(ConfigError, match="group_size 0"):
-        GroupRepeat(sampler, group_size=0)
