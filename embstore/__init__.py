@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from embstore.artifact import recompute_weights
     from embstore.export import export_store
     from embstore.info import inspect, verify
+    from embstore.online import DensityAwareSampler
     from embstore.pipeline import BuildReport, build
     from embstore.storage.store import EmbeddingStore, open_store
 
 _HOMES = {
     "BuildReport": "embstore.pipeline",
+    "DensityAwareSampler": "embstore.online",
     "EmbeddingStore": "embstore.storage.store",
     "build": "embstore.pipeline",
     "export_store": "embstore.export",
@@ -30,6 +32,7 @@ _HOMES = {
 
 __all__ = [
     "BuildReport",
+    "DensityAwareSampler",
     "EmbeddingStore",
     "__version__",
     "build",

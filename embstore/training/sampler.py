@@ -106,6 +106,11 @@ class DensitySampler(Resumable):
         return self._num_samples // self._num_replicas
 
     @property
+    def num_rows(self) -> int:
+        """Length of the dataset that is drawn from."""
+        return len(self._weights_N)
+
+    @property
     def num_replicas(self) -> int:
         """Ranks that share one pass."""
         return self._num_replicas
