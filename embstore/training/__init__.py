@@ -9,11 +9,29 @@ The map is read-only and shared through the page cache by every rank on a node.
 ``docs/training.md`` is the guide. ``embstore.training.torch`` has the same sampler as a ``torch.utils.data.Sampler``.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from embstore.training.groups import GroupRepeat
-from embstore.training.join import prompt_keys
-from embstore.training.resample import IndexedView, importance_weights, resample_dataset, resample_indices
 from embstore.training.sampler import DensitySampler
 from embstore.training.weights import Weights, load_weights
+
+if TYPE_CHECKING:
+    from embstore.training.join import prompt_keys
+    from embstore.training.resample import IndexedView, importance_weights, resample_dataset, resample_indices
+    from embstore.training.tables import resample_file
+
+# what few runs use is imported when it is used
+_HOMES = {
+    "IndexedView": "embstore.training.resample",
+    "importance_weights": "embstore.training.resample",
+    "prompt_keys": "embstore.training.join",
+    "resample_dataset": "embstore.training.resample",
+    "resample_file": "embstore.training.tables",
+    "resample_indices": "embstore.training.resample",
+}
 
 __all__ = [
     "DensitySampler",
@@ -24,5 +42,12 @@ __all__ = [
     "load_weights",
     "prompt_keys",
     "resample_dataset",
+    "resample_file",
     "resample_indices",
 ]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - each name has its own type
+    if name not in _HOMES:
+        raise AttributeError(f"module 'embstore.training' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -45,16 +45,9 @@ from embstore.training.files import (
     refuse_irregular,
     sha256_of,
 )
-from embstore.training.join import (
-    Duplicates,
-    Join,
-    OnMissing,
-    align_weights,
-    is_ids,
-    read_ids,
-    read_prompt_keys,
-    rows_of_keys,
-)
+
+if TYPE_CHECKING:
+    from embstore.training.join import Duplicates, Join, OnMissing
 
 Verify = Literal["full", "shape", "off"]
 
@@ -114,6 +107,8 @@ class Weights:
         ConfigError
             These weights are of a bare file, or joined already.
         """
+        from embstore.training.join import Join, is_ids  # noqa: PLC0415 - a third of the import cost
+
         if is_ids(keys):
             names = [str(name) for name in np.asarray(keys, dtype=object)]
             join = Join(rows_M=self._rows_of_ids(names), names=names, reasons={})
@@ -151,6 +146,8 @@ class Weights:
         KeyMismatchError, ConfigError
             See ``align``; or there is no such column.
         """
+        from embstore.training.join import Join, read_ids, read_prompt_keys  # noqa: PLC0415
+
         if id_column is not None:
             if key_column is not None:
                 raise ConfigError(f"join by content ({key_column}) or by id ({id_column}), not both", hint="name one column")
@@ -188,6 +185,8 @@ class Weights:
         return self._derived((value_N / value_N.sum()).astype(np.float32), step, store=self.store)
 
     def _rows_of_keys(self, keys_M: NDArray[np.uint64]) -> NDArray[np.int64]:
+        from embstore.training.join import rows_of_keys  # noqa: PLC0415
+
         root = self._joinable()
         return rows_of_keys(read_keys(root, self._manifest(root), full=True), keys_M)
 
@@ -214,6 +213,8 @@ class Weights:
         return manifest
 
     def _joined(self, join: Join, on_missing: OnMissing, duplicates: Duplicates) -> Weights:
+        from embstore.training.join import align_weights  # noqa: PLC0415
+
         aligned_M = align_weights(self.array, join, store=str(self.store), on_missing=on_missing, duplicates=duplicates)
         return self._derived(aligned_M, f"align(on_missing={on_missing!r}, duplicates={duplicates!r})", store=None)
 
