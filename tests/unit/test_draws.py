@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import tracemalloc
@@ -285,3 +286,13 @@ def test_importance_weights_undo_the_sampling() -> None:
     assert importance_weights([0.5, 0.25, 0.25]) == pytest.approx([0.6, 1.2, 1.2])
     with pytest.raises(ConfigError, match="index 3 has weight 0"):
         importance_weights(UNEVEN, [1, 3])
+
+
+def test_the_lines_for_nanochat_draw_pass_after_pass_on_each_rank() -> None:
+    """As docs/training.md has them: two ranks together see the plans of successive epochs."""
+    whole = DensitySampler(MANY, num_samples=60, seed=0)
+    expected = np.concatenate([whole.plan(epoch) for epoch in range(3)])
+    for rank in range(2):
+        sampler = DensitySampler(MANY, num_samples=60, seed=0, rank=rank, num_replicas=2)
+        forever = itertools.chain.from_iterable(itertools.repeat(sampler))
+        assert list(itertools.islice(forever, 90)) == expected[rank::2].tolist()
