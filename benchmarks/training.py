@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -135,20 +136,32 @@ def median_seconds(action: Callable[[], object], rounds: int) -> float:
 
 
 def import_cost() -> dict[str, Any]:
-    """Milliseconds of whole processes; numpy alone and embstore.training take turns."""
+    """Milliseconds of whole processes, by the clock and of the processor; numpy alone and embstore.training take turns."""
     statements = {"numpy": "import numpy", "embstore.training": "import embstore.training", "torch": "import torch"}
     seconds: dict[str, list[float]] = {name: [] for name in statements}
+    processor: dict[str, list[float]] = {name: [] for name in statements}
     for turn in range(ROUNDS + 1):
         for name, statement in statements.items():
             if name == "torch" and turn > 3:
                 continue
-            started = time.perf_counter()
+            started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run([sys.executable, "-c", statement], check=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
             if turn:
                 seconds[name].append(time.perf_counter() - started)
+                used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+                processor[name].append(used)
     medians = {f"{name}_ms": round(1e3 * statistics.median(values), 1) for name, values in seconds.items()}
     over = [1e3 * (ours - alone) for ours, alone in zip(seconds["embstore.training"], seconds["numpy"], strict=True)]
-    return {**medians, "over_numpy_ms": round(statistics.median(over), 1), "rounds": ROUNDS}
+    of_processor = [
+        1e3 * (ours - alone) for ours, alone in zip(processor["embstore.training"], processor["numpy"], strict=True)
+    ]
+    return {
+        **medians,
+        "over_numpy_ms": round(statistics.median(over), 1),
+        "over_numpy_cpu_ms": round(statistics.median(of_processor), 1),
+        "rounds": ROUNDS,
+    }
 
 
 # --- draws ------------------------------------------------------------------------------------------------------------
@@ -172,15 +185,16 @@ else:
     make = lambda: DensitySampler(weights, method=method)
 open("/proc/self/clear_refs", "w").write("5")
 before = status("VmRSS")
-started = time.perf_counter()
+started, processor = time.perf_counter(), time.process_time()
 sampler = make()
 iterator = iter(sampler)
 next(iterator)
-first = time.perf_counter() - started
+first, processor = time.perf_counter() - started, time.process_time() - processor
 for _ in iterator:
     pass
 whole = time.perf_counter() - started
-print(json.dumps({"first_ms": round(1e3 * first, 1), "draws_per_second": round(rows / whole),
+print(json.dumps({"first_ms": round(1e3 * first, 1), "first_cpu_ms": round(1e3 * processor, 1),
+                  "draws_per_second": round(rows / whole),
                   "bytes_a_row": round((status("VmHWM") - before) / rows, 1)}))
 """
 
@@ -210,7 +224,9 @@ def draws() -> dict[str, Any]:
             if values
         } | errors
     small, large = found["1000000"]["systematic"], found[str(TORCH_LIMIT + 1)]["systematic"]
-    found["systematic_ms_each_further_million"] = round((large["first_ms"] - small["first_ms"]) / (TORCH_LIMIT / 1e6 - 1), 1)
+    for field in ("first_ms", "first_cpu_ms"):
+        further = (large[field] - small[field]) / (TORCH_LIMIT / 1e6 - 1)
+        found[f"systematic_{field}_each_further_million"] = round(further, 1)
     theirs = found["1000000"]["torch_WeightedRandomSampler"]
     found["over_torch_at_1M"] = {
         "draws_per_second": round(small["draws_per_second"] / theirs["draws_per_second"], 2),
