@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ from embstore.core.errors import ConfigError
 
 Method = Literal["systematic", "without_replacement", "iid"]
 
-Rows = NDArray[np.uint32 | np.int64]
+if TYPE_CHECKING:
+    Rows = NDArray[np.uint32 | np.int64]
 
 _BLOCK = 1 << 18
 _TO_UNIT = 2.0**-53  # of the upper 53 bits of a word

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from embstore.core.density import effective_sample_size
 from embstore.core.errors import (
     ConfigError,
     CorruptStoreError,
@@ -78,6 +77,8 @@ class Weights:
 
     def ess(self) -> float:
         """Kish's effective sample size, in rows."""
+        from embstore.core.density import effective_sample_size  # noqa: PLC0415
+
         return effective_sample_size(self.array)
 
     def align(
