@@ -136,7 +136,7 @@ class Weights:
         dataset
             Mappings (a Hugging Face dataset, or records), texts, or lists of messages.
         key_column
-            The column that holds the prompt; see ``prompt_keys``. Price: about 10 us an item.
+            The column that holds the prompt; see ``prompt_keys``. Price: about 16 us an item.
         id_column
             Join by the ids in this column instead: any id of the prompts file or of ``ids.json``.
         on_missing, duplicates
