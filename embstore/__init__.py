@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from embstore.export import export_store
     from embstore.importing import import_array
     from embstore.info import inspect, verify
+    from embstore.online import DensityAwareSampler
     from embstore.pipeline import BuildReport, build
     from embstore.storage.store import EmbeddingStore, open_store
 
 _HOMES = {
     "BuildReport": "embstore.pipeline",
+    "DensityAwareSampler": "embstore.online",
     "EmbeddingStore": "embstore.storage.store",
     "build": "embstore.pipeline",
     "compare": "embstore.comparison",
@@ -34,6 +36,7 @@ _HOMES = {
 
 __all__ = [
     "BuildReport",
+    "DensityAwareSampler",
     "EmbeddingStore",
     "__version__",
     "build",

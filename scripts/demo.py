@@ -1,8 +1,8 @@
 """``make demo``: the main job end to end, on input made on the spot. No download of models or data.
 
 Makes prompts, a tokenizer and a small Llama from the standard library's docstrings; builds a store; kills the build with
-SIGKILL part-way; resumes it; inspects and verifies it; trains from its weights. Every command it runs is printed, and works
-the same on your own prompts and model.
+SIGKILL part-way; resumes it; inspects and verifies it; trains from its weights, first in a plain loop, then five steps of
+GRPO. Every command it runs is printed, and works the same on your own prompts and model.
 """
 
 from __future__ import annotations
@@ -65,6 +65,9 @@ def main() -> int:
     _title("6. Train: map the weights, draw batches by them (scripts/demo_train.py)")
     _run([sys.executable, "-m", "scripts.demo_train", str(store), str(made.model)])
 
+    _title("7. GRPO by TRL, on groups of completions to prompts drawn by density: 5 steps")
+    _train_grpo(options.folder, made, store)
+
     seconds = time.monotonic() - started
     _title(f"Done in {seconds:.0f} s. The store is in {store}; the same commands work on your prompts and model.")
     return 0
@@ -99,6 +102,16 @@ def _kill_part_way(build: list[str], store: Path) -> None:
     if code != -signal.SIGKILL:
         raise SystemExit(f"the build ended with {code} before it could be killed")
     _console.print("[bold red]killed[/bold red] (SIGKILL: no handler ran, nothing was flushed)\n")
+
+
+def _train_grpo(folder: Path, made: DemoInput, store: Path) -> None:
+    arguments = ["-m", "scripts.kat_train_grpo", "--model", str(made.model), "--prompts_path", str(made.prompts)]
+    arguments += ["--use_precomputed_embeddings", "--embeddings_dir", str(store), "--require_density"]
+    arguments += ["--reward", "format", "--max_steps", "5", "--log_interval", "1", "--lr", "1e-4"]
+    arguments += ["--device_batch_size", "16", "--num_generations", "4", "--max_completion_tokens", "32"]
+    arguments += ["--out_dir", str(folder / "grpo")]
+    _console.print(f"[bold cyan]$ python {' '.join(arguments)}[/bold cyan]", highlight=False, soft_wrap=True)
+    _run([sys.executable, *arguments])
 
 
 def _embstore(*arguments: str, head: int | None = None) -> None:

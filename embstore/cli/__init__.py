@@ -6,11 +6,11 @@ file a command; they are listed below in the order that ``--help`` shows.
 
 import signal
 
-from embstore.cli import build, import_array, inspect, verify, weights, compare, export  # isort: skip
+from embstore.cli import build, import_array, inspect, verify, weights, compare, resample, export  # isort: skip
 from embstore.cli.frame import app, stop
 from embstore.interrupts import STOP_SIGNALS
 
-__all__ = ["app", "build", "compare", "export", "import_array", "inspect", "main", "verify", "weights"]
+__all__ = ["app", "build", "compare", "export", "import_array", "inspect", "main", "resample", "verify", "weights"]
 
 
 def main() -> None:

@@ -224,6 +224,11 @@ def load_model(files: ModelFiles | NanochatFiles, device: str, *, space: Space =
     return _ready(model, tokenizer, target)
 
 
+def as_loaded(model: Any, tokenizer: Any, device: str) -> LoadedModel:  # noqa: ANN401
+    """A model in memory as ``load_model`` would give it; it is moved and frozen in place."""
+    return _ready(model, tokenizer, resolve_device(device))
+
+
 def _ready(model: Any, tokenizer: Any, target: torch.device) -> LoadedModel:  # noqa: ANN401
     model.requires_grad_(False)
     model.eval().to(target)

@@ -70,8 +70,8 @@ def centred(coord_NR: NDArray[np.float32], rows_G: Rows, work: Path) -> NDArray[
     with (work / "centred.npy").open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         for start in range(0, len(rows_G), _BLOCK_ROWS):
-            block = coord_NR[rows_G[start : start + _BLOCK_ROWS]].astype(np.float64) - mean_R
-            file.write(block.astype("<f4").data.cast("B"))
+            centred_BR = coord_NR[rows_G[start : start + _BLOCK_ROWS]].astype(np.float64) - mean_R
+            file.write(centred_BR.astype("<f4").data.cast("B"))
     if not len(rows_G):
         return np.empty(shape, dtype=np.float32)
     centred_GR: NDArray[np.float32] = np.load(work / "centred.npy", mmap_mode="r", allow_pickle=False)

@@ -6,11 +6,13 @@ same input must pin the same spec (docs/decisions/0003). The clock is only asked
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from embstore.compute.heads import AffineHead, CappedHead, SplitModel
 from embstore.compute.models import (
     LoadedModel,
     ModelFiles,
+    as_loaded,
     load_model,
     resolve_device,
 )
@@ -86,7 +89,7 @@ class TorchSource:
         threads = config.threads or _cores()
         torch.set_num_threads(threads)
         space, pooling = config.space or "logits", config.pooling or "mean"
-        loaded = load_model(self._files, config.device or "auto", space=space)
+        loaded = self._load(config.device or "auto", space)
         max_tokens = _max_tokens(config, loaded, observer)
         model = SplitModel(loaded.model, headless=space == "hidden")
         tokenizer = PromptTokenizer(loaded.tokenizer, max_tokens, model.num_tokens)
@@ -126,6 +129,9 @@ class TorchSource:
         observer(StageFinished(stage="model", seconds=time.perf_counter() - started))
         return embedder
 
+    def _load(self, device: str, space: Space) -> LoadedModel:
+        return load_model(self._files, device, space=space)
+
     def _pick_dtype(
         self, embedder: LogitEmbedder, parts: ModelParts, wanted: str, sample: Sequence[TokenRow], observer: Observer
     ) -> str:
@@ -136,11 +142,11 @@ class TorchSource:
             return "float32"
         space = _space_of(embedder.spec)
         # a second copy, because rounding the weights in place could not be undone
-        copy = SplitModel(load_model(self._files, str(parts.device), space=space).model, headless=space == "hidden")
+        other = SplitModel(self._load(str(parts.device), space).model, headless=space == "hidden")
         if embedder.spec.head == "network":
-            copy.pool_features()
-        copy.to_dtype(torch.bfloat16)
-        lower = LogitEmbedder(dataclasses.replace(parts, model=copy), embedder.spec, embedder.basis_VR)
+            other.pool_features()
+        other.to_dtype(torch.bfloat16)
+        lower = LogitEmbedder(dataclasses.replace(parts, model=other), embedder.spec, embedder.basis_VR)
         tv = total_variation(_probe_distances(embedder, sample), _probe_distances(lower, sample))
         if tv <= _DTYPE_MAX_TV:
             return "bfloat16"
@@ -162,7 +168,7 @@ class TorchSource:
         if options is None or spec.head not in _HEADS or spec.token_rule != TOKEN_RULE:
             raise _not_ours(spec)
         torch.set_num_threads(spec.threads)
-        loaded = load_model(self._files, spec.device, space=options[0])
+        loaded = self._load(spec.device, options[0])
         model = SplitModel(loaded.model, headless=options[0] == "hidden")
         head = None
         if spec.head == "none":
@@ -186,6 +192,30 @@ def _note_plan(embedder: LogitEmbedder, sample: Sequence[TokenRow], window_rows:
     embedder.seconds_per_row = (time.perf_counter() - started) / len(sample[:_TIMED_ROWS])
     embedder.max_window_rows = window_rows
     embedder.truncated_share = sum(row.was_cut for row in sample) / len(sample)
+
+
+class InMemorySource(TorchSource):
+    """A causal LM of transformers that is loaded already, with its tokenizer. Copies are used: the model stays as it is."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer: Any) -> None:  # noqa: ANN401 - transformers is untyped
+        self._model = model
+        self._tokenizer = tokenizer
+
+    def identity(self) -> ModelIdentity:
+        """Names of classes alone: nothing that is made from it may be continued by another process."""
+        return ModelIdentity(
+            name="in memory",
+            architecture=type(self._model).__name__,
+            revision=None,
+            weights_sha256="",
+            config_sha256="",
+            tokenizer_sha256="",
+            trust_remote_code=False,
+        )
+
+    def _load(self, device: str, space: Space) -> LoadedModel:
+        model: Any = copy.deepcopy(self._model).float()
+        return as_loaded(model.base_model if space == "hidden" else model, self._tokenizer, device)
 
 
 def _cores() -> int:

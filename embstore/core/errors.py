@@ -13,7 +13,7 @@
     ├── StoreExistsError             also FileExistsError   a store is there: --resume, or another path       1
     ├── WeightsError                 also ValueError        weights do not fit what training asked for        1
     │   ├── LengthMismatchError      weights and dataset have different lengths
-    │   ├── KeyMismatchError         same length, other prompts or another order
+    │   ├── KeyMismatchError         other prompts; its OrderMismatchError: the same ones in another order
     │   └── InvalidWeightsError      not a finite, non-negative, normalised float32 vector
     ├── CorruptStoreError                                   bytes are not what was committed: verify          3
     ├── IdentityMismatchError        also ValueError        a different input than the store's                4
@@ -195,9 +195,15 @@ class LengthMismatchError(WeightsError):
 
 
 class KeyMismatchError(WeightsError):
-    """Weights and dataset are about other prompts, or in another order."""
+    """Weights and dataset are about other prompts."""
 
     kind = "weights-keys"
+
+
+class OrderMismatchError(KeyMismatchError):
+    """Weights and dataset are about the same prompts, in another order."""
+
+    kind = "weights-order"
 
 
 class InvalidWeightsError(WeightsError):

@@ -39,7 +39,11 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_training_imports_numpy_only() -> None:
-    loaded = loaded_by("from embstore.training import DensitySampler, Weights, load_weights")
+    loaded = loaded_by(
+        "from embstore.training import *; weights = [0.5, 0.25, 0.25]; "
+        "list(GroupRepeat(DensitySampler(weights, rank='auto'), 2)); resample_indices(weights, 5, method='iid'); "
+        "importance_weights(weights); prompt_keys(['a'])"
+    )
     assert "numpy" in loaded
     assert not loaded & HEAVY
 

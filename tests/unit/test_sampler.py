@@ -18,7 +18,7 @@ from embstore.core.errors import ConfigError, InvalidWeightsError, WeightsError
 from embstore.training import DensitySampler, Weights, load_weights
 
 UNEVEN = np.array([0.0, 0.5, 0.02, 0.0, 0.3, 0.08, 0.1, 0.0])
-GOLDEN = [5, 4, 4, 6, 5, 1, 4, 4, 1, 1, 1, 4, 1, 1, 1, 1, 6, 1, 4, 1]  # num_samples=20, seed=3, epoch 2
+GOLDEN = [5, 2, 4, 6, 4, 1, 4, 4, 1, 1, 1, 4, 1, 1, 1, 1, 6, 1, 4, 1]  # num_samples=20, seed=3, epoch 2
 VECTORS = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1.0)), min_size=1, max_size=40).filter(any)
 
 
@@ -99,12 +99,15 @@ def test_the_order_depends_on_weights_seed_and_epoch_alone() -> None:
     assert list(used) == plans[2, 2]
 
 
-def test_a_new_epoch_starts_at_its_beginning_and_the_same_one_goes_on() -> None:
+def test_a_new_epoch_starts_at_its_beginning_and_a_loaded_one_goes_on() -> None:
     sampler = DensitySampler(UNEVEN, num_samples=10)
     first = list(itertools.islice(sampler, 4))
+    state = sampler.state_dict()
+    assert list(sampler) == sampler.plan(0).tolist()  # a look at the first draws costs none of them
+    sampler.load_state_dict(state)
     sampler.set_epoch(0)
     assert first + list(sampler) == sampler.plan(0).tolist()
-    list(itertools.islice(sampler, 4))
+    sampler.load_state_dict(state)
     sampler.set_epoch(5)
     assert list(sampler) == sampler.plan(5).tolist()
 
@@ -112,7 +115,7 @@ def test_a_new_epoch_starts_at_its_beginning_and_the_same_one_goes_on() -> None:
 def test_the_sequence_is_pinned() -> None:
     """Changes only with the name of the method: a resumed run must go on with the order it began."""
     sampler = DensitySampler(UNEVEN, num_samples=20, seed=3)
-    assert sampler.state_dict()["method"] == "systematic-1"
+    assert sampler.state_dict()["method"] == "systematic-2"
     assert sampler.plan(2).tolist() == GOLDEN
 
 

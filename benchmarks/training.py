@@ -1,0 +1,335 @@
+"""Training start measured: weights, imports, draws, and the first batch, precomputed against online.
+
+``python -m benchmarks.training --prompts FILE --model FOLDER [--parts weights,imports,draws,quotas,start]``
+
+Whatever starts a process is measured in one: rounds interleave what is compared, and medians are kept. Results go to
+``benchmarks/results/training.json``; each part replaces its own figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.acceptance import RESULTS, cpu_name
+from embstore.core.format import (
+    ARRAY_METADATA,
+    BASIS,
+    CHUNKS,
+    COORDINATES,
+    FORMAT_VERSION,
+    MANIFEST,
+    RESIDUALS,
+    SPEC,
+    STAGE0_FILES,
+    WEIGHTS,
+    FileDigest,
+    Manifest,
+    document,
+    neighbors_paths,
+    weights_paths,
+)
+from embstore.training import DensitySampler, load_weights
+
+ROUNDS = 15
+WEIGHT_ROWS = (28_000, 1_000_000, 100_000_000)
+TORCH_LIMIT = 1 << 24
+_DIGEST = "0" * 16
+
+
+def main() -> int:
+    """Run the chosen parts and write their figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--parts", default="weights,imports,draws,quotas,start")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="embstore-benchmark-") as scratch:
+        work = Path(scratch)
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            "weights": lambda: weights_start(work),
+            "imports": import_cost,
+            "draws": draws,
+            "quotas": quotas,
+            "start": lambda: training_start(options.prompts, options.model, work),
+        }
+        for part in options.parts.split(","):
+            figures = parts[part]()
+            record(part, figures, options.prompts, options.model)
+            print(part, json.dumps(figures, indent=2), flush=True)
+    return 0
+
+
+# --- mapping and verifying --------------------------------------------------------------------------------------------
+
+
+def weights_start(work: Path) -> dict[str, Any]:
+    """Milliseconds of ``load_weights`` with full verification, and with shape checks alone, files in the page cache."""
+    found = {}
+    for rows in WEIGHT_ROWS:
+        values = np.random.default_rng(rows).gamma(2.0, size=rows).astype(np.float32)
+        values = (values / values.sum(dtype=np.float64)).astype(np.float32)
+        store = forged_store(work / f"rows-{rows}", values)
+        rounds = ROUNDS if rows < 10_000_000 else 3
+        found[str(rows)] = {
+            f"{verify}_ms": round(1e3 * median_seconds(lambda: load_weights(store, verify=verify), rounds), 3)  # noqa: B023 - called here
+            for verify in ("full", "shape")
+        }
+    return found
+
+
+def forged_store(root: Path, weights_N: NDArray[np.float32]) -> Path:
+    """A folder with what ``load_weights`` reads of a finished store: the manifest, the weights and their metadata."""
+    (root / WEIGHTS).mkdir(parents=True)
+    array, sidecar = weights_paths(_DIGEST)
+    np.save(root / array, weights_N)
+    (root / sidecar).write_bytes(document({"n_items": len(weights_N)}))
+    listed = {*STAGE0_FILES, SPEC, BASIS, ARRAY_METADATA, COORDINATES, RESIDUALS, CHUNKS}
+    paths = neighbors_paths(_DIGEST)
+    listed |= {paths.ids, paths.distances, paths.groups, paths.spec}
+    files = {name: FileDigest(bytes=0, sha256="0" * 64) for name in listed}
+    for name in (array, sidecar):
+        with (root / name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[name] = FileDigest(bytes=(root / name).stat().st_size, sha256=digest)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        rows=len(weights_N),
+        dimension=1,
+        neighbors=_DIGEST,
+        names={"default": _DIGEST},
+        files=files,
+    )
+    (root / MANIFEST).write_bytes(manifest.encode())
+    return root
+
+
+def median_seconds(action: Callable[[], object], rounds: int) -> float:
+    """Median of some timed calls, the first one left out."""
+    action()
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+# --- imports ----------------------------------------------------------------------------------------------------------
+
+
+def import_cost() -> dict[str, Any]:
+    """Milliseconds of whole processes, by the clock and of the processor; numpy alone and embstore.training take turns."""
+    statements = {"numpy": "import numpy", "embstore.training": "import embstore.training", "torch": "import torch"}
+    seconds: dict[str, list[float]] = {name: [] for name in statements}
+    processor: dict[str, list[float]] = {name: [] for name in statements}
+    for turn in range(ROUNDS + 1):
+        for name, statement in statements.items():
+            if name == "torch" and turn > 3:
+                continue
+            started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, "-c", statement], check=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+                used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+                processor[name].append(used)
+    medians = {f"{name}_ms": round(1e3 * statistics.median(values), 1) for name, values in seconds.items()}
+    over = [1e3 * (ours - alone) for ours, alone in zip(seconds["embstore.training"], seconds["numpy"], strict=True)]
+    of_processor = [
+        1e3 * (ours - alone) for ours, alone in zip(processor["embstore.training"], processor["numpy"], strict=True)
+    ]
+    return {
+        **medians,
+        "over_numpy_ms": round(statistics.median(over), 1),
+        "over_numpy_cpu_ms": round(statistics.median(of_processor), 1),
+        "rounds": ROUNDS,
+    }
+
+
+# --- draws ------------------------------------------------------------------------------------------------------------
+
+_DRAW = """
+import json, sys, time
+import numpy as np
+kind, rows, method = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+weights = np.random.default_rng(0).gamma(2.0, size=rows).astype(np.float32)
+def status(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+if kind == "torch":
+    import torch
+    from torch.utils.data import WeightedRandomSampler
+    vector = torch.from_numpy(weights)
+    torch.multinomial(vector[:1000], 1000, True)
+    make = lambda: WeightedRandomSampler(vector, rows, generator=torch.Generator().manual_seed(0))
+else:
+    from embstore.training import DensitySampler
+    list(DensitySampler(weights[:1000]))
+    make = lambda: DensitySampler(weights, method=method)
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+started, processor = time.perf_counter(), time.process_time()
+sampler = make()
+iterator = iter(sampler)
+next(iterator)
+first, processor = time.perf_counter() - started, time.process_time() - processor
+for _ in iterator:
+    pass
+whole = time.perf_counter() - started
+print(json.dumps({"first_ms": round(1e3 * first, 1), "first_cpu_ms": round(1e3 * processor, 1),
+                  "draws_per_second": round(rows / whole),
+                  "bytes_a_row": round((status("VmHWM") - before) / rows, 1)}))
+"""
+
+
+def draws() -> dict[str, Any]:
+    """First index, rate and peak memory of one pass with one draw a row, each in a fresh process, three rounds each."""
+    found: dict[str, Any] = {}
+    for rows in (1_000_000, 4_000_000, TORCH_LIMIT + 1):
+        kinds = {"torch_WeightedRandomSampler": ("torch", "-"), "systematic": ("embstore", "systematic")}
+        if rows == 1_000_000:
+            kinds |= {"iid": ("embstore", "iid"), "without_replacement": ("embstore", "without_replacement")}
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
+        errors: dict[str, str] = {}
+        for _ in range(3):
+            for name, (kind, method) in kinds.items():
+                command = [sys.executable, "-c", _DRAW, kind, str(rows), method]
+                if method == "without_replacement":
+                    command[2] = _DRAW.replace("method=method", "num_samples=rows // 2, method=method")
+                done = subprocess.run(command, check=False, capture_output=True, text=True)
+                if done.returncode:
+                    errors[name] = done.stderr.strip().splitlines()[-1]
+                else:
+                    runs[name].append(json.loads(done.stdout))
+        found[str(rows)] = {
+            name: {field: statistics.median(run[field] for run in values) for field in values[0]}
+            for name, values in runs.items()
+            if values
+        } | errors
+    small, large = found["1000000"]["systematic"], found[str(TORCH_LIMIT + 1)]["systematic"]
+    for field in ("first_ms", "first_cpu_ms"):
+        further = (large[field] - small[field]) / (TORCH_LIMIT / 1e6 - 1)
+        found[f"systematic_{field}_each_further_million"] = round(further, 1)
+    theirs = found["1000000"]["torch_WeightedRandomSampler"]
+    found["over_torch_at_1M"] = {
+        "draws_per_second": round(small["draws_per_second"] / theirs["draws_per_second"], 2),
+        "bytes_a_row": round(small["bytes_a_row"] / theirs["bytes_a_row"], 2),
+    }
+    return found
+
+
+def quotas() -> dict[str, Any]:
+    """Largest distance between the count of a row and its quota n p_i, over five passes."""
+    found = {}
+    for rows in (28_000, 1_000_000):
+        weights = np.random.default_rng(rows).gamma(0.5, size=rows)
+        exact = weights / math.fsum(weights)
+        sampler = DensitySampler(weights, num_samples=rows)
+        distance = max(
+            float(np.abs(np.bincount(sampler.plan(epoch), minlength=rows) - rows * exact).max()) for epoch in range(5)
+        )
+        found[str(rows)] = {"largest_distance": distance}
+    return found
+
+
+# --- from python to the first batch -----------------------------------------------------------------------------------
+
+_ONLINE = """
+import time; started = time.perf_counter()
+import json, sys
+import numpy as np, torch, transformers, embstore
+from embstore.training import DensitySampler
+imported = time.perf_counter()
+prompts = [json.loads(line)["prompt"] for line in open(sys.argv[1], encoding="utf-8")]
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[2])
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[2])
+loaded = time.perf_counter()
+online = embstore.DensityAwareSampler(prompts, model, tokenizer, "cpu", 10)
+iterator = iter(DensitySampler(online.density_weights))
+batch = [prompts[next(iterator)] for _ in range(8)]
+done = time.perf_counter()
+np.save(sys.argv[3], np.asarray(online.density_weights, dtype=np.float64))
+print(json.dumps({"imports_seconds": imported - started, "prompts_and_model_seconds": loaded - imported,
+                  "density_seconds": done - loaded}))
+"""
+
+_PRECOMPUTED = """
+import time; started = time.perf_counter()
+import json, sys
+import numpy
+base = time.perf_counter()
+from embstore.training import DensitySampler, load_weights
+imported = time.perf_counter()
+prompts = [json.loads(line)["prompt"] for line in open(sys.argv[1], encoding="utf-8")]
+read = time.perf_counter()
+iterator = iter(DensitySampler(load_weights(sys.argv[2], expect_len=len(prompts))))
+batch = [prompts[next(iterator)] for _ in range(8)]
+done = time.perf_counter()
+print(json.dumps({"numpy_seconds": base - started, "embstore_import_seconds": imported - base,
+                  "prompts_seconds": read - imported, "density_seconds": done - read}))
+"""
+
+
+def training_start(prompts: Path, model: Path, work: Path) -> dict[str, Any]:
+    """One online run, and the same weights from a store; both to the first eight prompts, in processes of their own."""
+    started = time.perf_counter()
+    online = child(_ONLINE, str(prompts), str(model), str(work / "online.npy"))
+    online["process_seconds"] = time.perf_counter() - started
+    weights = np.load(work / "online.npy")
+    store = forged_store(work / "store", (weights / weights.sum()).astype(np.float32))
+    runs = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        runs.append(child(_PRECOMPUTED, str(prompts), str(store)))
+        runs[-1]["process_seconds"] = time.perf_counter() - started
+    precomputed = {field: statistics.median(run[field] for run in runs) for field in runs[0]}
+    return {
+        "prompts": len(weights),
+        "online": {field: round(value, 3) for field, value in online.items()},
+        "precomputed": {field: round(value, 5) for field, value in precomputed.items()},
+        "density_part_times_faster": round(online["density_seconds"] / precomputed["density_seconds"]),
+    }
+
+
+def child(code: str, *arguments: str) -> dict[str, float]:
+    """What a fresh process prints last, as JSON."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
+    figures: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return figures
+
+
+def record(part: str, figures: dict[str, Any], prompts: Path, model: Path) -> None:
+    """Merge one part's figures into the results file."""
+    path = RESULTS / "training.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results["command"] = f"python -m benchmarks.training --prompts {prompts.name} --model {model.name}"
+    results["machine"] = {
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "note": "shared with other work: times are upper bounds",
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("embstore", "numpy", "torch", "transformers")},
+    }
+    results[part] = {"date": time.strftime("%Y-%m-%d"), **figures}
+    path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

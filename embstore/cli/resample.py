@@ -1,0 +1,70 @@
+"""``embstore resample``: a density-resampled copy of a prompts file."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from embstore.cli.frame import AsJson, Store, app, print_json, reporting
+
+
+@app.command()
+@reporting
+def resample(
+    store: Store,
+    dataset: Annotated[Path, typer.Option("--dataset", help="The trainer's file: .jsonl or .parquet.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="The copy, of the same format; must not exist.", show_default=False)],
+    name: Annotated[str, typer.Option("--name", help="Which weights of the store.")] = "default",
+    num_samples: Annotated[int | None, typer.Option("--num-samples", help="Draws; default one an item.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Another seed draws other items.")] = 0,
+    epoch: Annotated[int, typer.Option("--epoch", help="Which pass; each is drawn anew.")] = 0,
+    method: Annotated[
+        Literal["systematic", "without_replacement", "iid"],
+        typer.Option("--method", help="systematic: each item floor or ceil of its quota times."),
+    ] = "systematic",
+    key_column: Annotated[
+        str | None, typer.Option("--key-column", help="Holds the prompt; default prompt, messages or prefix.")
+    ] = None,
+    id_column: Annotated[str | None, typer.Option("--id-column", help="Join by this id instead of by content.")] = None,
+    on_missing: Annotated[
+        str,
+        typer.Option("--on-missing", help="Items that are no row: error, drop, mean, or a multiple of the mean weight."),
+    ] = "error",
+    duplicates: Annotated[
+        Literal["repeat", "divide"], typer.Option("--duplicates", help="Items of one row: each its weight, or a share.")
+    ] = "repeat",
+    as_json: AsJson = False,
+) -> None:
+    """Draw a dataset's items by density and write them in order, for trainers without a sampler hook."""
+    from embstore.training.tables import resample_file  # noqa: PLC0415
+
+    policy: str | float = on_missing
+    with contextlib.suppress(ValueError):
+        policy = float(on_missing)
+    report = resample_file(
+        store,
+        dataset,
+        out,
+        name=name,
+        num_samples=num_samples,
+        seed=seed,
+        epoch=epoch,
+        method=method,
+        key_column=key_column,
+        id_column=id_column,
+        on_missing=policy,  # type: ignore[arg-type]  # checked there
+        duplicates=duplicates,
+    )
+    if as_json:
+        print_json(report)
+    else:
+        Console().print(
+            f"{report.out}: {report.num_samples:,} draws of {report.distinct_items:,} among {report.num_items:,} items "
+            f"(effective sample size {report.ess:,.0f})",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,234 @@
+"""One pass of draws: which rows, how often, in which order. Pure functions of weights, seed and epoch.
+
+Randomness is raw Philox words (Salmon et al. 2011), which numpy promises not to change; everything after them is IEEE
+arithmetic in a fixed order, so a pass is the same on every machine. No library function that samples or shuffles is used:
+their streams may change between versions.
+
+Systematic resampling (Kitagawa 1996): one uniform offset, then evenly spaced points through the cumulative weights, so each
+row is drawn floor or ceil of its quota. Nothing here has the 2^24 limit of a multinomial draw.
+
+Shapes: N rows, n draws. Price: 12 bytes a draw while a pass lasts, and blocks of fixed size on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embstore.core.errors import ConfigError
+
+Method = Literal["systematic", "without_replacement", "iid"]
+
+if TYPE_CHECKING:
+    Rows = NDArray[np.uint32 | np.int64]
+
+_BLOCK = 1 << 18
+_TO_UNIT = 2.0**-53  # of the upper 53 bits of a word
+_SWAP_TRIES = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pass:
+    """The draws of one pass: draw i is row ``drawn_n[order_n[i]]``."""
+
+    drawn_n: Rows
+    order_n: NDArray[np.uint64]
+
+    def rows(self, positions: NDArray[np.int64] | slice) -> NDArray[np.int64]:
+        """Rows at these positions of the pass, int64."""
+        rows: NDArray[np.int64] = self.drawn_n[self.order_n[positions]].astype(np.int64)
+        return rows
+
+
+def draw(
+    weights_N: NDArray[np.floating], num_samples: int, *, method: Method, seed: int, epoch: int, no_repeat_within: int
+) -> tuple[Pass, int]:
+    """The pass of this seed and epoch, and how many repeats are nearer than ``no_repeat_within`` because nothing helped."""
+    stream = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
+    row_type = np.uint32 if len(weights_N) <= 1 << 32 else np.int64
+    if method == "iid":
+        drawn_n = _independent(weights_N, num_samples, stream, row_type)
+    else:
+        (offset,) = stream.random_raw(1)
+        ceiling, scale = (None, None) if method == "systematic" else inclusion(weights_N, num_samples)
+        drawn_n = _systematic(weights_N, num_samples, int(offset), row_type, ceiling=ceiling, scale=scale)
+    order_n = _shuffled(num_samples, stream)
+    found = Pass(drawn_n=drawn_n, order_n=order_n)
+    return found, _spread(found, no_repeat_within, stream) if no_repeat_within else 0
+
+
+def inclusion(weights_N: NDArray[np.floating], num_samples: int) -> tuple[float, float]:
+    """Draws without replacement: rows of at least ``ceiling`` are certain, any other has probability ``scale`` x weight.
+
+    Probabilities are proportional to the weights as far as a probability can be (n p_i <= 1); above, they are compressed.
+    """
+    ceiling, certain = np.inf, 0
+    while True:
+        rest = float(weights_N.sum(dtype=np.float64, where=weights_N < ceiling))
+        if certain >= num_samples or rest <= 0:
+            return ceiling, 0.0
+        scale = (num_samples - certain) / rest
+        lower = min(ceiling, 1.0 / scale)
+        count = int(np.count_nonzero(weights_N >= lower))
+        if count == certain:
+            return ceiling, scale
+        ceiling, certain = lower, count
+
+
+def check_without_replacement(weights_N: NDArray[np.floating], num_samples: int) -> int:
+    """Refuse what is no choice; returns how many rows are certain to be drawn, whatever their weight."""
+    positive = int(np.count_nonzero(weights_N))
+    if num_samples >= positive:
+        raise ConfigError(
+            f"without_replacement draws fewer than the {positive} rows of weight above 0, got num_samples {num_samples}: "
+            "every row would be drawn once, whatever its weight",
+            hint="give a smaller num_samples, or use method='systematic'",
+        )
+    return int(np.count_nonzero(weights_N >= inclusion(weights_N, num_samples)[0]))
+
+
+def check_spread(weights_N: NDArray[np.floating], num_samples: int, no_repeat_within: int) -> None:
+    """Refuse a distance that the largest quota cannot keep."""
+    share = float(weights_N.max()) / float(weights_N.sum(dtype=np.float64))
+    copies = int(np.ceil(num_samples * share))
+    if (copies - 1) * no_repeat_within >= num_samples:
+        raise ConfigError(
+            f"no_repeat_within {no_repeat_within} cannot hold: row {int(weights_N.argmax())} is drawn up to {copies} times "
+            f"in a pass of {num_samples}",
+            hint=f"give at most {(num_samples - 1) // max(1, copies - 1)}, or temper the weights",
+        )
+
+
+def _blocks(size: int) -> Iterator[slice]:
+    for start in range(0, size, _BLOCK):
+        yield slice(start, min(start + _BLOCK, size))
+
+
+def _systematic(
+    weights_N: NDArray[np.floating],
+    num_samples: int,
+    offset: int,
+    row_type: type[np.uint32 | np.int64],
+    *,
+    ceiling: float | None,
+    scale: float | None,
+) -> Rows:
+    """Each row floor or ceil of its quota times, in row order; with a ceiling, rows of at least that once, for certain."""
+    drawn_n = np.empty(num_samples, dtype=row_type)
+    unit = (offset >> 11) * _TO_UNIT
+    if ceiling is None or scale is None:
+        # a running total in a fixed order: the last one is exactly the total that it is divided by
+        total, certain, factor = _total(weights_N), 0, float(num_samples)
+    else:
+        certain = int(np.count_nonzero(weights_N >= ceiling))
+        total, factor = 1.0, scale
+    low, filled, before, taken = 0.0, 0, 0, 0
+    last = num_samples - certain
+    for block in _blocks(len(weights_N)):
+        weight_B = weights_N[block].astype(np.float64)
+        once_B = weight_B >= ceiling if ceiling is not None else np.zeros(len(weight_B), dtype=np.bool_)
+        weight_B[once_B] = 0.0
+        weight_B[0] += low
+        running_B = np.cumsum(weight_B)
+        low = float(running_B[-1])
+        edges_B = np.minimum((running_B / total * factor + unit).astype(np.int64), last)
+        counts_B = np.diff(edges_B, prepend=before)
+        before = int(edges_B[-1])
+        if ceiling is not None:
+            counts_B = np.minimum(counts_B, 1)  # two edges may differ by a rounding error more than a probability below 1
+            counts_B[once_B] = 1
+        taken = filled + int(counts_B.sum())
+        drawn_n[filled:taken] = np.repeat(np.arange(block.start, block.stop, dtype=row_type), counts_B)
+        filled = taken
+    if filled < num_samples:  # without replacement only, and only where a rounding error lost a draw
+        drawn_n = _completed(drawn_n, filled, weights_N)
+    return drawn_n
+
+
+def _completed(drawn_n: Rows, filled: int, weights_N: NDArray[np.floating]) -> Rows:
+    """The last rows not drawn yet that have a weight, where a rounding error lost a draw."""
+    free = np.setdiff1d(np.flatnonzero(weights_N), drawn_n[:filled])[filled - len(drawn_n) :]
+    drawn_n[filled:] = free
+    return drawn_n
+
+
+def _total(weights_N: NDArray[np.floating]) -> float:
+    total = 0.0
+    for block in _blocks(len(weights_N)):
+        weight_B = weights_N[block].astype(np.float64)
+        weight_B[0] += total
+        total = float(np.cumsum(weight_B)[-1])
+    return total
+
+
+def _independent(
+    weights_N: NDArray[np.floating], num_samples: int, stream: np.random.Philox, row_type: type[np.uint32 | np.int64]
+) -> Rows:
+    """Rows of independent draws, in row order: sorted points meet the cumulative weights in one sweep."""
+    words_n = _words(stream, num_samples)
+    words_n.sort()
+    cumulative_N = np.cumsum(weights_N, dtype=np.float64)
+    last = int(np.flatnonzero(weights_N)[-1])
+    drawn_n = np.empty(num_samples, dtype=row_type)
+    for block in _blocks(num_samples):
+        points_B = (words_n[block] >> np.uint64(11)).astype(np.float64) * _TO_UNIT * cumulative_N[-1]
+        drawn_n[block] = np.minimum(np.searchsorted(cumulative_N, points_B, side="right"), last)
+    return drawn_n
+
+
+def _words(stream: np.random.Philox, count: int) -> NDArray[np.uint64]:
+    words: NDArray[np.uint64] = stream.random_raw(count)
+    return words
+
+
+def _shuffled(num_samples: int, stream: np.random.Philox) -> NDArray[np.uint64]:
+    """A random order of 0..n - 1: sorted words whose low bits are the position; no two are equal, so any sort serves."""
+    order_n = _words(stream, num_samples)
+    mask = np.uint64((1 << max(1, (num_samples - 1).bit_length())) - 1)
+    for block in _blocks(num_samples):
+        order_n[block] &= ~mask
+        order_n[block] |= np.arange(block.start, block.stop, dtype=np.uint64)
+    order_n.sort()
+    order_n &= mask
+    return order_n
+
+
+def _spread(found: Pass, distance: int, stream: np.random.Philox) -> int:
+    """Move repeats of a row apart, in place, by exchanging them with draws elsewhere; returns how many stay too near.
+
+    Only repeats that the shuffle put too near are touched. A draw moves only to where neither row is near its own copies.
+    """
+    order_n, drawn_n = found.order_n, found.drawn_n
+    row_n = drawn_n[order_n]
+
+    def is_near(row: int, position: int, leaving: int) -> bool:
+        start = max(0, position - distance)
+        near = np.flatnonzero(row_n[start : position + distance + 1] == row) + start
+        return bool(np.any((near != position) & (near != leaving) & (np.abs(near - position) < distance)))
+
+    left = 0
+    for position in _near_repeats(row_n, distance).tolist():
+        row = int(row_n[position])
+        if not is_near(row, position, position):
+            continue
+        for word in _words(stream, _SWAP_TRIES).tolist():
+            other = word % len(row_n)
+            if row_n[other] != row and not is_near(row, other, position) and not is_near(int(row_n[other]), position, other):
+                order_n[[position, other]] = order_n[[other, position]]
+                row_n[[position, other]] = row_n[[other, position]]
+                break
+        else:
+            left += 1
+    return left
+
+
+def _near_repeats(row_n: Rows, distance: int) -> NDArray[np.int64]:
+    """Positions whose row was drawn less than ``distance`` before."""
+    by_row = np.argsort(row_n, kind="stable")
+    same = row_n[by_row[1:]] == row_n[by_row[:-1]]
+    near = same & (np.diff(by_row) < distance)
+    return np.sort(by_row[1:][near])

@@ -1,0 +1,198 @@
+"""Which row of a store each item of a dataset is: by content (row keys) or by id, never by position.
+
+Trainers filter, shuffle and pair prompts, so a dataset is rarely the store's rows in the store's order. An item that is no
+row of the store is an error unless a policy is named: the weight of such an item, in units of the mean weight of those that
+are. A fixed number instead (the original used 1.0 beside weights of about 1 / N) gives them nearly all of the probability.
+
+Shapes: N rows of the store, M items of the dataset.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from embstore.core.errors import ConfigError, KeyMismatchError, PromptError
+from embstore.core.prompts import Rejected, parse_line
+
+OnMissing = Literal["error", "drop", "mean"] | float
+Duplicates = Literal["repeat", "divide"]
+
+_PROMPT_COLUMNS = ("prompt", "messages", "prefix")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Join:
+    """Rows int64 [M] of the items (-1: no row of the store), and how to name an item that has none."""
+
+    rows_M: NDArray[np.int64]
+    names: Sequence[str] | NDArray[np.uint64]
+    reasons: Mapping[int, str]
+
+    def name(self, position: int) -> str:
+        """The item as an error message names it."""
+        if position in self.reasons:
+            return self.reasons[position]
+        given = self.names[position]
+        return f"id {given!r}" if isinstance(given, str) else f"key {int(given):016x}"
+
+
+def rows_of_keys(stored_N: NDArray[np.uint64], wanted_M: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Row of each key, -1 where the store has none. Price: one sort of the store's keys.
+
+    Raises
+    ------
+    KeyMismatchError
+        A wanted key belongs to two rows: 64 bits of two prompts' sha256 are equal.
+    """
+    order_N = np.argsort(stored_N, kind="stable")
+    sorted_N = stored_N[order_N]
+    slot_M = np.searchsorted(sorted_N, wanted_M)
+    last = len(sorted_N) - 1
+    is_row_M = sorted_N[np.minimum(slot_M, last)] == wanted_M
+    is_twice_M = is_row_M & (slot_M < last) & (sorted_N[np.minimum(slot_M + 1, last)] == wanted_M)
+    if is_twice_M.any():
+        key = int(wanted_M[int(np.argmax(is_twice_M))])
+        raise KeyMismatchError(
+            f"two rows of the store have the key {key:016x}", hint="join by ids: for_dataset(id_column=...)"
+        )
+    return np.where(is_row_M, order_N[np.minimum(slot_M, last)], -1)
+
+
+def align_weights(
+    weights_N: NDArray[np.float32], join: Join, *, store: str, on_missing: OnMissing, duplicates: Duplicates
+) -> NDArray[np.float32]:
+    """Weights float32 [M] of sum 1 in the dataset's order; see ``Weights.align``."""
+    if isinstance(on_missing, str) and on_missing not in ("error", "drop", "mean"):
+        raise ConfigError(f"on_missing is 'error', 'drop', 'mean' or a number, got {on_missing!r}")
+    if not isinstance(on_missing, str) and not (np.isfinite(on_missing) and on_missing >= 0):
+        raise ConfigError(f"on_missing is a finite multiple >= 0 of the mean weight, got {on_missing}")
+    if duplicates not in ("repeat", "divide"):
+        raise ConfigError(f"duplicates is 'repeat' or 'divide', got {duplicates!r}")
+    rows_M = join.rows_M
+    is_row_M = rows_M >= 0
+    num_missing = len(rows_M) - int(np.count_nonzero(is_row_M))
+    if num_missing and (on_missing == "error" or num_missing == len(rows_M)):
+        first = int(np.argmin(is_row_M))
+        raise KeyMismatchError(
+            f"{num_missing} of {len(rows_M)} items are no row of {store} ({len(weights_N)} rows); "
+            f"the first at position {first}: {join.name(first)}",
+            hint="build a store of these prompts, or name what such items weigh: on_missing='drop', 'mean', or a multiple "
+            "of the mean weight",
+        )
+    aligned_M = np.where(is_row_M, weights_N[np.maximum(rows_M, 0)].astype(np.float64), 0.0)
+    if duplicates == "divide":
+        items_N = np.bincount(rows_M[is_row_M], minlength=len(weights_N))
+        aligned_M[is_row_M] /= items_N[rows_M[is_row_M]]
+    if num_missing and on_missing != "drop":
+        multiple = 1.0 if isinstance(on_missing, str) else on_missing
+        aligned_M[~is_row_M] = multiple * aligned_M[is_row_M].mean()
+    total = aligned_M.sum()
+    if not total > 0:
+        raise KeyMismatchError(
+            f"none of the {len(rows_M)} items has a weight above 0 in {store}",
+            hint="see failed_rows in embeddings_metadata.json: these prompts failed in the model",
+        )
+    normalised_M: NDArray[np.float32] = (aligned_M / total).astype(np.float32)
+    return normalised_M
+
+
+def prompt_keys(dataset: Iterable[Any], key_column: str | None = None) -> NDArray[np.uint64]:
+    """Row keys of a dataset's prompts, uint64 [M], as the store makes them: content, whitespace collapsed.
+
+    Parameters
+    ----------
+    dataset
+        Mappings (a Hugging Face dataset, or records), texts, or lists of messages.
+    key_column
+        The column that holds the prompt: text, a list of messages, or ``{"messages": [...]}``. None looks for ``prompt``,
+        ``messages``, ``prefix``, in this order, as a build does.
+
+    Raises
+    ------
+    PromptError
+        An item holds no prompt.
+    ConfigError
+        There is no such column.
+    """
+    keys_M, reasons = read_prompt_keys(dataset, key_column)
+    for position, reason in reasons.items():
+        raise PromptError(f"item {position} holds no prompt: {reason}", hint="filter such items out, or name key_column")
+    return keys_M
+
+
+def read_prompt_keys(dataset: Iterable[Any], key_column: str | None) -> tuple[NDArray[np.uint64], dict[int, str]]:
+    """Row keys uint64 [M], and why an item holds no prompt, by position."""
+    reasons: dict[int, str] = {}
+
+    def keys() -> Iterator[int]:
+        for position, item in enumerate(_columns(dataset, (key_column,) if key_column else _PROMPT_COLUMNS)):
+            # the same function as at a build, so that no two readings of a prompt can differ
+            prompt = parse_line(json.dumps(_record(item, key_column, position)).encode())
+            if isinstance(prompt, Rejected):
+                reasons[position] = prompt.reason
+                yield 0
+            else:
+                yield int.from_bytes(prompt.digest[:8], "little")
+
+    return np.fromiter(keys(), dtype=np.uint64), reasons
+
+
+def read_ids(dataset: Iterable[Any], id_column: str) -> list[str]:
+    """The ids of a dataset's items, as text."""
+    ids = []
+    for position, item in enumerate(_columns(dataset, (id_column,))):
+        if not isinstance(item, Mapping) or id_column not in item:
+            raise _no_column(id_column, item, position)
+        ids.append(str(item[id_column]))
+    return ids
+
+
+def is_ids(keys: ArrayLike | Sequence[str]) -> bool:
+    """Whether row keys were given as ids (text) and not as uint64."""
+    if isinstance(keys, np.ndarray):
+        return keys.dtype.kind in "UO"
+    return isinstance(keys, Sequence) and bool(len(keys)) and isinstance(keys[0], str)
+
+
+def _columns(dataset: Iterable[Any], names: Sequence[str]) -> Iterable[Any]:
+    """Only the columns that are read: a Hugging Face dataset decodes every column of a row (images too) otherwise."""
+    present = getattr(dataset, "column_names", None)
+    if not isinstance(present, list) or not hasattr(dataset, "select_columns"):
+        return dataset
+    wanted = [name for name in names if name in present]
+    if not wanted:
+        raise ConfigError(
+            f"the dataset has no column {' or '.join(names)}; it has {', '.join(present)}", hint="name key_column"
+        )
+    selected: Iterable[Any] = dataset.select_columns(wanted)
+    return selected
+
+
+def _record(item: object, key_column: str | None, position: int) -> dict[str, object]:
+    """One item as the line of a prompts file."""
+    if isinstance(item, str) or (isinstance(item, Sequence) and not isinstance(item, Mapping)):
+        return {"prompt": item}
+    if not isinstance(item, Mapping):
+        raise ConfigError(
+            f"item {position} is neither a record, a text nor a list of messages but {type(item).__name__}",
+            hint="pass a Hugging Face dataset, a list of records, or the prompts themselves",
+        )
+    if key_column is None:
+        return {name: item[name] for name in _PROMPT_COLUMNS if name in item}
+    if key_column not in item:
+        raise _no_column(key_column, item, position)
+    content = item[key_column]
+    if key_column == "prefix" or isinstance(content, Mapping):
+        return {"prefix": content}
+    return {"prompt": content}
+
+
+def _no_column(name: str, item: object, position: int) -> ConfigError:
+    present = ", ".join(map(str, item)) if isinstance(item, Mapping) else f"no columns ({type(item).__name__})"
+    return ConfigError(f"item {position} has no column {name!r}; it has {present}", hint="name the column that holds it")

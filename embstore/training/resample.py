@@ -1,0 +1,171 @@
+"""Density sampling for trainers without a sampler hook: draw once, and train on the drawn items in order.
+
+Shapes: N items, n draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Generic, Protocol, Self, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from embstore.core.errors import ConfigError, LengthMismatchError
+from embstore.training.draw import Method
+from embstore.training.files import check_vector
+from embstore.training.sampler import DensitySampler
+from embstore.training.weights import Weights
+
+DRAW_COLUMN = "embstore_draw"
+
+_Item_co = TypeVar("_Item_co", covariant=True)
+
+
+class SelectableDataset(Protocol):
+    """What is used of ``datasets.Dataset``."""
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the columns."""
+
+    def __len__(self) -> int: ...
+
+    def select(self, indices: NDArray[np.int64]) -> Self:
+        """The items at these indices, in this order."""
+
+    def add_column(self, name: str, column: NDArray[np.int64]) -> Self:
+        """The items with one more column."""
+
+    def remove_columns(self, column_names: str) -> Self:
+        """The items without a column."""
+
+
+class Items(Protocol[_Item_co]):
+    """A dataset as torch has it: items by index, and a length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> _Item_co: ...
+
+
+_Dataset = TypeVar("_Dataset", bound=SelectableDataset)
+
+
+def resample_indices(
+    weights: Weights | ArrayLike,
+    num_samples: int | None = None,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    method: Method = "systematic",
+    no_repeat_within: int = 0,
+) -> NDArray[np.int64]:
+    """The indices of one pass of ``DensitySampler``, int64 [n], in order."""
+    sampler = DensitySampler(weights, num_samples=num_samples, method=method, seed=seed, no_repeat_within=no_repeat_within)
+    return sampler.plan(epoch)
+
+
+def resample_dataset(
+    dataset: _Dataset,
+    weights: Weights | ArrayLike,
+    num_samples: int | None = None,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    method: Method = "systematic",
+    reindex: str | None = None,
+) -> _Dataset:
+    """A Hugging Face dataset of the drawn items, in order; train on it without shuffling.
+
+    Parameters
+    ----------
+    dataset
+        ``datasets.Dataset``; its columns stay, and ``embstore_draw`` (int64) says which draw each item is.
+    weights
+        One per item: ``load_weights(STORE).for_dataset(dataset)``.
+    num_samples, seed, epoch, method
+        See ``DensitySampler``.
+    reindex
+        A column to number anew, 0 to n - 1: for trainers that take an item by its number.
+
+    Raises
+    ------
+    LengthMismatchError
+        There are not as many weights as items.
+    ConfigError
+        The dataset has an ``embstore_draw`` already, or no column called ``reindex``.
+    """
+    _check_length(dataset, weights)
+    if DRAW_COLUMN in dataset.column_names:
+        raise ConfigError(f"the dataset has a column {DRAW_COLUMN} already: it was resampled", hint="resample the original")
+    if reindex is not None and reindex not in dataset.column_names:
+        raise ConfigError(f"the dataset has no column {reindex!r} to number anew; it has {', '.join(dataset.column_names)}")
+    rows_n = resample_indices(weights, num_samples, seed=seed, epoch=epoch, method=method)
+    drawn = dataset.select(rows_n)
+    if reindex is not None:
+        drawn = drawn.remove_columns(reindex).add_column(reindex, np.arange(len(rows_n)))
+    return drawn.add_column(DRAW_COLUMN, np.arange(len(rows_n)))
+
+
+class IndexedView(Generic[_Item_co]):
+    """A dataset as a plan of indices shows it: item i is ``dataset[indices[i]]``; nothing is copied.
+
+    For trainers that take any torch-style dataset and walk it in order.
+    """
+
+    def __init__(self, dataset: Items[_Item_co], indices: NDArray[np.int64] | Sequence[int]) -> None:
+        indices_n = np.asarray(indices, dtype=np.int64)
+        if len(indices_n) and not (indices_n.min() >= 0 and indices_n.max() < len(dataset)):
+            raise LengthMismatchError(
+                f"indices from {indices_n.min()} to {indices_n.max()} for a dataset of {len(dataset)} items",
+                hint="join the weights to this dataset: load_weights(STORE).for_dataset(dataset)",
+            )
+        self.dataset = dataset
+        self.indices_n = indices_n
+
+    def __len__(self) -> int:
+        return len(self.indices_n)
+
+    def __getitem__(self, index: int) -> _Item_co:
+        return self.dataset[int(self.indices_n[index])]
+
+
+def importance_weights(weights: Weights | ArrayLike, indices: ArrayLike | None = None) -> NDArray[np.float64]:
+    """Loss weights that undo the sampling: 1 / (N p_i), float64, mean 1 over the draws given.
+
+    A mean of the loss times these estimates the mean over all items of weight > 0, not the density-weighted one.
+
+    Parameters
+    ----------
+    weights
+        The weights that were drawn from.
+    indices
+        The draws, default every item of weight above 0, in order.
+
+    Raises
+    ------
+    ConfigError
+        An index has weight 0: it cannot have been drawn.
+    """
+    array = weights.array if isinstance(weights, Weights) else np.asarray(weights)
+    check_vector("weights", array)
+    rows_n = np.flatnonzero(array) if indices is None else np.asarray(indices, dtype=np.int64)
+    drawn_n = array[rows_n].astype(np.float64)
+    if not (drawn_n > 0).all():
+        row = int(rows_n[int(np.argmin(drawn_n > 0))])
+        raise ConfigError(
+            f"index {row} has weight 0: it cannot have been drawn", hint="pass the weights that were drawn from"
+        )
+    inverse_n = 1 / drawn_n
+    result: NDArray[np.float64] = inverse_n / inverse_n.mean()
+    return result
+
+
+def _check_length(dataset: SelectableDataset, weights: Weights | ArrayLike) -> None:
+    count = len(weights) if isinstance(weights, Weights) else len(np.asarray(weights))
+    if count != len(dataset):
+        raise LengthMismatchError(
+            f"{count} weights, the dataset has {len(dataset)} items",
+            hint="join them: load_weights(STORE).for_dataset(dataset)",
+        )

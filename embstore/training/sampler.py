@@ -1,0 +1,157 @@
+"""DensitySampler: draws dataset indices in proportion to their weights, for any loader that takes an iterable with a length.
+
+Shapes: N rows.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from embstore.core.errors import ConfigError
+from embstore.training.draw import Method, check_spread, check_without_replacement, draw
+from embstore.training.files import check_vector, sha256_of
+from embstore.training.passes import Resumable
+from embstore.training.weights import Weights
+
+_STATE_VERSION = 1
+# names the drawing algorithm; another order needs another number
+_ALGORITHMS = {"systematic": "systematic-2", "without_replacement": "without-replacement-1", "iid": "iid-1"}
+
+
+class DensitySampler(Resumable):
+    """Draws dataset indices in proportion to their weights.
+
+    The order is a pure function of (weights, num_samples, method, no_repeat_within, seed, epoch), from raw Philox words.
+    Rank-agnostic by default: trainers that shard by themselves (TRL, accelerate, verl) must get the same sequence on every
+    rank. Left and resumed as ``passes.Resumable`` says.
+
+    Parameters
+    ----------
+    weights
+        ``Weights``, or any non-negative vector with a positive sum.
+    num_samples
+        Draws per pass over all ranks; default one per row.
+    method
+        "systematic": an index is drawn floor or ceil of its quota ``num_samples * weight`` in every pass, where independent
+        draws would never see a third of the rows. "without_replacement": at most once a pass, with inclusion probabilities
+        proportional to the weights as far as a probability can be; fewer draws than rows. "iid": independent draws.
+    seed
+        0 <= seed < 2**64.
+    rank, num_replicas
+        For loops that shard nothing: this process gets draws rank, rank + num_replicas, ...; a rest that does not divide is
+        left out. ``rank="auto"`` asks torch.distributed, if torch is loaded and initialised.
+    no_repeat_within
+        Repeats of a row lie at least so many draws apart within a pass (systematic only; across passes nothing is promised).
+
+    Raises
+    ------
+    InvalidWeightsError
+        The vector is empty, not finite, negative somewhere, or sums to 0.
+    ConfigError
+        A setting is out of range.
+    """
+
+    def __init__(
+        self,
+        weights: Weights | ArrayLike,
+        *,
+        num_samples: int | None = None,
+        method: Method = "systematic",
+        seed: int = 0,
+        rank: int | Literal["auto"] = 0,
+        num_replicas: int = 1,
+        no_repeat_within: int = 0,
+    ) -> None:
+        super().__init__()
+        array = weights.array if isinstance(weights, Weights) else np.asarray(weights)
+        check_vector("weights", array)
+        self._fingerprint = weights.fingerprint if isinstance(weights, Weights) else sha256_of(array)
+        if method not in _ALGORITHMS:
+            raise ConfigError(f"method is one of {', '.join(_ALGORITHMS)}, got {method!r}")
+        if not 0 <= seed < 1 << 64:
+            raise ConfigError(f"seed must lie in 0..2**64 - 1, got {seed}")
+        if num_samples is not None and num_samples < 1:
+            raise ConfigError(f"num_samples must be at least 1, got {num_samples}")
+        if no_repeat_within < 0 or (no_repeat_within and method != "systematic"):
+            raise ConfigError(
+                f"no_repeat_within is 0, or goes with method='systematic'; got {no_repeat_within} with {method}"
+            )
+        self._weights_N = array
+        self._method = method
+        self._num_samples = len(array) if num_samples is None else num_samples
+        self._seed = seed
+        self._no_repeat_within = no_repeat_within
+        self._rank, self._num_replicas = _distributed() if rank == "auto" else (rank, num_replicas)
+        if not 0 <= self._rank < self._num_replicas <= self._num_samples:
+            raise ConfigError(
+                f"rank {self._rank} of num_replicas {self._num_replicas} with num_samples {self._num_samples}: "
+                "a rank lies below num_replicas, and each rank draws at least once"
+            )
+        if no_repeat_within:
+            check_spread(array, self._num_samples, no_repeat_within)
+        if method == "without_replacement" and (certain := check_without_replacement(array, self._num_samples)):
+            warnings.warn(
+                f"without_replacement: {certain} rows are drawn in every pass, since their share of "
+                f"{self._num_samples} draws is 1 or more; their inclusion probabilities are compressed to 1",
+                stacklevel=2,
+            )
+
+    def __len__(self) -> int:
+        return self._num_samples // self._num_replicas
+
+    @property
+    def num_rows(self) -> int:
+        """Length of the dataset that is drawn from."""
+        return len(self._weights_N)
+
+    @property
+    def num_replicas(self) -> int:
+        """Ranks that share one pass."""
+        return self._num_replicas
+
+    @property
+    def rank(self) -> int:
+        """Which of them this is."""
+        return self._rank
+
+    def _rows_at(self, epoch: int) -> Callable[[slice], NDArray[np.int64]]:
+        found, left = draw(
+            self._weights_N,
+            self._num_samples,
+            method=self._method,
+            seed=self._seed,
+            epoch=epoch,
+            no_repeat_within=self._no_repeat_within,
+        )
+        if left:
+            warnings.warn(
+                f"{left} repeats lie less than no_repeat_within = {self._no_repeat_within} draws apart in epoch {epoch}: "
+                "no place was found for them",
+                stacklevel=2,
+            )
+        rank, step = self._rank, self._num_replicas
+        return lambda own: found.rows(slice(rank + own.start * step, rank + (own.stop - 1) * step + 1, step))
+
+    def _identity(self) -> dict[str, object]:
+        return {
+            "version": _STATE_VERSION,
+            "method": _ALGORITHMS[self._method],
+            "seed": self._seed,
+            "num_samples": self._num_samples,
+            "no_repeat_within": self._no_repeat_within,
+            "fingerprint": self._fingerprint,
+        }
+
+
+def _distributed() -> tuple[int, int]:
+    """Rank and world size of torch.distributed; (0, 1) where torch is not loaded or no group was initialised."""
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return 0, 1
+    return int(distributed.get_rank()), int(distributed.get_world_size())

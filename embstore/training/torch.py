@@ -1,0 +1,16 @@
+"""The samplers as ``torch.utils.data.Sampler``, for trainers that ask ``isinstance``. The only module here with torch."""
+
+from __future__ import annotations
+
+from torch.utils.data import Sampler
+
+from embstore.training.groups import GroupRepeat as _GroupRepeat
+from embstore.training.sampler import DensitySampler as _DensitySampler
+
+
+class DensitySampler(_DensitySampler, Sampler[int]):
+    """``embstore.training.DensitySampler``, which also is a torch ``Sampler``."""
+
+
+class GroupRepeat(_GroupRepeat, Sampler[int]):
+    """``embstore.training.GroupRepeat``, which also is a torch ``Sampler``."""

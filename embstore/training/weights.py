@@ -1,0 +1,362 @@
+"""Weights of a finished store: mapped read-only, validated in full, joined to a dataset, tempered. numpy only.
+
+Shapes: N rows, M items of a dataset.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from embstore.core.errors import (
+    ConfigError,
+    CorruptStoreError,
+    InvalidWeightsError,
+    KeyMismatchError,
+    LengthMismatchError,
+    OrderMismatchError,
+    StoreNotFoundError,
+)
+from embstore.core.format import (
+    WEIGHTS_TOLERANCE,
+    FileDigest,
+    Manifest,
+    decode_manifest,
+    follow_manifest,
+    weights_paths,
+)
+from embstore.training.files import (
+    check_digest,
+    check_vector,
+    map_array,
+    read_aliases,
+    read_keys,
+    read_manifest,
+    read_metadata,
+    refuse_irregular,
+    sha256_of,
+)
+
+if TYPE_CHECKING:
+    from embstore.training.join import Duplicates, Join, OnMissing
+
+Verify = Literal["full", "shape", "off"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Sampling weights, of a store's rows or (after ``align``) of a dataset's items.
+
+    ``array`` is float32 [N], finite, >= 0, sum 1 (or what ``verify`` let through); as loaded it is a read-only memory map
+    and pickles by path, so that a spawned worker maps the file instead of receiving it. ``store`` is the folder to
+    join with, None for a bare file and once joined. ``steps`` says what was done to the published weights, in order.
+    """
+
+    path: Path
+    array: NDArray[np.float32]
+    metadata: Mapping[str, object]
+    store: Path | None = None
+    steps: tuple[str, ...] = ()
+    digest: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256: the published file's, or for a bare file and derived weights that of the values, read when asked for."""
+        return self.digest or sha256_of(self.array)
+
+    def ess(self) -> float:
+        """Kish's effective sample size, in rows."""
+        from embstore.core.density import effective_sample_size  # noqa: PLC0415
+
+        return effective_sample_size(self.array)
+
+    def align(
+        self, keys: ArrayLike | Sequence[str], *, on_missing: OnMissing = "error", duplicates: Duplicates = "repeat"
+    ) -> Weights:
+        """The same weights in the order of a dataset.
+
+        Parameters
+        ----------
+        keys
+            uint64 [M] row keys of the items (``prompt_keys`` makes them), or their ids as text.
+        on_missing
+            What an item weighs that is no row of the store: "error" refuses it, "drop" gives 0, "mean" the mean weight of
+            the items that are rows, a number so many times that mean.
+        duplicates
+            Items that are the same row (pairs of one prompt): "repeat" gives each the row's weight, "divide" its share of
+            it, so that the prompt as a whole keeps its weight.
+
+        Returns
+        -------
+        Weights float32 [M] of sum 1; rows of the store without an item count in nothing.
+
+        Raises
+        ------
+        KeyMismatchError
+            Items are no rows, and no policy says what they weigh; or no item has a weight.
+        ConfigError
+            These weights are of a bare file, or joined already.
+        """
+        from embstore.training.join import Join, is_ids  # noqa: PLC0415 - a third of the import cost
+
+        if is_ids(keys):
+            names = [str(name) for name in np.asarray(keys, dtype=object)]
+            join = Join(rows_M=self._rows_of_ids(names), names=names, reasons={})
+        else:
+            keys_M = (
+                np.asarray(keys).astype(np.uint64) if isinstance(keys, np.ndarray) else np.asarray(keys, dtype=np.uint64)
+            )
+            join = Join(rows_M=self._rows_of_keys(keys_M), names=keys_M, reasons={})
+        return self._joined(join, on_missing, duplicates)
+
+    def for_dataset(
+        self,
+        dataset: Iterable[Any],
+        *,
+        key_column: str | None = None,
+        id_column: str | None = None,
+        on_missing: OnMissing = "error",
+        duplicates: Duplicates = "repeat",
+    ) -> Weights:
+        """The same weights in the order of a dataset, joined by content or by id.
+
+        Parameters
+        ----------
+        dataset
+            Mappings (a Hugging Face dataset, or records), texts, or lists of messages.
+        key_column
+            The column that holds the prompt; see ``prompt_keys``. Price: about 16 us an item.
+        id_column
+            Join by the ids in this column instead: any id of the prompts file or of ``ids.json``.
+        on_missing, duplicates
+            See ``align``. An item that holds no prompt is a missing one.
+
+        Raises
+        ------
+        KeyMismatchError, ConfigError
+            See ``align``; or there is no such column.
+        """
+        from embstore.training.join import Join, read_ids, read_prompt_keys  # noqa: PLC0415
+
+        if id_column is not None:
+            if key_column is not None:
+                raise ConfigError(f"join by content ({key_column}) or by id ({id_column}), not both", hint="name one column")
+            return self.align(read_ids(dataset, id_column), on_missing=on_missing, duplicates=duplicates)
+        keys_M, reasons = read_prompt_keys(dataset, key_column)
+        rows_M = self._rows_of_keys(keys_M)
+        rows_M[list(reasons)] = -1
+        return self._joined(Join(rows_M=rows_M, names=keys_M, reasons=reasons), on_missing, duplicates)
+
+    def temper(self, alpha: float = 1.0, *, uniform_mix: float = 0.0, clip: tuple[float, float] | None = None) -> Weights:
+        """Flatter or bounded weights; a row of weight 0 keeps it, every other counts as one row of the uniform part.
+
+        Parameters
+        ----------
+        alpha
+            Exponent: 1 changes nothing, 0 makes the weights equal.
+        uniform_mix
+            Share of the probability that is spread evenly, 0..1; applied last.
+        clip
+            Lowest and highest weight after the exponent, in units of the mean weight.
+        """
+        low, high = clip or (0.0, np.inf)
+        if not 0 <= alpha <= 1024 or not 0 <= uniform_mix <= 1 or not 0 <= low <= high or not high > 0:
+            raise ConfigError(
+                f"temper needs 0 <= alpha <= 1024, 0 <= uniform_mix <= 1 and 0 <= low <= high > 0, "
+                f"got {alpha}, {uniform_mix}, {clip}"
+            )
+        drawn_N = self.array > 0
+        value_N = np.where(drawn_N, self.array.astype(np.float64), 0.0)
+        value_N[drawn_N] = (value_N[drawn_N] / value_N.max()) ** alpha
+        value_N[drawn_N] = np.clip(value_N[drawn_N] / value_N[drawn_N].mean(), low, high)
+        value_N *= (1 - uniform_mix) / value_N.sum()
+        value_N[drawn_N] += uniform_mix / np.count_nonzero(drawn_N)
+        step = f"temper(alpha={alpha}, uniform_mix={uniform_mix}, clip={clip})"
+        return self._derived((value_N / value_N.sum()).astype(np.float32), step, store=self.store)
+
+    def _rows_of_keys(self, keys_M: NDArray[np.uint64]) -> NDArray[np.int64]:
+        from embstore.training.join import rows_of_keys  # noqa: PLC0415
+
+        root = self._joinable()
+        return rows_of_keys(read_keys(root, self._manifest(root), full=True), keys_M)
+
+    def _rows_of_ids(self, ids: Sequence[str]) -> NDArray[np.int64]:
+        root = self._joinable()
+        aliases = read_aliases(root, self._manifest(root))
+        return np.fromiter((aliases.get(name, -1) for name in ids), dtype=np.int64, count=len(ids))
+
+    def _joinable(self) -> Path:
+        if self.store is None:
+            reason = "are joined to a dataset already" if self.steps else "are of a bare file, which has no keys"
+            raise ConfigError(
+                f"these weights ({self.path}) {reason}", hint="load_weights(STORE) gives weights that can be joined"
+            )
+        return self.store
+
+    def _manifest(self, root: Path) -> Manifest:
+        manifest = decode_manifest(read_manifest(root))
+        if manifest.rows != len(self.array):
+            raise LengthMismatchError(
+                f"{root} has {manifest.rows} rows now, these weights have {len(self.array)}",
+                hint="the store was replaced since: load_weights again",
+            )
+        return manifest
+
+    def _joined(self, join: Join, on_missing: OnMissing, duplicates: Duplicates) -> Weights:
+        from embstore.training.join import align_weights  # noqa: PLC0415
+
+        aligned_M = align_weights(self.array, join, store=str(self.store), on_missing=on_missing, duplicates=duplicates)
+        return self._derived(aligned_M, f"align(on_missing={on_missing!r}, duplicates={duplicates!r})", store=None)
+
+    def _derived(self, array: NDArray[np.float32], step: str, *, store: Path | None) -> Weights:
+        array.flags.writeable = False
+        return dataclasses.replace(self, array=array, store=store, steps=(*self.steps, step), digest=None)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        fields = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        fields["metadata"] = dict(self.metadata)
+        if not self.steps:
+            del fields["array"]
+        return _restore, (fields,)
+
+
+def _restore(fields: dict[str, Any]) -> Weights:
+    return Weights(**{"array": map_array(fields["path"]), **fields} if "array" not in fields else fields)
+
+
+def load_weights(
+    path: str | Path,
+    *,
+    name: str = "default",
+    expect_len: int | None = None,
+    expect_keys: ArrayLike | None = None,
+    verify: Verify = "full",
+) -> Weights:
+    """Map the weights of a finished store, or of a bare ``.npy`` file.
+
+    Parameters
+    ----------
+    path
+        A store's folder (the manifest is followed), or a ``.npy`` of weights (no provenance: a warning says so).
+    name
+        Which weighting of the store.
+    expect_len
+        Length of the dataset these weights are for.
+    expect_keys
+        uint64 [N] row keys in dataset order; they must equal the store's ``keys.npy``.
+    verify
+        "full" checks digests, dtype, finiteness, sign and sum; "shape" only dtype and length, at a price that does not
+        depend on N; "off" nothing.
+
+    Returns
+    -------
+    Weights
+
+    Raises
+    ------
+    StoreNotFoundError, IncompleteStoreError
+        Nothing is there, or the store is not finished.
+    CorruptStoreError
+        The bytes are not those that were published.
+    LengthMismatchError, OrderMismatchError, KeyMismatchError, InvalidWeightsError
+        The weights do not fit the dataset, or are no weights.
+    """
+    if verify not in ("full", "shape", "off"):
+        raise ConfigError(f"verify is 'full', 'shape' or 'off', got {verify!r}")
+    root = Path(path)
+    if root.is_dir():
+        return follow_manifest(
+            lambda: read_manifest(root),
+            lambda manifest: _load(root, manifest, name, expect_len=expect_len, expect_keys=expect_keys, verify=verify),
+        )
+    if not root.is_file():
+        raise StoreNotFoundError(f"{root} does not exist", hint="run embstore build PROMPTS --model MODEL --out STORE")
+    warnings.warn(f"{root} is a bare file: no manifest says what it belongs to", stacklevel=2)
+    array = map_array(root)
+    if verify != "off":
+        _check(root, array, None, rows=None, full=verify == "full")
+    if expect_len is not None and expect_len != len(array):
+        raise LengthMismatchError(
+            f"{root} has {len(array)} weights, the dataset has {expect_len} items",
+            hint="a bare file cannot be joined: pass the store's folder and call for_dataset(dataset) instead of expect_len",
+        )
+    if expect_keys is not None:
+        raise ConfigError(f"{root} is a bare file and has no keys", hint="pass the store's folder")
+    return Weights(path=root, array=array, metadata={})
+
+
+def _load(
+    root: Path,
+    manifest: Manifest,
+    name: str,
+    *,
+    expect_len: int | None,
+    expect_keys: ArrayLike | None,
+    verify: Verify,
+) -> Weights:
+    """The weights called ``name`` as ``manifest`` publishes them."""
+    if name not in manifest.names:
+        raise ConfigError(
+            f"no weights are called {name!r}; there are {', '.join(sorted(manifest.names))}",
+            hint=f"run embstore weights {root} --name {name}",
+        )
+    array_name, sidecar = weights_paths(manifest.names[name])
+    file, digest = root / array_name, manifest.files[array_name]
+    metadata = read_metadata(root, sidecar, manifest)
+    refuse_irregular(root, array_name)
+    array = map_array(file)
+    if verify != "off":
+        _check(file, array, digest, rows=manifest.rows, full=verify == "full")
+    if expect_len is not None and expect_len != len(array):
+        raise LengthMismatchError(
+            f"{root} has {len(array)} weights, the dataset has {expect_len} items",
+            hint=f"weights are per distinct prompt: load_weights({str(root)!r}).for_dataset(dataset) instead of expect_len",
+        )
+    if expect_keys is not None:
+        _check_keys(root, np.asarray(expect_keys, dtype=np.uint64), manifest, full=verify == "full")
+    return Weights(path=file, array=array, metadata=metadata, store=root, digest=digest.sha256)
+
+
+def _check(file: Path, array: NDArray[np.float32], digest: FileDigest | None, *, rows: int | None, full: bool) -> None:
+    if array.ndim != 1 or array.dtype != np.float32:
+        raise InvalidWeightsError(f"{file} holds {array.dtype} of shape {array.shape}, not float32 of one dimension")
+    if rows is not None and len(array) != rows:
+        raise CorruptStoreError(
+            f"{file} has {len(array)} weights, the manifest says {rows}", hint="run embstore verify STORE"
+        )
+    if not full:
+        return
+    if digest is not None:
+        check_digest(file, digest)
+    total = check_vector(str(file), array)
+    if abs(total - 1) > WEIGHTS_TOLERANCE:
+        raise InvalidWeightsError(f"{file} sums to {total!r}, not 1")
+
+
+def _check_keys(root: Path, given_M: NDArray[np.uint64], manifest: Manifest, *, full: bool) -> None:
+    stored_N = read_keys(root, manifest, full=full)
+    hint = f"join instead of expect_keys: load_weights({str(root)!r}).align(keys), or for_dataset(dataset)"
+    overlap = min(len(given_M), len(stored_N))
+    different = np.flatnonzero(stored_N[:overlap] != given_M[:overlap])
+    at = "the shorter one is the start of the other"
+    if len(different):
+        first = int(different[0])
+        at = f"first at position {first}: the store has key {int(stored_N[first]):016x}, given {int(given_M[first]):016x}"
+    if len(given_M) != len(stored_N):
+        raise LengthMismatchError(f"{root} has {len(stored_N)} rows, expect_keys has {len(given_M)}; {at}", hint=hint)
+    if not len(different):
+        return
+    if np.array_equal(np.sort(stored_N), np.sort(given_M)):
+        raise OrderMismatchError(f"{root}: the same prompts in another order; {at}", hint=hint)
+    raise KeyMismatchError(f"{root}: other prompts; {at}", hint=hint)

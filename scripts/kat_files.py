@@ -1,0 +1,126 @@
+"""What the kat scripts share: where their files lie, what a line of them means, and how an expected error ends them.
+
+A file of *pairs* has lines ``{"id", "prefix" or "prompt", "chosen", "rejected", "src", "prefix_id"}``; ``id`` names the
+pair, so its prompt's id is ``prefix_id``, or derived from the text. A file of *prompts* has lines ``{"id", "prefix" or
+"prompt"}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from embstore.core.decode import printable
+from embstore.core.errors import EmbstoreError, PromptError
+from embstore.core.prompts import Message, Prompt, Rejected, collapse_whitespace, parse_line
+from embstore.storage.prompts import open_prompts
+
+PAIRS = "pairs_all.jsonl"
+PREFIXES, PREFIX_MAP = "prefixes_all.jsonl", "prefix_id_map.tsv"
+PROMPTS, PROMPT_MAP = "prompts_all.jsonl", "prompt_id_map.tsv"
+STATS = "stats.txt"
+STORE = "embeddings_offline"
+
+_SHOWN_SKIPS = 5
+
+
+def base_folder() -> Path:
+    """``$NANOCHAT_BASE_DIR``, or ``~/.cache/nanochat``."""
+    return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
+
+
+def data_folder() -> Path:
+    """Where the scripts' data files lie by default."""
+    return base_folder() / "data"
+
+
+def require(path: Path, *, command: str) -> Path:
+    """``path`` if it exists; else a PromptError that names the command which makes it."""
+    if not path.exists():
+        raise PromptError(f"{path} does not exist", hint=f"run {command}")
+    return path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptLine:
+    """One line that holds a prompt. ``number`` counts from 1; ``prompt.fields`` are the line's other fields."""
+
+    number: int
+    prompt: Prompt
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether the line is a preference pair, whose ``id`` is not that of its prompt."""
+        return "chosen" in self.prompt.fields and "rejected" in self.prompt.fields
+
+    @property
+    def prompt_id(self) -> str:
+        """The id by which weights are joined: the one given for the prompt, else derived from its first user message."""
+        given = self.prompt.fields.get("prefix_id") if self.is_pair else self.prompt.id
+        return given if isinstance(given, str) and given else self.prompt.derived_id
+
+    @property
+    def messages(self) -> list[Message]:
+        """The prompt as a chat; text becomes one user message."""
+        if self.prompt.messages is not None:
+            return list(self.prompt.messages)
+        return [{"role": "user", "content": self.prompt.text or ""}]
+
+    @property
+    def first_user_text(self) -> str:
+        """Whitespace-collapsed content of the first user message; empty if there is none."""
+        first = next((str(message["content"]) for message in self.messages if message["role"] == "user"), "")
+        return collapse_whitespace(first)
+
+    @property
+    def source(self) -> str:
+        """The line's ``src``."""
+        return str(self.prompt.fields.get("src") or "unknown")
+
+
+def read_lines(path: Path, *, report: Callable[[str], None]) -> Iterator[PromptLine]:
+    """Every line of a JSONL file (gzip allowed) that holds a prompt; of others the first five and a count are reported."""
+    skipped = 0
+    with open_prompts(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            prompt = parse_line(_with_one_prompt(line))
+            if isinstance(prompt, Prompt):
+                yield PromptLine(number=number, prompt=prompt)
+                continue
+            skipped += 1
+            if skipped <= _SHOWN_SKIPS:
+                report(f"warning: line {number} of {path.name} is skipped: {_reason(prompt)}")
+    if skipped > _SHOWN_SKIPS:
+        report(f"warning: {skipped} lines of {path.name} were skipped in all")
+
+
+def _with_one_prompt(line: bytes) -> bytes:
+    """The line without its ``prompt`` where it has a ``prefix`` too: the older field counts only alone."""
+    if b'"prefix"' not in line or b'"prompt"' not in line:
+        return line
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return line  # parse_line says what is wrong with it
+    if not isinstance(record, dict) or record.get("prefix") is None:
+        return line
+    return json.dumps({name: value for name, value in record.items() if name != "prompt"}).encode()
+
+
+def _reason(rejected: Rejected) -> str:
+    return printable(rejected.reason)
+
+
+def run(main: Callable[[], object]) -> None:
+    """Run a script: an expected error becomes two lines on stderr and its exit code, a bug keeps its traceback."""
+    try:
+        main()
+    except EmbstoreError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {printable(error.hint)}", file=sys.stderr)
+        sys.exit(int(error.exit_code))

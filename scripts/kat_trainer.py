@@ -1,0 +1,265 @@
+"""TRL's GRPO trainer as ``kat_train_grpo`` runs it: policy, data, sampler, and what is printed as it goes."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+from numpy.typing import NDArray
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
+from trl import GRPOConfig, GRPOTrainer
+
+from embstore.compute.models import load_model, locate_model
+from embstore.compute.nanochat import NanochatFiles
+from embstore.core.config import EmbeddingConfig
+from embstore.core.decode import printable
+from embstore.core.errors import ConfigError, ModelError
+from embstore.core.prompts import collapse_whitespace, render_messages
+from embstore.integrations.trl import DensitySampling
+from embstore.training import DensitySampler
+from scripts.kat_files import PromptLine
+from scripts.kat_rewards import Reward
+
+_MOST_GENERATIONS = 8
+_SHOWN_PROMPTS, _SHOWN_CHARACTERS = 2, 60
+_NOT_FOR_REWARDS = frozenset({"prompt", "prompt_id", "completion", "completion_ids", "image", "images", "environment"})
+# nanochat's answer begins with the first of these tokens and ends with the second
+_ANSWER_STARTS, _ANSWER_ENDS = "<|assistant_start|>", "<|assistant_end|>"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One logged step: ``drawn`` are the ids of the prompts that this process generated for since the step before."""
+
+    number: int
+    loss: float
+    reward: float
+    drawn: list[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """What a run did: its lines' prompts, where their weights are from, what its start took, and its logged steps."""
+
+    prompt_ids: Sequence[str]
+    weights_N: NDArray[np.float64]
+    origin: str  # precomputed, online or uniform
+    start_seconds: Mapping[str, float]
+    steps: list[Step] = field(default_factory=list)
+
+
+class DensityGRPOTrainer(DensitySampling, GRPOTrainer):  # type: ignore[misc]  # trl is untyped
+    """TRL's trainer with prompts drawn by density."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """The model to train, in float32, with its tokenizer, as this process of the run has it."""
+
+    model: Any
+    tokenizer: Any
+    processes: PartialState
+
+    @property
+    def is_first_process(self) -> bool:
+        """Whether this process prints."""
+        return bool(self.processes.is_main_process)
+
+    def prompt_of(self, line: PromptLine) -> str | list[Mapping[str, object]]:
+        """The line's prompt as TRL takes it: a chat where the tokenizer renders chats, else text to be continued."""
+        if self.tokenizer.chat_template is not None:
+            return list(line.messages)
+        if line.prompt.text is not None:
+            return line.prompt.text
+        return f"{render_messages(line.messages)}\nassistant:"
+
+    def fitting(self, lines: list[PromptLine], max_tokens: int) -> list[PromptLine]:
+        """The lines whose prompts have at most ``max_tokens`` tokens; how many others there are is printed.
+
+        Raises
+        ------
+        ConfigError
+            There is none.
+        """
+        fitting = [line for line in lines if self._num_tokens(line, max_tokens) <= max_tokens]
+        if not fitting:
+            raise ConfigError(f"every prompt is longer than {max_tokens} tokens", hint="raise --max_prompt_tokens")
+        if len(fitting) < len(lines) and self.is_first_process:
+            print(f"{len(lines) - len(fitting):,} of {len(lines):,} lines are left out: over {max_tokens} tokens")
+        return fitting
+
+    def _num_tokens(self, line: PromptLine, enough: int) -> int:
+        prompt = self.prompt_of(line)
+        text = prompt if isinstance(prompt, str) else render_messages(prompt)
+        if 2 * len(text.encode()) <= enough:
+            return 0  # no tokenizer makes more tokens than bytes, and no template doubles them
+        if isinstance(prompt, str):
+            return len(self.tokenizer(prompt)["input_ids"])
+        return len(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def load_policy(options: argparse.Namespace) -> Policy:
+    """The model that ``--model`` or ``--sft_source`` names, ready to be trained.
+
+    TRL loads its reference model by the policy's path, so what is in no Hugging Face folder is saved as one first.
+
+    Raises
+    ------
+    ModelError
+        It cannot be loaded, or cannot generate.
+    """
+    # TRL 1.16 uses names that transformers 5.24 deprecates; the bars are of files that load in no time
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers_logging.disable_progress_bar()
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    files = locate_model(
+        EmbeddingConfig(
+            model=options.model or f"nanochat:{options.sft_source}",
+            trust_tokenizer_pickle=options.trust_tokenizer_pickle or None,
+        )
+    )
+    loaded = load_model(files, "cpu")
+    model, tokenizer = loaded.model, loaded.tokenizer
+    if not hasattr(model, "generate"):
+        raise ModelError(f"{files.name} cannot generate here", hint="convert it to a Hugging Face folder and give --model")
+    if isinstance(files, NanochatFiles):
+        tokenizer.chat_template += "{% if add_generation_prompt %}{{ '" + _ANSWER_STARTS + "' }}{% endif %}"
+        tokenizer.eos_token = tokenizer.pad_token = _ANSWER_ENDS
+    if isinstance(files, NanochatFiles) or files.adapter is not None:
+        folder = options.out_dir / "start"
+        if processes.is_main_process:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        processes.wait_for_everyone()
+        model.config.name_or_path = str(folder)
+    model.requires_grad_(True).train()
+    return Policy(model=model, tokenizer=tokenizer, processes=processes)
+
+
+def make_trainer(
+    options: argparse.Namespace,
+    policy: Policy,
+    lines: Sequence[PromptLine],
+    reward: Reward | str,
+    training: Training,
+) -> DensityGRPOTrainer:
+    """The trainer that draws ``lines`` by the weights of ``training``, which collects its logged steps."""
+    world_size = policy.processes.num_processes
+    is_on_gpu = policy.processes.device.type == "cuda"
+    config = GRPOConfig(
+        output_dir=str(options.out_dir),
+        max_steps=options.max_steps,
+        learning_rate=options.learning_rate,
+        beta=options.beta,
+        per_device_train_batch_size=options.device_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        num_generations=options.num_generations or num_generations(options.device_batch_size * world_size),
+        max_completion_length=options.max_completion_tokens,
+        reward_weights=[1.0, 0.0],
+        logging_steps=min(options.log_interval, options.max_steps),
+        save_strategy="steps" if options.save_steps else "no",
+        save_steps=options.save_steps or options.max_steps,
+        seed=options.seed,
+        bf16=is_on_gpu and torch.cuda.is_bf16_supported(),
+        use_cpu=not is_on_gpu,
+        dataloader_pin_memory=is_on_gpu,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    drawn: list[str] = []
+    trainer = DensityGRPOTrainer(
+        model=policy.model,
+        processing_class=policy.tokenizer,
+        reward_funcs=[reward, _recording(drawn)],
+        args=config,
+        train_dataset=as_dataset(lines, policy),
+        density_sampler=DensitySampler(training.weights_N, seed=options.seed),
+        callbacks=[_Log(training, drawn, lines if policy.is_first_process else None)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def as_dataset(lines: Sequence[PromptLine], policy: Policy) -> datasets.Dataset:
+    """One row a line: prompt, prompt_id, and every text field of the lines, for rewards to read."""
+    names = {name for line in lines for name, value in line.prompt.fields.items() if isinstance(value, str)}
+    fields = sorted(names - _NOT_FOR_REWARDS)
+    rows = (
+        {
+            "prompt": policy.prompt_of(line),
+            "prompt_id": line.prompt_id,
+            **{name: value if isinstance(value := line.prompt.fields.get(name), str) else None for name in fields},
+        }
+        for line in lines
+    )
+    return datasets.Dataset.from_list(list(rows))
+
+
+def num_generations(batch: int) -> int:
+    """Completions of one prompt that fit a batch of all processes whole, at most 8.
+
+    Examples
+    --------
+    >>> num_generations(16), num_generations(12), num_generations(5)
+    (8, 6, 5)
+    """
+    divisors = [count for count in range(2, _MOST_GENERATIONS + 1) if batch % count == 0]
+    if not divisors:
+        raise ConfigError(
+            f"a batch of {batch} cannot be cut into groups of 2 to {_MOST_GENERATIONS} completions",
+            hint="choose --device_batch_size so that it can, or give --num_generations",
+        )
+    return divisors[-1]
+
+
+def checkpoint_of(options: argparse.Namespace) -> str | None:
+    """The checkpoint to go on from, None to start anew."""
+    is_there = options.resume and Path(options.out_dir).is_dir()
+    found: str | None = get_last_checkpoint(str(options.out_dir)) if is_there else None
+    return found
+
+
+def _recording(drawn: list[str]) -> Callable[..., list[float]]:
+    """A reward of weight 0 that notes which prompts the trainer generated for."""
+
+    def prompts_drawn(completions: Sequence[object], prompt_id: Sequence[str], **_: object) -> list[float]:
+        drawn.extend(dict.fromkeys(prompt_id))
+        return [0.0] * len(completions)
+
+    return prompts_drawn
+
+
+class _Log(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Keeps every logged step, and prints it where ``lines`` are given: loss, reward, and the prompts drawn."""
+
+    def __init__(self, training: Training, drawn: list[str], lines: Sequence[PromptLine] | None) -> None:
+        self._training = training
+        self._drawn = drawn
+        self._texts = {line.prompt_id: line.prompt.rendered for line in lines} if lines is not None else None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **_: object) -> None:  # noqa: ANN401
+        if "loss" not in logs:
+            return  # the summary at the end
+        drawn = list(self._drawn)
+        self._drawn.clear()
+        step = Step(number=state.global_step, loss=float(logs["loss"]), reward=float(logs["reward"]), drawn=drawn)
+        self._training.steps.append(step)
+        if self._texts is None:
+            return
+        texts = [printable(collapse_whitespace(self._texts[prompt_id])) for prompt_id in drawn[:_SHOWN_PROMPTS]]
+        shown = ", ".join(repr(text[:_SHOWN_CHARACTERS]) for text in texts)
+        more = f" and {len(drawn) - len(texts)} more" if len(drawn) > len(texts) else ""
+        print(
+            f"step {step.number}/{state.max_steps}  loss {step.loss:.4f}  reward {step.reward:.3f}  drew {shown}{more}",
+            flush=True,
+        )

@@ -1,0 +1,142 @@
+"""Which weights ``kat_train_grpo`` draws by: precomputed, else online, else uniform; each fall is loud, or forbidden.
+
+Every process of a run takes the same weights: what one of them cannot read, none uses.
+
+Shapes: N lines of the training data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from numpy.typing import NDArray
+
+import embstore
+from embstore.core.decode import printable
+from embstore.core.errors import EmbstoreError, KeyMismatchError, WeightsError
+from embstore.training import load_weights
+from scripts.kat_files import PromptLine, read_lines, require
+from scripts.kat_trainer import Policy
+
+Found = NDArray[np.float64]
+
+PRECOMPUTED, ONLINE, UNIFORM = "precomputed", "online", "uniform"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Failed:
+    """Why weights of one kind could not be had."""
+
+    message: str
+    hint: str | None
+
+
+def find_weights(
+    options: argparse.Namespace, lines: Sequence[PromptLine], policy: Policy
+) -> tuple[NDArray[np.float64], str]:
+    """Weights float64 [N] of the lines, in their order, and where they come from.
+
+    Raises
+    ------
+    WeightsError
+        ``--require_density`` was given, and the first kind of weights that was asked for cannot be had.
+    """
+    if not options.density_aware:
+        return np.ones(len(lines)), UNIFORM
+    kinds: list[tuple[str, Callable[[], NDArray[np.float64]], str]] = []
+    if options.use_precomputed_embeddings:
+        kinds.append((PRECOMPUTED, lambda: _precomputed(options, lines), "the online pass over all prompts, slow"))
+    kinds.append((ONLINE, lambda: _online(options, lines, policy), "uniform sampling, no density at all"))
+    for kind, compute, instead in kinds:
+        found = _agreed(compute, policy.processes, is_shared=kind == ONLINE)
+        if not isinstance(found, _Failed):
+            return found, kind
+        if options.require_density:
+            raise WeightsError(f"{kind} weights cannot be had: {found.message}", hint=found.hint)
+        if policy.is_first_process:
+            _announce(kind, found, instead)
+    return np.ones(len(lines)), UNIFORM
+
+
+def _precomputed(options: argparse.Namespace, lines: Sequence[PromptLine]) -> Found:
+    """The store's weights, joined to the lines by prompt id."""
+    weights = load_weights(options.embeddings_dir)
+    return weights.align([line.prompt_id for line in lines], duplicates="divide").array.astype(np.float64)
+
+
+def _online(options: argparse.Namespace, lines: Sequence[PromptLine], policy: Policy) -> Found:
+    """Weights computed now, with the policy's model as it starts, over each distinct prompt once."""
+    embedded = lines
+    if options.pairs_path and options.prompts_path:
+        path = require(options.prompts_path, command="python -m scripts.kat_make_prefixes")
+        embedded = list(read_lines(path, report=lambda message: print(message, file=sys.stderr)))
+    texts: dict[str, str] = {}
+    for line in embedded:
+        texts.setdefault(line.prompt_id, line.prompt.rendered)
+    sampler = embstore.DensityAwareSampler(
+        list(texts.values()), policy.model, policy.tokenizer, policy.processes.device, k=options.density_k
+    )
+    weight_of = dict(zip(texts, sampler.density_weights.tolist(), strict=True))
+    return join(lines, weight_of)
+
+
+def join(lines: Sequence[PromptLine], weight_of: Mapping[str, float]) -> Found:
+    """Weights float64 [N]: of each line that of its prompt id, divided by the number of lines with that prompt.
+
+    Raises
+    ------
+    KeyMismatchError
+        A line's prompt has no weight.
+    """
+    ids = [line.prompt_id for line in lines]
+    missing = [position for position, prompt_id in enumerate(ids) if prompt_id not in weight_of]
+    if missing:
+        first = lines[missing[0]]
+        raise KeyMismatchError(
+            f"{len(missing)} of {len(lines)} lines are none of the prompts embedded; the first is line {first.number}, "
+            f"prompt id {first.prompt_id!r}",
+            hint="make the prompts from these pairs: python -m scripts.kat_make_prefixes",
+        )
+    counts = Counter(ids)
+    return np.array([weight_of[prompt_id] / counts[prompt_id] for prompt_id in ids])
+
+
+def _agreed(compute: Callable[[], Found], processes: PartialState, *, is_shared: bool) -> Found | _Failed:
+    """What ``compute`` gives on every process, or why not on one of them; ``is_shared``: the first computes for all."""
+    found: Found | _Failed = _Failed(message="computed by the first process", hint=None)
+    if processes.is_main_process or not is_shared:
+        try:
+            found = compute()
+        except (EmbstoreError, OSError, RuntimeError, MemoryError) as error:
+            found = _Failed(message=str(error) or type(error).__name__, hint=getattr(error, "hint", None))
+    if processes.num_processes == 1:
+        return found
+    if is_shared:
+        shared: list[Found | _Failed] = broadcast_object_list([found])
+        return shared[0]
+    if isinstance(found, _Failed):
+        everywhere = gather_object([found])
+    else:
+        everywhere = gather_object([hashlib.sha256(found.tobytes()).hexdigest()])
+    failed = next((each for each in everywhere if isinstance(each, _Failed)), None)
+    if failed is not None:
+        return failed
+    if len(set(everywhere)) > 1:
+        return _Failed(message="processes read different weights", hint="give all of them the same store")
+    return found
+
+
+def _announce(kind: str, failed: _Failed, instead: str) -> None:
+    bar = "!" * 100
+    lines = [bar, f"{kind} weights cannot be had: {printable(failed.message)}"]
+    lines += [f"hint: {printable(failed.hint)}"] if failed.hint else []
+    lines += [f"FALLING BACK to {instead}. --require_density makes this an error.", bar]
+    print("\n".join(lines), file=sys.stderr, flush=True)

@@ -1,0 +1,52 @@
+"""Weights of a model in memory, against those of a store built from the same model on disk."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import embstore
+from embstore.core.config import BuildConfig, EmbeddingConfig, WeightingConfig
+from embstore.core.density import total_variation
+from embstore.core.errors import ConfigError, PromptError
+from tests.support.models import make_model, make_prompts, make_tokenizer, save_model
+
+TEXTS = [prompt.rendered for prompt in make_prompts(60, seed=3)]
+
+
+def test_weights_are_those_of_a_build_and_the_model_stays_as_it_is(tmp_path: Path) -> None:
+    model, tokenizer = make_model("gemma2").train().requires_grad_(True).bfloat16(), make_tokenizer()
+    before = copy.deepcopy(model.state_dict())
+    online = embstore.DensityAwareSampler([*TEXTS, TEXTS[0], TEXTS[0]], model, tokenizer, torch.device("cpu"), k=5)
+
+    save_model(tmp_path / "model", copy.deepcopy(model).float(), tokenizer)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    config = BuildConfig(
+        embedding=EmbeddingConfig(model=str(tmp_path / "model"), device="cpu", threads=1), weighting=WeightingConfig(k=5)
+    )
+    embstore.build(file, out=tmp_path / "store", config=config)
+    offline = embstore.open_store(tmp_path / "store").weights.astype(np.float64)
+
+    weights = online.density_weights
+    assert weights.shape == (62,)
+    assert weights.sum() == pytest.approx(1, abs=1e-6)
+    assert weights[0] == weights[60] == weights[61] == pytest.approx(offline[0] / 3)
+    assert total_variation(np.append(weights[:1] * 3, weights[1:60]), offline) < 1e-5
+    assert offline.std() > 0.05 * offline.mean()
+    assert model.training
+    assert all(parameter.requires_grad and parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_a_build_refuses_is_refused() -> None:
+    model, tokenizer = make_model("llama"), make_tokenizer()
+    with pytest.raises(PromptError, match="1 of 61 lines"):
+        embstore.DensityAwareSampler([*TEXTS, " "], model, tokenizer, "cpu")
+    with pytest.raises(ConfigError, match=r"k must lie in 1\.\.32"):
+        embstore.DensityAwareSampler(TEXTS, model, tokenizer, "cpu", k=33)
