@@ -239,8 +239,10 @@ def _refuse_failed(blocks: Iterator[RowBlock], config: BuildConfig, prompts: Pro
 
 def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) -> NeighborFiles:
     """The neighbour graph for these rows and settings: the published one if it is the same, else a new search."""
-    from embstore.compute.knn import build_graph  # noqa: PLC0415 - hnswlib loads only where it is needed
+    from embstore.compute.knn import AUDIT_K, build_graph  # noqa: PLC0415 - hnswlib loads only where it is needed
+    from embstore.compute.refine import refine  # noqa: PLC0415
     from embstore.compute.search_plan import plan_search  # noqa: PLC0415
+    from embstore.compute.stored_pairs import StoredRows  # noqa: PLC0415
 
     state, density = run.writer.state, run.config.density
     failed_N = np.zeros(spec.rows, dtype=np.bool_)
@@ -272,6 +274,20 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
             kept=SearchBlocks(run.writer.work, digest),
             device=spec.embedding.device,
         )
+        store = finished or EmbeddingStore(run.writer.root, None, state, spec)
+        refinement, _ = refine(
+            graph.ids_NK,
+            graph.distances_NK,
+            graph.groups_N,
+            store.residuals,
+            StoredRows(read=store.rows_at, dimension=spec.embedding.dimension, chunk_rows=spec.chunk_rows),
+            k=AUDIT_K,
+            threads=spec.embedding.threads,
+            memory_bytes=run.config.memory_budget_bytes // 2,  # beside what the search still holds
+            work=run.writer.work,
+            observer=run.observer,
+            clock=time.perf_counter,
+        )
     found = {
         "knn": density.knn,
         "method": graph.method,
@@ -286,6 +302,7 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
         "target_recall": density.target_recall,
         "target_tv": density.target_tv,
         "meets_target": graph.meets_target,
+        "refinement": dataclasses.asdict(refinement),
     }
     return write_neighbors(run.writer.root, digest, graph.ids_NK, graph.distances_NK, graph.groups_N, found)
 
