@@ -86,7 +86,15 @@ def _difference_norms(
     first_FV: NDArray[np.float16], second_SV: NDArray[np.float16], left: Rows, right: Rows
 ) -> NDArray[np.float64]:
     """|first - second| of each pair: float32 holds differences of float16 below 1 exactly, sums are float64."""
-    difference = first_FV[left].astype(np.float32)
-    difference -= second_SV[right]
-    norms: NDArray[np.float64] = np.sqrt(np.einsum("sv,sv->s", difference, difference, dtype=np.float64))
+    difference = _widened(first_FV[left])
+    difference -= _widened(second_SV[right])
+    norms: NDArray[np.float64] = 2.0**112 * np.sqrt(np.einsum("sv,sv->s", difference, difference, dtype=np.float64))
     return norms
+
+
+def _widened(half: NDArray[np.float16]) -> NDArray[np.float32]:
+    """Finite float16 values times 2^-112, exactly: their bits under float32's exponent. numpy's own cast takes 4 x as long."""
+    bits: NDArray[np.int32] = half.view(np.int16).astype(np.int32)  # the sign above
+    bits <<= 13
+    bits &= np.int32(-0x7000_2000)  # one sign bit of them, exponent and mantissa
+    return bits.view(np.float32)

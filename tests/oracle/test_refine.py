@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from embstore.compute.refine import RESIDUAL_FLOOR, Refinement, refine
-from embstore.compute.stored_pairs import StoredRows
+from embstore.compute.stored_pairs import StoredRows, stored_distances
 from embstore.core.config import BuildConfig, EmbeddingConfig
 from embstore.core.density import NOISE_FLOOR
 from embstore.core.embedder import PromptReader, RowBlock
@@ -341,6 +341,19 @@ def test_memory_and_decoding_stay_bounded_and_change_nothing() -> None:
     assert isinstance(started, StageStarted)
     assert isinstance(finished, StageFinished)
     assert sum(event.count for event in events if isinstance(event, StageAdvanced)) == started.total <= figures.read_pairs
+
+
+def test_distances_of_every_float16_value_are_float64s() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    small = every[np.abs(every) < 0.5]  # NaN is not
+    rows_NV = np.stack([small, np.random.default_rng(0).permutation(small), np.zeros_like(small), np.full_like(small, 0.25)])
+    reader = Reader(rows_NV)
+    pairs = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    keys_P = np.array([4 * first + second for first, second in pairs])
+    found = stored_distances(keys_P, 4, reader.stored, threads=1, memory_bytes=1)
+    where, distances = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    expected = all_distances(rows_NV)[tuple(np.transpose(pairs))]
+    assert distances == pytest.approx(expected[where], rel=1e-14)
 
 
 # --- stores -----------------------------------------------------------------------------------------------------------
