@@ -93,7 +93,7 @@ def _difference_norms(
 
 
 def _widened(half: NDArray[np.float16]) -> NDArray[np.float32]:
-    """Finite float16 values times 2^-112, exactly: their bits under float32's exponent. numpy's own cast takes 4 x as long."""
+    """Finite float16 values times 2^-112, exactly: their bits under float32's exponent. numpy's cast takes 4 x as long."""
     bits: NDArray[np.int32] = half.view(np.int16).astype(np.int32)  # the sign above
     bits <<= 13
     bits &= np.int32(-0x7000_2000)  # one sign bit of them, exponent and mantissa
