@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -68,6 +69,9 @@ from embstore.storage.blocks import SearchBlocks
 from embstore.storage.prompts import PromptSource, PromptTable
 from embstore.storage.store import EmbeddingStore, open_published
 from embstore.storage.writer import StoreWriter
+
+if TYPE_CHECKING:
+    from embstore.compute.knn import KnnGraph
 
 _MOST_REREADS = 3.0  # neighbouring chunks share an old one, so in the same order it is about 2
 _NOTHING_COMPUTED = WindowCounts(tokens=0, truncated=0, splits=0)
@@ -339,6 +343,8 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
             kept=SearchBlocks(run.writer.work, digest),
             device=spec.embedding.device,
         )
+        # seen from the mean, distances are not those between stored rows
+        refined = {} if density.center else {"refinement": _refine(run, spec, graph, finished)}
     found = {
         "knn": density.knn,
         "method": graph.method,
@@ -355,8 +361,32 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
         "target_recall": density.target_recall,
         "target_tv": density.target_tv,
         "meets_target": graph.meets_target,
+        **refined,
     }
     return write_neighbors(run.writer.root, digest, graph.ids_NK, graph.distances_NK, graph.groups_N, found)
+
+
+def _refine(run: Run, spec: StoreSpec, graph: KnnGraph, finished: EmbeddingStore | None) -> dict[str, object]:
+    """What the residual bound proves of the graph; pairs that it leaves open are measured between stored rows, in place."""
+    from embstore.compute.knn import AUDIT_K  # noqa: PLC0415
+    from embstore.compute.refine import refine  # noqa: PLC0415
+    from embstore.compute.stored_pairs import StoredRows  # noqa: PLC0415
+
+    store = finished or EmbeddingStore(run.writer.root, None, run.writer.state, spec)
+    refinement, _ = refine(
+        graph.ids_NK,
+        graph.distances_NK,
+        graph.groups_N,
+        store.residuals,
+        StoredRows(read=store.rows_at, dimension=spec.embedding.dimension, chunk_rows=spec.chunk_rows),
+        k=AUDIT_K,
+        threads=spec.embedding.threads,
+        memory_bytes=run.config.memory_budget_bytes // 2,  # beside what the search still holds
+        work=run.writer.work,
+        observer=run.observer,
+        clock=time.perf_counter,
+    )
+    return dataclasses.asdict(refinement)
 
 
 def _publish_weights(run: Run, spec: StoreSpec, neighbors: NeighborFiles, finished: EmbeddingStore | None) -> WeightFiles:

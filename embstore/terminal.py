@@ -45,6 +45,7 @@ _TITLES = {
     "embed": "embedding",
     "knn": "neighbours",
     "audit": "audit",
+    "refine": "raw rows",
     "publish": "publishing",
 }
 
@@ -75,7 +76,7 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:,.0f}/s" if speed else "")
 
 
-_COUNTED = ("embed", "knn", "audit")
+_COUNTED = ("embed", "knn", "audit", "refine")
 
 
 class TerminalObserver:
@@ -342,6 +343,7 @@ def _print_density(console: Console, metadata: JsonObject) -> None:
             f"{audit['num_rows']:,} rows checked exactly), weights TV {audit['tv']:.1e}: {verdict}",
             highlight=False,
         )
+    _print_refinement(console, neighbors.get("refinement"))
     gamma = f", gamma {weighting['gamma']:.3g}" if weighting["weighting"] == "inverse-density" else ""
     centred = ", rows centred" if neighbors.get("center") is True else ""
     console.print(
@@ -363,6 +365,20 @@ def _print_density(console: Console, metadata: JsonObject) -> None:
         )
     for warning in metadata["warnings"]:
         console.print(f"  [yellow]note[/yellow]: {plain(warning)}", highlight=False)
+
+
+def _print_refinement(console: Console, refinement: JsonObject | None) -> None:
+    """What is proven of the neighbours, where coordinates are not the whole row."""
+    if refinement is None or not refinement["off_basis_rows"]:
+        return
+    left = refinement["straddling_pairs"] - refinement["read_pairs"]
+    unread = f", [yellow]{left:,} left unread[/yellow]" if left else ""
+    console.print(
+        f"  {refinement['k']} nearest proven by the residual bound for {refinement['certified_share']:.2%} of rows; "
+        f"{refinement['read_pairs']:,} distances from stored rows{unread}; "
+        f"{refinement['uncertain_rows']:,} rows stay unproven",
+        highlight=False,
+    )
 
 
 def _print_histogram(console: Console, counts: Sequence[int], edges: Sequence[float]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["prompts", "model", "embed", "knn", "audit", "publish"]
+Stage = Literal["prompts", "model", "embed", "knn", "audit", "refine", "publish"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -318,6 +318,15 @@ _NEIGHBORS_SHAPE: JsonObject = {
     "noise_floor": _NUMBER,
     "meets_target": bool,
     "audit": {"k": int, "num_rows": int, "recall": _NUMBER, "recall_lower": _NUMBER, "tv": _NUMBER},
+    "refinement": {
+        "k": int,
+        "off_basis_rows": int,
+        "certified_share": _NUMBER,
+        "straddling_pairs": int,
+        "read_pairs": int,
+        "uncertain_rows": int,
+        "residual_floor": _NUMBER,
+    },
 }
 _METADATA_SHAPE: JsonObject = {
     "ess": _NUMBER,
@@ -330,7 +339,7 @@ _METADATA_SHAPE: JsonObject = {
     "neighbors": _NEIGHBORS_SHAPE,
 }
 _MAY_BE_NULL = frozenset({"audit"})  # too few distinct vectors to have neighbours
-_MAY_BE_ABSENT = frozenset({"noise_floor"})  # the first stores of version 1 do not say
+_MAY_BE_ABSENT = frozenset({"noise_floor", "refinement"})  # the first stores of version 1 do not say
 
 
 def decode_metadata(content: bytes, *, name: str) -> JsonObject:
@@ -357,6 +366,8 @@ def _check_shape(value: object, shape: Mapping[str, Any], name: str) -> None:
         if field not in value and field in _MAY_BE_ABSENT:
             continue
         if field in value and item is None and field in _MAY_BE_NULL:
+            continue
+        if field not in value and field in _MAY_BE_ABSENT:
             continue
         if isinstance(expected, dict):
             _check_shape(item, expected, f"{name}.{field}")

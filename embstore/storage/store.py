@@ -250,13 +250,16 @@ class EmbeddingStore:
         IncompleteStoreError
             A row is not computed yet.
         """
-        wanted = np.array([self.row_of(prompt_id) for prompt_id in ids], dtype=np.int64)
-        result = np.empty((len(wanted), self.spec.embedding.dimension), dtype=np.float16)
-        chunks = wanted // self.spec.chunk_rows
+        return self.rows_at(np.array([self.row_of(prompt_id) for prompt_id in ids], dtype=np.int64))
+
+    def rows_at(self, rows_B: NDArray[np.int64]) -> NDArray[np.float16]:
+        """As ``rows``, by row numbers: float16 [B, V]."""
+        emb_BV = np.empty((len(rows_B), self.spec.embedding.dimension), dtype=np.float16)
+        chunks = rows_B // self.spec.chunk_rows
         for index in np.unique(chunks):
             mine = chunks == index
-            result[mine] = self.read_chunk(int(index))[wanted[mine] - index * self.spec.chunk_rows]
-        return result
+            emb_BV[mine] = self.read_chunk(int(index))[rows_B[mine] - index * self.spec.chunk_rows]
+        return emb_BV
 
     def iter_rows(self) -> Iterator[tuple[RowRange, NDArray[np.float16]]]:
         """All rows in order, one checked chunk at a time: memory is bounded by a chunk."""

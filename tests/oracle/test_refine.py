@@ -1,0 +1,461 @@
+"""Proven neighbours against float64 brute force over stored rows; what is read, how often, and in how much memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from rich.console import Console
+
+from embstore.compute.refine import RESIDUAL_FLOOR, Refinement, refine
+from embstore.compute.stored_pairs import StoredRows, stored_distances
+from embstore.core.config import BuildConfig, EmbeddingConfig
+from embstore.core.density import NOISE_FLOOR
+from embstore.core.embedder import PromptReader, RowBlock
+from embstore.core.errors import CorruptStoreError, StorageError
+from embstore.core.events import Event, Observer, StageAdvanced, StageFinished, StageStarted, ignore
+from embstore.core.format import EmbeddingSpec, decode_neighbors_spec
+from embstore.core.prompts import Prompt
+from embstore.info import inspect
+from embstore.pipeline import build
+from embstore.storage.store import EmbeddingStore, open_store
+from embstore.terminal import print_info
+from tests.support.fake import FakeEmbedder, FakeSource
+from tests.support.models import make_model, make_prompts, make_tokenizer, save_model
+from tests.support.stores import build_small, snapshot, write_lines
+
+K = 5
+KEPT = 12
+Distances = NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Stored rows whose first columns are their coordinates: float16 holds them exactly, so nothing is rounded."""
+
+    rows_NV: NDArray[np.float16]
+    rank: int
+    first_of_N: NDArray[np.int32]
+
+    @property
+    def residual_N(self) -> NDArray[np.float32]:
+        return np.linalg.norm(self.rows_NV[:, self.rank :].astype(np.float64), axis=1).astype(np.float32)
+
+    def by_coordinates(self, kept: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """What the search gives: nearest distinct vectors by coordinates, ties by row."""
+        distance_NN = all_distances(self.rows_NV[:, : self.rank])
+        distance_NN[:, self.first_of_N != np.arange(len(self.first_of_N))] = np.inf
+        distance_NN[np.arange(len(distance_NN)), self.first_of_N] = np.inf
+        ids_NK = np.full((len(distance_NN), kept), -1, dtype=np.int32)
+        distances_NK = np.full((len(distance_NN), kept), np.inf, dtype=np.float32)
+        nearest = np.argsort(distance_NN, axis=1, kind="stable")[:, :kept]
+        found = np.take_along_axis(distance_NN, nearest, 1)
+        ids_NK[:, : nearest.shape[1]] = np.where(np.isfinite(found), nearest, -1)
+        distances_NK[:, : nearest.shape[1]] = found
+        return ids_NK, distances_NK
+
+    def nearest(self, k: int) -> Distances:
+        """The k smallest distances between stored rows of distinct vectors, for first rows (the others are not meant)."""
+        distance_NN = all_distances(self.rows_NV)
+        distance_NN[:, self.first_of_N != np.arange(len(self.first_of_N))] = np.inf
+        distance_NN[np.arange(len(distance_NN)), self.first_of_N] = np.inf
+        return np.sort(distance_NN, axis=1)[:, :k]
+
+
+def all_distances(rows_NV: NDArray[np.floating]) -> Distances:
+    rows = rows_NV.astype(np.float64)
+    return np.linalg.norm(rows[:, None] - rows[None], axis=-1)
+
+
+def make_world(
+    num_rows: int, *, seed: int = 0, spread: float = 0.3, rank: int = 4, columns: int = 24, copies: int = 0
+) -> World:
+    """Coordinates of about 1 in every direction; parts off the basis of norms from 0 to ``spread``, most of them small."""
+    random = np.random.default_rng(seed)
+    rows_NV = random.standard_normal((num_rows, columns))
+    off_basis_NV = rows_NV[:, rank:]
+    off_basis_NV *= spread * random.random((num_rows, 1)) ** 3 / np.linalg.norm(off_basis_NV, axis=1, keepdims=True)
+    first_of_N = np.arange(num_rows, dtype=np.int32)
+    for copy in range(copies):
+        rows_NV[num_rows - 1 - copy], first_of_N[num_rows - 1 - copy] = rows_NV[copy % 3], copy % 3
+    return World(rows_NV=rows_NV.astype(np.float16), rank=rank, first_of_N=first_of_N)
+
+
+class Reader:
+    """Rows of a world as a store gives them; counts how often each chunk is decoded."""
+
+    def __init__(self, rows_NV: NDArray[np.float16], chunk_rows: int = 16) -> None:
+        self.rows_NV = rows_NV
+        self.decoded = np.zeros(-(-len(rows_NV) // chunk_rows), dtype=int)
+        self.stored = StoredRows(read=self.read, dimension=rows_NV.shape[1], chunk_rows=chunk_rows)
+
+    def read(self, rows_B: NDArray[np.int64]) -> NDArray[np.float16]:
+        assert (np.diff(rows_B) > 0).all()
+        self.decoded[np.unique(rows_B // self.stored.chunk_rows)] += 1
+        return self.rows_NV[rows_B]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refined:
+    ids_NK: NDArray[np.int32]
+    distances_NK: NDArray[np.float32]
+    figures: Refinement
+    proven_N: NDArray[np.bool_]
+
+
+def refined(
+    world: World,
+    reader: Reader,
+    *,
+    k: int = K,
+    kept: int = KEPT,
+    floor: float = 0.0,
+    max_pairs: int | None = None,
+    threads: int = 2,
+    memory_bytes: int = 1 << 20,
+    observer: Callable[[Event], None] = ignore,
+    work: Path = Path("never written to: all arrays are small"),
+) -> Refined:
+    ids_NK, distances_NK = world.by_coordinates(kept)
+    figures, proven_N = refine(
+        ids_NK,
+        distances_NK,
+        world.first_of_N,
+        world.residual_N,
+        reader.stored,
+        k=k,
+        threads=threads,
+        memory_bytes=memory_bytes,
+        work=work,
+        observer=observer,
+        clock=time.perf_counter,
+        residual_floor=floor,
+        max_pairs=max_pairs,
+    )
+    return Refined(ids_NK, distances_NK, figures, proven_N)
+
+
+def true_distances(world: World, ids_NK: NDArray[np.int32], k: int) -> Distances:
+    """Ascending distances of stored rows to the first k found, +inf where there is none."""
+    distance_NN = all_distances(world.rows_NV)
+    found = np.take_along_axis(distance_NN, ids_NK[:, :k].astype(np.int64), 1)
+    return np.sort(np.where(ids_NK[:, :k] < 0, np.inf, found), axis=1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    num_rows=st.integers(1, 70),
+    seed=st.integers(0, 10**6),
+    spread=st.sampled_from([0.0, 0.05, 0.3, 1.0, 3.0]),
+    copies=st.integers(0, 4),
+    max_pairs=st.sampled_from([None, 0, 7, 40]),
+)
+def test_whatever_is_proven_is_brute_forces(
+    num_rows: int, seed: int, spread: float, copies: int, max_pairs: int | None
+) -> None:
+    """Also without a pair read (cap 0), where only the bound can prove anything."""
+    world = make_world(num_rows, seed=seed, spread=spread, copies=min(copies, num_rows // 2))
+    found = refined(world, Reader(world.rows_NV), max_pairs=max_pairs)
+    expected = world.nearest(K)
+    got = true_distances(world, found.ids_NK, expected.shape[1])
+    proven = found.proven_N
+    both_missing = np.isinf(expected) & np.isinf(got)
+    assert (np.abs(np.where(both_missing, 0, got) - np.where(both_missing, 0, expected)) <= 1e-6)[proven].all()
+    assert found.figures.uncertain_rows == np.count_nonzero(~proven)
+    assert (np.diff(np.where(np.isinf(found.distances_NK), 1e9, found.distances_NK), axis=1) >= 0).all()
+    if max_pairs == 0:
+        assert found.figures.certified_share == pytest.approx(proven.mean())
+    if max_pairs is None and num_rows - copies <= KEPT:  # nothing is left out, everything that straddles is read
+        assert proven.all()
+
+
+def test_reading_proves_most_of_what_the_bound_leaves() -> None:
+    world = make_world(400, spread=1.0)
+    reader = Reader(world.rows_NV)
+    found = refined(world, reader)
+    coordinates = world.by_coordinates(KEPT)[0]
+    expected = world.nearest(K)
+    wrong_before = (np.abs(true_distances(world, coordinates, K) - expected) > 1e-6).any(axis=1)
+    wrong_after = (np.abs(true_distances(world, found.ids_NK, K) - expected) > 1e-6).any(axis=1)
+    assert wrong_before.sum() > 40
+    assert not (wrong_after & found.proven_N).any()
+    assert 0.02 < found.figures.certified_share < 0.6
+    assert found.figures.uncertain_rows < 100
+    assert found.figures.read_pairs == found.figures.straddling_pairs > 0
+    # a published distance is that of the coordinates or that of the stored rows, and nearly all read ones differ
+    ids = found.ids_NK.astype(np.int64)
+    by_rows = np.abs(found.distances_NK - np.take_along_axis(all_distances(world.rows_NV), ids, 1)) <= 1e-6
+    by_coordinates = np.abs(found.distances_NK - np.take_along_axis(all_distances(world.rows_NV[:, :4]), ids, 1)) <= 1e-6
+    assert (by_rows | by_coordinates).all()
+    assert np.count_nonzero(by_rows) >= found.figures.read_pairs > 0.9 * np.count_nonzero(by_rows)
+
+
+def test_a_residual_of_rounding_alone_reads_nothing() -> None:
+    """An affine head: rows lie in the basis, and float16 moves each by less than the floor."""
+    random = np.random.default_rng(0)
+    basis_VR = np.linalg.qr(random.standard_normal((320, 12)))[0]
+    coord_NR = random.standard_normal((200, 12))
+    coord_NR /= np.linalg.norm(coord_NR, axis=1, keepdims=True)
+    world = World(rows_NV=coord_NR.astype(np.float32).astype(np.float16), rank=12, first_of_N=np.arange(200, dtype=np.int32))
+    before = world.by_coordinates(KEPT)
+    residual_N = np.linalg.norm((coord_NR @ basis_VR.T).astype(np.float16) - coord_NR @ basis_VR.T, axis=1)
+    assert 1e-4 < residual_N.min() < residual_N.max() < RESIDUAL_FLOOR
+
+    def read(rows_B: NDArray[np.int64]) -> NDArray[np.float16]:
+        raise AssertionError("an affine head reads no row")
+
+    after = before[0].copy(), before[1].copy()
+    events: list[Event] = []
+    figures, proven_N = refine(
+        *after,
+        world.first_of_N,
+        residual_N.astype(np.float32),
+        StoredRows(read=read, dimension=320, chunk_rows=16),
+        k=K,
+        threads=1,
+        memory_bytes=1 << 20,
+        work=Path("never written to"),
+        observer=events.append,
+        clock=time.perf_counter,
+    )
+    assert figures == Refinement(
+        k=K,
+        off_basis_rows=0,
+        certified_share=1.0,
+        straddling_pairs=0,
+        read_pairs=0,
+        uncertain_rows=0,
+        residual_floor=RESIDUAL_FLOOR,
+    )
+    assert proven_N.all()
+    assert events == []
+    assert all(np.array_equal(left, right) for left, right in zip(before, after, strict=True))
+
+
+def test_rounding_moves_no_unit_row_by_more_than_the_floor() -> None:
+    """Every mantissa is as badly rounded as can be, and the worst vocabulary is mostly subnormal."""
+    worst = np.full(50_000, (1 + 2.0**-11 - 2.0**-30) * 2.0**-8)
+    tail = np.full(1 << 20, 2.0**-14 - 2.0**-25 * 1.001)
+    for row_V in (worst, np.concatenate([worst, tail])):
+        lost = np.linalg.norm(row_V.astype(np.float16).astype(np.float64) - row_V) / np.linalg.norm(row_V)
+        assert 4e-4 < lost < RESIDUAL_FLOOR
+    assert NOISE_FLOOR == 2 * RESIDUAL_FLOOR
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+def test_pairs_beyond_the_cap_are_left_as_they_were_and_counted(share: float) -> None:
+    world = make_world(300, spread=1.0)
+    whole = refined(world, Reader(world.rows_NV)).figures
+    cap = int(share * whole.straddling_pairs)
+    reader = Reader(world.rows_NV)
+    capped = refined(world, reader, max_pairs=cap)
+    before = world.by_coordinates(KEPT)
+    assert (capped.figures.straddling_pairs, capped.figures.certified_share) == (
+        whole.straddling_pairs,
+        whole.certified_share,
+    )
+    assert cap - KEPT < capped.figures.read_pairs <= cap
+    untouched = (capped.ids_NK == before[0]).all(axis=1) & (capped.distances_NK == before[1]).all(axis=1)
+    assert capped.figures.uncertain_rows >= whole.uncertain_rows
+    if share == 0:
+        assert untouched.all()
+        assert reader.decoded.sum() == 0
+        assert capped.figures.uncertain_rows == 300 - round(300 * whole.certified_share)
+    else:
+        assert not untouched.all()
+        assert not capped.proven_N[
+            untouched & (np.abs(true_distances(world, before[0], K) - world.nearest(K)) > 1e-6).any(1)
+        ].any()
+
+
+def test_copies_get_what_their_vector_gets() -> None:
+    world = make_world(200, spread=1.0, copies=30)
+    found = refined(world, Reader(world.rows_NV))
+    first = world.first_of_N
+    assert np.array_equal(found.ids_NK, found.ids_NK[first])
+    assert np.array_equal(found.distances_NK, found.distances_NK[first])
+    assert np.array_equal(found.proven_N, found.proven_N[first])
+    assert (found.ids_NK == first[found.ids_NK]).all()
+
+
+def test_a_group_has_the_largest_residual_of_its_members() -> None:
+    """A member that lies farther off the basis than the first row must not be called proven by the first one's residual."""
+    rows_NV = np.zeros((4, 3), dtype=np.float16)
+    rows_NV[:, 0] = [0, 0, 1, 1.25]
+    rows_NV[1, 1] = 2
+    rows_NV[2, 1] = -0.5
+    world = World(rows_NV=rows_NV, rank=1, first_of_N=np.array([0, 0, 2, 3], dtype=np.int32))
+    found = refined(world, Reader(rows_NV), k=1, max_pairs=0)
+    assert found.ids_NK[1, 0] == 2
+    assert all_distances(rows_NV)[1, 3] < all_distances(rows_NV)[1, 2]
+    assert found.proven_N.tolist() == [False, False, True, True]
+
+
+def test_memory_and_decoding_stay_bounded_and_change_nothing() -> None:
+    world = make_world(1200, spread=1.0, columns=2048, rank=12)
+    whole = refined(world, Reader(world.rows_NV), memory_bytes=1 << 30)
+    ids_NK, distances_NK = world.by_coordinates(KEPT)
+    residual_N = world.residual_N
+    budget = 3 << 19  # of 5 MiB of rows
+    reader = Reader(world.rows_NV)
+    events: list[Event] = []
+    tracemalloc.start()
+    try:
+        figures, proven_N = refine(
+            ids_NK,
+            distances_NK,
+            world.first_of_N,
+            residual_N,
+            reader.stored,
+            k=K,
+            threads=2,
+            memory_bytes=budget,
+            work=Path("never written to"),
+            observer=events.append,
+            clock=time.perf_counter,
+            residual_floor=0.0,
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert figures.read_pairs > 2500
+    beside = 2 * (2 << 20) + 64 * figures.read_pairs + 100 * 1200  # slabs of two threads, pairs, rows
+    assert peak < budget + beside
+    held = budget // (2 * 2048 + 1024) - 4 * 16
+    assert 3 <= reader.decoded.max() <= -(-1200 // (held - 16)) + 1
+    assert figures == whole.figures
+    assert np.array_equal(ids_NK, whole.ids_NK)
+    assert np.array_equal(distances_NK, whole.distances_NK)
+    assert np.array_equal(proven_N, whole.proven_N)
+    started, finished = events[0], events[-1]
+    assert isinstance(started, StageStarted)
+    assert isinstance(finished, StageFinished)
+    assert sum(event.count for event in events if isinstance(event, StageAdvanced)) == started.total <= figures.read_pairs
+
+
+def test_distances_of_every_float16_value_are_float64s() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    small = every[np.abs(every) < 0.5]  # NaN is not
+    rows_NV = np.stack([small, np.random.default_rng(0).permutation(small), np.zeros_like(small), np.full_like(small, 0.25)])
+    reader = Reader(rows_NV)
+    pairs = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    keys_P = np.array([4 * first + second for first, second in pairs])
+    found = stored_distances(keys_P, 4, reader.stored, threads=1, memory_bytes=1)
+    where, distances = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    expected = all_distances(rows_NV)[tuple(np.transpose(pairs))]
+    assert distances == pytest.approx(expected[where], rel=1e-14)
+
+
+# --- stores -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_soft_capped_store_is_brute_forces(tmp_path: Path) -> None:
+    """A nanochat whose cap bends its logits: rows leave the basis by far more than rounding."""
+    model = save_model(tmp_path / "model", make_model("nanochat", logit_std=14.0), make_tokenizer())
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": prompt.text} for prompt in make_prompts(320)])
+    embedding = EmbeddingConfig(model=str(model), dtype="float32", device="cpu", threads=1, chunk_rows=32)
+    build(prompts, out=tmp_path / "store", config=BuildConfig(embedding=embedding))
+    store = open_store(tmp_path / "store")
+    assert np.median(store.residuals) > 20 * RESIDUAL_FLOOR
+    figures = store.neighbor_spec["refinement"]
+    assert figures == store.metadata["neighbors"]["refinement"]
+    assert (figures["k"], figures["off_basis_rows"], figures["uncertain_rows"]) == (10, 320, 0)
+    assert 0.1 < figures["certified_share"] < 0.9
+    assert figures["read_pairs"] == figures["straddling_pairs"] > 100
+    distance_NN = all_distances(np.concatenate([rows for _, rows in store.iter_rows()]))
+    by_coordinates_NN = all_distances(np.asarray(store.coordinates))
+    np.fill_diagonal(by_coordinates_NN, np.inf)
+    nearest = np.argsort(by_coordinates_NN, axis=1)[:, :10]
+    by_coordinates = np.sort(np.take_along_axis(distance_NN, nearest, 1), axis=1)
+    found = np.sort(np.take_along_axis(distance_NN, store.neighbor_ids[:, :10].astype(np.int64), 1), axis=1)
+    np.fill_diagonal(distance_NN, np.inf)
+    expected = np.sort(distance_NN, axis=1)[:, :10]
+    assert np.count_nonzero((by_coordinates - expected > 1e-6).any(axis=1)) >= 10  # what coordinates alone get wrong
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+class OffBasisSource(FakeSource):
+    """Fake rows with a part off the basis, up to half as long as the part in it."""
+
+    def create(
+        self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path, observer: Observer
+    ) -> FakeEmbedder:
+        made = super().create(prompts, config, memory_bytes=memory_bytes, work=work, observer=observer)
+        return _OffBasisEmbedder(self, made.spec, made.basis_VR)
+
+    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> FakeEmbedder:
+        return _OffBasisEmbedder(self, spec, basis_VR)
+
+
+class _OffBasisEmbedder(FakeEmbedder):
+    def _block(self, prompts: Sequence[Prompt], first_row: int) -> RowBlock:
+        block = super()._block(prompts, first_row)
+        for local, prompt in enumerate(prompts):
+            random = np.random.default_rng(list(prompt.rendered.encode()))
+            off_V = random.standard_normal(self.spec.dimension)
+            off_V -= self.basis_VR @ (self.basis_VR.T @ off_V)
+            off_V *= 0.5 * random.random() / np.linalg.norm(off_V)
+            scale = 1 / np.hypot(1, np.linalg.norm(off_V))
+            block.coord_BR[local] *= scale
+            in_basis_V = self.basis_VR.astype(np.float64) @ block.coord_BR[local]
+            block.emb_BV[local] = in_basis_V + scale * off_V
+            block.residual_B[local] = np.linalg.norm(block.emb_BV[local] - in_basis_V)
+        return block
+
+
+def test_an_error_while_rows_are_read_publishes_nothing_and_a_resume_finishes(
+    small_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_chunk, calls = EmbeddingStore.read_chunk, []
+
+    def fail_later(store: EmbeddingStore, index: int) -> NDArray[np.float16]:
+        calls.append(index)
+        if len(calls) == 4:
+            raise OSError("on purpose")
+        return read_chunk(store, index)
+
+    build_small(small_prompts, tmp_path / "whole", source=OffBasisSource())
+    assert open_store(tmp_path / "whole").neighbor_spec["refinement"]["read_pairs"] > 50
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddingStore, "read_chunk", fail_later)
+        with pytest.raises(StorageError, match="on purpose"):
+            build_small(small_prompts, tmp_path / "store", source=OffBasisSource())
+    assert not (tmp_path / "store" / "manifest.json").exists()
+    build_small(small_prompts, tmp_path / "store", source=OffBasisSource())
+    assert snapshot(tmp_path / "store") == snapshot(tmp_path / "whole")
+
+
+def test_what_is_proven_is_shown_where_rows_leave_the_basis(small_prompts: Path, tmp_path: Path) -> None:
+    shown = {}
+    for name, source in (("affine", FakeSource()), ("capped", OffBasisSource())):
+        build_small(small_prompts, tmp_path / name, source=source)
+        console = Console(file=io.StringIO(), width=200)
+        print_info(console, inspect(tmp_path / name))
+        shown[name] = console.file.getvalue()  # type: ignore[attr-defined]
+    figures = open_store(tmp_path / "capped").neighbor_spec["refinement"]
+    assert "residual bound" not in shown["affine"]
+    assert f"proven by the residual bound for {figures['certified_share']:.2%} of rows" in shown["capped"]
+    assert f"{figures['read_pairs']:,} distances from stored rows" in shown["capped"]
+    assert open_store(tmp_path / "affine").neighbor_spec["refinement"]["off_basis_rows"] == 0
+
+
+def test_a_spec_may_lack_what_is_proven_but_not_misstate_it(finished_store: Path) -> None:
+    spec = dict(open_store(finished_store).neighbor_spec)
+    spec["refinement"] = {**spec["refinement"], "read_pairs": "many"}
+    with pytest.raises(CorruptStoreError, match="read_pairs"):
+        decode_neighbors_spec(json.dumps(spec).encode(), name="spec.json")
+    spec["refinement"] = None
+    with pytest.raises(CorruptStoreError, match="refinement"):
+        decode_neighbors_spec(json.dumps(spec).encode(), name="spec.json")
+    del spec["refinement"]
+    assert decode_neighbors_spec(json.dumps(spec).encode(), name="spec.json") == spec
