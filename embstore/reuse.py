@@ -38,6 +38,7 @@ from embstore.core.format import (
 from embstore.core.plan import grid_of, refuse_drift, refuse_other_input
 from embstore.core.records import FailedRow, ReusedStore, ReuseRecord
 from embstore.core.rows import RowRange
+from embstore.storage.atomic import storage_errors
 from embstore.storage.prompts import PromptTable
 from embstore.storage.store import EmbeddingStore, open_store
 
@@ -251,7 +252,8 @@ class RowCopier:
     def close(self) -> None:
         """End the thread that reads, and delete the scratch file."""
         self._reader.shutdown(cancel_futures=True)
-        self._scratch.unlink(missing_ok=True)
+        with storage_errors("removing", self._scratch):
+            self._scratch.unlink(missing_ok=True)
 
     def blocks(self, window: int, computed: Iterator[RowBlock]) -> Iterator[RowBlock]:
         """All rows of a window, chunk by chunk; ``computed`` gives the missing ones, numbered from the window's start."""

@@ -243,8 +243,8 @@ def test_scratch_that_does_not_fit_is_refused_and_scratch_that_was_mapped_can_be
         (disk.path / "scratch.npy").unlink()
         # in a process of its own: it would die of SIGBUS
         code = (
-            "import sys, os, pathlib, embstore.compute.scratch as scratch\n"
-            "array = scratch.map_scratch(pathlib.Path(sys.argv[1]), (6, 1024))\n"
+            "import sys, os, pathlib, numpy, embstore.compute.scratch as scratch\n"
+            "array = scratch.map_scratch(pathlib.Path(sys.argv[1]), (6, 1024), numpy.float32)\n"
             "assert not array.any()\n"
             "rest = os.statvfs(sys.argv[1]).f_bavail * 4096\n"
             "assert os.posix_fallocate(os.open(sys.argv[2], os.O_CREAT | os.O_WRONLY), 0, rest) is None\n"
