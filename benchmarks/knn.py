@@ -30,7 +30,7 @@ from benchmarks.acceptance import cpu_name
 RESULTS = Path(__file__).parent / "results" / "knn.json"
 PARTS = ("store", "engines", "copies", "large")
 BUDGET_BYTES = 2 << 30
-EF = {"easy": [16, 24, 32, 48, 64], "hard": [64, 128, 256, 512, 1024]}
+EF = {"easy": [16, 24, 32, 48, 64], "hard": [128, 256, 512]}
 Figures = dict[str, Any]
 
 
@@ -187,7 +187,7 @@ def large(bench: Bench) -> Iterator[Figures]:
                 if rows <= 300_000:
                     found["exact"] = bench.search("embstore-exact", folder, k=[32], mapped=True)
                 if rows <= 100_000 or (kind == "easy" and rows <= 300_000):
-                    ef = [24, 48, 96] if kind == "easy" else [256, 512, 1024]
+                    ef = [24, 48] if kind == "easy" else [512]
                     found["one graph"] = bench.search(
                         "embstore-hnsw", folder, ef_construction=100 if kind == "easy" else 200, ef=ef, shards=1
                     )

@@ -215,16 +215,20 @@ def _settled(
     candidates_QC = np.where(ids_QC >= 0, order_G[ids_QC], -1).astype(np.int32)
     ids_QK = np.empty((len(positions_Q), k), dtype=np.int32)
     distances_QK = np.empty((len(positions_Q), k))
+    is_doubtful_Q = np.zeros(len(positions_Q), dtype=np.bool_)
 
     def settle(part: slice) -> Callable[[], None]:
         def run() -> None:
-            ids_QK[part], distances_QK[part] = settle_rows(
+            ids_QK[part], distances_QK[part], is_doubtful_Q[part] = settle_rows(
                 coord_GR, order_G, scan.operand, positions_Q[part], candidates_QC[part], magnitude_QC[part], k
             )
 
         return run
 
     finish_all([workers.submit(settle(part), (0,)) for part in _cut(0, len(positions_Q), _SETTLED_ROWS)])
+    if is_doubtful_Q.any():  # together: a scan of few rows costs nearly as much as one of some hundred
+        nodes_D = order_G[positions_Q[is_doubtful_Q]]
+        ids_QK[is_doubtful_Q], distances_QK[is_doubtful_Q] = exact_neighbors(coord_GR, nodes_D, k)
     return NeighborBlock(nodes_N=order_G[positions_Q], ids_NK=ids_QK, distances_NK=distances_QK)
 
 
@@ -236,8 +240,8 @@ def settle_rows(
     candidates_QC: IntMatrix,
     magnitude_QC: NDArray[np.float64],
     k: int,
-) -> tuple[IntMatrix, FloatMatrix]:
-    """Exact neighbours from candidate nodes, best first, and the magnitudes of their scores; more work for rows in doubt."""
+) -> tuple[IntMatrix, FloatMatrix, NDArray[np.bool_]]:
+    """Neighbours from candidate nodes, best first, with the magnitudes of their scores; and for which rows in doubt."""
     nodes_Q = order_G[positions_Q]
     ids_QK, distances_QK = np.empty((len(nodes_Q), k), dtype=np.int32), np.empty((len(nodes_Q), k))
     kth_Q = magnitude_QC[:, min(k, magnitude_QC.shape[1]) - 1]
@@ -249,16 +253,15 @@ def settle_rows(
         candidates = candidates_QC[part, : width_Q[part[-1]]]
         ids_QK[part], distances_QK[part] = rerank(coord_GR, nodes_Q[part], candidates, k)
     worst_Q = magnitude_QC[:, -1]  # +inf: there is no node that is not a candidate
-    doubtful = np.flatnonzero((worst_Q <= limit_Q) & np.isfinite(worst_Q))
-    doubtful = doubtful[operand.reach(positions_Q[doubtful], distances_QK[doubtful, -1]) >= worst_Q[doubtful]]
-    if len(doubtful):
-        ids_QK[doubtful], distances_QK[doubtful] = exact_neighbors(coord_GR, nodes_Q[doubtful], k)
-    return ids_QK, distances_QK
+    is_doubtful_Q = (worst_Q <= limit_Q) & np.isfinite(worst_Q)
+    open_D = np.flatnonzero(is_doubtful_Q)
+    is_doubtful_Q[open_D] = operand.reach(positions_Q[open_D], distances_QK[open_D, -1]) >= worst_Q[open_D]
+    return ids_QK, distances_QK, is_doubtful_Q
 
 
 def _num_candidates(k: int) -> int:
     """Enough that quantisation seldom hides the k-th among them, also in the crowded shells of 60 and more dimensions."""
-    return 5 * k // 2 + 8
+    return 5 * k // 2 + 16
 
 
 def _cut(start: int, stop: int, step: int) -> list[slice]:
