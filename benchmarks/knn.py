@@ -61,7 +61,9 @@ class Bench:
 
     def record(self, part: str, figures: Figures) -> None:
         """Write a part's figures, with what they were measured on."""
-        command = f"python -m benchmarks.knn --store STORE --parts {part}"
+        rows = {"store": "store-rows", "engines": "rows", "large": "large-rows"}.get(part)
+        chosen = f" --{rows} {getattr(self.options, rows.replace('-', '_'))}" if rows else ""
+        command = f"python -m benchmarks.knn --store STORE --parts {part}{chosen}"
         self.results[part] = figures | {"date": time.strftime("%Y-%m-%d"), "command": command}
         packages = ("embstore", "torch", "numpy", "scikit-learn", "faiss-cpu", "hnswlib", "usearch")
         self.results["versions"] = {name: importlib.metadata.version(name) for name in packages}

@@ -9,7 +9,7 @@ from typing import Any
 
 from embstore.core import format as contract
 from embstore.core.errors import EmbstoreError
-from scripts import cli_docs, performance_page, reliability_table, reuse_figures
+from scripts import cli_docs, density_page, performance_page, reliability_table, reuse_figures
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +32,12 @@ def test_reliability_page_shows_the_committed_run_and_that_run_lost_nothing() ->
     assert cycles("SIGKILL at a random moment, command line with a real model") >= 20
     assert cycles("power cut, ext4") >= 300
     assert cycles("power cut, xfs") >= 300
+
+
+def test_density_page_and_plot_show_the_committed_run() -> None:
+    text = density_page.PAGE.read_text(encoding="utf-8")
+    assert density_page.page(text) == text, "run: python -m scripts.density_page"
+    assert density_page.PLOT.read_text(encoding="utf-8") == density_page.plot()
 
 
 def test_performance_page_and_plot_show_the_committed_run() -> None:
