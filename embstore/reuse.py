@@ -289,7 +289,8 @@ class RowCopier:
         """float16 [rows, V] of each chunk with its copied rows; the others are still to be filled."""
         rows = self._grid.window(window)
         if self._is_scattered(chunks):
-            self._scratch.unlink(missing_ok=True)
+            with storage_errors("removing", self._scratch):
+                self._scratch.unlink(missing_ok=True)
             whole_WV = map_scratch(self._scratch, (rows.num_rows, self._spec.embedding.dimension), np.float16)
             self._copy(rows, whole_WV)
             yield from (whole_WV[chunk.start - rows.start : chunk.stop - rows.start] for chunk in chunks)
