@@ -11,6 +11,7 @@ from rich.console import Console
 
 from embstore.cli.frame import AsJson, app, print_json, reporting
 from embstore.cli.searching import Center, Knn, Shards
+from embstore.cli.storing import ChunkRows, CompressorOption, Resume, Threads, TrustJournal, WindowRows
 from embstore.cli.weighting import CopiesOf, Gamma, K, MaxRatio, Method, TargetEss, UniformMix, weighting_config
 from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, Pooling, PromptFields, Space, parse_bytes
 
@@ -24,7 +25,7 @@ def build(
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of the store.", show_default=False)] = ...,  # type: ignore[assignment]
     model: Annotated[str | None, typer.Option("--model", help="Folder or hub id of a causal LM.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue what is there; starts anew if nothing is.")] = False,
+    resume: Resume = False,
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of a hub model.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
     dtype: Annotated[
@@ -45,15 +46,13 @@ def build(
         Literal["model", "tokenizer"] | None,
         typer.Option("--vocab", help="All columns of the model's logits, or without its padding columns."),
     ] = None,
-    compressor: Annotated[
-        Literal["lz4", "none"] | None, typer.Option("--compressor", help="none: chunks can be mapped.")
-    ] = None,
+    compressor: CompressorOption = None,
     batch_tokens: Annotated[
         int | None, typer.Option("--batch-tokens", help="Padded tokens in a batch; default 2048 on a CPU.")
     ] = None,
-    window_rows: Annotated[int | None, typer.Option("--window-rows", help="Rows of one commit.")] = None,
-    chunk_rows: Annotated[int | None, typer.Option("--chunk-rows", help="Rows of one chunk file.")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads; default all this process may use.")] = None,
+    window_rows: WindowRows = None,
+    chunk_rows: ChunkRows = None,
+    threads: Threads = None,
     trust_tokenizer_pickle: Annotated[
         bool | None,
         typer.Option("--trust-tokenizer-pickle", help="Unpickle nanochat's tokenizer.pkl, which can run any code."),
@@ -94,9 +93,7 @@ def build(
         list[str] | None,
         typer.Option("--reuse", help="Finished store whose rows are copied where a prompt is the same; repeatable."),
     ] = None,
-    trust_journal: Annotated[
-        bool, typer.Option("--trust-journal", help="Resume without reading committed rows back.")
-    ] = False,
+    trust_journal: TrustJournal = False,
     as_json: AsJson = False,
 ) -> None:
     """Embed prompts, find neighbours, write weights. Killed at any moment, the same line with --resume continues it."""

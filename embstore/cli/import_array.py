@@ -11,6 +11,7 @@ from rich.console import Console
 
 from embstore.cli.frame import AsJson, app, print_json, reporting
 from embstore.cli.searching import Center, Knn, Shards
+from embstore.cli.storing import ChunkRows, CompressorOption, Resume, Threads, TrustJournal, WindowRows
 from embstore.cli.weighting import CopiesOf, Gamma, K, MaxRatio, Method, TargetEss, UniformMix, weighting_config
 from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, parse_bytes
 
@@ -26,13 +27,11 @@ def import_array(
         Path | None,
         typer.Option("--ids", help="Names of the rows: one a line, a JSON list, or JSONL; default their numbers."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue what is there; starts anew if nothing is.")] = False,
-    compressor: Annotated[
-        Literal["lz4", "none"] | None, typer.Option("--compressor", help="none: chunks can be mapped.")
-    ] = None,
-    window_rows: Annotated[int | None, typer.Option("--window-rows", help="Rows of one commit.")] = None,
-    chunk_rows: Annotated[int | None, typer.Option("--chunk-rows", help="Rows of one chunk file.")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads; default all this process may use.")] = None,
+    resume: Resume = False,
+    compressor: CompressorOption = None,
+    window_rows: WindowRows = None,
+    chunk_rows: ChunkRows = None,
+    threads: Threads = None,
     memory_budget: Annotated[str, typer.Option("--memory-budget", help="Anonymous memory.")] = "2GiB",
     knn: Knn = "auto",
     shards: Shards = None,
@@ -52,9 +51,7 @@ def import_array(
     allow_drift: Annotated[
         bool, typer.Option("--allow-drift", help="Resume on other hardware or threads; recorded, voids byte identity.")
     ] = False,
-    trust_journal: Annotated[
-        bool, typer.Option("--trust-journal", help="Resume without reading committed rows back.")
-    ] = False,
+    trust_journal: TrustJournal = False,
     as_json: AsJson = False,
 ) -> None:
     """A store from embeddings that exist already: scaled to unit length, then as build. Row i stays row i."""
