@@ -14,6 +14,7 @@ Shapes: G nodes, Q queries, K neighbours, C candidates, R coordinates. *Position
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -192,18 +193,20 @@ class _Jobs:
 
 
 class _Report:
-    """Pairs looked at, told as queries."""
+    """Pairs looked at, told as queries; workers add to it at the same time."""
 
     def __init__(self, advance: Advance | None, num_pairs: int, num_queries: int) -> None:
         self._advance, self._num_pairs, self._num_queries = advance, num_pairs, num_queries
         self._pairs = self._told = 0
+        self._lock = threading.Lock()
 
     def add(self, pairs: int) -> None:
-        self._pairs += pairs
-        reached = self._num_queries * self._pairs // self._num_pairs
-        if self._advance is not None and reached > self._told:
-            self._advance(reached - self._told)
-            self._told = reached
+        with self._lock:
+            self._pairs += pairs
+            reached = self._num_queries * self._pairs // self._num_pairs
+            if self._advance is not None and reached > self._told:
+                self._advance(reached - self._told)
+                self._told = reached
 
 
 def _settled(
