@@ -223,7 +223,7 @@ def writer(run: Run) -> Figures:
     blocks = [decode_chunk(read_chunk(finished.root, spec, chunk), spec, chunk.index) for chunk in record.chunks]
     rates: dict[str, list[float]] = {"raw": [], "writer": []}
     total = sum(chunk.bytes for chunk in record.chunks)
-    for _ in range(5):
+    for _ in range(11):
         rates["raw"].append(total / _raw_seconds(folder / "raw", [chunk.bytes for chunk in record.chunks]))
         target = folder / "copy"
         with StoreWriter(target, resume=False) as copy:

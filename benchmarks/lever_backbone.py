@@ -31,6 +31,7 @@ from embstore.compute.workers import Workers, finish_all
 from embstore.core.prompts import Prompt
 from embstore.storage.atomic import DurableFile, fsync_directory
 from embstore.storage.chunks import encode_chunk
+from embstore.storage.direct import DirectBuffer
 
 _DTYPES = ("float32", "bfloat16")
 _ROWS = 384
@@ -266,6 +267,7 @@ def ahead(bench: Bench) -> Figures:
 
 
 def _embed(embedder: LogitEmbedder, windows: list[list[Prompt]], begun: bool, folder: Path | None) -> None:
+    direct = DirectBuffer()
     for window, following in zip(windows, [*windows[1:], []], strict=True):
         blocks = embedder.embed(
             window,
@@ -277,7 +279,7 @@ def _embed(embedder: LogitEmbedder, windows: list[list[Prompt]], begun: bool, fo
         for index, block in enumerate(blocks):
             if folder is not None:
                 pieces, _ = encode_chunk(block.emb_BV, chunk_rows=_CHUNK_ROWS, compressor="lz4")
-                with DurableFile(folder / str(index), sync_directory=False, sha256=False, is_cached=False) as file:
+                with DurableFile(folder / str(index), sync_directory=False, sha256=False, direct=direct) as file:
                     for piece in pieces:
                         file.write(piece)
             block.release()

@@ -27,6 +27,7 @@ from embstore.compute.finish import SLAB_ROWS, finish
 from embstore.compute.recycled import ChunkMemory
 from embstore.storage.atomic import DurableFile
 from embstore.storage.chunks import crc32c, encode_chunk
+from embstore.storage.direct import DirectBuffer
 
 _CHECKED_ROWS = 64  # compared with float64
 _BLOCK = 512  # columns, as embstore's finish has them on a CPU
@@ -213,16 +214,16 @@ def disk(bench: Bench) -> Figures:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
 
-    def write(*, is_cached: bool) -> None:
+    def write(direct: DirectBuffer | None) -> None:
         first = len(list(folder.iterdir()))
         for number in range(first, first + _FILES):
-            with DurableFile(folder / str(number), sync_directory=False, sha256=False, is_cached=is_cached) as file:
+            with DurableFile(folder / str(number), sync_directory=False, sha256=False, direct=direct) as file:
                 file.write(body)
                 file.write(trailer)
 
     ways = [
-        Way(name="page cache dropped", run=functools.partial(write, is_cached=False), is_ours=True),
-        Way(name="page cache left", run=functools.partial(write, is_cached=True)),
+        Way(name="past the page cache", run=functools.partial(write, DirectBuffer()), is_ours=True),
+        Way(name="through the page cache", run=functools.partial(write, None)),
     ]
     size = (memoryview(body).nbytes + len(trailer)) / 2**20
     found = compare(f"durable write of {size:.1f} MiB", ways, count=_FILES, unit="ms a file", rounds=bench.rounds)

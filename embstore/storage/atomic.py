@@ -26,6 +26,7 @@ from typing import Self
 
 from embstore.core.errors import CorruptStoreError, EmbstoreError, ExitCode, StorageError, StoreLockedError
 from embstore.core.format import DOCUMENT_BYTES, FileDigest
+from embstore.storage.direct import DirectBuffer, drop_cache, open_direct
 
 Buffer = bytes | bytearray | memoryview
 
@@ -234,14 +235,17 @@ class DurableFile:
 
     Use as a context manager: leaving it normally publishes, an exception leaves no trace. ``digest`` is valid afterwards.
     ``sync_directory=False`` leaves the directory fsync to the caller, who may group many renames under one.
-    ``is_cached=False`` takes what was written out of the page cache, for files that nobody is about to read.
+    ``direct`` writes past the page cache where the file system can, for large files that nobody is about to read.
     """
 
-    def __init__(self, path: Path, *, sync_directory: bool = True, sha256: bool = True, is_cached: bool = True) -> None:
+    def __init__(
+        self, path: Path, *, sync_directory: bool = True, sha256: bool = True, direct: DirectBuffer | None = None
+    ) -> None:
         self._path = path
         self._temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._sync_directory = sync_directory
-        self._is_cached = is_cached
+        self._direct = direct
+        self._is_direct = False
         self._sha256 = hashlib.sha256() if sha256 else None
         self._size = 0
         self._pending = bytearray()
@@ -249,7 +253,12 @@ class DurableFile:
 
     def __enter__(self) -> Self:
         with storage_errors("creating", self._path):
-            self._handle = os.open(self._temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+            if self._direct is None:
+                self._handle = os.open(self._temp, flags, 0o644)
+            else:
+                self._handle, self._is_direct = open_direct(self._temp, flags, 0o644)
+                self._direct.begin(self._handle)
         return self
 
     def write(self, data: Buffer) -> int:
@@ -258,7 +267,10 @@ class DurableFile:
         self._size += size
         if self._sha256 is not None:
             self._sha256.update(data)
-        if size < _BUFFER_BYTES:
+        if self._direct is not None and self._is_direct:
+            with storage_errors("writing", self._path):
+                self._direct.write(data)
+        elif size < _BUFFER_BYTES:
             self._pending += data
             if len(self._pending) >= _BUFFER_BYTES:
                 self._flush()
@@ -286,8 +298,8 @@ class DurableFile:
                 try:
                     self._flush()
                     os.fsync(self._handle)
-                    if not self._is_cached:
-                        _drop_cache(self._handle)
+                    if self._direct is not None and not self._is_direct:
+                        drop_cache(self._handle)
                 finally:
                     os.close(self._handle)
                 os.rename(self._temp, self._path)
@@ -298,7 +310,9 @@ class DurableFile:
             fsync_directory(self._path.parent)
 
     def _flush(self) -> None:
-        if self._pending:
+        if self._direct is not None and self._is_direct:
+            self._direct.finish()
+        elif self._pending:
             with storage_errors("writing", self._path):
                 write_all(self._handle, self._pending)
             self._pending = bytearray()
@@ -306,13 +320,6 @@ class DurableFile:
     def _discard(self) -> None:
         with contextlib.suppress(OSError):
             os.unlink(self._temp)
-
-
-def _drop_cache(handle: int) -> None:
-    """Let the kernel use a synced file's pages for the next one, instead of the memory of whoever else is running."""
-    if hasattr(os, "posix_fadvise"):
-        with contextlib.suppress(OSError):  # advice
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def write_durable(path: Path, data: Buffer) -> FileDigest:

@@ -42,14 +42,10 @@ from embstore.core.format import (
     WORK,
     FileDigest,
     Manifest,
-    StoreSpec,
-    array_metadata,
     canonical_json,
     chunk_name,
     decode_manifest,
-    decode_spec,
     document,
-    spec_problem,
     weights_paths,
 )
 from embstore.core.plan import grid_of, refuse_misfits
@@ -63,6 +59,7 @@ from embstore.core.records import (
     WindowRecord,
 )
 from embstore.core.rows import RowRange
+from embstore.core.spec import StoreSpec, array_metadata, decode_spec, spec_problem
 from embstore.storage.allocator import keep_large_blocks
 from embstore.storage.arrays import map_array, save_array
 from embstore.storage.atomic import (
@@ -83,6 +80,7 @@ from embstore.storage.atomic import (
     write_durable,
 )
 from embstore.storage.chunks import Encoded, crc32c, encode_chunk
+from embstore.storage.direct import DirectBuffer
 from embstore.storage.journal import Journal
 from embstore.storage.rowfiles import ROW_FILES, check_rows, header, mend, preallocate, row_bytes
 
@@ -117,6 +115,7 @@ class StoreWriter:
     def __init__(self, root: Path, *, resume: bool, lock: WriterLock | None = None) -> None:
         self.root = root
         self._handles: dict[str, int] = {}
+        self._direct = DirectBuffer()  # of one chunk after the other
         self._encoders = ThreadPoolExecutor(ENCODED_AHEAD, thread_name_prefix="embstore-encode")  # started when first used
         if lock is None:
             lock = lock_store(root)
@@ -329,7 +328,7 @@ class StoreWriter:
 
     def _write_chunk(self, index: int, pieces: list[bytes | memoryview], record: ChunkRecord) -> ChunkRecord:
         path = self.root / chunk_name(index)
-        with DurableFile(path, sync_directory=False, sha256=False, is_cached=False) as file:
+        with DurableFile(path, sync_directory=False, sha256=False, direct=self._direct) as file:
             for piece in pieces:
                 file.write(piece)
         return dataclasses.replace(record, index=index)

@@ -41,6 +41,7 @@ def test_each_window_is_durable_piece_by_piece_before_its_line(recorded: dict[st
             for line in (
                 f"open {temp}",
                 f"write {temp}",
+                f"ftruncate {temp}",  # of the padding of a direct write
                 f"fsync {temp}",
                 f"rename embeddings.zarr/c.{index}.0",
             )

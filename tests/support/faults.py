@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -118,6 +119,7 @@ class SystemCalls:
         if self.error is not None:
             raise OSError(self.error, os.strerror(self.error), path)
         if self.torn and name in ("write", "pwrite"):
+            fcntl.fcntl(args[0], fcntl.F_SETFL, 0)  # half a block is no direct write
             half = memoryview(args[1]).cast("B")[: memoryview(args[1]).nbytes // 2]
             written = real(args[0], half, *args[2:])
             if self.disk is not None:
