@@ -1,9 +1,9 @@
 """Exact neighbours of all nodes, in any memory: tiles find candidates, a bound proves them, float64 ranks them.
 
-One product of quantised rows scores a tile (``tiles``); the best 2.5 k of each row are its candidates. Those that can
-be among the k nearest, given what quantisation may have done to their scores, are ranked by float64 direct differences. A
-row whose candidates are too few to tell gets a float64 scan of its own (``exact``). What comes out is therefore *the*
-answer, ties by index: the same for every tile size, thread count, memory and device.
+One product of quantised rows scores a tile (``tiles``); the best 2 k of each row are its candidates. Those that can
+be among the k nearest, given what quantisation may have done to their scores, are ranked by float64 direct differences.
+Rows whose candidates are too few to tell are scanned again with 256 of them, and by float64 (``exact``) should these be too
+few. What comes out is therefore *the* answer, ties by index: the same for every tile size, thread count, memory and device.
 
 While the candidates of all rows fit the memory, every tile serves its rows and its columns: half the products. Nodes are
 taken in a shuffled order: in a sorted one each tile holds nearer nodes than all before it, and nothing is ever ruled out.
@@ -14,6 +14,7 @@ Shapes: G nodes, Q queries, K neighbours, C candidates, R coordinates. *Position
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -32,9 +33,10 @@ from embstore.compute.tiles import Operand, TileScan, map_operand, quantise, sta
 from embstore.compute.workers import Workers, abandon, finish_all
 
 _TILE_ROWS = (4096, 2048, 1024, 512, 256)
-_SETTLED_ROWS = 512  # ranked by one job
+_SETTLED_ROWS = 512  # ranked by one job, or scanned again together
 _RANKED_ROWS = 64
 _LEAST_PANEL_ROWS = 4096
+_MOST_CANDIDATES = 256
 
 Advance = Callable[[int], None]
 
@@ -79,6 +81,8 @@ def plan_scan(
     for tile_rows in _TILE_ROWS:
         fixed_bytes = max(threads * tile_bytes(tile_rows, dtype), scan_bytes(rank, k))
         fixed_bytes += threads * rerank_bytes(rank, _num_candidates(k))
+        fixed_bytes += threads * _SETTLED_ROWS * tile_rows * dtype.itemsize  # rows in doubt
+        fixed_bytes += state_bytes(_SETTLED_ROWS, _MOST_CANDIDATES, dtype)
         if fixed_bytes + least_panel * per_row <= memory_bytes:
             break
     panel_rows = max(least_panel, min(num_queries, (memory_bytes - fixed_bytes) // per_row))
@@ -104,7 +108,7 @@ def all_neighbors(
     coord_GR
         float32 [G, R], centred, finite, pairwise distinct; may be a memory map.
     k
-        Neighbours wanted, at most 85; fewer nodes give -1 and +inf at the end.
+        Neighbours wanted, at most 122; fewer nodes give -1 and +inf at the end.
     queries_Q
         Nodes to search for; None: every node, which costs half as much a row.
     finished
@@ -213,7 +217,26 @@ def _settled(
     coord_GR: NDArray[np.float32], order_G: NDArray[np.int64], scan: TileScan, rows: slice, k: int, workers: Workers
 ) -> NeighborBlock:
     """The neighbours of rows whose candidates have seen every node."""
-    ids_QC, magnitude_QC = scan.best(rows)
+    positions_Q = scan.queries_Q[rows]
+    ids_QK, distances_QK, is_doubtful_Q = _ranked(coord_GR, order_G, scan, rows, k, workers)
+    for part in _cut(0, int(is_doubtful_Q.sum()), _SETTLED_ROWS):
+        rows_D = np.flatnonzero(is_doubtful_Q)[part]
+        again = TileScan(scan.operand, positions_Q[rows_D], min(_MOST_CANDIDATES, len(coord_GR)), scan.tile_rows)
+        every_D = slice(0, len(rows_D))
+        visits = [functools.partial(again.visit, every_D, nodes) for nodes in _cut(0, len(coord_GR), scan.tile_rows)]
+        finish_all([workers.submit(visit, (0,)) for visit in visits])
+        ids_QK[rows_D], distances_QK[rows_D], is_open_D = _ranked(coord_GR, order_G, again, every_D, k, workers)
+        if is_open_D.any():
+            rows_D = rows_D[is_open_D]
+            ids_QK[rows_D], distances_QK[rows_D] = exact_neighbors(coord_GR, order_G[positions_Q[rows_D]], k)
+    return NeighborBlock(nodes_N=order_G[positions_Q], ids_NK=ids_QK, distances_NK=distances_QK)
+
+
+def _ranked(
+    coord_GR: NDArray[np.float32], order_G: NDArray[np.int64], scan: TileScan, rows: slice, k: int, workers: Workers
+) -> tuple[IntMatrix, FloatMatrix, NDArray[np.bool_]]:
+    """Neighbours among the candidates of some rows; and which rows are in doubt, as ``settle_rows`` tells them."""
+    ids_QC, magnitude_QC, out_Q = scan.best(rows)
     positions_Q = scan.queries_Q[rows]
     candidates_QC = np.where(ids_QC >= 0, order_G[ids_QC], -1).astype(np.int32)
     ids_QK = np.empty((len(positions_Q), k), dtype=np.int32)
@@ -223,16 +246,13 @@ def _settled(
     def settle(part: slice) -> Callable[[], None]:
         def run() -> None:
             ids_QK[part], distances_QK[part], is_doubtful_Q[part] = settle_rows(
-                coord_GR, order_G, scan.operand, positions_Q[part], candidates_QC[part], magnitude_QC[part], k
+                coord_GR, order_G, scan.operand, positions_Q[part], candidates_QC[part], magnitude_QC[part], out_Q[part], k
             )
 
         return run
 
     finish_all([workers.submit(settle(part), (0,)) for part in _cut(0, len(positions_Q), _SETTLED_ROWS)])
-    if is_doubtful_Q.any():  # together: a scan of few rows costs nearly as much as one of some hundred
-        nodes_D = order_G[positions_Q[is_doubtful_Q]]
-        ids_QK[is_doubtful_Q], distances_QK[is_doubtful_Q] = exact_neighbors(coord_GR, nodes_D, k)
-    return NeighborBlock(nodes_N=order_G[positions_Q], ids_NK=ids_QK, distances_NK=distances_QK)
+    return ids_QK, distances_QK, is_doubtful_Q
 
 
 def settle_rows(
@@ -242,9 +262,13 @@ def settle_rows(
     positions_Q: NDArray[np.int64],
     candidates_QC: IntMatrix,
     magnitude_QC: NDArray[np.float64],
+    left_out_Q: NDArray[np.float64],
     k: int,
 ) -> tuple[IntMatrix, FloatMatrix, NDArray[np.bool_]]:
-    """Neighbours from candidate nodes, best first, with the magnitudes of their scores; and for which rows in doubt."""
+    """Neighbours from candidate nodes, best first, with the magnitudes of their scores; and for which rows in doubt.
+
+    A node that is no candidate scores at least ``left_out_Q``.
+    """
     nodes_Q = order_G[positions_Q]
     ids_QK, distances_QK = np.empty((len(nodes_Q), k), dtype=np.int32), np.empty((len(nodes_Q), k))
     kth_Q = magnitude_QC[:, min(k, magnitude_QC.shape[1]) - 1]
@@ -255,16 +279,15 @@ def settle_rows(
     for part in (ascending[start : start + _RANKED_ROWS] for start in range(0, len(ascending), _RANKED_ROWS)):
         candidates = candidates_QC[part, : width_Q[part[-1]]]
         ids_QK[part], distances_QK[part] = rerank(coord_GR, nodes_Q[part], candidates, k)
-    worst_Q = magnitude_QC[:, -1]  # +inf: there is no node that is not a candidate
-    is_doubtful_Q = (worst_Q <= limit_Q) & np.isfinite(worst_Q)
+    is_doubtful_Q = (left_out_Q <= limit_Q) & np.isfinite(left_out_Q)
     open_D = np.flatnonzero(is_doubtful_Q)
-    is_doubtful_Q[open_D] = operand.reach(positions_Q[open_D], distances_QK[open_D, -1]) >= worst_Q[open_D]
+    is_doubtful_Q[open_D] = operand.reach(positions_Q[open_D], distances_QK[open_D, -1]) >= left_out_Q[open_D]
     return ids_QK, distances_QK, is_doubtful_Q
 
 
 def _num_candidates(k: int) -> int:
     """Enough that quantisation seldom hides the k-th among them, also in the crowded shells of 60 and more dimensions."""
-    return 5 * k // 2 + 16
+    return 2 * k + 12
 
 
 def _cut(start: int, stop: int, step: int) -> list[slice]:

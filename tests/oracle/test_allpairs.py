@@ -16,6 +16,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from embstore.compute import allpairs
 from embstore.compute.allpairs import NeighborBlock, all_neighbors, plan_scan
+from embstore.compute.exact import exact_neighbors
 from embstore.compute.tiles import TileScan, quantise
 
 Points = NDArray[np.float32]
@@ -130,6 +131,34 @@ def test_ties_that_no_score_can_tell_apart_go_by_index(number_format: torch.dtyp
     assert np.array_equal(ids_GK, np.argsort(distance_GG, axis=1, kind="stable")[:, :10])
 
 
+@pytest.mark.parametrize("most_candidates", [256, 11], ids=["scanned again", "float64"])
+def test_bars_that_are_too_low_leave_rows_in_doubt_not_wrong(
+    most_candidates: int, number_format: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = crowded(3000, seed=4)
+    exact_rows = 0
+
+    def counted(coord_GR: Points, nodes_Q: NDArray[np.int64], k: int) -> Any:
+        nonlocal exact_rows
+        exact_rows += len(nodes_Q)
+        return exact_neighbors(coord_GR, nodes_Q, k)
+
+    monkeypatch.setattr(allpairs, "exact_neighbors", counted)
+    monkeypatch.setattr(allpairs, "_MOST_CANDIDATES", most_candidates)
+    plan = allpairs.ScanPlan(tile_rows=512, panel_rows=3000, memory_bytes=0)
+    monkeypatch.setattr(allpairs, "plan_scan", lambda *_, **__: plan)
+    rank = TileScan._rank
+    monkeypatch.setattr(
+        TileScan, "_rank", lambda scan, first_row: 2 if len(scan.queries_Q) == 3000 else rank(scan, first_row)
+    )
+    ids_GK, distances_GK = scanned(points, 10, tmp_path)
+    expected_ids, expected_distances = oracle(points, 10)
+    assert np.array_equal(ids_GK, expected_ids)
+    assert distances_GK == pytest.approx(expected_distances, rel=1e-12)
+    assert exact_rows >= (most_candidates == 11)
+    assert exact_rows <= (3000 if most_candidates == 11 else 750)  # no number format tells the crowd's scores apart
+
+
 def test_sorted_rows_cost_no_more_than_shuffled_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In file order each tile would hold nearer nodes than all before it, and every one would be looked into."""
     taken: list[int] = []
@@ -169,7 +198,8 @@ def test_no_score_exceeds_what_its_distance_allows(seed: int, rank: int, spread:
     operand = quantise(points, np.arange(120), dtype=dtype, device=CPU)
     scan = TileScan(operand, np.arange(120), 119, 256)
     scan.visit(slice(0, 120), slice(0, 120))
-    ids_QC, magnitude_QC = scan.best(slice(0, 120))
+    ids_QC, magnitude_QC, left_out_Q = scan.best(slice(0, 120))
+    assert np.isposinf(left_out_Q).all() or (left_out_Q >= magnitude_QC[:, -1]).all()
     assert (np.sort(ids_QC, axis=1) == np.array([np.delete(np.arange(120), row) for row in range(120)])).all()
     rows, columns = np.repeat(np.arange(120), 119), ids_QC.ravel()
     distance = np.linalg.norm(points[rows].astype(np.float64) - points[columns].astype(np.float64), axis=1)
