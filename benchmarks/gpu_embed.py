@@ -25,8 +25,8 @@ from embstore.compute.source import TorchSource
 from embstore.core.config import BuildConfig, EmbeddingConfig
 from embstore.core.embedder import PromptReader
 from embstore.core.events import Event, Observer, RowsCommitted, StageFinished, StageStarted
-from embstore.core.format import EmbeddingSpec, ModelIdentity
 from embstore.core.prompts import Prompt
+from embstore.core.spec import EmbeddingSpec, ModelIdentity
 from embstore.pipeline import build
 
 

@@ -17,10 +17,11 @@ from embstore.core.config import K_MAX, BuildConfig, DensityConfig, format_bytes
 from embstore.core.embedder import Embedder, EmbedderSource
 from embstore.core.errors import BudgetError, ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.events import Notice, Preflight
-from embstore.core.format import BASIS, FORMAT_VERSION, MANIFEST, PROMPTS, StoreSpec
+from embstore.core.format import BASIS, FORMAT_VERSION, MANIFEST, PROMPTS
 from embstore.core.plan import BuildPlan, plan, refuse_drift, refuse_other_input
 from embstore.core.records import DemotedRecord, DriftRecord, PromptsRecord
 from embstore.core.rows import chunk_rows_near
+from embstore.core.spec import StoreSpec
 from embstore.reuse import Reuse, match_rows, nothing_reused, open_again, open_reused, refuse_unlike
 from embstore.run import Run
 from embstore.storage.arrays import map_array

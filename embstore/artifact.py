@@ -37,7 +37,6 @@ from embstore.core.format import (
     FileDigest,
     JsonObject,
     Manifest,
-    StoreSpec,
     canonical_json,
     document,
     is_weights_name,
@@ -45,6 +44,7 @@ from embstore.core.format import (
     weights_paths,
 )
 from embstore.core.records import JournalState, chunk_table
+from embstore.core.spec import StoreSpec
 from embstore.storage.arrays import save_array
 from embstore.storage.atomic import make_directory, write_durable
 from embstore.storage.store import EmbeddingStore, open_store

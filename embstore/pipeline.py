@@ -48,16 +48,11 @@ from embstore.core.events import (
     StageStarted,
     ignore,
 )
-from embstore.core.format import (
-    COORDINATES,
-    PROMPTS,
-    RESIDUALS,
-    JsonObject,
-    StoreSpec,
-)
+from embstore.core.format import COORDINATES, PROMPTS, RESIDUALS, JsonObject
 from embstore.core.plan import grid_of, plan
 from embstore.core.prompts import Prompt
 from embstore.core.rows import RowRange
+from embstore.core.spec import StoreSpec
 from embstore.interrupts import StopSignals
 from embstore.memory import MemoryMeter
 from embstore.reuse import Reuse, RowCopier

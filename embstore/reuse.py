@@ -23,21 +23,11 @@ from embstore.compute.scratch import map_scratch
 from embstore.core.config import BuildConfig
 from embstore.core.embedder import RowBlock
 from embstore.core.errors import ConfigError, FieldMismatch, IdentityMismatchError, StoreNotFoundError
-from embstore.core.format import (
-    BASIS,
-    CHUNKS,
-    COORDINATES,
-    PROMPTS,
-    RESIDUALS,
-    SPEC,
-    ModelIdentity,
-    StoreSpec,
-    canonical_json,
-    diff_fields,
-)
+from embstore.core.format import BASIS, CHUNKS, COORDINATES, PROMPTS, RESIDUALS, SPEC, canonical_json
 from embstore.core.plan import grid_of, refuse_drift, refuse_other_input
 from embstore.core.records import FailedRow, ReusedStore, ReuseRecord
 from embstore.core.rows import RowRange
+from embstore.core.spec import ModelIdentity, StoreSpec, diff_fields
 from embstore.storage.atomic import storage_errors
 from embstore.storage.prompts import PromptTable
 from embstore.storage.store import EmbeddingStore, open_store

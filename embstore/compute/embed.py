@@ -45,9 +45,9 @@ from embstore.compute.workers import Workers, abandon, finish_all
 from embstore.core.config import pooling_rule
 from embstore.core.embedder import Check, RowBlock, WindowCounts
 from embstore.core.errors import ConfigError, ModelError
-from embstore.core.format import EmbeddingSpec
 from embstore.core.prompts import Prompt
 from embstore.core.records import FailedRow
+from embstore.core.spec import EmbeddingSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from embstore.compute.finish import slab_bytes
 from embstore.compute.streamed import streamed_tokens
 from embstore.compute.workers import workers_for
-from embstore.core.format import EmbeddingSpec
+from embstore.core.spec import EmbeddingSpec
 
 # Padding waste falls with the window: 18.6 % at 256 rows, 6.6 % at 1024, 2.0 % at 4096 (batches of 4096 tokens).
 MAX_WINDOW_ROWS = 4096

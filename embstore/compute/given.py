@@ -28,9 +28,9 @@ from embstore.core.config import EmbeddingConfig, format_bytes
 from embstore.core.embedder import Check, GivenRows, PromptReader, RowBlock, WindowCounts
 from embstore.core.errors import ArrayError, BudgetError, ModelError, RowError
 from embstore.core.events import Observer, StageFinished, StageStarted
-from embstore.core.format import EmbeddingSpec, ModelIdentity
 from embstore.core.prompts import Prompt
 from embstore.core.records import FailedRow
+from embstore.core.spec import EmbeddingSpec, ModelIdentity
 
 HEAD = "imported"
 _WINDOW_ROWS = 4096

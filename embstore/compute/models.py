@@ -24,7 +24,8 @@ from embstore.compute.digests import digest_of
 from embstore.compute.nanochat import PREFIX, NanochatFiles, locate_nanochat
 from embstore.core.config import EmbeddingConfig, Space
 from embstore.core.errors import ConfigError, ModelError
-from embstore.core.format import ModelIdentity, canonical_json
+from embstore.core.format import canonical_json
+from embstore.core.spec import ModelIdentity
 
 _TOKENIZER_FILES = (
     "tokenizer.json",

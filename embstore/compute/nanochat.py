@@ -32,7 +32,8 @@ from embstore.compute.digests import digest_of
 from embstore.compute.nanochat_package import NanochatPackage, find_package
 from embstore.core.config import Space
 from embstore.core.errors import ModelError
-from embstore.core.format import ModelIdentity, canonical_json
+from embstore.core.format import canonical_json
+from embstore.core.spec import ModelIdentity
 
 PREFIX = "nanochat:"
 _FOLDERS = {

@@ -40,7 +40,7 @@ from embstore.core.density import NOISE_FLOOR, total_variation
 from embstore.core.embedder import PromptReader
 from embstore.core.errors import BudgetError, ModelError, RowError
 from embstore.core.events import Notice, Observer, StageFinished, StageStarted
-from embstore.core.format import EmbeddingSpec, ModelIdentity
+from embstore.core.spec import EmbeddingSpec, ModelIdentity
 
 _SAMPLE_ROWS = 256
 _TIMED_ROWS = 32

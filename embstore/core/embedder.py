@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from embstore.core.config import EmbeddingConfig
 from embstore.core.events import Observer
-from embstore.core.format import EmbeddingSpec, ModelIdentity
 from embstore.core.prompts import Prompt
 from embstore.core.records import FailedRow
+from embstore.core.spec import EmbeddingSpec, ModelIdentity
 
 # Called between batches; raises to abandon the window in flight (a second Ctrl-C).
 Check = Callable[[], None]

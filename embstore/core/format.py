@@ -15,7 +15,6 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.core.config import Compressor
 from embstore.core.decode import Sha256, from_json, parse_json, printable, shown
 from embstore.core.errors import CorruptStoreError, FieldMismatch, IdentityMismatchError
 
@@ -96,61 +95,6 @@ class FileDigest:
     sha256: Sha256
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelIdentity:
-    """Which model and tokenizer made the rows. ``name`` is for people (no path); the digests decide."""
-
-    name: str
-    architecture: str
-    revision: str | None
-    weights_sha256: str
-    config_sha256: str
-    tokenizer_sha256: str
-    trust_remote_code: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EmbeddingSpec:
-    """Everything about the embedding pass that changes a byte, resolved.
-
-    ``dimension`` is V (D under ``--space hidden``), ``rank`` is R. ``head`` is "affine" (pooled before the head), "network"
-    (pooled behind a network, before the output layer), "capped" or "streamed" (logits of every token, by blocks of
-    columns or by the class), "none" (hidden states are the rows), or "imported" (rows are those of an array, and what
-    concerns tokens is 0 or "none"); ``head_scale`` the factor a class applies after its head.
-    """
-
-    dimension: int
-    rank: int
-    columns: str
-    head: str
-    head_scale: float
-    pooling: str
-    normalization: str
-    token_rule: str
-    max_tokens: int
-    batch_tokens: int
-    dtype: str
-    device: str
-    capability: str
-    threads: int
-    basis: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoreSpec:
-    """``spec.json``: the identity of a store, written once, before row 0."""
-
-    format_version: int
-    rows: int
-    prompts_fingerprint: str
-    model: ModelIdentity
-    embedding: EmbeddingSpec
-    window_rows: int
-    chunk_rows: int
-    compressor: Compressor
-    basis_sha256: str
-
-
 def check_format_version(found: object, *, name: str) -> None:
     """Refuse a store of another format version before reading anything else of it."""
     if type(found) is not int or not 0 <= found < 1 << 31:
@@ -170,18 +114,6 @@ def parse_document(content: bytes, *, name: str) -> JsonObject:
     if "format_version" in value:
         check_format_version(value["format_version"], name=name)
     return value
-
-
-def diff_fields(stored: object, given: object, *, prefix: str = "") -> list[FieldMismatch]:
-    """Leaf fields in which two records of one type differ, with dotted names."""
-    mismatches: list[FieldMismatch] = []
-    for entry in dataclasses.fields(stored):  # type: ignore[arg-type]  # both are records
-        left, right = getattr(stored, entry.name), getattr(given, entry.name)
-        if dataclasses.is_dataclass(left) and type(left) is type(right):
-            mismatches += diff_fields(left, right, prefix=f"{prefix}{entry.name}.")
-        elif left != right:
-            mismatches.append(FieldMismatch(field=f"{prefix}{entry.name}", stored=left, given=right))
-    return mismatches
 
 
 def weights_paths(digest: str) -> tuple[str, str]:
@@ -283,36 +215,6 @@ def follow_manifest(read: Callable[[], bytes], use: Callable[[Manifest], _Result
             content = now
 
 
-def decode_spec(content: bytes) -> StoreSpec:
-    """Read ``spec.json``; sizes that no store can have are a CorruptStoreError."""
-    spec = from_json(StoreSpec, parse_document(content, name=SPEC), name=SPEC)
-    problem = spec_problem(spec)
-    if problem is not None:
-        raise CorruptStoreError(f"{SPEC}: {problem}", hint="run embstore verify STORE")
-    return spec
-
-
-def spec_problem(spec: StoreSpec) -> str | None:  # noqa: PLR0911 - one return a limit
-    """Which limit of the format a spec breaks, or None."""
-    dimension, rank = spec.embedding.dimension, spec.embedding.rank
-    if not 0 < spec.rows <= MAX_ROWS:
-        return f"{spec.rows} rows, a store has 1 to {MAX_ROWS}"
-    if not (0 < dimension <= MAX_COLUMNS and 0 < rank <= MAX_COLUMNS):
-        return f"rows of {dimension} columns and {rank} coordinates, a row has 1 to {MAX_COLUMNS}"
-    if spec.chunk_rows < 1 or 2 * spec.chunk_rows * dimension > MAX_CHUNK_BYTES:
-        return f"chunks of {spec.chunk_rows} rows x {dimension} columns, a chunk has at most {MAX_CHUNK_BYTES} bytes"
-    if spec.window_rows < 1 or spec.window_rows % spec.chunk_rows:
-        return f"windows of {spec.window_rows} rows, which is no multiple of the {spec.chunk_rows} rows of a chunk"
-    if 4 * min(spec.window_rows, spec.rows) * rank > MAX_CHUNK_BYTES:
-        return f"windows of {spec.window_rows} rows x {rank} coordinates, which take more than {MAX_CHUNK_BYTES} bytes"
-    if -(-spec.rows // spec.window_rows) > MAX_WINDOWS or -(-spec.rows // spec.chunk_rows) > MAX_CHUNKS:
-        return (
-            f"{spec.rows} rows in windows of {spec.window_rows} and chunks of {spec.chunk_rows}, "
-            f"a store has at most {MAX_WINDOWS} windows and {MAX_CHUNKS} chunks"
-        )
-    return None
-
-
 _NUMBER = (int, float)
 _NEIGHBORS_SHAPE: JsonObject = {
     "noise_floor": _NUMBER,
@@ -367,8 +269,6 @@ def _check_shape(value: object, shape: Mapping[str, Any], name: str) -> None:
             continue
         if field in value and item is None and field in _MAY_BE_NULL:
             continue
-        if field not in value and field in _MAY_BE_ABSENT:
-            continue
         if isinstance(expected, dict):
             _check_shape(item, expected, f"{name}.{field}")
         elif not isinstance(item, expected) or (isinstance(item, bool) and expected is not bool):
@@ -384,30 +284,3 @@ def weights_problem(weights_N: NDArray[np.float32]) -> str | None:
     if low >= 0 and np.isfinite(high) and abs(total - 1) <= WEIGHTS_TOLERANCE:  # NaN is never >= 0
         return None
     return f"holds values from {low} to {high} of sum {total}, not finite values >= 0 of sum 1"
-
-
-_COLUMN_NAMES = {"hidden": "hidden", "imported": "column"}
-
-
-def array_metadata(spec: StoreSpec) -> bytes:
-    """``zarr.json`` of the embedding array: float16 [N, V], NaN fill, crc32c last so that it covers the stored bytes."""
-    codecs: list[JsonObject] = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    if spec.compressor == "lz4":
-        blosc = {"typesize": 2, "cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
-        codecs.append({"name": "blosc", "configuration": blosc})
-    codecs.append({"name": "crc32c"})
-    grid = {"chunk_shape": [spec.chunk_rows, spec.embedding.dimension]}
-    return document(
-        {
-            "zarr_format": 3,
-            "node_type": "array",
-            "shape": [spec.rows, spec.embedding.dimension],
-            "data_type": "float16",
-            "chunk_grid": {"name": "regular", "configuration": grid},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-            "fill_value": "NaN",
-            "codecs": codecs,
-            "attributes": {},
-            "dimension_names": ["row", _COLUMN_NAMES.get(spec.embedding.columns, "vocabulary")],
-        }
-    )

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from embstore.core.config import EmbeddingConfig, space_and_pooling
 from embstore.core.errors import CorruptStoreError, FieldMismatch, IdentityMismatchError
-from embstore.core.format import ModelIdentity, StoreSpec, diff_fields
 from embstore.core.records import JournalState, WindowRecord
 from embstore.core.rows import RowGrid, RowRange
+from embstore.core.spec import ModelIdentity, StoreSpec, diff_fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import CorruptStoreError
-from embstore.core.format import StoreSpec, chunk_name
+from embstore.core.format import chunk_name
 from embstore.core.records import ChunkRecord
+from embstore.core.spec import StoreSpec
 from embstore.storage.atomic import open_regular, read_all, storage_errors
 
 numcodecs.blosc.use_threads = False

@@ -13,9 +13,10 @@ import google_crc32c
 import numpy as np
 
 from embstore.core.errors import CorruptStoreError
-from embstore.core.format import COORDINATES, RESIDUALS, StoreSpec
+from embstore.core.format import COORDINATES, RESIDUALS
 from embstore.core.records import WindowRecord
 from embstore.core.rows import RowRange
+from embstore.core.spec import StoreSpec
 from embstore.storage.arrays import array_header
 from embstore.storage.atomic import (
     DurableFile,

@@ -41,11 +41,8 @@ from embstore.core.format import (
     WEIGHTS,
     JsonObject,
     Manifest,
-    StoreSpec,
-    array_metadata,
     decode_metadata,
     decode_neighbors_spec,
-    decode_spec,
     follow_manifest,
     neighbors_paths,
     weights_paths,
@@ -54,6 +51,7 @@ from embstore.core.format import (
 from embstore.core.plan import grid_of, refuse_misfits
 from embstore.core.records import ChunkRecord, JournalState, decode_chunk_table
 from embstore.core.rows import RowRange
+from embstore.core.spec import StoreSpec, array_metadata, decode_spec
 from embstore.storage.arrays import check_array, map_array
 from embstore.storage.atomic import file_size, read_committed
 from embstore.storage.chunks import decode_chunk, read_chunk

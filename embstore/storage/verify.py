@@ -39,16 +39,14 @@ from embstore.core.format import (
     WORK,
     FileDigest,
     Manifest,
-    StoreSpec,
-    array_metadata,
     chunk_name,
     decode_manifest,
-    decode_spec,
     weights_paths,
     weights_problem,
 )
 from embstore.core.plan import grid_of, misfit
 from embstore.core.records import JournalState, PromptsRecord, WindowRecord, chunk_table, decode_journal, replay
+from embstore.core.spec import StoreSpec, array_metadata, decode_spec
 from embstore.storage.arrays import map_array
 from embstore.storage.atomic import file_size, read_blocks, read_committed, reading_problem
 from embstore.storage.chunks import decode_chunk, read_chunk

@@ -28,9 +28,9 @@ from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig
 from embstore.core.embedder import RowBlock
 from embstore.core.errors import ModelError
 from embstore.core.events import Event, RowsCommitted
-from embstore.core.format import EmbeddingSpec, ModelIdentity
 from embstore.core.prompts import Prompt
 from embstore.core.records import WindowRecord
+from embstore.core.spec import EmbeddingSpec, ModelIdentity
 from embstore.info import inspect, verify
 from embstore.pipeline import build
 from embstore.storage.journal import read_journal

@@ -24,8 +24,9 @@ from embstore.core.density import NOISE_FLOOR
 from embstore.core.embedder import PromptReader, RowBlock
 from embstore.core.errors import CorruptStoreError, StorageError
 from embstore.core.events import Event, Observer, StageAdvanced, StageFinished, StageStarted, ignore
-from embstore.core.format import EmbeddingSpec, decode_neighbors_spec
+from embstore.core.format import decode_neighbors_spec
 from embstore.core.prompts import Prompt
+from embstore.core.spec import EmbeddingSpec
 from embstore.info import inspect
 from embstore.pipeline import build
 from embstore.storage.store import EmbeddingStore, open_store

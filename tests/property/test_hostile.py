@@ -21,9 +21,10 @@ from rich.console import Console
 from embstore.admission import _model_of_last_run
 from embstore.core.decode import decode_array_header, parse_json, printable, printable_json
 from embstore.core.errors import ConfigError, CorruptStoreError, EmbstoreError, PromptError
-from embstore.core.format import decode_manifest, decode_metadata, decode_neighbors_spec, decode_spec
+from embstore.core.format import decode_manifest, decode_metadata, decode_neighbors_spec
 from embstore.core.prompts import Prompt, decode_row, parse_line
 from embstore.core.records import decode_chunk_table, decode_journal, encode_journal_header, replay
+from embstore.core.spec import decode_spec
 from embstore.info import inspect, neighbors_of
 from embstore.storage.prompts import MAX_LINE_BYTES, ingest
 from embstore.terminal import print_info, print_neighbors

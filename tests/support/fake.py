@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from embstore.core.config import EmbeddingConfig
 from embstore.core.embedder import Check, PromptReader, RowBlock, WindowCounts
 from embstore.core.events import Observer
-from embstore.core.format import EmbeddingSpec, ModelIdentity
 from embstore.core.prompts import Prompt
 from embstore.core.records import FailedRow
+from embstore.core.spec import EmbeddingSpec, ModelIdentity
 
 DIMENSION = 64
 RANK = 12

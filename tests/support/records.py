@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from embstore.core.format import EmbeddingSpec, FileDigest, Manifest, ModelIdentity, StoreSpec
+from embstore.core.format import FileDigest, Manifest
 from embstore.core.records import ChunkRecord, PromptsRecord, SpecRecord, WindowRecord
+from embstore.core.spec import EmbeddingSpec, ModelIdentity, StoreSpec
 
 DIGEST = FileDigest(bytes=3, sha256="ab" * 32)
 MODEL = ModelIdentity(

@@ -16,8 +16,9 @@ from embstore.core.config import BuildConfig, EmbeddingConfig
 from embstore.core.embedder import PromptReader, RowBlock
 from embstore.core.errors import EmbstoreError, ExitCode, PromptError, RowError
 from embstore.core.events import Observer
-from embstore.core.format import EmbeddingSpec, chunk_name
+from embstore.core.format import chunk_name
 from embstore.core.prompts import Prompt
+from embstore.core.spec import EmbeddingSpec
 from embstore.export import export_store
 from embstore.info import inspect, verify
 from embstore.storage.store import EmbeddingStore, open_store

@@ -14,12 +14,9 @@ from embstore.core.format import (
     STAGE0_FILES,
     FileDigest,
     Manifest,
-    StoreSpec,
     canonical_json,
     chunk_name,
     decode_manifest,
-    decode_spec,
-    diff_fields,
     document,
     from_json,
     neighbors_paths,
@@ -44,6 +41,7 @@ from embstore.core.records import (
     replay,
 )
 from embstore.core.rows import RowRange
+from embstore.core.spec import StoreSpec, decode_spec, diff_fields
 from tests.support.records import DIGEST, EMBEDDING, PROMPTS, SPEC, manifest, spec, window_record
 
 REUSE = ReuseRecord(stores=[ReusedStore(digest="d" * 64, rows=50, found=40, reused=39)])

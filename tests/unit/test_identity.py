@@ -17,8 +17,9 @@ from embstore.artifact import recompute_weights
 from embstore.core.config import BuildConfig, EmbeddingConfig, WeightingConfig
 from embstore.core.errors import ConfigError, CorruptStoreError, ExitCode, IdentityMismatchError
 from embstore.core.events import Notice
-from embstore.core.format import StoreSpec, document
+from embstore.core.format import document
 from embstore.core.records import DriftRecord, encode_journal_header
+from embstore.core.spec import StoreSpec
 from embstore.info import inspect, verify
 from embstore.pipeline import build
 from embstore.storage.store import open_store

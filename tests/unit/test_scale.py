@@ -13,16 +13,7 @@ from pathlib import Path
 import pytest
 
 from embstore.core.errors import IncompleteStoreError
-from embstore.core.format import (
-    ARRAY_METADATA,
-    BASIS,
-    IDS,
-    SPEC,
-    FileDigest,
-    StoreSpec,
-    array_metadata,
-    document,
-)
+from embstore.core.format import ARRAY_METADATA, BASIS, IDS, SPEC, FileDigest, document
 from embstore.core.records import (
     ChunkRecord,
     PromptsRecord,
@@ -30,6 +21,7 @@ from embstore.core.records import (
     encode_journal_header,
     encode_journal_record,
 )
+from embstore.core.spec import StoreSpec, array_metadata
 from embstore.info import inspect
 from embstore.storage.journal import Journal, read_journal
 from embstore.storage.store import open_store

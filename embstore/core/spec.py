@@ -1,0 +1,148 @@
+"""What a store is: the spec, ``spec.json``, and the array metadata that follows from it. Pure, as ``core.format`` is.
+
+A module of its own, because training follows the manifest and never asks how rows were made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from embstore.core.config import Compressor
+from embstore.core.decode import from_json
+from embstore.core.errors import CorruptStoreError, FieldMismatch
+from embstore.core.format import (
+    MAX_CHUNK_BYTES,
+    MAX_CHUNKS,
+    MAX_COLUMNS,
+    MAX_ROWS,
+    MAX_WINDOWS,
+    SPEC,
+    JsonObject,
+    document,
+    parse_document,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelIdentity:
+    """Which model and tokenizer made the rows. ``name`` is for people (no path); the digests decide."""
+
+    name: str
+    architecture: str
+    revision: str | None
+    weights_sha256: str
+    config_sha256: str
+    tokenizer_sha256: str
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddingSpec:
+    """Everything about the embedding pass that changes a byte, resolved.
+
+    ``dimension`` is V (D under ``--space hidden``), ``rank`` is R. ``head`` is "affine" (pooled before the head), "network"
+    (pooled behind a network, before the output layer), "capped" or "streamed" (logits of every token, by blocks of
+    columns or by the class), "none" (hidden states are the rows), or "imported" (rows are those of an array, and what
+    concerns tokens is 0 or "none"); ``head_scale`` the factor a class applies after its head.
+    """
+
+    dimension: int
+    rank: int
+    columns: str
+    head: str
+    head_scale: float
+    pooling: str
+    normalization: str
+    token_rule: str
+    max_tokens: int
+    batch_tokens: int
+    dtype: str
+    device: str
+    capability: str
+    threads: int
+    basis: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreSpec:
+    """``spec.json``: the identity of a store, written once, before row 0."""
+
+    format_version: int
+    rows: int
+    prompts_fingerprint: str
+    model: ModelIdentity
+    embedding: EmbeddingSpec
+    window_rows: int
+    chunk_rows: int
+    compressor: Compressor
+    basis_sha256: str
+
+
+def diff_fields(stored: object, given: object, *, prefix: str = "") -> list[FieldMismatch]:
+    """Leaf fields in which two records of one type differ, with dotted names."""
+    mismatches: list[FieldMismatch] = []
+    for entry in dataclasses.fields(stored):  # type: ignore[arg-type]  # both are records
+        left, right = getattr(stored, entry.name), getattr(given, entry.name)
+        if dataclasses.is_dataclass(left) and type(left) is type(right):
+            mismatches += diff_fields(left, right, prefix=f"{prefix}{entry.name}.")
+        elif left != right:
+            mismatches.append(FieldMismatch(field=f"{prefix}{entry.name}", stored=left, given=right))
+    return mismatches
+
+
+def decode_spec(content: bytes) -> StoreSpec:
+    """Read ``spec.json``; sizes that no store can have are a CorruptStoreError."""
+    spec = from_json(StoreSpec, parse_document(content, name=SPEC), name=SPEC)
+    problem = spec_problem(spec)
+    if problem is not None:
+        raise CorruptStoreError(f"{SPEC}: {problem}", hint="run embstore verify STORE")
+    return spec
+
+
+def spec_problem(spec: StoreSpec) -> str | None:  # noqa: PLR0911 - one return a limit
+    """Which limit of the format a spec breaks, or None."""
+    dimension, rank = spec.embedding.dimension, spec.embedding.rank
+    if not 0 < spec.rows <= MAX_ROWS:
+        return f"{spec.rows} rows, a store has 1 to {MAX_ROWS}"
+    if not (0 < dimension <= MAX_COLUMNS and 0 < rank <= MAX_COLUMNS):
+        return f"rows of {dimension} columns and {rank} coordinates, a row has 1 to {MAX_COLUMNS}"
+    if spec.chunk_rows < 1 or 2 * spec.chunk_rows * dimension > MAX_CHUNK_BYTES:
+        return f"chunks of {spec.chunk_rows} rows x {dimension} columns, a chunk has at most {MAX_CHUNK_BYTES} bytes"
+    if spec.window_rows < 1 or spec.window_rows % spec.chunk_rows:
+        return f"windows of {spec.window_rows} rows, which is no multiple of the {spec.chunk_rows} rows of a chunk"
+    if 4 * min(spec.window_rows, spec.rows) * rank > MAX_CHUNK_BYTES:
+        return f"windows of {spec.window_rows} rows x {rank} coordinates, which take more than {MAX_CHUNK_BYTES} bytes"
+    if -(-spec.rows // spec.window_rows) > MAX_WINDOWS or -(-spec.rows // spec.chunk_rows) > MAX_CHUNKS:
+        return (
+            f"{spec.rows} rows in windows of {spec.window_rows} and chunks of {spec.chunk_rows}, "
+            f"a store has at most {MAX_WINDOWS} windows and {MAX_CHUNKS} chunks"
+        )
+    return None
+
+
+_COLUMN_NAMES = {"hidden": "hidden", "imported": "column"}
+
+
+def array_metadata(spec: StoreSpec) -> bytes:
+    """``zarr.json`` of the embedding array: float16 [N, V], NaN fill, crc32c last so that it covers the stored bytes."""
+    codecs: list[JsonObject] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    if spec.compressor == "lz4":
+        blosc = {"typesize": 2, "cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
+        codecs.append({"name": "blosc", "configuration": blosc})
+    codecs.append({"name": "crc32c"})
+    grid = {"chunk_shape": [spec.chunk_rows, spec.embedding.dimension]}
+    return document(
+        {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": [spec.rows, spec.embedding.dimension],
+            "data_type": "float16",
+            "chunk_grid": {"name": "regular", "configuration": grid},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "fill_value": "NaN",
+            "codecs": codecs,
+            "attributes": {},
+            "dimension_names": ["row", _COLUMN_NAMES.get(spec.embedding.columns, "vocabulary")],
+        }
+    )
