@@ -28,9 +28,14 @@ from benchmarks import knn_sets
 from benchmarks.acceptance import cpu_name
 
 RESULTS = Path(__file__).parent / "results" / "knn.json"
+GRAPHS = ("hnswlib", "embstore-hnsw", "usearch", "faiss-hnsw")
 PARTS = ("store", "engines", "copies", "large")
 BUDGET_BYTES = 2 << 30
-EF = {"easy": [16, 24, 32, 48, 64], "hard": [128, 256, 512]}
+EF = {"easy": [16, 24, 32, 48, 64, 96], "hard": [128, 512]}
+# each effort is a graph of its own, so the larger ones get the one that should do
+EF_OF_ONE_GRAPH = {28_000: [24, 48], 100_000: [48, 96], 300_000: [96], 1_000_000: [128]}
+RECALL_OF_GROWTH = 0.99
+GRAPHS_OF_HARD_ROWS = 28_000  # above, graphs take a quarter of an hour each and still miss one neighbour in fifty
 Figures = dict[str, Any]
 
 
@@ -59,6 +64,10 @@ class Bench:
         print(f"  {engine}: {figures}", flush=True)
         return figures
 
+    def earlier(self, part: str) -> Figures:
+        """Figures of a part so far: sizes that this run does not measure stay as they are."""
+        return {title: found for title, found in self.results.get(part, {}).items() if isinstance(found, dict)}
+
     def record(self, part: str, figures: Figures) -> None:
         """Write a part's figures, with what they were measured on."""
         rows = {"store": "store-rows", "engines": "rows", "large": "large-rows"}.get(part)
@@ -82,6 +91,7 @@ def main() -> None:
     parser.add_argument("--store-rows", default="7000,14000,28000")
     parser.add_argument("--rows", default="28000,100000", help="of the part engines")
     parser.add_argument("--large-rows", default="28000,100000,300000,1000000", help="of the part large")
+    parser.add_argument("--large-kinds", default="easy,hard", help="of the part large")
     options = parser.parse_args()
     bench = Bench(options)
     parts: dict[str, Callable[[Bench], Iterator[Figures]]] = {
@@ -120,7 +130,7 @@ def store(bench: Bench) -> Iterator[Figures]:
 
 def engines(bench: Bench) -> Iterator[Figures]:
     """Engines that a user could take instead, on the same points and k."""
-    figures: Figures = {}
+    figures = bench.earlier("engines")
     for rows in (int(size) for size in bench.options.rows.split(",")):
         for kind in ("easy", "hard"):
             with tempfile.TemporaryDirectory(dir=bench.options.work) as name:
@@ -131,9 +141,10 @@ def engines(bench: Bench) -> Iterator[Figures]:
                     "faiss-flat": bench.search("faiss-flat", folder),
                     "embstore-exact": bench.search("embstore-exact", folder, k=[10, 32]),
                 }
-                for engine in ("hnswlib", "embstore-hnsw", "usearch", "faiss-hnsw"):
-                    found[engine] = bench.search(engine, folder, **graph)
-                figures[f"{kind} {rows}"] = found | {"summary": _summary(found)}
+                if kind == "easy" or rows <= GRAPHS_OF_HARD_ROWS:
+                    for engine in GRAPHS:
+                        found[engine] = bench.search(engine, folder, **graph)
+                figures[f"{kind} {rows}"] = found | {"summary": _summary(found), "date": time.strftime("%Y-%m-%d")}
                 yield figures
 
 
@@ -142,8 +153,8 @@ def _summary(found: Figures) -> Figures:
     flat = found["faiss-flat"]["tried"][0]["seconds"]
     summary: Figures = {"flat_over_exact": round(flat / found["embstore-exact"]["tried"][0]["seconds"], 2)}
     reached = {}
-    for engine in ("hnswlib", "embstore-hnsw", "usearch", "faiss-hnsw"):
-        good = [each for each in found[engine]["tried"] if each["recall"] >= 0.999]
+    for engine in GRAPHS:
+        good = [each for each in found.get(engine, {"tried": []})["tried"] if each["recall"] >= 0.999]
         if good:
             reached[engine] = min(each["seconds"] for each in good)
     summary["seconds_at_recall_0.999"] = reached
@@ -178,34 +189,33 @@ def _distinct_recall(bench: Bench, folder: Path, points: knn_sets.Points) -> Fig
 
 def large(bench: Bench) -> Iterator[Figures]:
     """The density stage under 2 GiB, from 28 thousand to a million rows; one graph alone; and how time grows."""
-    figures: Figures = {}
-    sizes = [int(size) for size in bench.options.large_rows.split(",")]
-    for rows in sizes:
-        for kind in ("easy", "hard"):
+    figures = bench.earlier("large")
+    for rows in (int(size) for size in bench.options.large_rows.split(",")):
+        for kind in bench.options.large_kinds.split(","):
             with tempfile.TemporaryDirectory(dir=bench.options.work) as name:
                 folder = Path(name)
                 bench.prepare(folder, knn_sets.make(kind, rows, store=None))
                 found = {"auto": bench.search("embstore", folder, knn="auto", memory_bytes=BUDGET_BYTES, mapped=True)}
                 if rows <= 300_000:
                     found["exact"] = bench.search("embstore-exact", folder, k=[32], mapped=True)
-                if rows <= 100_000 or (kind == "easy" and rows <= 300_000):
-                    ef = [24, 48] if kind == "easy" else [512]
-                    found["one graph"] = bench.search(
-                        "embstore-hnsw", folder, ef_construction=100 if kind == "easy" else 200, ef=ef, shards=1
-                    )
-                figures[f"{kind} {rows}"] = found
+                if rows <= 100_000 or kind == "easy":
+                    ef_construction = 100 if kind == "easy" else 200
+                    ef = EF_OF_ONE_GRAPH.get(rows, [96]) if kind == "easy" else [512]
+                    graph = {"ef_construction": ef_construction, "ef": ef, "shards": 1}
+                    found["one graph"] = bench.search("embstore-hnsw", folder, **graph)
+                figures[f"{kind} {rows}"] = found | {"date": time.strftime("%Y-%m-%d")}
                 yield figures | {"growth": _growth(figures)}
 
 
 def _growth(figures: Figures) -> Figures:
-    """Fitted exponents of seconds over rows: the exact engine; one graph at its least setting with recall 0.999."""
+    """Fitted exponents of seconds over rows: the exact engine; one graph at its least setting of recall 0.99."""
     exponents: Figures = {}
     for kind in ("easy", "hard"):
         for engine in ("exact", "one graph"):
             seen = []
             for title, found in figures.items():
                 if title.startswith(f"{kind} ") and engine in found:
-                    good = [each["seconds"] for each in found[engine]["tried"] if each["recall"] >= 0.999]
+                    good = [each["seconds"] for each in found[engine]["tried"] if each["recall"] >= RECALL_OF_GROWTH]
                     if good:
                         seen.append((math.log(int(title.split()[1])), math.log(min(good))))
             if len(seen) > 1:
