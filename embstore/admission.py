@@ -196,6 +196,8 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
     run.source = run.source or find_source(run)  # every row was committed, then some were found damaged
     if run.source is None:
         raise ConfigError("rows are to be computed, and no model was given", hint="add --model")
+    if config.engine.is_remote:
+        return spec, None, reuse  # workers load it
     with run.stage("model"):
         # copy-on-write mapping: torch takes no read-only array, and nothing writes to it
         shape = (spec.embedding.dimension, spec.embedding.rank)
