@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from embstore.core.config import K_MAX, BuildConfig, DensityConfig, format_bytes
+from embstore.core.config import K_MAX, BuildConfig, DensityConfig, EmbeddingConfig, format_bytes
 from embstore.core.embedder import Embedder, EmbedderSource
 from embstore.core.errors import BudgetError, ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.events import Notice, Preflight
@@ -211,7 +211,7 @@ def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tup
     with run.stage("model"):
         embedder = source.create(
             prompts,
-            config.embedding,
+            _shared_cores(config, source),
             memory_bytes=config.memory_budget_bytes,
             work=writer.work,
             observer=run.observer,
@@ -232,6 +232,16 @@ def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tup
     check_fits(run, spec, embedder, plan(spec, writer.state), free_bytes, nothing_reused(spec.rows))
     run.log_start()
     return writer.create(spec, embedder.basis_VR), embedder
+
+
+def _shared_cores(config: BuildConfig, source: EmbedderSource) -> EmbeddingConfig:
+    """The embedding's options; workers of one machine share its cores where no thread count was given."""
+    engine, embedding = config.engine, config.embedding
+    workers = engine.num_workers or len(engine.devices)
+    if embedding.threads is not None or engine.ray_address is not None or workers < 2:
+        return embedding
+    cores = source.hardware(embedding)["threads"]
+    return dataclasses.replace(embedding, threads=max(1, int(str(cores)) // workers))
 
 
 def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tuple[StoreSpec, Embedder | None, Reuse]:

@@ -66,6 +66,8 @@ from embstore.windows import MadeWindow, WindowsElsewhere, WindowsHere
 
 if TYPE_CHECKING:
     from embstore.compute.knn import KnnGraph
+    from embstore.compute.mapped import MappedSearch
+    from embstore.compute.search_plan import SearchPlan
 
 _MOST_REREADS = 3.0  # neighbouring chunks share an old one, so in the same order it is about 2
 
@@ -135,7 +137,7 @@ def build(
     EmbstoreError
         See core.errors; whatever was committed stays committed.
     """
-    config = config or BuildConfig()
+    config = (config or BuildConfig()).for_workers
     if model is not None:
         config = dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, model=model))
     root = Path(out)
@@ -182,7 +184,7 @@ def preflight(
 
     The prompts are read and the model is loaded and probed, in a temporary folder.
     """
-    root = Path(out)
+    root, config = Path(out), config.for_workers
     free_bytes = shutil.disk_usage(next(path for path in (root, *root.absolute().parents) if path.exists())).free
     if prompts is None:
         raise ConfigError("a dry run needs the prompts file")
@@ -303,6 +305,7 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
             clock=time.perf_counter,
             kept=SearchBlocks(run.writer.work, digest),
             device=spec.embedding.device,
+            mapped=_search_workers(run, spec, search),
         )
         # seen from the mean, distances are not those between stored rows
         refined = {} if density.center else {"refinement": _refine(run, spec, graph, finished)}
@@ -325,6 +328,21 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
         **refined,
     }
     return write_neighbors(run.writer.root, digest, graph.ids_NK, graph.distances_NK, graph.groups_N, found)
+
+
+def _search_workers(run: Run, spec: StoreSpec, search: SearchPlan) -> MappedSearch | None:
+    from embstore.compute.mapped import MappedSearch  # noqa: PLC0415
+
+    if not run.engine.is_remote:
+        return None
+    return MappedSearch(
+        run.engine,
+        run.engine_folder,
+        threads=spec.embedding.threads,
+        memory_bytes=search.scan_memory_bytes,
+        device=spec.embedding.device,
+        observer=run.observer,
+    )
 
 
 def _refine(run: Run, spec: StoreSpec, graph: KnnGraph, finished: EmbeddingStore | None) -> dict[str, object]:

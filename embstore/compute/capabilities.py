@@ -27,5 +27,5 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 def give_back_device() -> None:
     """Return to the CUDA device what this process kept of freed memory, for other processes."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()

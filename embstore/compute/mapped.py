@@ -23,7 +23,7 @@ from embstore.core.engine import Engine, Needs
 from embstore.core.events import Observer
 
 _RANGES_A_WORKER = 4  # each task quantises all rows for itself, which its products must outweigh
-_LEAST_RANGE_ROWS = 4096
+LEAST_RANGE_ROWS = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,12 +166,10 @@ class MappedSearch:
         threads: int,
         memory_bytes: int,
         device: str,
-        num_workers: int,
         observer: Observer,
     ) -> None:
         self._engine, self._folder, self._observer = engine, folder, observer
         self._threads, self._memory_bytes, self._device = threads, memory_bytes, device
-        self._num_workers = num_workers
 
     def graphs(
         self,
@@ -199,13 +197,13 @@ class MappedSearch:
             for (shard, _), path in results:
                 finished[shard] = path
                 while waiting and waiting[0] in finished:
-                    path = finished.pop(waiting[0])
-                    yield waiting.pop(0), _read_answers(path)
-                    path.unlink()
+                    its_turn = finished.pop(waiting[0])
+                    yield waiting.pop(0), _read_answers(its_turn)
+                    its_turn.unlink()
 
-    def scan(self, coord_GR: NDArray[np.float32], k: int, tasks: Sequence[NDArray[np.int64]]) -> Iterator[
-        tuple[NDArray[np.int64], Scanned]
-    ]:
+    def scan(
+        self, coord_GR: NDArray[np.float32], k: int, tasks: Sequence[NDArray[np.int64]]
+    ) -> Iterator[tuple[NDArray[np.int64], Scanned]]:
         """Exact neighbours of each task's nodes, as they finish."""
         job = Scan(
             coord_GR=FileArray.of(coord_GR, self._folder / "scan.npy"),
@@ -221,7 +219,7 @@ class MappedSearch:
 
     def cut(self, nodes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Nodes as tasks: a few for each worker."""
-        rows = max(_LEAST_RANGE_ROWS, -(-len(nodes) // (_RANGES_A_WORKER * self._num_workers)))
+        rows = max(LEAST_RANGE_ROWS, -(-len(nodes) // (_RANGES_A_WORKER * self._engine.num_workers("device"))))
         return [nodes[start : start + rows] for start in range(0, len(nodes), rows)]
 
 

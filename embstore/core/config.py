@@ -7,6 +7,7 @@ Runtime fields (memory budget, observer) may differ on every run.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass
@@ -216,6 +217,20 @@ class BuildConfig:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit must be at least 1, got {self.limit}")
+        kinds = {name.partition(":")[0] for name in self.engine.devices}
+        device = self.embedding.device
+        if kinds and device not in (None, "auto", *kinds):
+            raise ConfigError(
+                f"device {device} is not of the kind of devices {','.join(self.engine.devices)}", hint="leave out --device"
+            )
+
+    @property
+    def for_workers(self) -> BuildConfig:
+        """The same, with the device that the engine's workers have."""
+        if not self.engine.devices:
+            return self
+        embedding = dataclasses.replace(self.embedding, device=self.engine.devices[0])
+        return dataclasses.replace(self, embedding=embedding)
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}

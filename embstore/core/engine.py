@@ -57,6 +57,9 @@ class Engine(Protocol):
     def is_remote(self) -> bool:
         """Whether workers are other processes, so that jobs must travel."""
 
+    def num_workers(self, needs: Needs) -> int:
+        """How many workers there would be for enough tasks."""
+
     def map(
         self,
         job: Job[Task, Result],

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Generator, Sequence
 
 from embstore.core.embedder import Check
-from embstore.core.engine import Job, Result, Task
+from embstore.core.engine import Job, Needs, Result, Task
 from embstore.core.events import Observer
 
 
@@ -15,6 +15,10 @@ class LocalEngine:
     """As ``core.engine.Engine``."""
 
     is_remote = False
+
+    def num_workers(self, needs: Needs) -> int:
+        """As ``core.engine.Engine``."""
+        return 1
 
     def map(
         self,

@@ -91,7 +91,8 @@ class RayEngine:
             self._is_ours = False
 
     def num_workers(self, needs: Needs) -> int:
-        """Workers to ask for: as told, or what the cluster has room for."""
+        """As ``core.engine.Engine``: as told, or what the cluster has room for."""
+        self._connect()
         config, resources = self._config, _ray().cluster_resources()
         count = config.num_workers or len(config.devices)
         if not count and self._device == "cuda":
