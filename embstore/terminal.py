@@ -101,6 +101,7 @@ class TerminalObserver:
         self._plain = not console.is_terminal
         self._total = 0
         self._done = 0
+        self._rows = self._seconds = 0.0  # of this run: workers finish in bursts, so a window's own seconds say little
         self._workers = ""
         self._stage = ""
 
@@ -147,7 +148,8 @@ class TerminalObserver:
         self._progress.advance(self._tasks["embed"], rows)
         self._done += rows
         if self._plain:
-            rate = rows / max(event.seconds, 1e-9)
+            self._rows, self._seconds = self._rows + rows, self._seconds + event.seconds
+            rate = self._rows / max(self._seconds, 1e-9) if self._workers else rows / max(event.seconds, 1e-9)
             left = f", {self._workers}, {_duration((self._total - self._done) / rate)} left" if self._workers else ""
             self._console.print(
                 f"  committed {self._done:,}/{self._total:,} rows, {rate:,.0f} rows/s{left}", highlight=False, markup=False
@@ -220,8 +222,9 @@ def print_report(console: Console, report: BuildReport, info: StoreInfo) -> None
             highlight=False,
         )
     if report.peak_anonymous_bytes is not None:
+        workers = f", {format_bytes(report.worker_peak_bytes)} in a worker" if report.worker_peak_bytes else ""
         console.print(
-            f"  memory {format_bytes(report.peak_anonymous_bytes)} above the baseline at its peak", highlight=False
+            f"  memory {format_bytes(report.peak_anonymous_bytes)} above the baseline at its peak{workers}", highlight=False
         )
     _print_density(console, report.metadata)
     _print_prompts(console, "rarest", info.rarest)

@@ -131,7 +131,9 @@ def hnsw_candidates(
             graphs = list(pool.map(lambda shard: build(coord_GR, nodes_of[shard], effort, tell), wave))
             for shard, graph in zip(wave, graphs, strict=True):
                 blocks = running.open_blocks(shard)
-                for answer in answers(coord_GR, nodes_of[shard], graph, effort.ef, threads, num_candidates, blocks):
+                for answer in answers(
+                    coord_GR, nodes_of[shard], graph, effort.ef, threads, num_candidates, blocks, BLOCK_ROWS
+                ):
                     running.merge(shard, answer)
                 tell(num_nodes)
             del graphs
@@ -146,7 +148,7 @@ class _Running:
         self.ids_GC = large_array(work / "candidates.npy", shape, np.int32)
         self.squared_GC = large_array(work / "squared.npy", shape, np.float32)
         self.missed_self_G = np.zeros(num_nodes, dtype=np.bool_)
-        self.blocks = _blocks(num_nodes)
+        self.blocks = _blocks(num_nodes, BLOCK_ROWS)
         self.asked = [0] * len(self.blocks)
         self._kept, self._name = kept, f"candidates-{effort.links}-{effort.ef_construction}-{effort.ef}"
         for number, rows in enumerate(self.blocks):
@@ -223,13 +225,14 @@ def answers(
     threads: int,
     num_candidates: int,
     blocks: Sequence[int],
+    block_rows: int,
 ) -> Iterator[Answer]:
-    """Ask one graph about all nodes of some blocks."""
+    """Ask one graph about all nodes of some blocks, of ``block_rows`` each."""
     wanted = min(num_candidates, len(nodes))
     graph.set_ef(max(ef, wanted))
     in_shard = np.zeros(len(coord_GR), dtype=np.bool_)
     in_shard[nodes] = True
-    every = _blocks(len(coord_GR))
+    every = _blocks(len(coord_GR), block_rows)
     for number in blocks:
         rows = every[number]
         labels, squared = _ask(graph, np.ascontiguousarray(coord_GR[rows]), wanted, ef, threads, coord_GR, nodes)
@@ -237,8 +240,8 @@ def answers(
         yield number, labels, squared, in_shard[rows] & ~(labels == own).any(axis=1)
 
 
-def _blocks(num_nodes: int) -> list[slice]:
-    return [slice(first, min(first + BLOCK_ROWS, num_nodes)) for first in range(0, num_nodes, BLOCK_ROWS)]
+def _blocks(num_nodes: int, block_rows: int) -> list[slice]:
+    return [slice(first, min(first + block_rows, num_nodes)) for first in range(0, num_nodes, block_rows)]
 
 
 def _ask(

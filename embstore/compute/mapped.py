@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from embstore.compute import hnsw
 from embstore.compute.hnsw import Answer, Asked, Effort, answers, build, members
 from embstore.core.embedder import Check
 from embstore.core.engine import Engine, Needs
@@ -54,6 +55,7 @@ class Graphs:
     """A job whose tasks are shards and the blocks that are to be asked about; the result is the file of the answers."""
 
     coord_GR: FileArray
+    block_rows: int
     num_candidates: int
     effort: Effort
     shards: int
@@ -85,7 +87,7 @@ class _GraphWorker:
         path = job.folder / f"answers-{shard}-{self._number}"
         with path.open("wb") as file:
             for number, labels, squared, missed in answers(
-                self._coord_GR, nodes, graph, job.effort.ef, 1, job.num_candidates, blocks
+                self._coord_GR, nodes, graph, job.effort.ef, 1, job.num_candidates, blocks, job.block_rows
             ):
                 for array in (np.array(number), labels, squared, missed):
                     np.save(file, array, allow_pickle=False)
@@ -184,6 +186,7 @@ class MappedSearch:
         """The answers of each graph, in the order of ``asked``; a graph that is finished early waits in its file."""
         job = Graphs(
             coord_GR=FileArray.of(coord_GR, self._folder / "graphs.npy"),
+            block_rows=hnsw.BLOCK_ROWS,
             num_candidates=num_candidates,
             effort=effort,
             shards=shards,

@@ -14,6 +14,7 @@ import os
 import pickle
 import secrets
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -146,6 +147,10 @@ class RayEngine:
                 hint="is a cluster up (ray status), and is its Ray this one's version? Then run the command again",
             ) from error
         self._is_ours = True
+        # what Ray says of dead workers goes to stdout, where results are, and no option turns it off
+        internals = sys.modules.get("ray._private.worker")
+        if hasattr(internals, "print_to_stdstream"):
+            internals.print_to_stdstream = lambda *_, **__: None
 
     def hire(self, needs: Needs, slot: int) -> tuple[_Hand[Any], Any]:
         """Ask for an actor, and for its greeting: the worker as the driver sees it, and a reference."""
@@ -212,6 +217,9 @@ class _Run(Generic[Task, Result]):
                     hand.reserved = None
                 if not any(hand.todo for hand in self._hands):
                     return
+            for hand in self._hands:
+                if hand.is_ready and hand.todo is None:
+                    self._give(hand)  # what a lost worker left
             self._hire()
             ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=_POLL_SECONDS)
             check()

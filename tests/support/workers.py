@@ -5,6 +5,7 @@ Instructions are files too, so that a test can tell workers of any process what 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from embstore.core.config import EmbeddingConfig
-from embstore.core.embedder import PromptReader, RowBlock
+from embstore.core.embedder import Check, PromptReader, RowBlock
+from embstore.core.engine import Needs
+from embstore.core.errors import ModelError
 from embstore.core.events import Observer
 from embstore.core.format import ModelIdentity
 from embstore.core.prompts import Prompt
@@ -38,7 +41,7 @@ class Script:
         folder.mkdir(exist_ok=True)
 
     def at(self, row: int, do: str, *, times: int = 1) -> Script:
-        """Before the window of this first row: ``kill``, ``raise``, ``refuse``, or ``sleep 3``; that many times."""
+        """At this number or before the window of this first row: ``kill``, ``raise``, ``refuse`` or ``sleep 3``."""
         for number in range(times):
             (self.folder / f"{row}-{number}").write_text(do)
         return self
@@ -56,6 +59,8 @@ class Script:
                 os.kill(os.getpid(), signal.SIGKILL)
             elif verb == "raise":
                 raise RuntimeError("the device is out of order")
+            elif verb == "refuse":
+                raise ModelError("the model cannot do this", hint="take another one")
             elif verb == "sleep":
                 time.sleep(float(seconds))
             return
@@ -66,12 +71,54 @@ class Script:
         os.write(handle, f"{start} {stop} {os.getpid()}\n".encode())
         os.close(handle)
 
+    def is_first(self, what: str) -> bool:
+        """In a worker: whether nobody asked this before."""
+        try:
+            os.close(os.open(self.folder / what, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
     @property
     def calls(self) -> list[Call]:
         """Windows that were computed so far, in order."""
         path = self.folder / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
         return [Call(*map(int, line.split())) for line in lines]
+
+
+@dataclass(frozen=True, slots=True)
+class Squares:
+    """A job whose tasks are numbers; each worker follows the script at every number, and says which one was to follow."""
+
+    script: Path
+    needs: Needs = "core"
+
+    def start(self, number: int) -> _Squarer:
+        return _Squarer(self, number)
+
+    def name(self, task: int) -> str:
+        return f"number {task}"
+
+    def lost(self, number: int) -> None:
+        (self.script / f"lost-{number}").touch()
+
+
+class _Squarer:
+    def __init__(self, job: Squares, number: int) -> None:
+        self._script, self._number = Script(job.script), number
+        self._promised: int | None = None
+
+    def run(self, task: int, *, following: int | None, check: Check) -> tuple[int, int, bool]:
+        """The square, the worker's number, and whether it was promised this task."""
+        check()
+        self._script.tell(task, task + 1)
+        self._script.follow(task)
+        was_promised, self._promised = self._promised == task, following
+        return task**2, self._number, was_promised
+
+    def close(self) -> None:
+        (self._script.folder / f"closed-{self._number}").touch()
 
 
 class ScriptedSource(FakeSource):
@@ -84,11 +131,25 @@ class ScriptedSource(FakeSource):
         self.script = script
         self.model = model or self.model
         self.capability = capability
+        # what is otherwise in processes that did not make this object
         self.wrong_capability_elsewhere: str | None = None
+        self.other_weights_elsewhere = False
+        self.dies_elsewhere = False
+        self.killed_at_chunk: int | None = None  # of the window of row 32, with a temp file open
         self._pid = os.getpid()
 
+    @property
+    def is_elsewhere(self) -> bool:
+        return os.getpid() != self._pid
+
+    def identity(self) -> ModelIdentity:
+        is_other = self.other_weights_elsewhere and self.is_elsewhere
+        return dataclasses.replace(self.model, weights_sha256="x" * 64) if is_other else self.model
+
     def hardware(self, config: EmbeddingConfig) -> dict[str, object]:
-        elsewhere = self.wrong_capability_elsewhere if os.getpid() != self._pid else None
+        if self.dies_elsewhere and self.is_elsewhere:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elsewhere = self.wrong_capability_elsewhere if self.is_elsewhere else None
         return {**super().hardware(config), "capability": elsewhere or self.capability}
 
     def create(
@@ -111,4 +172,16 @@ class ScriptedEmbedder(FakeEmbedder):
         script = Script(source.script)
         script.tell(first_row, first_row + len(prompts))
         script.follow(first_row)
-        yield from super().embed(prompts, first_row=first_row, **more)
+        for number, block in enumerate(super().embed(prompts, first_row=first_row, **more)):
+            if number == source.killed_at_chunk and first_row == 32 and script.is_first("killed"):
+                kill_at_next_rename()
+            yield block
+
+
+def kill_at_next_rename() -> None:
+    """The process dies when the next chunk is written, synced, and about to get its name."""
+
+    def rename(*names: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.rename = rename
