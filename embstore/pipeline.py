@@ -79,7 +79,8 @@ class BuildReport:
     ``seconds`` maps stages of this run to their duration; ``embedded_rows`` counts rows this run computed, ``reused_rows``
     those it copied from other stores, ``dropped_rows`` rows of those stores that are no prompts here. ``rarest`` and
     ``most_crowded`` are rows. ``peak_anonymous_bytes`` is above the baseline (see embstore.memory), ``worker_peak_bytes``
-    that of the largest worker process, None where there is none.
+    that of the largest worker process, None where there is none; ``worker_traffic_bytes`` passed between this process and
+    workers.
     """
 
     store: Path
@@ -96,6 +97,7 @@ class BuildReport:
     peak_anonymous_bytes: int | None
     peak_file_bytes: int | None
     worker_peak_bytes: int | None
+    worker_traffic_bytes: int
 
 
 def build(
@@ -405,4 +407,5 @@ def _report(run: Run, spec: StoreSpec, neighbors: NeighborFiles, weights: Weight
         peak_anonymous_bytes=run.meter.peak_anonymous_bytes,
         peak_file_bytes=run.meter.peak_file_bytes,
         worker_peak_bytes=run.worker_peak_bytes or None,
+        worker_traffic_bytes=run.engine.traffic_bytes,
     )

@@ -57,6 +57,10 @@ class Engine(Protocol):
     def is_remote(self) -> bool:
         """Whether workers are other processes, so that jobs must travel."""
 
+    @property
+    def traffic_bytes(self) -> int:
+        """Bytes of tasks and results that passed between this process and workers."""
+
     def num_workers(self, needs: Needs) -> int:
         """How many workers there would be for enough tasks."""
 

@@ -15,6 +15,7 @@ class LocalEngine:
     """As ``core.engine.Engine``."""
 
     is_remote = False
+    traffic_bytes = 0
 
     def num_workers(self, needs: Needs) -> int:
         """As ``core.engine.Engine``."""

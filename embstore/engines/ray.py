@@ -60,14 +60,6 @@ class _Hand(Generic[Task]):
     reserved: _Todo[Task] | None = None
 
 
-@dataclass(slots=True)
-class Traffic:
-    """What passed through the driver: bytes of tasks sent and of results received, as they were pickled."""
-
-    sent_bytes: int = 0
-    received_bytes: int = 0
-
-
 class RayEngine:
     """As ``core.engine.Engine``; a Ray that runs already in this process is used, else one is joined or started.
 
@@ -82,7 +74,7 @@ class RayEngine:
         self._token = secrets.token_hex(16)
         self._is_ours = False
         self._numbers = 0
-        self.traffic = Traffic()
+        self.traffic_bytes = 0
 
     def close(self) -> None:
         """End the Ray that was started here."""
@@ -148,7 +140,7 @@ class RayEngine:
             ) from error
         self._is_ours = True
         # what Ray says of dead workers goes to stdout, where results are, and no option turns it off
-        internals = sys.modules.get("ray._private.worker")
+        internals: Any = sys.modules.get("ray._private.worker")
         if hasattr(internals, "print_to_stdstream"):
             internals.print_to_stdstream = lambda *_, **__: None
 
@@ -230,7 +222,7 @@ class _Run(Generic[Task, Result]):
                 except ray.exceptions.RayError as error:
                     self._lose(hand, _first_line(error))
                     continue
-                self._engine.traffic.received_bytes += len(data)
+                self._engine.traffic_bytes += len(data)
                 yield from self._take(hand, pickle.loads(data))
             self._tell()
             self._refuse_to_wait()
@@ -281,7 +273,7 @@ class _Run(Generic[Task, Result]):
         self._ask(hand, hand.actor.run.remote(packed), len(packed))
 
     def _ask(self, hand: _Hand[Task], reference: Any, sent_bytes: int) -> None:  # noqa: ANN401 - Ray's own type
-        self._engine.traffic.sent_bytes += sent_bytes
+        self._engine.traffic_bytes += sent_bytes
         self._pending[reference] = hand
 
     def _lose(self, hand: _Hand[Task], reason: str) -> None:

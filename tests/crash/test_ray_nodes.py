@@ -70,19 +70,17 @@ def test_a_node_that_is_removed_costs_its_window_and_nothing_else(
 def test_a_node_that_joins_late_takes_part(cluster: Any, small_prompts: Path, finished_store: Path, tmp_path: Path) -> None:
     """Two workers are wanted and one has room: the build goes on with it, and the other one starts when a node comes."""
     script = Script(tmp_path / "script")
-    script.at(0, "sleep 6")
-    store, events = tmp_path / "store", list[Event]()
-    nodes: list[Any] = []
-
-    def add() -> None:
-        while not script.calls:
-            time.sleep(0.05)
-        nodes.append(cluster.add_node(num_cpus=1, object_store_memory=80 << 20))
-
-    adder = threading.Thread(target=add)
-    adder.start()
-    build_small(small_prompts, store, config=through_ray(), source=ScriptedSource(script.folder), observer=events.append)
-    adder.join()
+    script.at(0, "sleep 8")
+    store, config = tmp_path / "store", through_ray()
+    # Ray adds nodes from the main thread only
+    building = threading.Thread(
+        target=lambda: build_small(small_prompts, store, config=config, source=ScriptedSource(script.folder))
+    )
+    building.start()
+    while not script.calls:
+        time.sleep(0.05)
+    node = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+    building.join()
     assert len({call.pid for call in script.calls}) == 2
     assert snapshot(store) == snapshot(finished_store)
-    cluster.remove_node(nodes[0], allow_graceful=True)
+    cluster.remove_node(node, allow_graceful=True)
