@@ -51,6 +51,7 @@ from embstore.core.format import (
     StoreSpec,
 )
 from embstore.core.plan import plan
+from embstore.engines.ray import refuse_missing
 from embstore.interrupts import StopSignals
 from embstore.memory import MemoryMeter
 from embstore.reuse import Reuse, RowCopier
@@ -143,6 +144,8 @@ def build(
     if model is not None:
         config = dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, model=model))
     root = Path(out)
+    if config.engine.is_remote:
+        refuse_missing()
     with (
         StopSignals() as stop,
         MemoryMeter() as meter,
@@ -225,7 +228,8 @@ def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: 
         with contextlib.closing(made_windows):
             for window, made in made_windows:
                 record = run.writer.commit_window(spec, made.written)
-                run.worker_peak_bytes = max(run.worker_peak_bytes, made.peak_anonymous_bytes or 0)
+                if made.peak_anonymous_bytes is not None:
+                    run.worker_peak_bytes = max(run.worker_peak_bytes or 0, made.peak_anonymous_bytes)
                 rows = todo.grid.window(window)
                 stored_bytes = sum(chunk.bytes for chunk in record.chunks)
                 reused = reuse.count(rows)
@@ -406,6 +410,6 @@ def _report(run: Run, spec: StoreSpec, neighbors: NeighborFiles, weights: Weight
         most_crowded=most_crowded,
         peak_anonymous_bytes=run.meter.peak_anonymous_bytes,
         peak_file_bytes=run.meter.peak_file_bytes,
-        worker_peak_bytes=run.worker_peak_bytes or None,
+        worker_peak_bytes=run.worker_peak_bytes,
         worker_traffic_bytes=run.engine.traffic_bytes,
     )

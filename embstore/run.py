@@ -17,6 +17,7 @@ from embstore.core.engine import Engine
 from embstore.core.events import Observer
 from embstore.core.format import StoreSpec
 from embstore.engines.local import LocalEngine
+from embstore.engines.ray import RayEngine
 from embstore.interrupts import StopSignals
 from embstore.memory import MemoryMeter
 from embstore.storage.atomic import make_directory, remove_folder
@@ -38,7 +39,7 @@ class Run:
     reused_rows: int = 0
     embedded_tokens: int = 0
     stored_bytes: int = 0
-    worker_peak_bytes: int = 0
+    worker_peak_bytes: int | None = None
     engine: Engine = field(default_factory=LocalEngine)
     engine_folder: Path = Path()  # of a remote engine, in the store: what workers of this run share
 
@@ -80,8 +81,6 @@ def open_engine(run: Run, spec: StoreSpec) -> Iterator[None]:
     if not run.config.engine.is_remote:
         yield
         return
-    from embstore.engines.ray import RayEngine  # noqa: PLC0415 - an extra
-
     run.engine_folder = run.writer.work.absolute() / f"engine-{secrets.token_hex(8)}"
     make_directory(run.engine_folder)
     engine = RayEngine(

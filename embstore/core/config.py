@@ -178,6 +178,11 @@ class EngineConfig:
             raise ConfigError("workers are an engine's, and the engine is local", hint="add --engine ray")
         if self.num_workers is not None and self.num_workers < 1:
             raise ConfigError(f"num_workers must be at least 1, got {self.num_workers}")
+        address = self.ray_address
+        if address is not None and address != "auto" and re.fullmatch(r"[^:/]+:\d{1,5}", address) is None:
+            raise ConfigError(
+                f"a Ray address is auto or host:port, got {address!r}", hint="run the command on a machine of the cluster"
+            )
         if self.gpus_per_worker is not None and not 0 < self.gpus_per_worker < math.inf:
             raise ConfigError(f"gpus_per_worker must be above 0, got {self.gpus_per_worker}")
         if self.devices and (self.ray_address or self.gpus_per_worker or self.num_workers not in (None, len(self.devices))):
@@ -219,7 +224,7 @@ class BuildConfig:
             raise ConfigError(f"limit must be at least 1, got {self.limit}")
         kinds = {name.partition(":")[0] for name in self.engine.devices}
         device = self.embedding.device
-        if kinds and device not in (None, "auto", *kinds):
+        if kinds and device not in (None, "auto") and device.partition(":")[0] not in kinds:
             raise ConfigError(
                 f"device {device} is not of the kind of devices {','.join(self.engine.devices)}", hint="leave out --device"
             )

@@ -14,6 +14,7 @@ import os
 import pickle
 import secrets
 import signal
+import socket
 import sys
 import threading
 import time
@@ -31,6 +32,7 @@ from embstore.core.errors import ConfigError, EmbstoreError, EngineError, Storag
 from embstore.core.events import Notice, Observer, WorkersChanged
 
 _POLL_SECONDS = 0.5
+_DIAL_SECONDS = 10.0
 _SILENT_SECONDS = 300.0
 _OBJECT_STORE_BYTES = 256 << 20  # results are a few MiB and taken at once
 _QUIET = {
@@ -130,6 +132,9 @@ class RayEngine:
                 "include_dashboard": False,
             }
         try:
+            if config.ray_address not in (None, "auto"):
+                host, _, port = str(config.ray_address).partition(":")
+                socket.create_connection((host, int(port)), timeout=_DIAL_SECONDS).close()  # Ray tries for minutes
             with _kept_handlers():
                 ray.init(log_to_driver=False, logging_level=logging.CRITICAL, **options)
         except Exception as error:  # Ray raises a dozen kinds here
@@ -409,6 +414,11 @@ def _as_raised(name: str, message: str, hint: str | None) -> EmbstoreError:
     error = kind.__new__(kind)
     EmbstoreError.__init__(error, message, hint=hint)
     return error
+
+
+def refuse_missing() -> None:
+    """Say that Ray is missing before anything is done for it."""
+    _ray()
 
 
 def _ray() -> Any:  # noqa: ANN401 - untyped where it is not installed
