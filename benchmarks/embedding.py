@@ -10,6 +10,7 @@ medians over rounds, and ratios compare medians of the same run. Results go to `
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -35,6 +36,7 @@ from embstore.core.format import chunk_name
 from embstore.core.plan import grid_of
 from embstore.storage.chunks import decode_chunk, read_chunk
 from embstore.storage.journal import read_journal
+from embstore.storage.windows import WindowWriter
 from embstore.storage.writer import StoreWriter
 
 RESULTS = Path(__file__).parent / "results" / "embedding.json"
@@ -239,7 +241,8 @@ def writer(run: Run) -> Figures:
                 for (_, rows), block in zip(grid.chunks(0), blocks, strict=True)
             ]
             started = time.perf_counter()
-            copy.write_window(same, 0, iter(given), lambda: WindowCounts(tokens=0, truncated=0, splits=0))
+            with contextlib.closing(WindowWriter(target, same)) as chunks:
+                copy.commit_window(same, chunks.write(0, iter(given), lambda: WindowCounts(tokens=0, truncated=0, splits=0)))
             rates["writer"].append(total / (time.perf_counter() - started))
         shutil.rmtree(target)
     shutil.rmtree(folder)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from embstore.core.config import K_MAX, BuildConfig, DensityConfig, format_bytes
+from embstore.core.config import K_MAX, BuildConfig, DensityConfig, EmbeddingConfig, format_bytes
 from embstore.core.embedder import Embedder, EmbedderSource
 from embstore.core.errors import BudgetError, ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.events import Notice, Preflight
@@ -197,6 +197,8 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
     run.source = run.source or find_source(run)  # every row was committed, then some were found damaged
     if run.source is None:
         raise ConfigError("rows are to be computed, and no model was given", hint="add --model")
+    if config.engine.is_remote:
+        return spec, None, reuse  # workers load it
     with run.stage("model"):
         # copy-on-write mapping: torch takes no read-only array, and nothing writes to it
         shape = (spec.embedding.dimension, spec.embedding.rank)
@@ -210,7 +212,7 @@ def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tup
     with run.stage("model"):
         embedder = source.create(
             prompts,
-            config.embedding,
+            _shared_cores(config, source),
             memory_bytes=config.memory_budget_bytes,
             work=writer.work,
             observer=run.observer,
@@ -231,6 +233,16 @@ def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tup
     check_fits(run, spec, embedder, plan(spec, writer.state), free_bytes, nothing_reused(spec.rows))
     run.log_start()
     return writer.create(spec, embedder.basis_VR), embedder
+
+
+def _shared_cores(config: BuildConfig, source: EmbedderSource) -> EmbeddingConfig:
+    """The embedding's options; workers of one machine share its cores where no thread count was given."""
+    engine, embedding = config.engine, config.embedding
+    workers = engine.num_workers or len(engine.devices)
+    if embedding.threads is not None or engine.ray_address is not None or workers < 2:
+        return embedding
+    cores = source.hardware(embedding)["threads"]
+    return dataclasses.replace(embedding, threads=max(1, int(str(cores)) // workers))
 
 
 def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tuple[StoreSpec, Embedder | None, Reuse]:

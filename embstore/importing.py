@@ -61,6 +61,8 @@ def import_array(
     config = config or BuildConfig()
     if config.embedding.model is not None or config.embedding.space is not None:
         raise ConfigError("an imported array has no model and no space", hint="leave them out")
+    if config.engine.is_remote:
+        raise ConfigError("an array is imported by one process", hint="leave out the engine")
     config = dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, device="cpu"))
     rows = open_given(array)
     has_names = os.path.lexists(Path(out) / JOURNAL) and read_journal(Path(out)).prompts is not None

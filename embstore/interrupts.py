@@ -41,6 +41,10 @@ class StopSignals:
         if self._stopped is not None and isinstance(error, Exception) and not isinstance(error, BuildInterruptedError):
             raise self._stopped from None
 
+    def is_stopping(self) -> bool:
+        """Whether a signal came: nothing new is to be begun."""
+        return self._count > 0
+
     @contextlib.contextmanager
     def deferred(self, what: str = "committing the window in flight") -> Iterator[Check]:
         """One commit: a signal is acted on when it ends; yields what abandons a window after a second one.

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,11 +32,9 @@ from embstore.artifact import (
 )
 from embstore.core.config import K_MAX, BuildConfig
 from embstore.core.density import NOISE_FLOOR, mean_distance
-from embstore.core.embedder import Check, Embedder, EmbedderSource, RowBlock, WindowCounts
-from embstore.core.errors import (
-    ConfigError,
-    RowError,
-)
+from embstore.core.embedder import Embedder, EmbedderSource
+from embstore.core.engine import Job
+from embstore.core.errors import ConfigError
 from embstore.core.events import (
     Notice,
     Observer,
@@ -48,28 +44,29 @@ from embstore.core.events import (
     StageStarted,
     ignore,
 )
-from embstore.core.format import COORDINATES, PROMPTS, RESIDUALS, JsonObject
-from embstore.core.plan import grid_of, plan
-from embstore.core.prompts import Prompt
-from embstore.core.rows import RowRange
+from embstore.core.format import COORDINATES, RESIDUALS, JsonObject
+from embstore.core.plan import plan
 from embstore.core.spec import StoreSpec
+from embstore.engines.ray import refuse_missing
 from embstore.interrupts import StopSignals
 from embstore.memory import MemoryMeter
 from embstore.reuse import Reuse, RowCopier
-from embstore.run import Run
+from embstore.run import Run, open_engine
 from embstore.storage.allocator import give_back
 from embstore.storage.arrays import map_array
 from embstore.storage.atomic import storage_errors
 from embstore.storage.blocks import SearchBlocks
-from embstore.storage.prompts import PromptSource, PromptTable
+from embstore.storage.prompts import PromptSource
 from embstore.storage.store import EmbeddingStore, open_published
 from embstore.storage.writer import StoreWriter
+from embstore.windows import MadeWindow, WindowsElsewhere, WindowsHere
 
 if TYPE_CHECKING:
     from embstore.compute.knn import KnnGraph
+    from embstore.compute.mapped import MappedSearch
+    from embstore.compute.search_plan import SearchPlan
 
 _MOST_REREADS = 3.0  # neighbouring chunks share an old one, so in the same order it is about 2
-_NOTHING_COMPUTED = WindowCounts(tokens=0, truncated=0, splits=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +75,9 @@ class BuildReport:
 
     ``seconds`` maps stages of this run to their duration; ``embedded_rows`` counts rows this run computed, ``reused_rows``
     those it copied from other stores, ``dropped_rows`` rows of those stores that are no prompts here. ``rarest`` and
-    ``most_crowded`` are rows. ``peak_anonymous_bytes`` is above the baseline (see embstore.memory).
+    ``most_crowded`` are rows. ``peak_anonymous_bytes`` is above the baseline (see embstore.memory), ``worker_peak_bytes``
+    that of the largest worker process, None where there is none; ``worker_traffic_bytes`` passed between this process and
+    workers.
     """
 
     store: Path
@@ -94,6 +93,8 @@ class BuildReport:
     most_crowded: list[int]
     peak_anonymous_bytes: int | None
     peak_file_bytes: int | None
+    worker_peak_bytes: int | None
+    worker_traffic_bytes: int
 
 
 def build(
@@ -135,16 +136,31 @@ def build(
     EmbstoreError
         See core.errors; whatever was committed stays committed.
     """
-    config = config or BuildConfig()
+    config = (config or BuildConfig()).for_workers
     if model is not None:
         config = dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, model=model))
     root = Path(out)
-    with StopSignals() as stop, MemoryMeter() as meter, StoreWriter(root, resume=resume) as writer:
+    if config.engine.is_remote:
+        refuse_missing()
+    with (
+        StopSignals() as stop,
+        MemoryMeter() as meter,
+        StoreWriter(root, resume=resume) as writer,
+        contextlib.ExitStack() as closing,
+    ):
         run = Run(writer=writer, config=config, source=source, observer=observer, stop=stop, meter=meter)
         warn_of_place(run)
         record = commit_prompts(run, prompts)
         run.source = source or find_source(run)
         spec, embedder, reuse = commit_spec(run, record)
+        if config.engine.is_remote:
+            embedder = None  # it was loaded to decide the settings; workers load their own
+            give_back()
+            if spec.embedding.device == "cuda":
+                from embstore.compute.capabilities import give_back_device  # noqa: PLC0415
+
+                give_back_device()
+        closing.enter_context(open_engine(run, spec))
         meter.set_baseline()  # imports and model are not what the budget bounds
         _embed_windows(run, spec, embedder, reuse)
         del embedder, reuse  # the model's memory is free for the search
@@ -169,7 +185,7 @@ def preflight(
 
     The prompts are read and the model is loaded and probed, in a temporary folder.
     """
-    root = Path(out)
+    root, config = Path(out), config.for_workers
     free_bytes = shutil.disk_usage(next(path for path in (root, *root.absolute().parents) if path.exists())).free
     if prompts is None:
         raise ConfigError("a dry run needs the prompts file")
@@ -193,106 +209,60 @@ def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: 
     todo = plan(spec, run.writer.state)
     if not todo.windows:
         return
-    prompts = PromptTable(run.writer.root / PROMPTS, spec.rows)
-    copier = RowCopier(reuse, spec, run.writer.work)
-    if (rereads := copier.rereads(todo.windows)) > _MOST_REREADS:
+    if (rereads := RowCopier(reuse, spec, run.writer.work).rereads(todo.windows)) > _MOST_REREADS:
         run.observer(
             Notice(message=f"the pool has another order than the old store: rows to copy are read {rereads:.0f} times over")
         )
-    maker = _Maker(embedder, copier, reuse, spec)
+    job = _window_job(run, spec, embedder, reuse)
     run.observer(StageStarted(stage="embed", total=spec.rows, done=spec.rows - todo.remaining_rows))
-    started = time.perf_counter()
-    upcoming = maker.missing(prompts, todo.grid.window(todo.windows[0]))
-    with run.stage("embed"), contextlib.closing(maker):
-        for window, after in itertools.zip_longest(todo.windows, todo.windows[1:]):
-            rows = todo.grid.window(window)
-            since = time.perf_counter()
-            with run.stop.deferred() as check:
-                given, upcoming = upcoming, maker.missing(prompts, todo.grid.window(after)) if after is not None else []
-                blocks = maker.blocks(window, given, check=check, following=upcoming)
-                record = run.writer.write_window(
-                    spec,
-                    window,
-                    _refuse_failed(blocks, run.config, prompts),
-                    lambda: maker.counts,
-                    reused=reuse.ranges(rows),
-                )
-                # still deferred: what is committed is always reported, also when a signal waits
+    started = since = time.perf_counter()
+    with run.stage("embed"), run.stop.deferred() as check:
+        # deferred as a whole: a window that is made is committed, what is committed is reported, nothing new is begun
+        made_windows = run.engine.map(
+            job, todo.windows, check=check, is_stopping=run.stop.is_stopping, observer=run.observer
+        )
+        with contextlib.closing(made_windows):
+            for window, made in made_windows:
+                record = run.writer.commit_window(spec, made.written)
+                if made.peak_anonymous_bytes is not None:
+                    run.worker_peak_bytes = max(run.worker_peak_bytes or 0, made.peak_anonymous_bytes)
+                rows = todo.grid.window(window)
                 stored_bytes = sum(chunk.bytes for chunk in record.chunks)
                 reused = reuse.count(rows)
                 run.embedded_rows += rows.num_rows - reused
                 run.reused_rows += reused
                 run.embedded_tokens += record.tokens
                 run.stored_bytes += stored_bytes
+                since, before = time.perf_counter(), since
                 run.observer(
                     RowsCommitted(
                         start=rows.start,
                         stop=rows.stop,
                         num_tokens=record.tokens,
                         stored_bytes=stored_bytes,
-                        seconds=time.perf_counter() - since,
+                        seconds=since - before,
                         num_reused=reused,
                     )
                 )
-            for failed in record.failed:
-                run.observer(Notice(message=f"row {failed.row} failed and is kept without a vector: {failed.reason}"))
+                for failed in record.failed:
+                    run.observer(Notice(message=f"row {failed.row} failed and is kept without a vector: {failed.reason}"))
     run.observer(StageFinished(stage="embed", seconds=time.perf_counter() - started))
 
 
-class _Maker:
-    """Blocks of one window after the other: computed, copied, or both."""
-
-    def __init__(self, embedder: Embedder | None, copier: RowCopier, reuse: Reuse, spec: StoreSpec) -> None:
-        self._embedder = embedder
-        self._copier = copier
-        self._reuse = reuse
-        self._spec = spec
-        self.counts = _NOTHING_COMPUTED
-
-    def missing(self, prompts: PromptTable, rows: RowRange) -> list[Prompt]:
-        """Prompts of a window that the model is asked for."""
-        needed = set(self._reuse.missing(rows).tolist())
-        if not needed:
-            return []
-        return [prompt for row, prompt in enumerate(prompts.read(rows), rows.start) if row in needed]
-
-    def blocks(
-        self, window: int, given: Sequence[Prompt], *, check: Check, following: Sequence[Prompt]
-    ) -> Iterator[RowBlock]:
-        """All rows of a window; ``counts`` are valid once they are exhausted."""
-        rows = grid_of(self._spec).window(window)
-        is_mixed = len(given) < rows.num_rows
-        computed: Iterator[RowBlock] = iter(())
-        self.counts = _NOTHING_COMPUTED
-        if given:
-            if self._embedder is None:
-                raise AssertionError("rows remain, but there is no embedder")
-            chunk_rows = self._copier.computed_chunk_rows if is_mixed else self._spec.chunk_rows
-            computed = self._embedder.embed(
-                given, first_row=rows.start, chunk_rows=chunk_rows, check=check, following=following
-            )
-        yield from self._copier.blocks(window, computed) if is_mixed else computed
-        if given and self._embedder is not None:
-            self.counts = self._embedder.counts
-
-    def close(self) -> None:
-        """Stop what was begun in the background, and delete scratch."""
-        if self._embedder is not None:
-            self._embedder.close()
-        self._copier.close()
-
-
-def _refuse_failed(blocks: Iterator[RowBlock], config: BuildConfig, prompts: PromptTable) -> Iterator[RowBlock]:
-    """Pass blocks on; without quarantine a failed row stops the run before anything of its chunk is written."""
-    for block in blocks:
-        if block.failed and config.on_error == "stop":
-            failed = block.failed[0]
-            prompt = prompts.sample([failed.row])[0]
-            raise RowError(
-                f"prompt {prompt.id!r} (row {failed.row}) failed: {failed.reason}",
-                hint="resume with --on-error quarantine to keep its row number without a vector, or remove the prompt",
-            )
-        yield block
+def _window_job(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: Reuse) -> Job[int, MadeWindow]:
+    root, stops = run.writer.root, run.config.on_error == "stop"
+    if not run.engine.is_remote:
+        return WindowsHere(
+            root=root, spec=spec, embedder=embedder, reuse=reuse, stops_at_failure=stops, work=run.writer.work
+        )
+    return WindowsElsewhere.prepare(
+        root.absolute(),
+        spec,
+        run.source if reuse.num_rows < spec.rows else None,
+        reuse,
+        stops_at_failure=stops,
+        folder=run.engine_folder,
+    )
 
 
 # --- density, weights, publication ------------------------------------------------------------------------------------
@@ -337,6 +307,7 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
             clock=time.perf_counter,
             kept=SearchBlocks(run.writer.work, digest),
             device=spec.embedding.device,
+            mapped=_search_workers(run, spec, search),
         )
         # seen from the mean, distances are not those between stored rows
         refined = {} if density.center else {"refinement": _refine(run, spec, graph, finished)}
@@ -359,6 +330,21 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
         **refined,
     }
     return write_neighbors(run.writer.root, digest, graph.ids_NK, graph.distances_NK, graph.groups_N, found)
+
+
+def _search_workers(run: Run, spec: StoreSpec, search: SearchPlan) -> MappedSearch | None:
+    from embstore.compute.mapped import MappedSearch  # noqa: PLC0415
+
+    if not run.engine.is_remote:
+        return None
+    return MappedSearch(
+        run.engine,
+        run.engine_folder,
+        threads=spec.embedding.threads,
+        memory_bytes=search.scan_memory_bytes,
+        device=spec.embedding.device,
+        observer=run.observer,
+    )
 
 
 def _refine(run: Run, spec: StoreSpec, graph: KnnGraph, finished: EmbeddingStore | None) -> dict[str, object]:
@@ -420,4 +406,6 @@ def _report(run: Run, spec: StoreSpec, neighbors: NeighborFiles, weights: Weight
         most_crowded=most_crowded,
         peak_anonymous_bytes=run.meter.peak_anonymous_bytes,
         peak_file_bytes=run.meter.peak_file_bytes,
+        worker_peak_bytes=run.worker_peak_bytes,
+        worker_traffic_bytes=run.engine.traffic_bytes,
     )

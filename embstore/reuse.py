@@ -134,6 +134,32 @@ def match_rows(prompts: PromptTable, stores: Sequence[EmbeddingStore]) -> Reuse:
     return Reuse(stores=tuple(stores), record=record, store_N=store_N, row_N=row_N)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedReuse:
+    """Where rows come from, for processes that see the same files."""
+
+    roots: tuple[Path, ...]
+    record: ReuseRecord
+    folder: Path
+
+    @classmethod
+    def save(cls, reuse: Reuse, folder: Path) -> SavedReuse:
+        """Put the places of all rows into ``folder``: 10 bytes a row."""
+        with storage_errors("writing to", folder):
+            np.save(folder / "reused_store.npy", reuse.store_N)
+            np.save(folder / "reused_row.npy", reuse.row_N)
+        return cls(roots=tuple(store.root.absolute() for store in reuse.stores), record=reuse.record, folder=folder)
+
+    def open(self, root: Path) -> Reuse:
+        """The same, with its stores opened again and the places of rows mapped."""
+        return Reuse(
+            stores=tuple(open_reused(self.roots, root)),
+            record=self.record,
+            store_N=np.load(self.folder / "reused_store.npy", mmap_mode="r"),
+            row_N=np.load(self.folder / "reused_row.npy", mmap_mode="r"),
+        )
+
+
 def nothing_reused(num_rows: int) -> Reuse:
     """Every row is computed."""
     unknown_N = np.full(num_rows, -1, dtype=np.int64)

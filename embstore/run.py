@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -12,9 +13,14 @@ from pathlib import Path
 
 from embstore.core.config import BuildConfig
 from embstore.core.embedder import EmbedderSource
+from embstore.core.engine import Engine
 from embstore.core.events import Observer
+from embstore.core.spec import StoreSpec
+from embstore.engines.local import LocalEngine
+from embstore.engines.ray import RayEngine
 from embstore.interrupts import StopSignals
 from embstore.memory import MemoryMeter
+from embstore.storage.atomic import make_directory, remove_folder
 from embstore.storage.writer import StoreWriter
 
 
@@ -33,6 +39,9 @@ class Run:
     reused_rows: int = 0
     embedded_tokens: int = 0
     stored_bytes: int = 0
+    worker_peak_bytes: int | None = None
+    engine: Engine = field(default_factory=LocalEngine)
+    engine_folder: Path = Path()  # of a remote engine, in the store: what workers of this run share
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -60,3 +69,26 @@ class Run:
                 "memory_budget_bytes": self.config.memory_budget_bytes,
             }
         )
+
+
+@contextlib.contextmanager
+def open_engine(run: Run, spec: StoreSpec) -> Iterator[None]:
+    """Give the run its engine, and the engine a folder in the store, until the build ends.
+
+    The folder is new in every run, and the next writer removes it: whatever a worker of a driver that died still writes
+    lies in it, and is never taken for anything.
+    """
+    if not run.config.engine.is_remote:
+        yield
+        return
+    run.engine_folder = run.writer.work.absolute() / f"engine-{secrets.token_hex(8)}"
+    make_directory(run.engine_folder)
+    engine = RayEngine(
+        run.config.engine, threads=spec.embedding.threads, device=spec.embedding.device, shared=run.engine_folder
+    )
+    run.engine = engine
+    try:
+        yield
+    finally:
+        engine.close()
+        remove_folder(run.engine_folder, missing_ok=True)

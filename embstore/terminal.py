@@ -28,6 +28,7 @@ from embstore.core.events import (
     StageAdvanced,
     StageFinished,
     StageStarted,
+    WorkersChanged,
 )
 from embstore.core.format import JsonObject
 from embstore.info import NeighborInfo, PromptInfo, StoreInfo
@@ -92,6 +93,7 @@ class TerminalObserver:
             TimeRemainingColumn(compact=True),
             _Memory(),
             TextColumn("{task.fields[resumed]}", style="dim"),
+            TextColumn("{task.fields[workers]}", style="dim"),
             console=console,
             disable=not console.is_terminal,
         )
@@ -99,6 +101,9 @@ class TerminalObserver:
         self._plain = not console.is_terminal
         self._total = 0
         self._done = 0
+        self._rows = self._seconds = 0.0  # of this run: workers finish in bursts, so a window's own seconds say little
+        self._workers = ""
+        self._stage = ""
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -118,6 +123,8 @@ class TerminalObserver:
                 self._commit(event)
             case StageFinished():
                 self._finish(event)
+            case WorkersChanged():
+                self._count_workers(event)
             case Preflight():
                 self._console.print(preflight_line(event), highlight=False)
             case Notice():
@@ -126,8 +133,9 @@ class TerminalObserver:
     def _start(self, event: StageStarted) -> None:
         resumed = f"[resumed {event.done:,}/{event.total:,}]" if event.done else ""
         self._tasks[event.stage] = self._progress.add_task(
-            _TITLES[event.stage], total=event.total, completed=event.done, resumed=escape(resumed)
+            _TITLES[event.stage], total=event.total, completed=event.done, resumed=escape(resumed), workers=""
         )
+        self._stage, self._workers = event.stage, ""
         if event.stage == "embed":
             self._total, self._done = event.total, event.done
         if self._plain and event.stage in _COUNTED:
@@ -140,10 +148,22 @@ class TerminalObserver:
         self._progress.advance(self._tasks["embed"], rows)
         self._done += rows
         if self._plain:
-            rate = rows / max(event.seconds, 1e-9)
+            self._rows, self._seconds = self._rows + rows, self._seconds + event.seconds
+            rate = self._rows / max(self._seconds, 1e-9) if self._workers else rows / max(event.seconds, 1e-9)
+            left = f", {self._workers}, {_duration((self._total - self._done) / rate)} left" if self._workers else ""
             self._console.print(
-                f"  committed {self._done:,}/{self._total:,} rows, {rate:,.0f} rows/s", highlight=False, markup=False
+                f"  committed {self._done:,}/{self._total:,} rows, {rate:,.0f} rows/s{left}", highlight=False, markup=False
             )
+
+    def _count_workers(self, event: WorkersChanged) -> None:
+        """Beside the rate and what is left, in the one place where progress is shown."""
+        retries = f", {event.retries} retries" if event.retries else ""
+        lost = f", {event.lost} lost" if event.lost else ""
+        self._workers = f"{event.alive}/{event.wanted} workers{retries}{lost}"
+        if self._stage in self._tasks:
+            self._progress.update(self._tasks[self._stage], workers=self._workers)
+        if self._plain and event.lost:
+            self._console.print(f"  {self._workers}", highlight=False, markup=False)
 
     def _finish(self, event: StageFinished) -> None:
         task = self._tasks[event.stage]
@@ -202,8 +222,9 @@ def print_report(console: Console, report: BuildReport, info: StoreInfo) -> None
             highlight=False,
         )
     if report.peak_anonymous_bytes is not None:
+        workers = f", {format_bytes(report.worker_peak_bytes)} in a worker" if report.worker_peak_bytes else ""
         console.print(
-            f"  memory {format_bytes(report.peak_anonymous_bytes)} above the baseline at its peak", highlight=False
+            f"  memory {format_bytes(report.peak_anonymous_bytes)} above the baseline at its peak{workers}", highlight=False
         )
     _print_density(console, report.metadata)
     _print_prompts(console, "rarest", info.rarest)

@@ -13,6 +13,7 @@ from embstore.cli.frame import AsJson, app, print_json, reporting
 from embstore.cli.searching import Center, Knn, Shards
 from embstore.cli.storing import ChunkRows, CompressorOption, Resume, Threads, TrustJournal, WindowRows
 from embstore.cli.weighting import CopiesOf, Gamma, K, MaxRatio, Method, TargetEss, UniformMix, weighting_config
+from embstore.cli.workers import Devices, EngineName, GpusPerWorker, NumWorkers, RayAddress, engine_config
 from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, Pooling, PromptFields, Space, parse_bytes
 
 
@@ -94,6 +95,11 @@ def build(
         typer.Option("--reuse", help="Finished store whose rows are copied where a prompt is the same; repeatable."),
     ] = None,
     trust_journal: TrustJournal = False,
+    engine: EngineName = "local",
+    ray_address: RayAddress = None,
+    num_workers: NumWorkers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    devices: Devices = None,
     as_json: AsJson = False,
 ) -> None:
     """Embed prompts, find neighbours, write weights. Killed at any moment, the same line with --resume continues it."""
@@ -125,6 +131,7 @@ def build(
         trust_journal=trust_journal,
         reuse=tuple(reuse or ()),
         fields=PromptFields(text=text_field, messages=messages_field, id=id_field),
+        engine=engine_config(engine, ray_address, num_workers, gpus_per_worker, devices),
     )
     from embstore import info, pipeline, terminal  # noqa: PLC0415 - other commands start without them
 

@@ -23,3 +23,9 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return False
+
+
+def give_back_device() -> None:
+    """Return to the CUDA device what this process kept of freed memory, for other processes."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

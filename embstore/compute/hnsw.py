@@ -11,7 +11,7 @@ Shapes: G nodes, C candidates, R coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,11 @@ from embstore.compute.distances import IntMatrix
 from embstore.compute.nodes import shuffled
 from embstore.compute.scratch import large_array
 from embstore.core.blocks import BlockStore
+
+# A shard, and the blocks of nodes that are to be asked about; of one block: its number, labels, squared distances, and which
+# nodes of the shard did not find themselves.
+Asked = tuple[int, tuple[int, ...]]
+Answer = tuple[int, IntMatrix, NDArray[np.float32], NDArray[np.bool_]]
 
 BLOCK_ROWS = 8192  # Ctrl-C is not honoured inside a call, and each call copies its block
 _MERGE_BYTES = 4 + 4 + 8
@@ -84,6 +89,7 @@ def hnsw_candidates(
     work: Path,
     kept: BlockStore,
     advance: Callable[[int], None] | None = None,
+    elsewhere: Callable[[Sequence[Asked]], Iterator[tuple[int, Iterator[Answer]]]] | None = None,
 ) -> Candidates:
     """Candidates of every node from ``shards`` graphs; a pure function of its arguments, not of threads or ``kept``.
 
@@ -102,20 +108,33 @@ def hnsw_candidates(
         was asking again, and asks it about the blocks that are left.
     advance
         Called with nodes finished: each node counts once when built and once per shard when queried.
+    elsewhere
+        Who builds the graphs and asks them, if it is not this process; gives their answers in the order asked for.
     """
     num_nodes = len(coord_GR)
-    order = shuffled(num_nodes, seed)
     running = _Running(num_nodes, num_candidates, work, kept, effort)
     tell = advance or (lambda count: None)
-    members = [order[shard::shards] for shard in range(shards)]
+    nodes_of = members(num_nodes, shards, seed)
+    if elsewhere is not None:
+        asked = [(shard, blocks) for shard in range(shards) if (blocks := running.open_blocks(shard))]
+        tell((shards + 1 - len(asked)) * num_nodes - sum(len(nodes_of[shard]) for shard, _ in asked))
+        for shard, found in elsewhere(asked):
+            for answer in found:
+                running.merge(shard, answer)
+            tell(len(nodes_of[shard]) + num_nodes)
+        return Candidates(ids_GC=running.ids_GC, missed_self_G=running.missed_self_G)
     with ThreadPoolExecutor(max_workers=threads) as pool:
         for first in range(0, shards, threads):
             every = range(first, min(first + threads, shards))
-            wave = [shard for shard in every if any(asked <= shard for asked in running.asked)]
-            tell(sum(len(members[shard]) + num_nodes for shard in every if shard not in wave))
-            graphs = list(pool.map(lambda shard: build(coord_GR, members[shard], effort, tell), wave))
+            wave = [shard for shard in every if running.open_blocks(shard)]
+            tell(sum(len(nodes_of[shard]) + num_nodes for shard in every if shard not in wave))
+            graphs = list(pool.map(lambda shard: build(coord_GR, nodes_of[shard], effort, tell), wave))
             for shard, graph in zip(wave, graphs, strict=True):
-                _query(coord_GR, members[shard], graph, effort.ef, threads, running, shard)
+                blocks = running.open_blocks(shard)
+                for answer in answers(
+                    coord_GR, nodes_of[shard], graph, effort.ef, threads, num_candidates, blocks, BLOCK_ROWS
+                ):
+                    running.merge(shard, answer)
                 tell(num_nodes)
             del graphs
     return Candidates(ids_GC=running.ids_GC, missed_self_G=running.missed_self_G)
@@ -129,17 +148,20 @@ class _Running:
         self.ids_GC = large_array(work / "candidates.npy", shape, np.int32)
         self.squared_GC = large_array(work / "squared.npy", shape, np.float32)
         self.missed_self_G = np.zeros(num_nodes, dtype=np.bool_)
-        self.blocks = [slice(first, min(first + BLOCK_ROWS, num_nodes)) for first in range(0, num_nodes, BLOCK_ROWS)]
+        self.blocks = _blocks(num_nodes, BLOCK_ROWS)
         self.asked = [0] * len(self.blocks)
         self._kept, self._name = kept, f"candidates-{effort.links}-{effort.ef_construction}-{effort.ef}"
         for number, rows in enumerate(self.blocks):
             self.ids_GC[rows], self.squared_GC[rows] = -1, np.inf
             self._load(number, rows)
 
-    def merge(
-        self, number: int, shard: int, labels: IntMatrix, squared: NDArray[np.float32], missed_self: NDArray[np.bool_]
-    ) -> None:
+    def open_blocks(self, shard: int) -> tuple[int, ...]:
+        """Blocks that have not asked this shard."""
+        return tuple(number for number, asked in enumerate(self.asked) if asked <= shard)
+
+    def merge(self, shard: int, answer: Answer) -> None:
         """Take one graph's answers about one block; what a node had stays before what is as near."""
+        number, labels, squared, missed_self = answer
         rows = self.blocks[number]
         ids, best = self.ids_GC[rows], self.squared_GC[rows]
         self.missed_self_G[rows] |= missed_self
@@ -189,26 +211,37 @@ def build(
     return graph
 
 
-def _query(
+def members(num_nodes: int, shards: int, seed: int) -> list[NDArray[np.int64]]:
+    """Nodes of each shard, in the order they are inserted."""
+    order = shuffled(num_nodes, seed)
+    return [order[shard::shards] for shard in range(shards)]
+
+
+def answers(
     coord_GR: NDArray[np.float32],
     nodes: NDArray[np.int64],
     graph: hnswlib.Index,
     ef: int,
     threads: int,
-    running: _Running,
-    shard: int,
-) -> None:
-    """Ask one graph about every node that has not asked it yet."""
-    wanted = min(running.ids_GC.shape[1], len(nodes))
+    num_candidates: int,
+    blocks: Sequence[int],
+    block_rows: int,
+) -> Iterator[Answer]:
+    """Ask one graph about all nodes of some blocks, of ``block_rows`` each."""
+    wanted = min(num_candidates, len(nodes))
     graph.set_ef(max(ef, wanted))
     in_shard = np.zeros(len(coord_GR), dtype=np.bool_)
     in_shard[nodes] = True
-    for number, rows in enumerate(running.blocks):
-        if running.asked[number] > shard:
-            continue
+    every = _blocks(len(coord_GR), block_rows)
+    for number in blocks:
+        rows = every[number]
         labels, squared = _ask(graph, np.ascontiguousarray(coord_GR[rows]), wanted, ef, threads, coord_GR, nodes)
         own = np.arange(rows.start, rows.stop)[:, None]
-        running.merge(number, shard, labels, squared, in_shard[rows] & ~(labels == own).any(axis=1))
+        yield number, labels, squared, in_shard[rows] & ~(labels == own).any(axis=1)
+
+
+def _blocks(num_nodes: int, block_rows: int) -> list[slice]:
+    return [slice(first, min(first + block_rows, num_nodes)) for first in range(0, num_nodes, block_rows)]
 
 
 def _ask(

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from embstore.compute.audit import Audit, compare, sample_nodes
 from embstore.compute.exact import exact_neighbors
 from embstore.compute.hnsw import BLOCK_ROWS, Effort
+from embstore.compute.mapped import MappedSearch
 from embstore.compute.nodes import centred, expand, group_rows
 from embstore.compute.search import Search
 from embstore.compute.search_plan import plan_search
@@ -66,6 +67,7 @@ def build_graph(
     clock: Callable[[], float],
     kept: BlockStore | None = None,
     device: str = "cpu",
+    mapped: MappedSearch | None = None,
 ) -> KnnGraph:
     """Neighbours of every row; see the module docstring.
 
@@ -85,13 +87,17 @@ def build_graph(
         Where finished blocks survive a killed run; small searches keep none.
     device
         Where the exact engine may compute its tiles; another one gives the same result.
+    mapped
+        Workers that build the graphs and compute the tiles; None: this process. The result is the same.
     """
     rows_G, node_N = group_rows(coord_NR, failed_N)
     num_nodes = len(rows_G)
     plan = plan_search(num_nodes, coord_NR.shape[1], config, threads=threads, memory_bytes=memory_bytes)
     coord_GR = centred(coord_NR, rows_G, work)
     blocks = kept if kept is not None and num_nodes > BLOCK_ROWS else NothingKept()
-    search = Search(coord_GR, config, plan, threads=threads, work=work, kept=blocks, observer=observer, device=device)
+    search = Search(
+        coord_GR, config, plan, threads=threads, work=work, kept=blocks, observer=observer, device=device, mapped=mapped
+    )
     started = clock()
     observer(StageStarted(stage="knn", total=search.total, unit="node visits"))
     search.run()

@@ -5,7 +5,8 @@ Shapes: G nodes, K neighbours kept, C candidates, R coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from embstore.compute.audit import compare, sample_nodes
 from embstore.compute.distances import rerank
 from embstore.compute.exact import exact_neighbors
-from embstore.compute.hnsw import Effort, hnsw_candidates
+from embstore.compute.hnsw import Answer, Asked, Effort, hnsw_candidates
+from embstore.compute.mapped import MappedSearch
 from embstore.compute.nodes import shuffled
 from embstore.compute.scratch import large_array
 from embstore.compute.search_plan import SMALL_NODES, SearchPlan
@@ -51,8 +53,10 @@ class Search:
         kept: BlockStore,
         observer: Observer,
         device: str = "cpu",
+        mapped: MappedSearch | None = None,
     ) -> None:
         self.coord_GR = coord_GR
+        self._mapped = mapped
         self._device = device
         self._config, self._plan, self._threads = config, plan, threads
         self._work, self._kept, self._observer = work, kept, observer
@@ -101,6 +105,10 @@ class Search:
         if len(self.coord_GR) <= SMALL_NODES:
             self._take(nodes, *exact_neighbors(self.coord_GR, nodes, K_MAX))
             return
+        if self._mapped is not None:
+            for part, found in self._mapped.scan(self.coord_GR, K_MAX, self._mapped.cut(nodes)):
+                self._take(part, found.ids_QK, found.distances_QK)
+            return
         for block_nodes, ids, distances in self._exact_blocks(nodes):
             self._take(block_nodes, ids, distances)
 
@@ -115,10 +123,31 @@ class Search:
             self._take(nodes, block["ids"], block["distances"])
             finished += len(nodes)
             self._advance(len(nodes))
+        if self._mapped is not None:
+            self._scan_elsewhere(self._mapped, order[finished:], finished)
+            return
         for nodes, ids, distances in self._exact_blocks(None, finished):
             self._take(nodes, ids, distances)
             self._kept.save(f"exact-{finished}", {"ids": ids, "distances": distances.astype(np.float32)})
             finished += len(nodes)
+
+    def _scan_elsewhere(self, mapped: MappedSearch, nodes: NDArray[np.int64], first: int) -> None:
+        """These nodes by workers; what an earlier run kept out of its turn is taken, if it is of the same cut."""
+        todo, starts = [], {}
+        for part in mapped.cut(nodes):
+            starts[int(part[0])] = first
+            block = self._kept.load(f"exact-{first}")
+            if block is not None and self._is_found(block, len(part)):
+                self._take(part, block["ids"], block["distances"])
+                self._advance(len(part))
+            else:
+                todo.append(part)
+            first += len(part)
+        for part, found in mapped.scan(self.coord_GR, K_MAX, todo):
+            self._take(part, found.ids_QK, found.distances_QK)
+            name = f"exact-{starts[int(part[0])]}"
+            self._kept.save(name, {"ids": found.ids_QK, "distances": found.distances_QK})
+            self._advance(len(part))
 
     def _exact_blocks(
         self, nodes: NDArray[np.int64] | None, finished: int = 0
@@ -150,6 +179,7 @@ class Search:
             work=self._work,
             kept=self._kept,
             advance=self._advance,
+            elsewhere=self._ask_elsewhere(effort) if self._mapped is not None else None,
         )
         self.missed_self_G = found.missed_self_G
 
@@ -159,6 +189,18 @@ class Search:
 
         with ThreadPoolExecutor(max_workers=self._threads) as pool:
             list(pool.map(rank, range(0, len(self.coord_GR), _RANKED_ROWS)))
+
+    def _ask_elsewhere(self, effort: Effort) -> Callable[[Sequence[Asked]], Iterator[tuple[int, Iterator[Answer]]]]:
+        if self._mapped is None:
+            raise AssertionError("there are no workers to ask")
+        return functools.partial(
+            self._mapped.graphs,
+            self.coord_GR,
+            num_candidates=K_MAX + 1,
+            effort=effort,
+            shards=self._plan.shards,
+            seed=self._config.seed,
+        )
 
     def _pilot(self) -> float:
         """Recall of the first effort in a sample of the nodes: how hard they are for a graph."""

@@ -7,6 +7,7 @@ Runtime fields (memory budget, observer) may differ on every run.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass
@@ -157,6 +158,51 @@ USUAL_FIELDS = PromptFields()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Where windows and searches are computed; the store is the same, so it may differ on every run.
+
+    ``devices`` are of this machine (``cuda:0``, ``cpu``), one worker each, and need no cluster. A build gives up when no
+    worker could start for ``start_seconds``, or when a task failed ``max_attempts`` times.
+    """
+
+    engine: Literal["local", "ray"] = "local"
+    ray_address: str | None = None
+    num_workers: int | None = None
+    gpus_per_worker: float | None = None
+    devices: tuple[str, ...] = ()
+    start_seconds: float = 600
+    max_attempts: int = 3
+
+    def __post_init__(self) -> None:
+        if not self.is_remote and (self.ray_address or self.num_workers or self.gpus_per_worker):
+            raise ConfigError("workers are an engine's, and the engine is local", hint="add --engine ray")
+        if self.num_workers is not None and self.num_workers < 1:
+            raise ConfigError(f"num_workers must be at least 1, got {self.num_workers}")
+        address = self.ray_address
+        if address is not None and address != "auto" and re.fullmatch(r"[^:/]+:\d{1,5}", address) is None:
+            raise ConfigError(
+                f"a Ray address is auto or host:port, got {address!r}", hint="run the command on a machine of the cluster"
+            )
+        if self.gpus_per_worker is not None and not 0 < self.gpus_per_worker < math.inf:
+            raise ConfigError(f"gpus_per_worker must be above 0, got {self.gpus_per_worker}")
+        if self.devices and (self.ray_address or self.gpus_per_worker or self.num_workers not in (None, len(self.devices))):
+            raise ConfigError(
+                f"devices {','.join(self.devices)} are one worker each, on this machine",
+                hint="leave out --ray-address, --gpus-per-worker and --num-workers, or --devices",
+            )
+        strange = [name for name in self.devices if re.fullmatch(r"cpu|cuda:\d+", name) is None]
+        if strange or len({name.partition(":")[0] for name in self.devices}) > 1:
+            raise ConfigError(
+                f"devices are cuda:0,cuda:1 and so on, or cpu as often as workers are wanted, got {','.join(self.devices)}"
+            )
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether workers are processes of their own."""
+        return self.engine == "ray" or bool(self.devices)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BuildConfig:
     """Everything a build needs besides prompts and the store's path."""
 
@@ -171,10 +217,25 @@ class BuildConfig:
     trust_journal: bool = False
     reuse: tuple[str, ...] = ()  # folders of finished stores to copy rows from
     fields: PromptFields = USUAL_FIELDS
+    engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit must be at least 1, got {self.limit}")
+        kinds = {name.partition(":")[0] for name in self.engine.devices}
+        device = self.embedding.device
+        if kinds and device not in (None, "auto") and device.partition(":")[0] not in kinds:
+            raise ConfigError(
+                f"device {device} is not of the kind of devices {','.join(self.engine.devices)}", hint="leave out --device"
+            )
+
+    @property
+    def for_workers(self) -> BuildConfig:
+        """The same, with the device that the engine's workers have."""
+        if not self.engine.devices:
+            return self
+        embedding = dataclasses.replace(self.embedding, device=self.engine.devices[0])
+        return dataclasses.replace(self, embedding=embedding)
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}

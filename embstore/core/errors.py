@@ -20,6 +20,7 @@
     ├── StoreLockedError                                    another writer is alive: wait                     5
     ├── IncompleteStoreError                                unfinished: build --resume                        6
     ├── StorageError                 also OSError           the file system said no: free space, --resume     6
+    ├── EngineError                                         workers are gone, or fail at one task: --resume   6
     └── BuildInterruptedError                               stopped after a clean commit: --resume          130
 
 ``kind`` is append-only: programs may compare it. Messages say what, where and both values; ``hint`` is the next command.
@@ -172,6 +173,13 @@ class StorageError(EmbstoreError, OSError):
     """The file system refused an operation; everything committed so far is safe."""
 
     kind = "storage"
+    exit_code = ExitCode.INCOMPLETE
+
+
+class EngineError(EmbstoreError):
+    """Workers cannot start, do not see the store, or one task fails on each of them; everything committed so far is safe."""
+
+    kind = "engine"
     exit_code = ExitCode.INCOMPLETE
 
 

@@ -87,7 +87,17 @@ class Notice:
     message: str
 
 
-Event = StageStarted | StageAdvanced | RowsCommitted | StageFinished | Preflight | Notice
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkersChanged:
+    """Workers of an engine that are ready, of those wanted; ``retries`` of tasks and ``lost`` workers are of this stage."""
+
+    alive: int
+    wanted: int
+    retries: int
+    lost: int
+
+
+Event = StageStarted | StageAdvanced | RowsCommitted | StageFinished | Preflight | Notice | WorkersChanged
 Observer = Callable[[Event], None]
 
 

@@ -235,14 +235,22 @@ class DurableFile:
 
     Use as a context manager: leaving it normally publishes, an exception leaves no trace. ``digest`` is valid afterwards.
     ``sync_directory=False`` leaves the directory fsync to the caller, who may group many renames under one.
-    ``direct`` writes past the page cache where the file system can, for large files that nobody is about to read.
+    ``direct`` writes past the page cache where the file system can, for large files that nobody is about to read. The temp
+    file lies in ``folder`` on the same file system, default beside the target: whoever removes that folder keeps it from
+    ever being published.
     """
 
     def __init__(
-        self, path: Path, *, sync_directory: bool = True, sha256: bool = True, direct: DirectBuffer | None = None
+        self,
+        path: Path,
+        *,
+        sync_directory: bool = True,
+        sha256: bool = True,
+        direct: DirectBuffer | None = None,
+        folder: Path | None = None,
     ) -> None:
         self._path = path
-        self._temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._temp = (folder or path.parent) / f".{path.name}.{os.getpid()}.tmp"
         self._sync_directory = sync_directory
         self._direct = direct
         self._is_direct = False

@@ -22,6 +22,7 @@ from embstore.core.format import canonical_json
 from embstore.storage.atomic import open_regular, remove_folder, storage_errors
 
 _HEADER_BYTES = 1 << 16
+KEPT_BLOCKS = "search-"  # how folders of blocks begin in work/: they outlive a writer
 _DTYPES = frozenset({"<i4", "<i8", "<f4", "<f8", "|b1"})
 
 
@@ -29,9 +30,9 @@ class SearchBlocks:
     """Blocks of the search called ``digest`` below ``work``; what other searches left there is removed."""
 
     def __init__(self, work: Path, digest: str) -> None:
-        self._folder = work / f"search-{digest[:16]}"
+        self._folder = work / f"{KEPT_BLOCKS}{digest[:16]}"
         with storage_errors("cleaning", work):
-            for other in work.glob("search-*"):
+            for other in work.glob(f"{KEPT_BLOCKS}*"):
                 if other != self._folder:
                     remove_folder(other)
 

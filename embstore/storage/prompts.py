@@ -348,16 +348,19 @@ class PromptTable:
     What it allocates is bounded by the line ends that the file really has, never by what a spec claims.
     """
 
-    def __init__(self, path: Path, num_rows: int, digest: FileDigest | None = None) -> None:
+    def __init__(
+        self, path: Path, num_rows: int, digest: FileDigest | None = None, *, offsets: NDArray[np.int64] | None = None
+    ) -> None:
+        """``offsets`` are those of another table of the file, which is then not read."""
         self._path = path
         with storage_errors("reading", path):
             try:
-                self._offsets = _row_offsets(path, num_rows, digest)
+                self.offsets = _row_offsets(path, num_rows, digest) if offsets is None else offsets
             except FileNotFoundError:
                 raise CorruptStoreError(f"{path} is missing", hint="run embstore verify STORE") from None
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return len(self.offsets) - 1
 
     def __iter__(self) -> Iterator[Prompt]:
         """All prompts in row order, one in memory at a time."""
@@ -384,7 +387,7 @@ class PromptTable:
                 os.close(handle)
 
     def _bytes(self, handle: int, rows: RowRange) -> bytes:
-        start, stop = int(self._offsets[rows.start]), int(self._offsets[rows.stop])
+        start, stop = int(self.offsets[rows.start]), int(self.offsets[rows.stop])
         with storage_errors("reading", self._path):
             return pread_all(handle, stop - start, start)
 

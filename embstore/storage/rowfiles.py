@@ -134,7 +134,7 @@ def slice_problem(root: Path, spec: StoreSpec, name: str, record: WindowRecord) 
     return None if beyond is None else f"row {beyond} holds a value that is no number of at most {_LARGEST_VALUE:g}"
 
 
-def check_rows(name: str, data: bytes, record: WindowRecord) -> None:
+def check_rows(name: str, data: bytes | memoryview, record: WindowRecord) -> None:
     """Compare a window's slice of coordinates or residuals with its commit; a difference is a CorruptStoreError."""
     _check_crc(name, crc32c(data), record)
 

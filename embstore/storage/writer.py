@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import os
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.core.embedder import RowBlock, WindowCounts
-from embstore.core.errors import ConfigError, CorruptStoreError, RowError, StoreExistsError, StoreNotFoundError
+from embstore.core.errors import ConfigError, CorruptStoreError, StoreExistsError, StoreNotFoundError
 from embstore.core.format import (
     ARRAY_METADATA,
     BASIS,
@@ -43,27 +38,16 @@ from embstore.core.format import (
     FileDigest,
     Manifest,
     canonical_json,
-    chunk_name,
     decode_manifest,
     document,
     weights_paths,
 )
-from embstore.core.plan import grid_of, refuse_misfits
-from embstore.core.records import (
-    ChunkRecord,
-    FailedRow,
-    JournalRecord,
-    JournalState,
-    ReusingWindowRecord,
-    SpecRecord,
-    WindowRecord,
-)
+from embstore.core.plan import grid_of, misfit, refuse_misfits
+from embstore.core.records import JournalRecord, JournalState, SpecRecord, WindowRecord
 from embstore.core.rows import RowRange
 from embstore.core.spec import StoreSpec, array_metadata, decode_spec, spec_problem
-from embstore.storage.allocator import keep_large_blocks
 from embstore.storage.arrays import map_array, save_array
 from embstore.storage.atomic import (
-    DurableFile,
     WriterLock,
     fsync_directory,
     irregular,
@@ -79,13 +63,11 @@ from embstore.storage.atomic import (
     write_all,
     write_durable,
 )
-from embstore.storage.chunks import Encoded, crc32c, encode_chunk
-from embstore.storage.direct import DirectBuffer
+from embstore.storage.blocks import KEPT_BLOCKS
 from embstore.storage.journal import Journal
 from embstore.storage.rowfiles import ROW_FILES, check_rows, header, mend, preallocate, row_bytes
+from embstore.storage.windows import WrittenWindow
 
-# Chunks that are compressed while another one is written. Compression takes as long as a write to a fast disk.
-ENCODED_AHEAD = 2
 _OWN_DIGEST = re.compile(r"[0-9a-f]{16}")
 _OWN_WEIGHTS = re.compile(r"[0-9a-f]{16}\.(npy|json)")
 
@@ -115,8 +97,6 @@ class StoreWriter:
     def __init__(self, root: Path, *, resume: bool, lock: WriterLock | None = None) -> None:
         self.root = root
         self._handles: dict[str, int] = {}
-        self._direct = DirectBuffer()  # of one chunk after the other
-        self._encoders = ThreadPoolExecutor(ENCODED_AHEAD, thread_name_prefix="embstore-encode")  # started when first used
         if lock is None:
             lock = lock_store(root)
         self._lock = lock
@@ -147,7 +127,6 @@ class StoreWriter:
             with contextlib.suppress(OSError):  # every row in it was synced
                 os.close(handle)
         self._handles.clear()
-        self._encoders.shutdown(cancel_futures=True)
         self._journal.close()
         self._lock.release()
 
@@ -212,54 +191,23 @@ class StoreWriter:
         """Write ``zarr.json`` again: it follows from the spec."""
         write_durable(self.root / ARRAY_METADATA, array_metadata(self.read_spec()))
 
-    def write_window(
-        self,
-        spec: StoreSpec,
-        window: int,
-        blocks: Iterator[RowBlock],
-        counts: Callable[[], WindowCounts],
-        *,
-        reused: Sequence[RowRange] = (),
-    ) -> WindowRecord:
-        """Write one window and commit it; the returned record is durable.
+    def commit_window(self, spec: StoreSpec, written: WrittenWindow) -> WindowRecord:
+        """Enter a window's coordinates and residuals and commit it, in any order of windows; durable when this returns.
 
-        ``blocks`` yields one RowBlock per chunk; ``counts`` is asked once they are exhausted; ``reused`` are the rows that
-        were copied from other stores, in row order.
+        Its chunks are durable already (storage.windows), whoever wrote them.
+
+        Raises
+        ------
+        CorruptStoreError
+            Coordinates or residuals are not those that were sent.
         """
-        keep_large_blocks()
-        grid = grid_of(spec)
-        rows = grid.window(window)
-        rank = spec.embedding.rank
-        coord_WR = np.empty((rows.num_rows, rank), dtype="<f4")
-        residual_W = np.empty(rows.num_rows, dtype="<f4")
-        chunks: list[ChunkRecord] = []
-        failed: list[FailedRow] = []
-        for index, chunk_rows, block, encoded in self._encoding_ahead(spec, grid.chunks(window), blocks):
-            chunks.append(self._write_chunk(index, *encoded.result()))
-            local = slice(chunk_rows.start - rows.start, chunk_rows.stop - rows.start)
-            coord_WR[local], residual_W[local] = block.coord_BR, block.residual_B
-            failed += block.failed
-            block.release()
-        _refuse_unlisted(rows, coord_WR, residual_W, failed)
-        fsync_directory(self.root / EMBEDDINGS)
-        for name, values in zip(ROW_FILES, (coord_WR, residual_W), strict=True):
+        record = written.record
+        if misfit(grid_of(spec), record):
+            raise AssertionError(f"window {record.window} does not fit the grid of the store")
+        rows = RowRange(record.start, record.stop)
+        for name, values in zip(ROW_FILES, (written.coord_WR, written.residual_W), strict=True):
+            check_rows(name, values.data.cast("B"), record)
             self._write_rows(spec, name, rows, values)
-        seen = counts()
-        record = WindowRecord(
-            window=window,
-            start=rows.start,
-            stop=rows.stop,
-            chunks=chunks,
-            coordinates_crc32c=crc32c(coord_WR.data.cast("B")),
-            residuals_crc32c=crc32c(residual_W.data.cast("B")),
-            tokens=seen.tokens,
-            truncated=seen.truncated,
-            splits=seen.splits,
-            failed=failed,
-        )
-        if reused:
-            fields = {entry.name: getattr(record, entry.name) for entry in dataclasses.fields(record)}
-            record = ReusingWindowRecord(**fields, reused=[[rows.start, rows.stop] for rows in reused])
         self.commit(record)
         return record
 
@@ -309,30 +257,6 @@ class StoreWriter:
             return decode_manifest(read_committed(self.root, WITHDRAWN))
         return None
 
-    def _encoding_ahead(
-        self, spec: StoreSpec, chunks: Iterable[tuple[int, RowRange]], blocks: Iterator[RowBlock]
-    ) -> Iterator[tuple[int, RowRange, RowBlock, Future[Encoded]]]:
-        """Chunks in order, each being encoded while those before it are written: the disk waits for no compressor."""
-        waiting: deque[tuple[int, RowRange, RowBlock, Future[Encoded]]] = deque()
-        for (index, rows), block in zip(chunks, blocks, strict=True):
-            expected = (rows.num_rows, spec.embedding.dimension)
-            if block.emb_BV.shape != expected:
-                raise AssertionError(f"chunk {index} needs {expected}, the embedder gave {block.emb_BV.shape}")
-            if any(np.may_share_memory(block.emb_BV, other.emb_BV) for _, _, other, _ in waiting):
-                raise AssertionError(f"chunk {index} lies in the memory of a block that is not yet written")
-            encode = functools.partial(encode_chunk, chunk_rows=spec.chunk_rows, compressor=spec.compressor)
-            waiting.append((index, rows, block, self._encoders.submit(encode, block.emb_BV)))
-            if len(waiting) > ENCODED_AHEAD:
-                yield waiting.popleft()
-        yield from waiting
-
-    def _write_chunk(self, index: int, pieces: list[bytes | memoryview], record: ChunkRecord) -> ChunkRecord:
-        path = self.root / chunk_name(index)
-        with DurableFile(path, sync_directory=False, sha256=False, direct=self._direct) as file:
-            for piece in pieces:
-                file.write(piece)
-        return dataclasses.replace(record, index=index)
-
     def _write_rows(self, spec: StoreSpec, name: str, rows: RowRange, values: NDArray[np.float32]) -> None:
         path = self.root / name
         if name not in self._handles:
@@ -380,8 +304,12 @@ class StoreWriter:
         for folder in (self.root, self.root / EMBEDDINGS, self.root / WEIGHTS, *_entries(self.root / NEIGHBORS)):
             if folder.is_dir():
                 remove_temp_files(folder)
+        # also what workers of a dead driver still write: without their folders they cannot publish it
+        kept = [path for path in _entries(self.root / WORK) if path.name.startswith(KEPT_BLOCKS)]
         with storage_errors("cleaning", self.root / WORK):
-            remove_folder(self.root / WORK, missing_ok=True)
+            for path in _entries(self.root / WORK) if kept else [self.root / WORK]:
+                if path not in kept:
+                    remove_folder(path, missing_ok=True)
 
 
 def lock_store(root: Path) -> WriterLock:
@@ -400,20 +328,6 @@ def check_digest(name: str, content: bytes, digest: FileDigest) -> None:
             f"{name} has sha256 {found[:16]} ({len(content)} bytes), "
             f"committed was {digest.sha256[:16]} ({digest.bytes} bytes)",
             hint="run embstore verify STORE",
-        )
-
-
-def _refuse_unlisted(
-    rows: RowRange, coord_WR: NDArray[np.float32], residual_W: NDArray[np.float32], failed: list[FailedRow]
-) -> None:
-    """A value that is not finite in a row that nobody said failed would be committed as damage."""
-    is_finite_W = np.isfinite(coord_WR).all(axis=1) & np.isfinite(residual_W)
-    is_finite_W[[each.row - rows.start for each in failed]] = True
-    if not is_finite_W.all():
-        row = rows.start + int(np.argmin(is_finite_W))
-        raise RowError(
-            f"row {row} has a coordinate or residual that is not finite, and the embedder did not say that it failed",
-            hint="this is a fault of the embedder, not of the prompt: please report it with the prompt and the model",
         )
 
 

@@ -56,6 +56,16 @@ def test_guide_shows_the_committed_figures_of_reuse() -> None:
         assert results[dtype]["ratios"]["embedding_stage"] <= 1 / 8
 
 
+def test_the_scaling_run_made_the_same_bytes_and_sent_few_through_the_driver() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "scaling.json").read_text())
+    assert results["same_listed_files"]
+    assert results["builds"]["2"]["driver_bytes_a_row"] <= 8192
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[a-z_/]+\.py)`", text)
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_every_test_that_the_reliability_page_names_exists() -> None:
     report = json.loads(reliability_table.REPORT.read_text())
     for row in report["faults"]:

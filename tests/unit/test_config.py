@@ -10,6 +10,7 @@ from embstore.core.config import (
     BuildConfig,
     DensityConfig,
     EmbeddingConfig,
+    EngineConfig,
     WeightingConfig,
     format_bytes,
     parse_bytes,
@@ -92,3 +93,34 @@ def test_every_default_and_every_limit_is_allowed() -> None:
     WeightingConfig(k=32, gamma=0, uniform_mix=1)
     WeightingConfig(k=1, gamma=1024, target_ess=1.0)
     DensityConfig(shards=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_workers": 2}, "the engine is local"),
+        ({"ray_address": "auto"}, "the engine is local"),
+        ({"gpus_per_worker": 0.5}, "the engine is local"),
+        ({"engine": "ray", "num_workers": 0}, "num_workers must be at least 1, got 0"),
+        ({"engine": "ray", "gpus_per_worker": -1.0}, "gpus_per_worker must be above 0"),
+        ({"engine": "ray", "gpus_per_worker": float("nan")}, "gpus_per_worker must be above 0"),
+        ({"engine": "ray", "ray_address": "ray://head:10001"}, "a Ray address is auto or host:port"),
+        ({"devices": ("cuda:0",), "ray_address": "auto"}, "one worker each, on this machine"),
+        ({"devices": ("cuda:0", "cuda:1"), "num_workers": 3}, "one worker each, on this machine"),
+        ({"devices": ("cuda",)}, "devices are cuda:0,cuda:1 and so on"),
+        ({"devices": ("cuda:0", "cpu")}, "devices are cuda:0,cuda:1 and so on"),
+        ({"devices": ("",)}, "devices are cuda:0,cuda:1 and so on"),
+    ],
+)
+def test_options_of_the_engine_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**options)
+
+
+def test_devices_choose_the_device_and_refuse_another() -> None:
+    engine = EngineConfig(devices=("cuda:1", "cuda:2"))
+    assert engine.is_remote
+    assert BuildConfig(engine=engine).for_workers.embedding.device == "cuda:1"
+    assert BuildConfig().for_workers.embedding.device is None
+    with pytest.raises(ConfigError, match="device cpu is not of the kind of devices cuda:1,cuda:2"):
+        BuildConfig(engine=engine, embedding=EmbeddingConfig(device="cpu"))
