@@ -71,7 +71,8 @@ class Bench:
     def record(self, part: str, figures: Figures) -> None:
         """Write a part's figures, with what they were measured on."""
         rows = {"store": "store-rows", "engines": "rows", "large": "large-rows"}.get(part)
-        chosen = f" --{rows} {getattr(self.options, rows.replace('-', '_'))}" if rows else ""
+        sizes = sorted({int(title.split()[-1]) for title in figures if title.split()[-1].isdigit()})
+        chosen = f" --{rows} {','.join(map(str, sizes))}" if rows else ""
         command = f"python -m benchmarks.knn --store STORE --parts {part}{chosen}"
         self.results[part] = figures | {"date": time.strftime("%Y-%m-%d"), "command": command}
         packages = ("embstore", "torch", "numpy", "scikit-learn", "faiss-cpu", "hnswlib", "usearch")

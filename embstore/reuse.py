@@ -35,6 +35,7 @@ from embstore.storage.store import EmbeddingStore, open_store
 _ROW_FILES = (SPEC, PROMPTS, BASIS, COORDINATES, RESIDUALS, CHUNKS)
 _SCRATCH = "reused_rows.npy"
 # Computed rows come in smaller blocks than chunks, so that both kinds of memory fit where one kind did.
+_CHUNKS_AHEAD = 2  # of an old store, on their way from the disk while one is decoded
 _BLOCKS_IN_CHUNK = 4
 # New chunks in memory beyond those of an embedder alone: what is assembled, what is begun, what waits to be written.
 _EXTRA_CHUNKS = 3
@@ -259,6 +260,7 @@ class RowCopier:
         self._held_BV: NDArray[np.float16] = np.empty((0, 0), dtype=np.float16)
         self._decoded = self._held_BV  # fresh memory costs more than what is put into it
         self._free: list[NDArray[np.float16]] = []
+        self._expected: dict[int, int] = {}  # of a store: the first chunk that nobody was told of
 
     @property
     def computed_chunk_rows(self) -> int:
@@ -363,10 +365,18 @@ class RowCopier:
             if self._held is None or self._held[0] != number:
                 self._held_BV = self._decoded = self._empty(0)  # never the chunks of two stores at a time
                 self._decoded = self._empty(store.spec.chunk_rows)
+            self._expect(number, index)
             self._held = None  # what is read next may fail half-way
             self._held_BV = store.read_chunk(index, out=self._decoded)
             self._held = (number, index)
         return self._held_BV
+
+    def _expect(self, number: int, index: int) -> None:
+        """Pools keep most of their order: after a chunk come the next ones."""
+        begun = max(self._expected.get(number, 0), index + 1)
+        for following in range(begun, index + 1 + _CHUNKS_AHEAD):
+            self._reuse.stores[number].expect_chunk(following)
+        self._expected[number] = max(begun, index + 1 + _CHUNKS_AHEAD)
 
     def _coordinates(self, rows: RowRange) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         coord_BR = np.empty((rows.num_rows, self._spec.embedding.rank), dtype=np.float32)

@@ -17,6 +17,7 @@ PAGE = ROOT / "docs" / "density.md"
 PLOT = ROOT / "docs" / "density.svg"
 
 _TARGET = 0.999
+_GROWTH = 0.99  # equal recall of one graph at every size; 0.999 would need another effort for each
 _ENGINES = {
     "embstore-exact": "embstore exact",
     "faiss-flat": "faiss-cpu IndexFlatL2",
@@ -27,8 +28,8 @@ _ENGINES = {
 }
 _LINES = {
     ("exact", "easy"): ("embstore exact", "#4878a8"),
-    ("one graph", "easy"): ("one HNSW graph, easy points", "#5aa469"),
-    ("one graph", "hard"): ("one HNSW graph, hard points", "#c0504d"),
+    ("one graph", "easy"): ("one HNSW graph of recall 0.99, easy points", "#5aa469"),
+    ("one graph", "hard"): ("one HNSW graph of recall 0.99, hard points", "#c0504d"),
 }
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 360, 70, 50
 Report = dict[str, Any]
@@ -73,6 +74,8 @@ def engines(report: Report) -> str:
         kind, rows = title.split()
         flat = found["faiss-flat"]["tried"][0]["seconds"]
         for engine, name in _ENGINES.items():
+            if engine not in found:
+                continue
             tried = _least(found[engine]["tried"]) if "ef" in found[engine]["tried"][0] else found[engine]["tried"][0]
             setting = f"ef {tried['ef']}" if "ef" in tried else ""
             lines.append(
@@ -112,8 +115,13 @@ def large(report: Report) -> str:
             f"| {kind}, {int(rows):,} | {tried['method']} | {pilot} | {tried['seconds']:,.1f} "
             f"| {found['auto']['memory_mib']:,} | {tried['recall']:.4f} | {tried['audit_recall_lower']:.5f} |"
         )
+        lines += [
+            f"| {kind}, {int(rows):,} | one graph alone, ef {graph['ef']} | | {graph['seconds']:,.1f} "
+            f"| {found['one graph']['memory_mib']:,} | {graph['recall']:.4f} | |"
+            for graph in found.get("one graph", {"tried": []})["tried"]
+        ]
     growth = ", ".join(f"{name}: {exponent:.2f}" for name, exponent in part["growth"].items())
-    return "\n".join([*lines, "", f"Seconds grow as a power of the rows, fitted at recall {_TARGET} or more: {growth}."])
+    return "\n".join([*lines, "", f"Seconds grow as a power of the rows, fitted at recall {_GROWTH} or more: {growth}."])
 
 
 SECTIONS: dict[str, Callable[[Report], str]] = {"store": store, "engines": engines, "copies": copies, "large": large}
@@ -133,7 +141,7 @@ def page(text: str) -> str:
 
 
 def plot() -> str:
-    """Seconds over rows, both axes logarithmic, of the exact engine and of single graphs that reach the target."""
+    """Seconds over rows, both axes logarithmic, of the exact engine and of single graphs of recall 0.99."""
     part = json.loads(REPORT.read_text())["large"]
     curves = {line: _curve(part, *line) for line in _LINES}
     points = [point for curve in curves.values() for point in curve]
@@ -156,7 +164,7 @@ def _curve(part: Report, engine: str, kind: str) -> list[tuple[int, float]]:
     curve = []
     for title, found in part.items():
         if title.startswith(f"{kind} ") and engine in found:
-            good = [each["seconds"] for each in found[engine]["tried"] if each["recall"] >= _TARGET]
+            good = [each["seconds"] for each in found[engine]["tried"] if each["recall"] >= _GROWTH]
             if good:
                 curve.append((int(title.split()[1]), min(good)))
     return curve

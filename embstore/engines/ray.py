@@ -30,6 +30,7 @@ from embstore.core.embedder import Check
 from embstore.core.engine import Job, Needs, Result, Task
 from embstore.core.errors import ConfigError, EmbstoreError, EngineError, StorageError
 from embstore.core.events import Notice, Observer, WorkersChanged
+from embstore.engines.ray_actor import worker_class
 
 _POLL_SECONDS = 0.5
 _DIAL_SECONDS = 10.0
@@ -155,7 +156,7 @@ class RayEngine:
         is_core = needs == "core"
         gpus = (config.gpus_per_worker or 1) if self._device == "cuda" and not config.devices and not is_core else 0
         options = {"num_cpus": 1 if is_core else self._threads, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
-        actor = _ray().remote(_worker_class()).options(**options).remote()
+        actor = _ray().remote(worker_class()).options(**options).remote()
         visible = _visible_device(config.devices[slot]) if config.devices and not is_core else None
         self._numbers += 1
         return _Hand(number=self._numbers, slot=slot, actor=actor), actor.hello.remote(str(self._shared / "token"), visible)
@@ -352,57 +353,6 @@ class _Run(Generic[Task, Result]):
             self._finished_since = now
             busy = [f"{self._job.name(hand.todo.task)} on {hand.node}" for hand in self._hands if hand.todo is not None]
             self._observer(Notice(message=f"no task has finished for {_SILENT_SECONDS:g} s; at work: {'; '.join(busy)}"))
-
-
-def _worker_class() -> type:
-    """The actor. Local, so that it travels by value: it must be able to say that another embstore is installed there."""
-
-    class EmbstoreWorker:
-        def hello(self, token: str, visible: str | None) -> bytes:
-            import os  # noqa: PLC0415 - by value, nothing of this module is there
-            import pickle  # noqa: PLC0415
-            import socket  # noqa: PLC0415
-
-            if visible is not None:
-                os.environ["CUDA_VISIBLE_DEVICES"] = visible  # nothing has asked for a device yet
-            version = found = None
-            try:
-                import embstore  # noqa: PLC0415
-
-                version = embstore.__version__
-                with open(token) as file:  # noqa: PTH123
-                    found = file.read(64)
-            except (ImportError, OSError):
-                pass
-            return pickle.dumps(("hello", f"{socket.gethostname()} (process {os.getpid()})", version, found))
-
-        def begin(self, job: bytes, number: int) -> bytes:
-            import pickle  # noqa: PLC0415
-
-            def start() -> None:
-                self.worker = pickle.loads(job).start(number)
-
-            return self.answer(start)
-
-        def run(self, packed: bytes) -> bytes:
-            import pickle  # noqa: PLC0415
-
-            task, following = pickle.loads(packed)
-            return self.answer(lambda: self.worker.run(task, following=following, check=lambda: None))
-
-        def answer(self, do: Callable[[], object]) -> bytes:
-            import pickle  # noqa: PLC0415
-
-            from embstore.core.errors import EmbstoreError  # noqa: PLC0415
-
-            try:
-                return pickle.dumps(("done", do()), protocol=5)
-            except EmbstoreError as error:
-                return pickle.dumps(("refused", type(error).__name__, error.message, error.hint))
-            except Exception as error:  # noqa: BLE001 - the driver decides
-                return pickle.dumps(("failed", type(error).__name__, str(error)[:2000]))
-
-    return EmbstoreWorker
 
 
 def _as_raised(name: str, message: str, hint: str | None) -> EmbstoreError:

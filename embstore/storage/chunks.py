@@ -7,6 +7,7 @@ with NaN to full shape, as Zarr stores it, so unwritten rows can never read as p
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -79,6 +80,18 @@ def read_chunk(root: Path, spec: StoreSpec, record: ChunkRecord) -> bytes:
             os.close(handle)
     check_chunk(data, record)
     return data
+
+
+def expect_chunk(root: Path, index: int) -> None:
+    """Let the kernel begin to read a chunk file that will probably be wanted soon; advice, so nothing fails here."""
+    if not hasattr(os, "posix_fadvise"):  # macOS
+        return
+    with contextlib.suppress(OSError, CorruptStoreError):
+        handle = open_regular(root, chunk_name(index))
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(handle)
 
 
 def check_chunk(data: bytes, record: ChunkRecord) -> None:

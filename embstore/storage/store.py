@@ -54,7 +54,7 @@ from embstore.core.rows import RowRange
 from embstore.core.spec import StoreSpec, array_metadata, decode_spec
 from embstore.storage.arrays import check_array, map_array
 from embstore.storage.atomic import file_size, read_committed
-from embstore.storage.chunks import decode_chunk, read_chunk
+from embstore.storage.chunks import decode_chunk, expect_chunk, read_chunk
 from embstore.storage.journal import read_journal
 from embstore.storage.prompts import PromptTable
 from embstore.storage.rowfiles import ROW_FILES, check_rows, header_problem
@@ -271,6 +271,11 @@ class EmbeddingStore:
             raise IncompleteStoreError(f"rows of chunk {index} are not computed yet", hint="run embstore build --resume")
         rows_BV = decode_chunk(read_chunk(self.root, self.spec, record), self.spec, index, out=out)
         return rows_BV[: grid_of(self.spec).chunk(index).num_rows]
+
+    def expect_chunk(self, index: int) -> None:
+        """Say that a chunk, if there is one, is read soon: the disk then works while others are decoded."""
+        if index in self._chunks:
+            expect_chunk(self.root, index)
 
     @functools.cached_property
     def _chunks(self) -> dict[int, ChunkRecord]:

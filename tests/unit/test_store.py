@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -175,6 +176,25 @@ def test_a_chunk_that_was_changed_is_refused_when_read(store: Path) -> None:
     path.unlink()
     with pytest.raises(CorruptStoreError, match=r"c\.1\.0 is missing"):
         opened.read_chunk(1)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice on reads")
+def test_chunks_that_are_expected_are_begun_and_nothing_else_happens(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advised: list[int] = []
+    real = os.posix_fadvise
+
+    def noted(handle: int, start: int, length: int, advice: int) -> None:
+        advised.append(os.fstat(handle).st_size)
+        assert advice == os.POSIX_FADV_WILLNEED
+        real(handle, start, length, advice)
+
+    opened = open_store(store)
+    sizes = [(store / chunk_name(index)).stat().st_size for index in range(2)]
+    monkeypatch.setattr(os, "posix_fadvise", noted)
+    (store / chunk_name(2)).unlink()
+    for index in (0, 1, 2, 10_000):  # the third is damage, which the read will tell; there is no last one
+        opened.expect_chunk(index)
+    assert advised == sizes
 
 
 def test_a_missing_spec_is_damage_and_no_traceback(unfinished: Path, small_prompts: Path) -> None:
