@@ -1,4 +1,4 @@
-"""What runs on a worker of ``engines.ray``: it says who it is, starts a job, and answers with bytes and never with an exception.
+"""What runs on a worker of ``engines.ray``: it says who it is, starts a job, and answers with bytes, never an exception.
 
 Ray would raise what a task raised as an error of its own, of a class made on the spot; here the driver decides what counts.
 """
