@@ -29,7 +29,7 @@ STAGES = {
     "preallocating": "embstore.storage.writer.preallocate",
     "reading prompts": "embstore.storage.prompts.PromptTable.read",
     "embedding": "tests.support.fake.FakeEmbedder._coordinates",
-    "encoding a chunk": "embstore.storage.writer.encode_chunk",
+    "encoding a chunk": "embstore.storage.windows.encode_chunk",
     "writing rows": "embstore.storage.writer.StoreWriter._write_rows",
     "building a graph": "embstore.compute.search.hnsw_candidates",
     "audit": "embstore.compute.knn.sample_nodes",
