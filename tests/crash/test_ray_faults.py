@@ -22,9 +22,10 @@ import pytest
 import embstore
 from embstore.core.embedder import WindowCounts
 from embstore.core.errors import EngineError, ExitCode, StorageError
-from embstore.core.events import Event, RowsCommitted, WorkersChanged
+from embstore.core.events import Event, Notice, RowsCommitted, WorkersChanged
 from embstore.core.rows import RowRange
 from embstore.core.spec import decode_spec
+from embstore.engines import dispatch
 from embstore.engines.ray import RayEngine
 from embstore.info import verify
 from embstore.storage.journal import read_journal
@@ -146,6 +147,18 @@ def test_windows_are_committed_while_one_is_slow(
     assert [event.start for event in events if isinstance(event, RowsCommitted)][-1] == 0
     assert windows_committed(store)[-1] == 0
     assert snapshot(store) == snapshot(finished_store)
+
+
+def test_a_task_that_takes_long_is_named_meanwhile(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_SILENT_SECONDS", 0.5)
+    script.at(0, "sleep 3")
+    events: list[Event] = []
+    results = ray_engine(tmp_path / "shared").map(
+        Squares(script.folder), [0], check=lambda: None, is_stopping=lambda: False, observer=events.append
+    )
+    assert [task for task, _ in results] == [0]
+    said = [event.message for event in events if isinstance(event, Notice)]
+    assert any("no task has finished for 0.5 s; at work: number 0 on " in message for message in said)
 
 
 # --- workers that are no use -----------------------------------------------------------------------------------------
