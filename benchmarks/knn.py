@@ -33,7 +33,7 @@ PARTS = ("store", "engines", "copies", "large")
 BUDGET_BYTES = 2 << 30
 EF = {"easy": [16, 24, 48, 96], "hard": [128, 512]}
 # each effort is a graph of its own, so the larger ones get the one that should do
-EF_OF_ONE_GRAPH = {28_000: [24, 48], 100_000: [48, 96], 300_000: [96], 1_000_000: [128]}
+EF_OF_ONE_GRAPH = {28_000: [24, 48], 100_000: [48, 96], 300_000: [96]}
 RECALL_OF_GROWTH = 0.99
 GRAPHS_OF_HARD_ROWS = 28_000  # above, graphs take a quarter of an hour each and still miss one neighbour in fifty
 Figures = dict[str, Any]
@@ -203,7 +203,7 @@ def large(bench: Bench) -> Iterator[Figures]:
                 found = {"auto": bench.search("embstore", folder, knn="auto", memory_bytes=BUDGET_BYTES, mapped=True)}
                 if rows <= 300_000:
                     found["exact"] = bench.search("embstore-exact", folder, k=[32], mapped=True)
-                if rows <= 100_000 or kind == "easy":
+                if rows <= 100_000 or (kind == "easy" and rows <= 300_000):
                     ef_construction = 100 if kind == "easy" else 200
                     ef = EF_OF_ONE_GRAPH.get(rows, [96]) if kind == "easy" else [512]
                     graph = {"ef_construction": ef_construction, "ef": ef, "shards": 1}

@@ -124,8 +124,10 @@ class FakeEmbedder:
 
     def _block(self, prompts: Sequence[Prompt], first_row: int) -> RowBlock:
         coord_BR = np.stack([self._coordinates(prompt) for prompt in prompts])
-        emb_BV = (coord_BR @ self.basis_VR.T).astype(np.float16)
-        residual_B = np.linalg.norm(emb_BV.astype(np.float32) - coord_BR @ self.basis_VR.T, axis=1).astype(np.float32)
+        # float64, because float32 products may depend on how many rows are multiplied, and rows must not
+        exact_BV = coord_BR.astype(np.float64) @ self.basis_VR.T.astype(np.float64)
+        emb_BV = exact_BV.astype(np.float16)
+        residual_B = np.linalg.norm(emb_BV - exact_BV, axis=1).astype(np.float32)
         failed = []
         for position, prompt in enumerate(prompts):
             if "FAIL" in prompt.rendered:

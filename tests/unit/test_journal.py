@@ -73,7 +73,7 @@ def test_a_window_is_durable_chunk_by_chunk_then_row_files_then_its_one_line(sma
     with SystemCalls(root=tmp_path / "store").watching() as calls:
         build_small(small_prompts, tmp_path / "store")
     names = [(call.name, _plain(call.path)) for call in calls.calls]
-    chunk = [("open", "temp"), ("write", "temp"), ("fsync", "temp")]
+    chunk = [("open", "temp"), ("write", "temp"), ("ftruncate", "temp"), ("fsync", "temp")]
     expected = [*chunk, ("rename", "embeddings.zarr/c.2.0"), *chunk, ("rename", "embeddings.zarr/c.3.0")]
     expected.append(("fsync", "embeddings.zarr"))
     expected += [("pwrite", "coordinates.npy"), (SYNC_DATA, "coordinates.npy")]
