@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -42,6 +43,7 @@ from embstore.storage.writer import StoreWriter
 RESULTS = Path(__file__).parent / "results" / "embedding.json"
 DTYPES = ("float32", "bfloat16")
 PARTS = ("machine", "sweep", "methods", "streamed", "writer", "profile", "dtype", "scale")
+WRITTEN_WINDOWS = 4  # one after the other: what a writer sustains, not how it starts
 SWEPT_TOKENS = (512, 1024, 2048, 4096, 8192)
 SLOW_ROWS = {"original": 192, "careful": 384}
 Figures = dict[str, Any]
@@ -224,14 +226,16 @@ def writer(run: Run) -> Figures:
     spec, record = finished.spec, read_journal(finished.root).windows[0]
     blocks = [decode_chunk(read_chunk(finished.root, spec, chunk), spec, chunk.index) for chunk in record.chunks]
     rates: dict[str, list[float]] = {"raw": [], "writer": []}
-    total = sum(chunk.bytes for chunk in record.chunks)
-    for _ in range(11):
-        rates["raw"].append(total / _raw_seconds(folder / "raw", [chunk.bytes for chunk in record.chunks]))
+    sizes = [chunk.bytes for chunk in record.chunks] * WRITTEN_WINDOWS
+    total = sum(sizes)
+    longer = dataclasses.replace(spec, rows=WRITTEN_WINDOWS * spec.window_rows)
+    for _ in range(7):
+        rates["raw"].append(total / _raw_seconds(folder / "raw", sizes))
         target = folder / "copy"
         with StoreWriter(target, resume=False) as copy:
             basis_VR = np.load(finished.root / "basis.npy", mmap_mode="r")
-            same = copy.create(spec, basis_VR)
-            grid = grid_of(spec)
+            same = copy.create(longer, basis_VR)
+            grid = grid_of(same)
             given = [
                 RowBlock(
                     emb_BV=block[: rows.num_rows],
@@ -242,18 +246,21 @@ def writer(run: Run) -> Figures:
             ]
             started = time.perf_counter()
             with contextlib.closing(WindowWriter(target, same)) as chunks:
-                copy.commit_window(same, chunks.write(0, iter(given), lambda: WindowCounts(tokens=0, truncated=0, splits=0)))
+                for window in range(WRITTEN_WINDOWS):
+                    written = chunks.write(window, iter(given), lambda: WindowCounts(tokens=0, truncated=0, splits=0))
+                    copy.commit_window(same, written)
             rates["writer"].append(total / (time.perf_counter() - started))
         shutil.rmtree(target)
     shutil.rmtree(folder)
-    medians = {name: statistics.median(each) for name, each in rates.items()}
+    # the disk is shared, and some rounds find it at half its rate: the median is held against the best raw round
+    raw, ours = max(rates["raw"]), statistics.median(rates["writer"])
     return {
-        "chunks": len(record.chunks),
+        "chunks": len(sizes),
         "bytes": total,
         "chunk": chunk_name(0),
-        "raw_bytes_per_second": medians["raw"],
-        "writer_bytes_per_second": medians["writer"],
-        "share_of_raw": medians["writer"] / medians["raw"],
+        "raw_bytes_per_second": raw,
+        "writer_bytes_per_second": ours,
+        "share_of_raw": ours / raw,
         "bytes_per_second_of_rounds": rates,
     }
 

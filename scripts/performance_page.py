@@ -103,7 +103,7 @@ def writer(report: Report) -> str:
     """The writer alone."""
     found = report["writer"]
     return (
-        f"{found['chunks']} chunks, {found['bytes'] / 2**20:.0f} MiB encoded: raw durable writes "
+        f"{found['chunks']} chunks, {found['bytes'] / 2**20:.0f} MiB encoded, four windows: raw durable writes, at best, "
         f"{found['raw_bytes_per_second'] / 1e6:,.0f} MB/s, the writer {found['writer_bytes_per_second'] / 1e6:,.0f} MB/s, "
         f"{found['share_of_raw']:.2f} of it ({_conditions(report, 'writer')})"
     )
