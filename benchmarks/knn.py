@@ -138,7 +138,7 @@ def engines(bench: Bench) -> Iterator[Figures]:
             with tempfile.TemporaryDirectory(dir=bench.options.work) as name:
                 folder = Path(name)
                 bench.prepare(folder, knn_sets.make(kind, rows, store=None))
-                graph = {"ef_construction": 100 if kind == "easy" else 200, "ef": EF[kind]}
+                graph: Figures = {"ef_construction": 100 if kind == "easy" else 200, "ef": EF[kind]}
                 # the kernel for AVX-512 that faiss's BLAS chooses by itself may be the slower one: the flat index gets both
                 flat = [bench.search("faiss-flat", folder, kernel=kernel) for kernel in (None, "Haswell")]
                 found = {
@@ -206,7 +206,7 @@ def large(bench: Bench) -> Iterator[Figures]:
                 if rows <= 100_000 or (kind == "easy" and rows <= 300_000):
                     ef_construction = 100 if kind == "easy" else 200
                     ef = EF_OF_ONE_GRAPH.get(rows, [96]) if kind == "easy" else [512]
-                    graph = {"ef_construction": ef_construction, "ef": ef, "shards": 1}
+                    graph: Figures = {"ef_construction": ef_construction, "ef": ef, "shards": 1}
                     found["one graph"] = bench.search("embstore-hnsw", folder, **graph)
                 figures[f"{kind} {rows}"] = found | {"date": time.strftime("%Y-%m-%d")}
                 yield figures | {"growth": _growth(figures)}

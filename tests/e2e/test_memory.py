@@ -76,3 +76,43 @@ def test_copying_rows_stays_under_the_budget(tmp_path: Path) -> None:
     report = json.loads(result.stdout)
     assert report["reused_rows"] == 1400
     assert 0 < report["peak_anonymous_bytes"] <= 270 << 20
+
+
+_SEARCH = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from embstore.compute import allpairs, hnsw  # what imports take is not the search's
+from embstore.compute.knn import build_graph
+from embstore.core.config import DensityConfig
+from embstore.core.events import ignore
+from embstore.memory import MemoryMeter
+
+work, method, budget = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+coord_NR = np.load(work / "coordinates.npy", mmap_mode="r")
+failed_N = np.zeros(len(coord_NR), dtype=np.bool_)
+with MemoryMeter() as meter:
+    meter.set_baseline()
+    graph = build_graph(
+        coord_NR, failed_N, DensityConfig(knn=method), threads=2, memory_bytes=budget, work=work, observer=ignore,
+        clock=time.perf_counter,
+    )
+    print(graph.method, graph.meets_target, meter.peak_anonymous_bytes)
+"""
+
+
+@pytest.mark.skipif(read_memory() is None, reason="the kernel does not tell anonymous memory (not Linux)")
+@pytest.mark.parametrize("method", ["exact", "hnsw"])
+def test_a_search_stays_under_its_budget(method: str, tmp_path: Path) -> None:
+    # 60,000 nodes: with all results held, found and expanded, and whole tiles they would take 100 MiB more
+    budget = 112 << 20
+    random = np.random.default_rng(0)
+    centre_CR = 2 * random.standard_normal((50, 64))
+    points = centre_CR[random.integers(0, 50, 60_000)] + 0.5 * random.standard_normal((60_000, 64))
+    np.save(tmp_path / "coordinates.npy", points.astype(np.float32))
+    command = [sys.executable, "-c", _SEARCH, str(tmp_path), method, str(budget)]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found, meets_target, peak = result.stdout.split()
+    assert (found, meets_target) == (method, "True")
+    assert 0 < int(peak) <= budget
