@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,8 @@ def test_two_workers_make_the_store_of_one_process(model: Path, tmp_path: Path) 
     assert 0 < report["worker_traffic_bytes"] < 8192 * 70 + 3 * (64 << 10)  # a job for each worker beside the rows
     lines = workers.stderr.splitlines()
     assert [line for line in lines if "ray" in line.lower() or "WARNING" in line] == []
-    assert [line for line in lines if "committed 70/70 rows" in line and "2/2 workers, 1 s left" in line]
+    # how many have started by then, and how long the rest seemed to take, is the machine's business
+    assert [line for line in lines if re.search(r"committed 70/70 rows, .*[12]/2 workers, \d+ s left", line)], lines
 
 
 def test_a_cluster_that_is_not_there_is_an_error_with_the_next_step(model: Path, tmp_path: Path) -> None:
