@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from embstore.admission import check_fits, commit_prompts, commit_spec, find_source, warn_of_place
+from embstore.allocator import give_back
 from embstore.artifact import (
     DEFAULT_NAME,
     NeighborFiles,
@@ -52,7 +53,6 @@ from embstore.interrupts import StopSignals
 from embstore.memory import MemoryMeter
 from embstore.reuse import Reuse, RowCopier
 from embstore.run import Run, open_engine
-from embstore.storage.allocator import give_back
 from embstore.storage.arrays import map_array
 from embstore.storage.atomic import storage_errors
 from embstore.storage.blocks import SearchBlocks

@@ -17,10 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.compute.nodes import group_rows
-from embstore.compute.scratch import map_scratch
+from embstore.compute.scratch import block_rows, map_scratch
 from embstore.core.density import NOISE_FLOOR
-
-_BLOCK_VALUES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +56,7 @@ def center_rows(coord_NR: NDArray[np.float32], failed_N: NDArray[np.bool_], work
     Price: a hash and two reads of every row, and N * R * 4 bytes of scratch.
     """
     rows_G, node_N = group_rows(coord_NR, failed_N)
-    step = max(1, _BLOCK_VALUES // max(1, coord_NR.shape[1]))
+    step = block_rows(coord_NR.shape[1])
     blocks = [slice(start, start + step) for start in range(0, len(rows_G), step)]
     total_R = np.zeros(coord_NR.shape[1])
     for block in blocks:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from embstore.allocator import give_back
 from embstore.compute.audit import Audit, compare, sample_nodes
 from embstore.compute.exact import exact_neighbors
 from embstore.compute.hnsw import BLOCK_ROWS, Effort
@@ -147,6 +148,7 @@ def _audit(search: Search, to_repair: NDArray[np.int64], config: DensityConfig) 
         return None
     others = np.setdiff1d(np.arange(num_nodes), to_repair, assume_unique=True)
     sample = others[sample_nodes(len(others), config.audit_rows, seed=config.seed, level=search.level)]
+    give_back()  # what the search freed would lie beside what this takes
     exact = exact_neighbors(search.coord_GR, sample, AUDIT_K)[1]
     found = search.distances_GK[sample, :AUDIT_K].astype(np.float64)
     return compare(found, exact, num_nodes=len(others))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.compute.scratch import large_array
+from embstore.compute.scratch import block_rows, large_array
 from embstore.core.errors import CorruptStoreError
 
 _BLOCK_ROWS = 8192
@@ -55,8 +55,9 @@ def centred(coord_NR: NDArray[np.float32], rows_G: Rows, work: Path) -> NDArray[
     """
     rank = coord_NR.shape[1]
     total_R = np.zeros(rank)
-    for start in range(0, len(rows_G), _BLOCK_ROWS):
-        block = coord_NR[rows_G[start : start + _BLOCK_ROWS]]
+    step = block_rows(rank)
+    for start in range(0, len(rows_G), step):
+        block = coord_NR[rows_G[start : start + step]]
         if not np.isfinite(block).all():
             row = int(rows_G[start + np.flatnonzero(~np.isfinite(block).all(axis=1))[0]])
             raise CorruptStoreError(
@@ -69,8 +70,8 @@ def centred(coord_NR: NDArray[np.float32], rows_G: Rows, work: Path) -> NDArray[
     shape = (len(rows_G), rank)
     with (work / "centred.npy").open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        for start in range(0, len(rows_G), _BLOCK_ROWS):
-            centred_BR = coord_NR[rows_G[start : start + _BLOCK_ROWS]].astype(np.float64) - mean_R
+        for start in range(0, len(rows_G), step):
+            centred_BR = coord_NR[rows_G[start : start + step]].astype(np.float64) - mean_R
             file.write(centred_BR.astype("<f4").data.cast("B"))
     if not len(rows_G):
         return np.empty(shape, dtype=np.float32)
@@ -106,8 +107,9 @@ def _hashes(coord_NR: NDArray[np.float32]) -> NDArray[np.uint64]:
     """A 64-bit hash of each row's bits: a sum of words times odd constants; equal rows have equal hashes."""
     words = np.random.Philox(key=1).random_raw(coord_NR.shape[1]) | np.uint64(1)
     hash_N = np.empty(len(coord_NR), dtype=np.uint64)
-    for start in range(0, len(coord_NR), _BLOCK_ROWS // 8):
-        block = np.ascontiguousarray(coord_NR[start : start + _BLOCK_ROWS // 8]) + np.float32(0)  # -0.0 becomes 0.0
+    step = block_rows(coord_NR.shape[1])
+    for start in range(0, len(coord_NR), step):
+        block = np.ascontiguousarray(coord_NR[start : start + step]) + np.float32(0)  # -0.0 becomes 0.0
         hash_N[start : start + len(block)] = (block.view(np.uint32) * words).sum(axis=1, dtype=np.uint64)
     return hash_N
 
@@ -115,15 +117,16 @@ def _hashes(coord_NR: NDArray[np.float32]) -> NDArray[np.uint64]:
 def _group_run(coord_NR: NDArray[np.float32], rows: Rows, first_of_N: Rows) -> None:
     """Rows of one hash, ascending: point each at the first row with its vector (one hash may be shared by several)."""
     firsts: list[int] = []
-    for start in range(0, len(rows), _BLOCK_ROWS):
-        block_rows = rows[start : start + _BLOCK_ROWS]
-        block = coord_NR[block_rows]
-        is_open = np.ones(len(block_rows), dtype=np.bool_)
+    step = block_rows(coord_NR.shape[1])
+    for start in range(0, len(rows), step):
+        rows_B = rows[start : start + step]
+        block = coord_NR[rows_B]
+        is_open = np.ones(len(rows_B), dtype=np.bool_)
         while is_open.any():
             known = [first for first in firsts if (coord_NR[first] == block[is_open][0]).all()]
-            first = known[0] if known else int(block_rows[is_open][0])
+            first = known[0] if known else int(rows_B[is_open][0])
             if not known:
                 firsts.append(first)
             same = is_open & (block == coord_NR[first]).all(axis=1)
-            first_of_N[block_rows[same]] = first
+            first_of_N[rows_B[same]] = first
             is_open &= ~same

@@ -21,6 +21,12 @@ _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 _SMALL_BYTES = 4 << 20
+_BLOCK_VALUES = 1 << 17
+
+
+def block_rows(rank: int) -> int:
+    """Rows of R coordinates that are worked on at once: 1 MiB as float64, whatever R is."""
+    return max(1, _BLOCK_VALUES // max(1, rank))
 
 
 def large_array(path: Path, shape: tuple[int, ...], dtype: type[Scalar]) -> NDArray[Scalar]:

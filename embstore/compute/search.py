@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embstore.allocator import give_back
 from embstore.compute.audit import compare, sample_nodes
 from embstore.compute.distances import rerank
 from embstore.compute.exact import exact_neighbors
@@ -90,6 +91,7 @@ class Search:
 
     def run(self) -> None:
         """Search at the present level."""
+        give_back()
         if self.effort is None:
             self.missed_self_G[:] = False
             if len(self.coord_GR) <= SMALL_NODES:
@@ -102,6 +104,7 @@ class Search:
 
     def repair(self, nodes: NDArray[np.int64]) -> None:
         """Replace what was found for these nodes by what an exact search finds."""
+        give_back()
         if len(self.coord_GR) <= SMALL_NODES:
             self._take(nodes, *exact_neighbors(self.coord_GR, nodes, K_MAX))
             return

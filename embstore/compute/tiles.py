@@ -26,14 +26,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embstore.compute.scratch import map_scratch
+from embstore.compute.scratch import block_rows, map_scratch
 
 # Columns that hold a half norm in parts: three bfloat16 or two float32 carry it to below the product's own rounding.
 _NORM_PARTS = {torch.bfloat16: 3, torch.float32: 2}
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 # Relative rounding of one stored score: half a unit in the last of 8 or 24 significant bits.
 _ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
-_BLOCK_ROWS = 8192
 _GROUPS_A_TILE = 256  # more than any number of candidates, so that group minima give a first threshold
 # A group of a row lies this far apart: minima then run over whole vectors, seventeen times as fast as within them.
 _STRIDE = 64
@@ -112,8 +111,9 @@ def quantise(
         rows_GP = torch.from_numpy(scratch).view(dtype).view(num_nodes, width)
     norm_G, error_G = np.empty(num_nodes), np.empty(num_nodes)
     largest = 0.0
-    for start in range(0, num_nodes, _BLOCK_ROWS):
-        block_BR = torch.from_numpy(coord_GR[order_G[start : start + _BLOCK_ROWS]])
+    step = block_rows(rank)
+    for start in range(0, num_nodes, step):
+        block_BR = torch.from_numpy(coord_GR[order_G[start : start + step]])
         stop = start + len(block_BR)
         rounded_BR = block_BR.to(dtype)
         norm_G[start:stop] = torch.linalg.vector_norm(block_BR, dim=1, dtype=torch.float64)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from embstore.allocator import keep_large_blocks
 from embstore.core.embedder import RowBlock, WindowCounts
 from embstore.core.errors import RowError
 from embstore.core.format import EMBEDDINGS, chunk_name
@@ -25,7 +26,6 @@ from embstore.core.plan import grid_of
 from embstore.core.records import ChunkRecord, FailedRow, ReusingWindowRecord, WindowRecord
 from embstore.core.rows import RowRange
 from embstore.core.spec import StoreSpec
-from embstore.storage.allocator import keep_large_blocks
 from embstore.storage.atomic import DurableFile, fsync_directory
 from embstore.storage.chunks import Encoded, crc32c, encode_chunk
 from embstore.storage.direct import DirectBuffer

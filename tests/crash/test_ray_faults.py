@@ -23,6 +23,7 @@ import embstore
 from embstore.core.embedder import WindowCounts
 from embstore.core.errors import EngineError, ExitCode, StorageError
 from embstore.core.events import Event, Notice, RowsCommitted, WorkersChanged
+from embstore.core.format import WORK
 from embstore.core.rows import RowRange
 from embstore.core.spec import decode_spec
 from embstore.engines import dispatch
@@ -181,7 +182,7 @@ def test_a_worker_that_does_not_see_the_store_is_refused(
     monkeypatch.setattr(RayEngine, "_connect", connected)
     with pytest.raises(EngineError, match="does not see the store") as caught:
         build_by_workers(small_prompts, tmp_path / "store", script)
-    assert f"{tmp_path}/store/work/engine-" in str(caught.value)
+    assert str(tmp_path / "store" / WORK / "engine-") in str(caught.value)
     assert re.search(f"holds {found or 'nothing'} there, [0-9a-f]{{32}} here", str(caught.value))
     assert "every machine mounts under the same path" in str(caught.value.hint)
     assert script.calls == []

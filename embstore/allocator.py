@@ -1,7 +1,8 @@
-"""Memory that is freed and taken again chunk by chunk stays with the process while a store is written.
+"""Memory that is freed and taken again chunk by chunk stays with the process while a store is written; then it goes back.
 
 glibc gives a freed block of 30 MB back to the kernel; every page of the next one is faulted in and zeroed anew: a quarter
-of the cost of encoding a chunk (docs/decisions/0015). Elsewhere nothing is done, and nothing is needed.
+of the cost of encoding a chunk (docs/decisions/0015). The steps of a search take unlike blocks, so what one freed would lie
+beside what the next takes, and count twice against the memory budget. Elsewhere nothing is done, and nothing is needed.
 """
 
 from __future__ import annotations
