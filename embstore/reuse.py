@@ -34,8 +34,8 @@ from embstore.storage.store import EmbeddingStore, open_store
 
 _ROW_FILES = (SPEC, PROMPTS, BASIS, COORDINATES, RESIDUALS, CHUNKS)
 _SCRATCH = "reused_rows.npy"
-# Computed rows come in smaller blocks than chunks, so that both kinds of memory fit where one kind did.
 _CHUNKS_AHEAD = 2  # of an old store, on their way from the disk while one is decoded
+# Computed rows come in smaller blocks than chunks, so that both kinds of memory fit where one kind did.
 _BLOCKS_IN_CHUNK = 4
 # New chunks in memory beyond those of an embedder alone: what is assembled, what is begun, what waits to be written.
 _EXTRA_CHUNKS = 3

@@ -10,7 +10,7 @@ Shapes: G nodes, Q queries, K neighbours kept, C candidates, R coordinates.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -238,4 +238,6 @@ def _no_check() -> None:
     """A signal during a search raises by itself."""
 
 
-_never: Callable[[], bool] = lambda: False  # noqa: E731
+def _never() -> bool:
+    """A search has no point at which it would end early and keep what it has."""
+    return False

@@ -182,7 +182,7 @@ class Search:
             work=self._work,
             kept=self._kept,
             advance=self._advance,
-            elsewhere=self._ask_elsewhere(effort) if self._mapped is not None else None,
+            elsewhere=self._asking(self._mapped, effort) if self._mapped is not None else None,
         )
         self.missed_self_G = found.missed_self_G
 
@@ -193,11 +193,11 @@ class Search:
         with ThreadPoolExecutor(max_workers=self._threads) as pool:
             list(pool.map(rank, range(0, len(self.coord_GR), _RANKED_ROWS)))
 
-    def _ask_elsewhere(self, effort: Effort) -> Callable[[Sequence[Asked]], Iterator[tuple[int, Iterator[Answer]]]]:
-        if self._mapped is None:
-            raise AssertionError("there are no workers to ask")
+    def _asking(
+        self, mapped: MappedSearch, effort: Effort
+    ) -> Callable[[Sequence[Asked]], Iterator[tuple[int, Iterator[Answer]]]]:
         return functools.partial(
-            self._mapped.graphs,
+            mapped.graphs,
             self.coord_GR,
             num_candidates=K_MAX + 1,
             effort=effort,

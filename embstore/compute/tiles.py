@@ -34,7 +34,7 @@ _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 # Relative rounding of one stored score: half a unit in the last of 8 or 24 significant bits.
 _ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 _GROUPS_A_TILE = 256  # more than any number of candidates, so that group minima give a first threshold
-# A group of a row lies this far apart: minima then run over whole vectors, seventeen times as fast as within them.
+# Columns of a group lie this far apart: minima then run over whole vectors, an order of magnitude faster than within them.
 _STRIDE = 64
 _PRODUCT_ROWS, _PRODUCT_COLUMNS = 1024, 4096  # of one matrix product: its result is read back while it is in the cache
 

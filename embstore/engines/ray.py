@@ -187,7 +187,10 @@ def _worker_class() -> type:
     """The actor. Local, so that it travels by value: it must be able to say that another embstore is installed there."""
 
     class EmbstoreWorker:
+        """Answers with pickled tuples, as ``dispatch.Pool`` has them, and never with an exception: Ray would wrap it."""
+
         def hello(self, token: str, visible: str | None) -> bytes:
+            """Who this is, and whether it sees the store."""
             import os  # noqa: PLC0415 - by value, nothing of this module is there
             import pickle  # noqa: PLC0415
             import socket  # noqa: PLC0415
@@ -206,6 +209,7 @@ def _worker_class() -> type:
             return pickle.dumps(("hello", f"{socket.gethostname()} (process {os.getpid()})", version, found))
 
         def begin(self, job: bytes, number: int) -> bytes:
+            """Start a job's worker, which loads what it needs."""
             import pickle  # noqa: PLC0415
 
             def start() -> None:
@@ -214,12 +218,14 @@ def _worker_class() -> type:
             return self.answer(start)
 
         def run(self, packed: bytes) -> bytes:
+            """The result of a task; the one that follows comes with it."""
             import pickle  # noqa: PLC0415
 
             task, following = pickle.loads(packed)
             return self.answer(lambda: self.worker.run(task, following=following, check=lambda: None))
 
         def answer(self, do: Callable[[], object]) -> bytes:
+            """What a call gave, or how it failed."""
             import pickle  # noqa: PLC0415
 
             from embstore.core.errors import EmbstoreError  # noqa: PLC0415

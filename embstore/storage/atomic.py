@@ -253,7 +253,7 @@ class DurableFile:
         self._temp = (folder or path.parent) / f".{path.name}.{os.getpid()}.tmp"
         self._sync_directory = sync_directory
         self._direct = direct
-        self._is_direct = False
+        self._leaves_cache = direct is not None
         self._sha256 = hashlib.sha256() if sha256 else None
         self._size = 0
         self._pending = bytearray()
@@ -265,8 +265,11 @@ class DurableFile:
             if self._direct is None:
                 self._handle = os.open(self._temp, flags, 0o644)
             else:
-                self._handle, self._is_direct = open_direct(self._temp, flags, 0o644)
-                self._direct.begin(self._handle)
+                self._handle, is_direct = open_direct(self._temp, flags, 0o644)
+                if is_direct:
+                    self._direct.begin(self._handle)
+                else:
+                    self._direct = None
         return self
 
     def write(self, data: Buffer) -> int:
@@ -275,7 +278,7 @@ class DurableFile:
         self._size += size
         if self._sha256 is not None:
             self._sha256.update(data)
-        if self._direct is not None and self._is_direct:
+        if self._direct is not None:
             with storage_errors("writing", self._path):
                 self._direct.write(data)
         elif size < _BUFFER_BYTES:
@@ -306,7 +309,7 @@ class DurableFile:
                 try:
                     self._flush()
                     os.fsync(self._handle)
-                    if self._direct is not None and not self._is_direct:
+                    if self._leaves_cache and self._direct is None:
                         drop_cache(self._handle)
                 finally:
                     os.close(self._handle)
@@ -318,7 +321,7 @@ class DurableFile:
             fsync_directory(self._path.parent)
 
     def _flush(self) -> None:
-        if self._direct is not None and self._is_direct:
+        if self._direct is not None:
             self._direct.finish()
         elif self._pending:
             with storage_errors("writing", self._path):

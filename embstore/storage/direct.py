@@ -1,8 +1,8 @@
 """Writes past the page cache, for large files that nobody is about to read.
 
-Through the cache the kernel copies every byte into fresh pages, writes them back, and drops them again: a third of the cost
-of a chunk, and a writer at 0.6 of what the disk takes (docs/decisions/0016). Past it the disk reads our own buffer.
-File systems that cannot (some network and memory ones) get the same bytes through the cache.
+Through the cache the kernel copies every byte into fresh pages, writes them back, and drops them again. Past it the disk
+reads our own buffer (docs/decisions/0016). File systems that cannot (some network and memory ones) get the same bytes
+through the cache.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ class DirectBuffer:
             try:
                 view = view[os.write(self._handle, view) :]
             except OSError as error:
-                # no direct write was meant by who opened the file, or one ended inside a block on a full disk
-                if error.errno != errno.EINVAL or not fcntl.fcntl(self._handle, fcntl.F_GETFL) & _DIRECT:
+                # the file system takes no such write after all, or the one before ended inside a block on a full disk
+                flags = fcntl.fcntl(self._handle, fcntl.F_GETFL)
+                if error.errno != errno.EINVAL or not flags & _DIRECT:
                     raise
-                fcntl.fcntl(self._handle, fcntl.F_SETFL, fcntl.fcntl(self._handle, fcntl.F_GETFL) & ~_DIRECT)
+                fcntl.fcntl(self._handle, fcntl.F_SETFL, flags & ~_DIRECT)
         self._filled = 0
