@@ -20,7 +20,8 @@ from embstore.engines.local import LocalEngine
 from embstore.engines.ray import RayEngine
 from embstore.interrupts import StopSignals
 from embstore.memory import MemoryMeter
-from embstore.storage.atomic import make_directory, remove_folder
+from embstore.storage.atomic import make_directory, take_away
+from embstore.storage.windows import WORKER_FOLDERS
 from embstore.storage.writer import StoreWriter
 
 
@@ -75,13 +76,13 @@ class Run:
 def open_engine(run: Run, spec: StoreSpec) -> Iterator[None]:
     """Give the run its engine, and the engine a folder in the store, until the build ends.
 
-    The folder is new in every run, and the next writer removes it: whatever a worker of a driver that died still writes
+    The folder is new in every run, and the next writer takes it away: whatever a worker of a driver that died still writes
     lies in it, and is never taken for anything.
     """
     if not run.config.engine.is_remote:
         yield
         return
-    run.engine_folder = run.writer.work.absolute() / f"engine-{secrets.token_hex(8)}"
+    run.engine_folder = run.writer.work.absolute() / f"{WORKER_FOLDERS}{secrets.token_hex(8)}"
     make_directory(run.engine_folder)
     engine = RayEngine(
         run.config.engine, threads=spec.embedding.threads, device=spec.embedding.device, shared=run.engine_folder
@@ -91,4 +92,4 @@ def open_engine(run: Run, spec: StoreSpec) -> Iterator[None]:
         yield
     finally:
         engine.close()
-        remove_folder(run.engine_folder, missing_ok=True)
+        take_away(run.engine_folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from embstore.core.spec import StoreSpec, diff_fields
 from embstore.memory import MemoryMeter
 from embstore.reuse import Reuse, RowCopier, SavedReuse, nothing_reused
 from embstore.storage.arrays import map_array
-from embstore.storage.atomic import make_directory, remove_folder, storage_errors
+from embstore.storage.atomic import storage_errors, take_away
 from embstore.storage.prompts import PromptTable
 from embstore.storage.windows import WindowWriter, WrittenWindow
 
@@ -172,7 +173,8 @@ class WindowsElsewhere:
     """The job of workers in other processes, on machines that see the store and the model under the same paths.
 
     ``folder`` is the driver's, in the store: it holds what workers map, and a folder for each worker's temp files. Without
-    that folder a worker cannot publish a chunk, so one that was given up cannot put its own over a committed one.
+    that folder a worker cannot publish a chunk, and it makes it once: one that was given up, whatever it was doing, cannot
+    put a chunk over a committed one.
     """
 
     root: Path
@@ -207,9 +209,12 @@ class WindowsElsewhere:
         ------
         EngineError
             Model or hardware are not what the spec pins: rows would have other bytes.
+        StorageError
+            This worker was given up before it began, or its driver is gone.
         """
         own = self.folder / str(number)
-        make_directory(own)
+        with storage_errors("creating folder", own):
+            own.mkdir()  # no parents: a driver's folder that was taken away stays away
         embedder = None
         if self.source is not None:
             self._refuse_other(self.source)
@@ -234,9 +239,16 @@ class WindowsElsewhere:
         return name_window(self.root, self.spec, task)
 
     def lost(self, number: int) -> None:
-        """As ``core.engine.Job``."""
-        with storage_errors("removing", self.folder / str(number)):
-            remove_folder(self.folder / str(number), missing_ok=True)
+        """As ``core.engine.Job``: a file takes the place of its folder, so that it cannot begin either."""
+        own = self.folder / str(number)
+        with storage_errors("removing", own), contextlib.suppress(FileNotFoundError):  # then the driver's is gone
+            while True:
+                try:
+                    os.close(os.open(own, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+                except FileExistsError:
+                    take_away(own)
+                else:
+                    return
 
     def _refuse_other(self, source: EmbedderSource) -> None:
         embedding = self.spec.embedding

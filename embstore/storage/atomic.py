@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import stat
@@ -374,6 +375,17 @@ def remove_folder(path: Path, *, missing_ok: bool = False) -> None:
         raise CorruptStoreError(
             f"{path} is nested too deep to be deleted", hint=f"delete {path}, then run it again"
         ) from None
+
+
+def take_away(path: Path) -> None:
+    """Delete a folder that another process may be writing into: it is renamed first, so that no path of theirs leads on.
+
+    What it has open it may still write, but never rename to anywhere. Nothing is there when this returns, or before.
+    """
+    gone = path.with_name(f"gone-{secrets.token_hex(8)}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, gone)
+        remove_folder(gone, missing_ok=True)
 
 
 class WriterLock:

@@ -30,6 +30,7 @@ from embstore.storage.atomic import DurableFile, fsync_directory
 from embstore.storage.chunks import Encoded, crc32c, encode_chunk
 from embstore.storage.direct import DirectBuffer
 
+WORKER_FOLDERS = "engine-"  # how folders begin, in work/, in which workers of a driver have their temp files
 # Chunks that are compressed while another one is written. Compression takes as long as a write to a fast disk.
 ENCODED_AHEAD = 2
 

@@ -60,13 +60,14 @@ from embstore.storage.atomic import (
     replace_link,
     storage_errors,
     sync_data,
+    take_away,
     write_all,
     write_durable,
 )
 from embstore.storage.blocks import KEPT_BLOCKS
 from embstore.storage.journal import Journal
 from embstore.storage.rowfiles import ROW_FILES, check_rows, header, mend, preallocate, row_bytes
-from embstore.storage.windows import WrittenWindow
+from embstore.storage.windows import WORKER_FOLDERS, WrittenWindow
 
 _OWN_DIGEST = re.compile(r"[0-9a-f]{16}")
 _OWN_WEIGHTS = re.compile(r"[0-9a-f]{16}\.(npy|json)")
@@ -304,9 +305,11 @@ class StoreWriter:
         for folder in (self.root, self.root / EMBEDDINGS, self.root / WEIGHTS, *_entries(self.root / NEIGHBORS)):
             if folder.is_dir():
                 remove_temp_files(folder)
-        # also what workers of a dead driver still write: without their folders they cannot publish it
         kept = [path for path in _entries(self.root / WORK) if path.name.startswith(KEPT_BLOCKS)]
         with storage_errors("cleaning", self.root / WORK):
+            for path in _entries(self.root / WORK):
+                if path.name.startswith(WORKER_FOLDERS):  # workers of a dead driver may still write
+                    take_away(path)
             for path in _entries(self.root / WORK) if kept else [self.root / WORK]:
                 if path not in kept:
                     remove_folder(path, missing_ok=True)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,25 +15,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import embstore
-from embstore.core.embedder import WindowCounts
-from embstore.core.errors import EngineError, ExitCode, StorageError
+from embstore.core.errors import EngineError, ExitCode
 from embstore.core.events import Event, Notice, RowsCommitted, WorkersChanged
 from embstore.core.format import WORK
-from embstore.core.rows import RowRange
-from embstore.core.spec import decode_spec
 from embstore.engines import dispatch
 from embstore.engines.ray import RayEngine
 from embstore.info import verify
 from embstore.storage.journal import read_journal
 from embstore.storage.prompts import PromptTable
-from embstore.storage.windows import WindowWriter
-from embstore.storage.writer import StoreWriter
 from tests.support.build_fake import CONFIG
-from tests.support.fake import FakeSource
 from tests.support.ray_session import ray_engine, ray_session, through_ray
 from tests.support.stores import WINDOWS, build_small, journal_records, snapshot
 from tests.support.tally import Counter
@@ -304,32 +296,6 @@ def test_a_driver_that_is_killed_takes_its_workers_along_and_is_resumed(
     is_wrong = snapshot(store) != snapshot(finished_store)
     tally("the driver killed (SIGKILL) while workers compute, through Ray", losses=int(is_wrong))
     assert not is_wrong
-
-
-def test_a_worker_that_outlives_its_driver_cannot_publish_what_it_writes(
-    script: Script, small_prompts: Path, finished_store: Path, tmp_path: Path
-) -> None:
-    """The next writer removes the folder with the temp file: renaming it then fails."""
-    store = Path(shutil.copytree(finished_store, tmp_path / "store", symlinks=True))
-    (store / "manifest.json").unlink()
-    before = snapshot(store)
-    folder = store / "work" / "engine-1" / "1"
-    folder.mkdir(parents=True)
-    spec = decode_spec((store / "spec.json").read_bytes())
-    embedder = FakeSource().reopen(spec.embedding, np.load(store / "basis.npy"))
-    prompts = PromptTable(store / "prompts.jsonl", spec.rows).read(RowRange(0, 32))
-
-    def blocks() -> Iterator[Any]:
-        for number, block in enumerate(embedder.embed(prompts, first_row=0, chunk_rows=16, check=lambda: None)):
-            if number == 1:
-                with StoreWriter(store, resume=True):  # the driver of a resume
-                    pass
-            block.emb_BV[:] = 0  # whatever it is, it must not get into the store
-            yield block
-
-    with pytest.raises(StorageError):
-        WindowWriter(store, spec, folder=folder).write(0, blocks(), lambda: WindowCounts(tokens=0, truncated=0, splits=0))
-    assert snapshot(store) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
