@@ -30,13 +30,16 @@ benchmark: $(STAMP)  ## needs PROMPTS=file and MODEL=folder; writes benchmarks/r
 	@$(BIN)/python -m benchmarks.acceptance --prompts "$(PROMPTS)" --model "$(MODEL)"
 
 # torch first and alone: with a CPU build in place, what follows does not pull gigabytes of CUDA packages on Linux.
-# hnswlib without -march=native: an environment may be copied to another CPU.
+# hnswlib is compiled for AVX2 where this CPU has it, which every x86 server of the last ten years does, and not for this CPU
+# alone (-march=native, its default): an environment may be copied. pip's cache does not know how a wheel was compiled.
+AVX2 := $(shell grep -qsw avx2 /proc/cpuinfo && grep -qsw fma /proc/cpuinfo && echo -mavx2 -mfma)
 $(STAMP): pyproject.toml
 	@./scripts/check_compiler.sh "$(PYTHON)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (first time: a few minutes)"
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	@HNSWLIB_NO_NATIVE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@HNSWLIB_NO_NATIVE=1 CFLAGS="$(AVX2)" CXXFLAGS="$(AVX2)" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-cache-dir "hnswlib>=0.8,<0.9"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $(STAMP)
 
 clean:

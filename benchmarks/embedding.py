@@ -3,7 +3,7 @@
 ``python -m benchmarks.embedding --prompts FILE --model FOLDER [--parts machine,sweep,methods,writer,profile,dtype,scale]``
 
 Every method runs in a process of its own (benchmarks/methods.py), all methods one after the other in each round; figures are
-medians over rounds, and ratios compare medians of the same run. Results go to ``benchmarks/results/embedding.json``;
+medians over rounds, and ratios medians of the ratios in each round. Results go to ``benchmarks/results/embedding.json``;
 ``python -m scripts.performance_page`` renders them into docs/performance.md.
 """
 
@@ -44,7 +44,6 @@ RESULTS = Path(__file__).parent / "results" / "embedding.json"
 DTYPES = ("float32", "bfloat16")
 PARTS = ("machine", "sweep", "methods", "streamed", "writer", "profile", "dtype", "scale")
 WRITTEN_WINDOWS = 4  # one after the other: what a writer sustains, not how it starts
-SWEPT_TOKENS = (512, 1024, 2048, 4096, 8192)
 SLOW_ROWS = {"original": 192, "careful": 384}
 Figures = dict[str, Any]
 
@@ -54,7 +53,8 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.results: Figures = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        self._path: Path = options.results
+        self.results: Figures = json.loads(self._path.read_text()) if self._path.exists() else {}
         self.threads = len(os.sched_getaffinity(0))
 
     def method(self, name: str, dtype: str, rows: int, **more: object) -> Figures:
@@ -73,13 +73,13 @@ class Run:
         """Keep a part's figures, with what they were measured on."""
         given = self.options
         command = f"python -m benchmarks.embedding --prompts {given.prompts.name} --model {given.model.name}"
-        command += f" --rows {given.rows} --rounds {given.rounds}"
+        command += f" --rows {given.rows} --rounds {given.rounds} --swept-tokens {given.swept_tokens}"
         self.results[part] = figures | {"date": time.strftime("%Y-%m-%d"), "command": f"{command} --parts {part}"}
         packages = ("embstore", "torch", "transformers", "numpy", "numcodecs")
         self.results["versions"] = {name: importlib.metadata.version(name) for name in packages}
         self.results["versions"]["python"] = sys.version.split()[0]
         self.results["hardware"] = f"{cpu_name()}, {self.threads} cores, {torch.backends.cpu.get_cpu_capability()}"
-        RESULTS.write_text(json.dumps(self.results, indent=1) + "\n")
+        self._path.write_text(json.dumps(self.results, indent=1) + "\n")
 
 
 def main() -> None:
@@ -89,9 +89,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("demo_output/embedding"), help="on the disk to be measured")
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--rows", type=int, default=8192, help="prompts of the fast methods")
+    parser.add_argument("--rows", type=int, default=12288, help="prompts of the fast methods: three windows")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", default="1024,4096,28000", help="of the part scale")
+    parser.add_argument("--swept-tokens", default="512,1024,2048,4096,8192", help="of a batch, for the floor")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="another file for another machine")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     run = Run(options)
@@ -127,7 +129,7 @@ def sweep(run: Run) -> Figures:
     """The backbone under every setting, on an eighth of the rows, best of two passes."""
     settings = [
         {"batch_tokens": tokens, "mask": mask, "workers": workers}
-        for tokens in SWEPT_TOKENS
+        for tokens in map(int, run.options.swept_tokens.split(","))
         for mask in (True, False)
         for workers in sorted({1, run.threads})
     ]
@@ -161,15 +163,24 @@ def methods(run: Run) -> Figures:
         peak = run.results["machine"][dtype]["square"]
         floor["gflops"] = seen["backbone"][0]["flops"] / floor["seconds"] / 1e9
         floor["share_of_gemm_rate"] = floor["gflops"] / peak
+        original = found[dtype]["original"]["rows_per_second"]
         for figures in found[dtype].values():
-            figures["share_of_floor"] = figures["rows_per_second"] / floor["rows_per_second"]
-            figures["times_original"] = figures["rows_per_second"] / found[dtype]["original"]["rows_per_second"]
-        beyond = 1 / found[dtype]["store"]["rows_per_second"] - 1 / floor["rows_per_second"]
-        found[dtype]["store"]["milliseconds_a_row_beyond_backbone"] = 1e3 * beyond
-        found[dtype]["store"]["seconds_over_without_store"] = (
-            found[dtype]["rows"]["rows_per_second"] / found[dtype]["store"]["rows_per_second"]
+            figures["share_of_floor"] = _ratio(figures, floor)
+            figures["times_original"] = figures["rows_per_second"] / original
+        rows, store = found[dtype]["rows"], found[dtype]["store"]
+        store["milliseconds_a_row_beyond_backbone"] = 1e3 * statistics.median(
+            1 / ours - 1 / least
+            for ours, least in zip(store["rows_per_second_of_rounds"], floor["rows_per_second_of_rounds"], strict=True)
         )
+        store["seconds_over_without_store"] = _ratio(rows, store)
+        run.record("methods", found)  # minutes each: one dtype is not lost with the other
     return found
+
+
+def _ratio(one: Figures, other: Figures) -> float:
+    """Median over rounds of the ratio of rates: what slows the machine down for minutes slows both."""
+    rounds = zip(one["rows_per_second_of_rounds"], other["rows_per_second_of_rounds"], strict=True)
+    return statistics.median(left / right for left, right in rounds)
 
 
 def _summary(rounds: list[Figures]) -> Figures:

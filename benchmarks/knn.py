@@ -1,9 +1,10 @@
 """Neighbour searches side by side: ``python -m benchmarks.knn --store STORE --work FOLDER [--parts store,engines,large]``.
 
 ``store``: the real rows at three sizes, scikit-learn over the full matrix as the original does it against the whole density
-stage. ``engines``: what a user could take instead, on seeded easy and hard points of 256 dimensions. ``copies``: plain
-hnswlib and embstore where a few prompts are repeated hundreds of times. ``large``: the density stage up to a million rows
-under 2 GiB. Every search runs in a process of its own; figures are written as they come, to ``benchmarks/results/knn.json``.
+stage. ``shards``: one effort over one graph and over more. ``engines``: what a user could take instead, on seeded easy and
+hard points of 256 dimensions. ``copies``: plain hnswlib and embstore where a few prompts are repeated hundreds of times.
+``large``: the density stage up to a million rows under 2 GiB. Every search runs in a process of its own; figures are written
+as they come, to ``benchmarks/results/knn.json``.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from benchmarks.acceptance import cpu_name
 
 RESULTS = Path(__file__).parent / "results" / "knn.json"
 GRAPHS = ("hnswlib", "embstore-hnsw", "usearch", "faiss-hnsw")
-PARTS = ("store", "engines", "copies", "large")
+PARTS = ("store", "shards", "engines", "copies", "large")
 BUDGET_BYTES = 2 << 30
-EF = {"easy": [16, 24, 48, 96], "hard": [128, 512]}
+EF = {"easy": [16, 24, 32, 48, 64, 96], "hard": [128, 512]}
 # each effort is a graph of its own, so the larger ones get the one that should do
-EF_OF_ONE_GRAPH = {28_000: [24, 48], 100_000: [48, 96], 300_000: [96]}
+EF_OF_ONE_GRAPH = {28_000: [12, 16], 100_000: [24, 32], 300_000: [48, 96]}
 RECALL_OF_GROWTH = 0.99
+SHARDED_ROWS = 28_000
+LARGEST_HARD_GRAPH = 100_000
 GRAPHS_OF_HARD_ROWS = 28_000  # above, graphs take a quarter of an hour each and still miss one neighbour in fifty
 Figures = dict[str, Any]
 
@@ -98,6 +101,7 @@ def main() -> None:
     bench = Bench(options)
     parts: dict[str, Callable[[Bench], Iterator[Figures]]] = {
         "store": store,
+        "shards": shards,
         "engines": engines,
         "copies": copies,
         "large": large,
@@ -128,6 +132,19 @@ def store(bench: Bench) -> Iterator[Figures]:
             }
             figures[str(rows)] = row
             yield figures
+
+
+def shards(bench: Bench) -> Iterator[Figures]:
+    """One effort over one graph and over several: what cutting the points costs, and that it costs no recall."""
+    figures: Figures = {}
+    for kind in ("store", "easy"):
+        with tempfile.TemporaryDirectory(dir=bench.options.work) as name:
+            folder = Path(name)
+            bench.prepare(folder, knn_sets.make(kind, SHARDED_ROWS, store=bench.options.store))
+            for count in (1, 2, 4, 8, 16):
+                found = bench.search("embstore-hnsw", folder, ef_construction=100, ef=[64], shards=count)
+                figures[f"{kind} {count}"] = found
+    yield figures
 
 
 def engines(bench: Bench) -> Iterator[Figures]:
@@ -201,22 +218,23 @@ def large(bench: Bench) -> Iterator[Figures]:
                 folder = Path(name)
                 bench.prepare(folder, knn_sets.make(kind, rows, store=None))
                 found = {"auto": bench.search("embstore", folder, knn="auto", memory_bytes=BUDGET_BYTES, mapped=True)}
-                if rows <= 300_000:
-                    found["exact"] = bench.search("embstore-exact", folder, k=[32], mapped=True)
-                if rows <= 100_000 or (kind == "easy" and rows <= 300_000):
-                    ef_construction = 100 if kind == "easy" else 200
-                    ef = EF_OF_ONE_GRAPH.get(rows, [96]) if kind == "easy" else [512]
-                    graph: Figures = {"ef_construction": ef_construction, "ef": ef, "shards": 1}
+                if kind == "easy" and rows in EF_OF_ONE_GRAPH:
+                    graph: Figures = {"ef_construction": 100, "ef": EF_OF_ONE_GRAPH[rows], "shards": 1}
                     found["one graph"] = bench.search("embstore-hnsw", folder, **graph)
+                elif kind == "easy":
+                    found["two graphs"] = bench.search("embstore-hnsw", folder, ef_construction=100, ef=[64], mapped=True)
+                elif rows <= LARGEST_HARD_GRAPH:
+                    found["one graph"] = bench.search("embstore-hnsw", folder, ef_construction=200, ef=[512], shards=1)
                 figures[f"{kind} {rows}"] = found | {"date": time.strftime("%Y-%m-%d")}
+                figures = dict(sorted(figures.items(), key=lambda each: (int(each[0].split()[1]), each[0])))
                 yield figures | {"growth": _growth(figures)}
 
 
 def _growth(figures: Figures) -> Figures:
-    """Fitted exponents of seconds over rows: the exact engine; one graph at its least setting of recall 0.99."""
+    """Fitted exponents of seconds over rows: the density stage, exact; one graph at its least setting of recall 0.99."""
     exponents: Figures = {}
     for kind in ("easy", "hard"):
-        for engine in ("exact", "one graph"):
+        for engine, name in (("auto", "exact"), ("one graph", "one graph")):
             seen = []
             for title, found in figures.items():
                 if title.startswith(f"{kind} ") and engine in found:
@@ -226,7 +244,7 @@ def _growth(figures: Figures) -> Figures:
             if len(seen) > 1:
                 rows, seconds = np.array(seen).T
                 slope = float(np.polyfit(rows, seconds, 1)[0])
-                exponents[f"{engine}, {kind}"] = round(slope, 3)
+                exponents[f"{name}, {kind}"] = round(slope, 3)
     return exponents
 
 

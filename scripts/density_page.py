@@ -27,7 +27,8 @@ _ENGINES = {
     "faiss-hnsw": "faiss-cpu HNSW",
 }
 _LINES = {
-    ("exact", "easy"): ("embstore exact", "#4878a8"),
+    ("auto", "easy"): ("density stage, exact, easy points", "#4878a8"),
+    ("auto", "hard"): ("density stage, exact, hard points", "#8064a2"),
     ("one graph", "easy"): ("one HNSW graph of recall 0.99, easy points", "#5aa469"),
     ("one graph", "hard"): ("one HNSW graph of recall 0.99, hard points", "#c0504d"),
 }
@@ -56,6 +57,19 @@ def store(report: Report) -> str:
                 f"| {int(rows):,} | {name} | {tried['seconds']:.1f} | {found[title]['memory_mib']:,} "
                 f"| {tried['recall']:.4f} | {bound} | {faster} |"
             )
+    return "\n".join(lines)
+
+
+def shards(report: Report) -> str:
+    """One effort over more and more graphs."""
+    part = report["shards"]
+    lines = [_conditions(report, "shards"), "", "| points | graphs | seconds | recall@10 |", "|---|---|---|---|"]
+    for title, found in part.items():
+        if isinstance(found, dict):
+            kind, count = title.split()
+            (tried,) = found["tried"]
+            name = "real rows" if kind == "store" else kind
+            lines.append(f"| {name}, 28,000 | {count} | {tried['seconds']:.1f} | {tried['recall']:.4f} |")
     return "\n".join(lines)
 
 
@@ -116,15 +130,22 @@ def large(report: Report) -> str:
             f"| {found['auto']['memory_mib']:,} | {tried['recall']:.4f} | {tried['audit_recall_lower']:.5f} |"
         )
         lines += [
-            f"| {kind}, {int(rows):,} | one graph alone, ef {graph['ef']} | | {graph['seconds']:,.1f} "
-            f"| {found['one graph']['memory_mib']:,} | {graph['recall']:.4f} | |"
-            for graph in found.get("one graph", {"tried": []})["tried"]
+            f"| {kind}, {int(rows):,} | {name}, ef {graph['ef']} | | {graph['seconds']:,.1f} "
+            f"| {found[engine]['memory_mib']:,} | {graph['recall']:.4f} | |"
+            for engine, name in (("one graph", "one graph alone"), ("two graphs", "two graphs alone"))
+            for graph in found.get(engine, {"tried": []})["tried"]
         ]
     growth = ", ".join(f"{name}: {exponent:.2f}" for name, exponent in part["growth"].items())
     return "\n".join([*lines, "", f"Seconds grow as a power of the rows, fitted at recall {_GROWTH} or more: {growth}."])
 
 
-SECTIONS: dict[str, Callable[[Report], str]] = {"store": store, "engines": engines, "copies": copies, "large": large}
+SECTIONS: dict[str, Callable[[Report], str]] = {
+    "store": store,
+    "shards": shards,
+    "engines": engines,
+    "copies": copies,
+    "large": large,
+}
 
 
 def page(text: str) -> str:
@@ -141,7 +162,7 @@ def page(text: str) -> str:
 
 
 def plot() -> str:
-    """Seconds over rows, both axes logarithmic, of the exact engine and of single graphs of recall 0.99."""
+    """Seconds over rows, both axes logarithmic, of the density stage and of single graphs of recall 0.99."""
     part = json.loads(REPORT.read_text())["large"]
     curves = {line: _curve(part, *line) for line in _LINES}
     points = [point for curve in curves.values() for point in curve]

@@ -90,16 +90,30 @@ def _scan(
         np.subtract(half_norm_G[start:stop], score_QT, out=score_QT)
         own = np.flatnonzero((queries >= start) & (queries < stop))
         score_QT[own, queries[own] - start] = np.inf  # self is excluded by index, never by position
-        tile_QT = np.broadcast_to(np.arange(start, stop, dtype=np.int32), score_QT.shape)
-        if score_QT.shape[1] > keep:
-            chosen = np.argpartition(score_QT, keep - 1, axis=1)[:, :keep]
-            score_QT, tile_QT = np.take_along_axis(score_QT, chosen, 1), np.take_along_axis(tile_QT, chosen, 1)
+        cut_Q = best_QC.max(axis=1) if best_QC.shape[1] == keep else np.full(len(queries), np.inf)
+        score_QT, tile_QT = _nearest_of_tile(score_QT, cut_Q, keep)
         best_QC = np.concatenate([best_QC, score_QT], axis=1)
-        ids_QC = np.concatenate([ids_QC, tile_QT], axis=1)
+        ids_QC = np.concatenate([ids_QC, tile_QT + np.int32(start)], axis=1)
         if best_QC.shape[1] > keep:
             chosen = np.argpartition(best_QC, keep - 1, axis=1)[:, :keep]
             best_QC, ids_QC = np.take_along_axis(best_QC, chosen, 1), np.take_along_axis(ids_QC, chosen, 1)
     return np.where(np.isfinite(best_QC), ids_QC, -1).astype(np.int32), best_QC.max(axis=1)
+
+
+def _nearest_of_tile(score_QT: FloatMatrix, cut_Q: NDArray[np.float64], keep: int) -> tuple[FloatMatrix, IntMatrix]:
+    """Scores and columns of what may be among each row's ``keep`` smallest, which lie below its cut; padded with +inf."""
+    is_below_QT = score_QT < cut_Q[:, None]
+    count_Q = np.count_nonzero(is_below_QT, axis=1)
+    if count_Q.max() > max(keep, score_QT.shape[1] // 8):
+        # the first tile, or rows in an order that says much about distance
+        chosen = np.argpartition(score_QT, keep - 1, axis=1)[:, :keep]
+        return np.take_along_axis(score_QT, chosen, 1), chosen.astype(np.int32)
+    row_H, column_H = np.nonzero(is_below_QT)
+    place_H = np.arange(len(row_H)) - np.repeat(np.cumsum(count_Q) - count_Q, count_Q)
+    packed_QC = np.full((len(cut_Q), count_Q.max()), np.inf)
+    columns_QC = np.zeros(packed_QC.shape, dtype=np.int32)
+    packed_QC[row_H, place_H], columns_QC[row_H, place_H] = score_QT[row_H, column_H], column_H
+    return packed_QC, columns_QC
 
 
 def _half_squared_norms(coord_GR: NDArray[np.float32]) -> FloatMatrix:

@@ -11,6 +11,7 @@ Shapes: G nodes, C candidates, R coordinates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,11 +37,21 @@ _MERGE_BYTES = 4 + 4 + 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Effort:
-    """How hard a graph tries; raising any of them raises recall and cost."""
+    """How hard a graph tries; raising any of them raises recall and cost. ``ef`` is that of one graph of all nodes."""
 
     links: int
     ef_construction: int
     ef: int
+
+    def ef_of(self, shards: int) -> int:
+        """What each of several graphs is asked with for the recall of one: less, as it holds a share of the k nearest.
+
+        Examples
+        --------
+        >>> [Effort(links=16, ef_construction=100, ef=64).ef_of(shards) for shards in (1, 2, 4, 16)]
+        [64, 54, 46, 32]
+        """
+        return math.ceil(self.ef / math.sqrt(math.sqrt(shards)))  # docs/decisions/0017
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +143,7 @@ def hnsw_candidates(
             for shard, graph in zip(wave, graphs, strict=True):
                 blocks = running.open_blocks(shard)
                 for answer in answers(
-                    coord_GR, nodes_of[shard], graph, effort.ef, threads, num_candidates, blocks, BLOCK_ROWS
+                    coord_GR, nodes_of[shard], graph, effort.ef_of(shards), threads, num_candidates, blocks, BLOCK_ROWS
                 ):
                     running.merge(shard, answer)
                 tell(num_nodes)

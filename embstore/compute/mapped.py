@@ -87,7 +87,7 @@ class _GraphWorker:
         path = job.folder / f"answers-{shard}-{self._number}"
         with path.open("wb") as file:
             for number, labels, squared, missed in answers(
-                self._coord_GR, nodes, graph, job.effort.ef, 1, job.num_candidates, blocks, job.block_rows
+                self._coord_GR, nodes, graph, job.effort.ef_of(job.shards), 1, job.num_candidates, blocks, job.block_rows
             ):
                 for array in (np.array(number), labels, squared, missed):
                     np.save(file, array, allow_pickle=False)

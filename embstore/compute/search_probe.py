@@ -68,7 +68,7 @@ def _node_seconds(
     started = time.perf_counter()
     graph = build(points, np.arange(len(points)), effort)
     built = time.perf_counter()
-    graph.set_ef(effort.ef)
+    graph.set_ef(effort.ef_of(shards))
     graph.knn_query(points[:_ASKED_NODES], k=K_MAX + 1, num_threads=1)
     asked = time.perf_counter()
     growth = math.log(max(shard_nodes, 2)) / math.log(len(points))

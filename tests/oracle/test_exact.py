@@ -67,12 +67,17 @@ def test_more_ties_than_the_margin_still_go_by_index() -> None:
     assert distances_GK[:128, 1:] == pytest.approx(math.sqrt(2) * np.ones((128, 9)))
 
 
-def test_the_scan_does_not_depend_on_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("order", ["random", "farthest first"])
+def test_the_scan_does_not_depend_on_its_tiles(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where each tile is nearer than all before it, so that the cut of those leaves nothing out."""
     coord_GR = np.random.default_rng(0).standard_normal((700, 9)).astype(np.float32)
+    if order == "farthest first":
+        coord_GR = coord_GR[np.argsort(-np.linalg.norm(coord_GR, axis=1))] * np.float32(0.1)
+        coord_GR[:, 0] += np.linspace(9, 0, 700, dtype=np.float32)
     queries_Q = np.random.default_rng(1).permutation(700)[:311]
     whole = exact_neighbors(coord_GR, queries_Q, 7)
     assert np.array_equal(whole[0], brute_force(coord_GR, 7)[0][queries_Q])
-    for base_rows, query_rows in ((64, 16), (699, 310), (5, 1000)):
+    for base_rows, query_rows in ((64, 16), (320, 100), (699, 310), (5, 1000)):
         monkeypatch.setattr(exact, "_BASE_ROWS", base_rows)
         monkeypatch.setattr(exact, "_QUERY_ROWS", query_rows)
         advanced: list[int] = []
@@ -246,6 +251,6 @@ def test_an_exact_search_has_no_shards_and_needs_little_memory() -> None:
     assert (plan.method, plan.shards) == ("exact", 0)
 
 
-@pytest.mark.parametrize(("num_rows", "method"), [(28_000, "exact"), (300_000, "exact"), (1_000_000, "pilot")])
+@pytest.mark.parametrize(("num_rows", "method"), [(28_000, "exact"), (1_000_000, "exact"), (1_100_000, "pilot")])
 def test_auto_asks_a_sample_where_a_scan_takes_many_minutes(num_rows: int, method: str) -> None:
     assert plan_search(num_rows, 256, DensityConfig(), threads=2, memory_bytes=2048 * MIB).method == method
