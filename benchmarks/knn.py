@@ -70,7 +70,7 @@ class Bench:
 
     def earlier(self, part: str) -> Figures:
         """Figures of a part so far: sizes that this run does not measure stay as they are."""
-        return {title: found for title, found in self.results.get(part, {}).items() if isinstance(found, dict)}
+        return {title: found for title, found in self.results.get(part, {}).items() if title.split()[-1].isdigit()}
 
     def record(self, part: str, figures: Figures) -> None:
         """Write a part's figures, with what they were measured on."""
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--store-rows", default="7000,14000,28000")
     parser.add_argument("--rows", default="28000,100000", help="of the part engines")
     parser.add_argument("--large-rows", default="28000,100000,300000,1000000", help="of the part large")
-    parser.add_argument("--large-kinds", default="easy,hard", help="of the part large")
+    parser.add_argument("--kinds", default="easy,hard", help="of the parts engines and large")
     options = parser.parse_args()
     bench = Bench(options)
     parts: dict[str, Callable[[Bench], Iterator[Figures]]] = {
@@ -113,7 +113,7 @@ def main() -> None:
 
 def store(bench: Bench) -> Iterator[Figures]:
     """The real rows: the original's search of the full matrix, and the density stage in one piece and in four shards."""
-    figures: Figures = {}
+    figures = bench.earlier("store")
     for rows in (int(size) for size in bench.options.store_rows.split(",")):
         with tempfile.TemporaryDirectory(dir=bench.options.work) as name:
             folder = Path(name)
@@ -130,7 +130,7 @@ def store(bench: Bench) -> Iterator[Figures]:
             row["times_faster"] = {
                 title: round(slow / row[title]["tried"][0]["seconds"]) for title in ("auto", "hnsw", "hnsw, 4 shards")
             }
-            figures[str(rows)] = row
+            figures[str(rows)] = row | {"date": time.strftime("%Y-%m-%d")}
             yield figures
 
 
@@ -151,7 +151,7 @@ def engines(bench: Bench) -> Iterator[Figures]:
     """Engines that a user could take instead, on the same points and k."""
     figures = bench.earlier("engines")
     for rows in (int(size) for size in bench.options.rows.split(",")):
-        for kind in ("easy", "hard"):
+        for kind in bench.options.kinds.split(","):
             with tempfile.TemporaryDirectory(dir=bench.options.work) as name:
                 folder = Path(name)
                 bench.prepare(folder, knn_sets.make(kind, rows, store=None))
@@ -213,7 +213,7 @@ def large(bench: Bench) -> Iterator[Figures]:
     """The density stage under 2 GiB, from 28 thousand to a million rows; one graph alone; and how time grows."""
     figures = bench.earlier("large")
     for rows in (int(size) for size in bench.options.large_rows.split(",")):
-        for kind in bench.options.large_kinds.split(","):
+        for kind in bench.options.kinds.split(","):
             with tempfile.TemporaryDirectory(dir=bench.options.work) as name:
                 folder = Path(name)
                 bench.prepare(folder, knn_sets.make(kind, rows, store=None))
