@@ -180,7 +180,7 @@ def methods(run: Run) -> Figures:
 def _ratio(one: Figures, other: Figures) -> float:
     """Median over rounds of the ratio of rates: what slows the machine down for minutes slows both."""
     rounds = zip(one["rows_per_second_of_rounds"], other["rows_per_second_of_rounds"], strict=True)
-    return statistics.median(left / right for left, right in rounds)
+    return float(statistics.median(left / right for left, right in rounds))
 
 
 def _summary(rounds: list[Figures]) -> Figures:
