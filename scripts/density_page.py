@@ -69,7 +69,7 @@ def shards(report: Report) -> str:
             kind, count = title.split()
             (tried,) = found["tried"]
             name = "real rows" if kind == "store" else kind
-            lines.append(f"| {name}, 28,000 | {count} | {tried['seconds']:.1f} | {tried['recall']:.4f} |")
+            lines.append(f"| {name}, {part['rows']:,} | {count} | {tried['seconds']:.1f} | {tried['recall']:.4f} |")
     return "\n".join(lines)
 
 

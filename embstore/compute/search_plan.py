@@ -20,8 +20,8 @@ Method = Literal["hnsw", "exact", "pilot"]
 
 # Up to this many nodes the float64 scan takes less time than torch takes to load.
 SMALL_NODES = 4096
-# Multiply-adds (N^2 R) up to which `auto` scans without asking: half an hour of two cores. A graph of a million easy points
-# took six minutes, missed one neighbour in fifty, and would have been followed by the scan (docs/decisions/0036).
+# Multiply-adds (N^2 R) up to which `auto` scans without asking: half an hour of two cores. Graphs of a million easy points
+# took five minutes, missed two neighbours in a hundred, and would have been followed by the scan (docs/decisions/0036).
 AUTO_EXACT_WORK = 3.0e14
 # Anonymous bytes a row: node numbers, hashes and their order, half norms, flags.
 _ROW_BYTES = 72
