@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--rows", type=int, default=12288, help="prompts of the fast methods: three windows")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sizes", default="1024,4096,28000", help="of the part scale")
+    parser.add_argument("--sizes", default="1024,4096,8192,28000", help="of the part scale")
     parser.add_argument("--swept-tokens", default="512,1024,2048,4096,8192", help="of a batch, for the floor")
     parser.add_argument("--results", type=Path, default=RESULTS, help="another file for another machine")
     options = parser.parse_args()
@@ -172,6 +172,8 @@ def methods(run: Run) -> Figures:
             1 / ours - 1 / least
             for ours, least in zip(store["rows_per_second_of_rounds"], floor["rows_per_second_of_rounds"], strict=True)
         )
+        tokenising = statistics.median(each["tokenise_seconds"] / each["rows"] for each in seen["backbone"])
+        store["milliseconds_a_row_tokenising"] = 1e3 * tokenising
         store["seconds_over_without_store"] = _ratio(rows, store)
         run.record("methods", found)  # minutes each: one dtype is not lost with the other
     return found
@@ -298,11 +300,12 @@ def _raw_seconds(folder: Path, sizes: list[int]) -> float:
 
 def scale(run: Run) -> Figures:
     """Rows a second and memory of the embedding stage over the number of prompts, in the dtype that auto takes."""
-    found = []
     sizes = [int(size) for size in run.options.sizes.split(",")]
-    for size in sizes:
-        rounds = [run.method("store", run.results["dtype_of_scale"], size) for _ in range(3 if size < 10_000 else 1)]
-        found.append(_summary(rounds))
+    seen: dict[int, list[Figures]] = {size: [] for size in sizes}
+    for _ in range(run.options.rounds):
+        for size in sizes:
+            seen[size].append(run.method("store", run.results["dtype_of_scale"], size))
+    found = [_summary(rounds) for rounds in seen.values()]
     rates = [each["rows_per_second"] for each in found]
     return {"sizes": found, "slowest_over_fastest": min(rates) / max(rates)}
 

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 _PROBED_ROWS = 20_000
 
 CHUNK_BYTES = 32 << 20
+# A small store has smaller chunks, so that all cores share its end and less memory is touched for the first time.
+_LEAST_CHUNKS, _SMALL_CHUNK_BYTES = 8, 4 << 20
 _COPIED_BYTES_PER_SECOND = 300e6  # for the estimate: read, checked, decoded, encoded, written
 
 
@@ -328,14 +330,16 @@ def _reuse_of_last_run(root: Path) -> tuple[str, ...]:
 
 
 def _fit_rows(config: BuildConfig, embedder: Embedder, num_rows: int, reuse: Reuse) -> tuple[int, int]:
-    """Rows of a chunk and of a window: near 32 MiB and about a minute, less where the memory budget asks."""
+    """Rows of a chunk and of a window: near 32 MiB and about a minute, less for few rows or a small memory budget."""
     embedding = config.embedding
+    row_bytes = 2 * embedder.spec.dimension
+    chunk_bytes = min(CHUNK_BYTES, max(_SMALL_CHUNK_BYTES, num_rows * row_bytes // _LEAST_CHUNKS))
 
     def needs(chunk_rows: int) -> int:
         return embedder.memory_bytes(chunk_rows) + reuse.memory_bytes(chunk_rows)
 
     chunk_rows = embedding.chunk_rows or chunk_rows_near(
-        2 * embedder.spec.dimension, CHUNK_BYTES, num_rows=num_rows, max_rows=embedder.max_window_rows
+        row_bytes, chunk_bytes, num_rows=num_rows, max_rows=embedder.max_window_rows
     )
     while embedding.chunk_rows is None and chunk_rows > 16 and needs(chunk_rows) > config.memory_budget_bytes:
         chunk_rows = max(16, chunk_rows // 2 // 16 * 16)

@@ -249,13 +249,14 @@ class LogitEmbedder:
             pool = functools.partial(self._pool_rows, window, rows, rows_B, length, check)
             window.batches.append(self._workers.submit(pool, (_BATCHES, number)))
 
-    def _padded_length(self, length: int) -> int:
-        """As long as it is, or where every new shape costs a kernel of 650 KB and a millisecond, of a few lengths.
+    @property
+    def _is_made_to_shape(self) -> bool:
+        """Whether every new shape of a batch costs a kernel of 650 KB and a millisecond (docs/decisions/0015)."""
+        return self._device.type == "cpu" and self.spec.dtype != "float32"
 
-        Never 1: some classes take a single token for a step of generation, or refuse it.
-        """
-        is_made_to_shape = self._device.type == "cpu" and self.spec.dtype != "float32"
-        return max(2, min(few_lengths(length), self.spec.max_tokens) if is_made_to_shape else length)
+    def _padded_length(self, length: int) -> int:
+        """As long as it is, or of a few lengths. Never 1: some classes take a single token for a step of generation."""
+        return max(2, min(few_lengths(length), self.spec.max_tokens) if self._is_made_to_shape else length)
 
     def _pool_rows(
         self, window: _Window, rows: Sequence[TokenRow], rows_B: NDArray[np.int64], length: int, check: Check
@@ -290,13 +291,15 @@ class LogitEmbedder:
 
     def _pool_whole(self, batch: TokenBatch, mean_WX: Tensor) -> None:
         tokens_BT, real_BT, pooled_BT, rows_B = self._on_device(batch)
-        hidden_BTD = self._model.hidden(tokens_BT, real_BT)
+        if self._is_made_to_shape:
+            # the last batch of a window has any number of rows
+            tokens_BT, real_BT = (_with_rows(each, self._few_rows(*each.shape)) for each in (tokens_BT, real_BT))
+        hidden_BTD = self._model.hidden(tokens_BT, real_BT)[: len(rows_B)]
         if self._head is not None:
             if not batch.pooled_BT.all():
                 # zeroed, not multiplied: a NaN at a masked position must not reach a row
                 hidden_BTD = hidden_BTD.masked_fill_(~pooled_BT[..., None], 0.0)
-            share_BT = pooled_BT / pooled_BT.sum(dim=1, keepdim=True)
-            mean_WX[rows_B] = torch.bmm(share_BT[:, None], hidden_BTD)[:, 0]
+            mean_WX[rows_B] = hidden_BTD.sum(dim=1) / pooled_BT.sum(dim=1, keepdim=True)
         else:
             if self._capped is not None and add_capped(
                 self._capped, hidden_BTD, pooled_BT, rows_B, mean_WX, columns=self.spec.dimension
@@ -304,6 +307,10 @@ class LogitEmbedder:
                 return
             mean_WX[rows_B] = 0.0  # a batch that ran out of memory may have begun to add
             add_streamed(self._model, hidden_BTD, pooled_BT, rows_B, mean_WX, columns=self.spec.dimension)
+
+    def _few_rows(self, num_rows: int, length: int) -> int:
+        """Rows of a batch with rows to spare: as many as a full one has, or a power of two."""
+        return min(max(num_rows, self.spec.batch_tokens // length), 1 << (num_rows - 1).bit_length())
 
     def _on_device(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens, real, pooled [B, T] and row numbers [B]; to an accelerator in one copy that waits for nothing."""
@@ -370,6 +377,11 @@ def _refuse_tensor_float(device: torch.device) -> None:
             f"float32 products are set to precision {torch.get_float32_matmul_precision()!r}, which moves every row",
             hint='call torch.set_float32_matmul_precision("highest") before the build',
         )
+
+
+def _with_rows(values_BT: Tensor, num_rows: int) -> Tensor:
+    """The batch with its first row repeated until there are ``num_rows``."""
+    return torch.cat([values_BT, values_BT[:1].expand(num_rows - len(values_BT), -1)])
 
 
 def _failure(has_tokens: bool, norm: float) -> str | None:

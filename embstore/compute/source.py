@@ -47,8 +47,9 @@ _TIMED_ROWS = 32
 _HEAD_PROBE_TOKENS = 128  # one [1, T, V] tensor of this length is the only place where logits of every token exist
 _DTYPE_PROBE_K = 10
 _DTYPE_MAX_TV = 1e-3
-# Activations of 2048 tokens still fit the cores' caches; an accelerator wants more work at once (docs/performance.md).
-_BATCH_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 16384}
+# Activations still fit the cores' caches, those of twice as many tokens in 16 bits too; an accelerator wants more work at
+# once (docs/performance.md).
+_BATCH_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 16384}
 _MIN_BATCH_TOKENS = 256
 _DEVICE_MEMORY_SHARE = 4  # activations may take a quarter of an accelerator's memory
 _HEADS = ("affine", "network", "capped", "streamed", "none")
@@ -124,7 +125,9 @@ class TorchSource:
         dtype = self._pick_dtype(embedder, parts, wanted, sample, observer)
         if dtype != "float32":
             model.to_dtype(DTYPES[dtype])
-        embedder.spec = dataclasses.replace(embedder.spec, dtype=dtype)
+            spec = dataclasses.replace(embedder.spec, dtype=dtype)
+            # made anew: how many batches are in flight follows from their size
+            embedder = LogitEmbedder(parts, _wider_batch(spec, config, model, window_rows, memory_bytes), embedder.basis_VR)
         _note_plan(embedder, sample, window_rows)
         observer(StageFinished(stage="model", seconds=time.perf_counter() - started))
         return embedder
@@ -325,6 +328,16 @@ def _fit_batch(
             hint=f"give --memory-budget {-(-needs(tokens) // (1 << 20))}MiB or more",
         )
     return dataclasses.replace(spec, batch_tokens=tokens)
+
+
+def _wider_batch(
+    spec: EmbeddingSpec, config: EmbeddingConfig, model: SplitModel, window_rows: int, memory_bytes: int
+) -> EmbeddingSpec:
+    """On a CPU twice the tokens in 16 bits, which take the same bytes, unless batches were chosen or made to fit."""
+    full = _BATCH_TOKENS["cpu"]
+    wider = dataclasses.replace(spec, batch_tokens=2 * full)
+    is_free = spec.device == "cpu" and config.batch_tokens is None and spec.batch_tokens == full
+    return wider if is_free and _needs(wider, model, window_rows, spec.dtype) <= memory_bytes else spec
 
 
 def _with_basis(

@@ -54,6 +54,7 @@ MAX_COLUMNS = 1 << 24
 MAX_WINDOWS = 1 << 18
 MAX_CHUNKS = 1 << 20
 MAX_CHUNK_BYTES = (1 << 31) - 32  # decoded, blosc takes no more; also of one window's coordinates
+LARGEST_COORDINATE = 2.0  # in size, of any coordinate or residual of a unit row, rounding included
 DOCUMENT_BYTES = 16 << 20  # spec, manifest, metadata, zarr.json
 TABLE_BYTES = 64 << 20  # chunks.json
 JOURNAL_BYTES = 256 << 20

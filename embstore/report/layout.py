@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import CorruptStoreError
-from embstore.core.format import COORDINATES
+from embstore.core.format import COORDINATES, LARGEST_COORDINATE
 
 _BLOCK_ROWS = 4096
 _UMAP_COMPONENTS = 50  # UMAP's own neighbour search is slow and no better in more dimensions than carry the variance
@@ -44,14 +44,17 @@ def principal_axes(coordinates_NR: NDArray[np.float32], rows: NDArray[np.int64],
     Raises
     ------
     CorruptStoreError
-        A coordinate is no number.
+        A coordinate is none that a unit row can have: UMAP would fail on it, or end in no numbers.
     """
     rank = coordinates_NR.shape[1]
     total_R = np.zeros(rank)
     for block_BR in _blocks(coordinates_NR, rows):
+        if not (np.abs(block_BR) <= LARGEST_COORDINATE).all():
+            raise CorruptStoreError(
+                f"{COORDINATES} holds coordinates that are no numbers of at most {LARGEST_COORDINATE:g}",
+                hint="run embstore verify STORE",
+            )
         total_R += block_BR.sum(axis=0)
-    if not np.isfinite(total_R).all():
-        raise CorruptStoreError(f"{COORDINATES} holds coordinates that are no numbers", hint="run embstore verify STORE")
     mean_R = total_R / len(rows)
     scatter_RR = np.zeros((rank, rank))
     for block_BR in _blocks(coordinates_NR, rows):

@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 
 from embstore.core.errors import CorruptStoreError
-from embstore.core.format import COORDINATES, RESIDUALS
+from embstore.core.format import COORDINATES, LARGEST_COORDINATE, RESIDUALS
 from embstore.core.records import WindowRecord
 from embstore.core.rows import RowRange
 from embstore.core.spec import StoreSpec
@@ -33,7 +33,6 @@ ROW_FILES = (COORDINATES, RESIDUALS)
 
 _FLOAT = np.dtype("<f4")
 _READ_BYTES = 8 << 20
-_LARGEST_VALUE = 2.0
 _NAN_BLOCK = np.full(1 << 20, np.nan, dtype=_FLOAT).data.cast("B")
 
 
@@ -122,7 +121,7 @@ def slice_problem(root: Path, spec: StoreSpec, name: str, record: WindowRecord) 
                 data = pread_all(handle, rows.num_rows * width, len(header(spec, name)) + rows.start * width)
                 crc = google_crc32c.extend(crc, data)
                 values_BR = np.frombuffer(data[: len(data) // width * width], dtype=_FLOAT).reshape(-1, width // 4)
-                unlike = rows.start + np.flatnonzero(~(np.abs(values_BR) <= _LARGEST_VALUE).all(axis=1))
+                unlike = rows.start + np.flatnonzero(~(np.abs(values_BR) <= LARGEST_COORDINATE).all(axis=1))
                 beyond = next((int(row) for row in unlike if int(row) not in failed), None) if beyond is None else beyond
         finally:
             os.close(handle)
@@ -131,7 +130,7 @@ def slice_problem(root: Path, spec: StoreSpec, name: str, record: WindowRecord) 
         return str(error)
     except OSError as error:
         return reading_problem(root, name, error)
-    return None if beyond is None else f"row {beyond} holds a value that is no number of at most {_LARGEST_VALUE:g}"
+    return None if beyond is None else f"row {beyond} holds a value that is no number of at most {LARGEST_COORDINATE:g}"
 
 
 def check_rows(name: str, data: bytes | memoryview, record: WindowRecord) -> None:

@@ -130,6 +130,38 @@ def test_batch_mates_hardly_move_a_bfloat16_row(case_of: CaseOf, name: str, tmp_
         assert distances(rows_before_rounding(embedder, [PROMPTS[row]])[0], together_NV[row]) <= 5e-4
 
 
+def test_a_16_bit_model_sees_few_shapes(case_of: CaseOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is made for each and kept, so windows that end in any number of rows must not bring a new one each."""
+    embedder = open_embedder(case_of("llama").folder, PROMPTS, tmp_path, dtype="bfloat16", batch_tokens=640)
+    row = embedder.tokens([PROMPTS[0]])
+    length = embedder._padded_length(len(row[0].ids_T))
+    full = 640 // length
+    shapes, genuine = set(), embedder.model.hidden
+
+    def hidden(tokens_BT: torch.Tensor, real_BT: torch.Tensor) -> torch.Tensor:
+        shapes.add(tuple(tokens_BT.shape))
+        return genuine(tokens_BT, real_BT)
+
+    monkeypatch.setattr(embedder.model, "hidden", hidden)
+    alone_1D = embedder.pool(row, lambda: None).mean_WX
+    for count in range(2, 2 * full + 1):
+        mean_WD = embedder.pool(row * count, lambda: None).mean_WX
+        assert (mean_WD - alone_1D).norm(dim=1).max() <= 5e-4 * alone_1D.norm()
+    assert full > 16
+    assert shapes == {(rows, length) for rows in (full, *(1 << power for power in range(full.bit_length())))}
+
+
+def test_batches_hold_twice_the_tokens_in_16_bits_where_memory_allows(case_of: CaseOf, tmp_path: Path) -> None:
+    folder = case_of("llama").folder
+    single = open_embedder(folder, PROMPTS, tmp_path / "float32")
+    double = open_embedder(folder, PROMPTS, tmp_path / "bfloat16", dtype="bfloat16")
+    chosen = open_embedder(folder, PROMPTS, tmp_path / "chosen", dtype="bfloat16", batch_tokens=1024)
+    memory_bytes = (chosen.memory_bytes(16) + double.memory_bytes(16)) // 2
+    assert chosen.memory_bytes(16) < memory_bytes < double.memory_bytes(16)
+    fitted = open_embedder(folder, PROMPTS, tmp_path / "fitted", dtype="bfloat16", memory_bytes=memory_bytes)
+    assert [each.spec.batch_tokens for each in (single, double, chosen, fitted)] == [1024, 2048, 1024, 1024]
+
+
 def test_padding_side_and_pad_token_do_not_matter(case_of: CaseOf, tmp_path: Path) -> None:
     case = case_of("llama")
     variants = [{"left": True}, {"pad": "<s>"}, {"pad": "<|turn|>"}, {"pad": None}, {"pad": None, "eos": None}]

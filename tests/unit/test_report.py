@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from embstore.cli import app
 from embstore.core.decode import printable
 from embstore.core.density import mean_distance
-from embstore.core.errors import ConfigError, EmbstoreError, IncompleteStoreError, StoreExistsError
+from embstore.core.errors import ConfigError, CorruptStoreError, EmbstoreError, IncompleteStoreError, StoreExistsError
 from embstore.core.prompts import parse_line
 from embstore.report import layout
 from embstore.report.charts import charts_of
@@ -61,7 +61,7 @@ def test_a_long_chain_is_one_part() -> None:
 @pytest.mark.parametrize("rank", [1, 2, 7])
 def test_principal_axes_are_those_of_scikit_learn(rank: int) -> None:
     random = np.random.default_rng(rank)
-    coordinates = (random.standard_normal((9000, rank)) * np.arange(1, rank + 1) + 5).astype(np.float32)
+    coordinates = ((random.standard_normal((9000, rank)) * np.arange(1, rank + 1) + 5) / 50).astype(np.float32)
     rows = np.flatnonzero(random.random(9000) < 0.6)
     oracle = PCA(n_components=min(2, rank), svd_solver="full").fit(coordinates[rows].astype(np.float64))
     expected = oracle.transform(coordinates[rows].astype(np.float64))
@@ -73,6 +73,15 @@ def test_principal_axes_are_those_of_scikit_learn(rank: int) -> None:
     assert axes.share == pytest.approx(oracle.explained_variance_ratio_.sum(), abs=1e-9)
     if rank == 1:
         assert not found[:, 1].any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -3e38])
+def test_a_coordinate_that_no_unit_row_has_is_damage(value: float) -> None:
+    coordinates = np.full((30, 4), 0.5, dtype=np.float32)
+    coordinates[7, 2] = value
+    with pytest.raises(CorruptStoreError, match=r"coordinates\.npy"):
+        layout.principal_axes(coordinates, np.arange(30), 2)
+    layout.principal_axes(coordinates, np.arange(8, 30), 2)  # rows that are not shown are not read
 
 
 def test_groups_are_those_of_all_pairs() -> None:
