@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 RANK = 256
-TRUTH_ROWS = 500
+TRUTH_ROWS = 4000  # where a graph misses a whole cluster of 200, 500 rows do not tell 0.998 from 1
 TRUTH_K = 10
+_BLOCK_ROWS = 4096
 
 Points = NDArray[np.float32]
 
@@ -44,14 +45,21 @@ def truth(points_NR: Points) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Rows to judge by, and their distances to the 10 nearest others: float64 numpy, every pair."""
     rows = np.sort(np.random.default_rng(1).choice(len(points_NR), min(TRUTH_ROWS, len(points_NR)), replace=False))
     query_QR = points_NR[rows].astype(np.float64)
-    squared_QN = np.empty((len(rows), len(points_NR)), dtype=np.float64)
-    for start in range(0, len(points_NR), 16384):
-        block = points_NR[start : start + 16384].astype(np.float64)
-        squared_QN[:, start : start + len(block)] = (
-            np.square(query_QR).sum(axis=1)[:, None] + np.square(block).sum(axis=1) - 2 * query_QR @ block.T
+    query_Q1 = np.square(query_QR).sum(axis=1)[:, None]
+    nearest = np.full((len(rows), TRUTH_K), -1)
+    squared_QK = np.full((len(rows), TRUTH_K), np.inf)
+    for start in range(0, len(points_NR), _BLOCK_ROWS):
+        block_BR = points_NR[start : start + _BLOCK_ROWS].astype(np.float64)
+        squared_QB = query_Q1 + np.square(block_BR).sum(axis=1) - 2 * query_QR @ block_BR.T
+        is_here = (rows >= start) & (rows < start + len(block_BR))
+        squared_QB[is_here, rows[is_here] - start] = np.inf  # itself
+        ids_QX = np.concatenate(
+            [nearest, np.broadcast_to(np.arange(start, start + len(block_BR)), squared_QB.shape)], axis=1
         )
-    squared_QN[np.arange(len(rows)), rows] = np.inf
-    nearest = np.argpartition(squared_QN, TRUTH_K, axis=1)[:, :TRUTH_K]
+        squared_QX = np.concatenate([squared_QK, squared_QB], axis=1)
+        best_QK = np.argpartition(squared_QX, TRUTH_K - 1, axis=1)[:, :TRUTH_K]
+        nearest = np.take_along_axis(ids_QX, best_QK, axis=1)
+        squared_QK = np.take_along_axis(squared_QX, best_QK, axis=1)
     difference = points_NR[nearest].astype(np.float64) - query_QR[:, None]
     return rows, np.sort(np.sqrt(np.square(difference).sum(axis=2)), axis=1)
 

@@ -16,16 +16,17 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import methods
-from benchmarks.lever_tools import MEDIUM, Bench, Figures, Way, at_medium, compare, fresh_model
-from embstore.compute.batching import TokenBatch
+from benchmarks.lever_tools import MEDIUM, Bench, Figures, Way, at_medium, batches_of, compare, fresh_model
+from embstore.compute.batching import TokenBatch, few_lengths
 from embstore.compute.embed import DTYPES, LogitEmbedder
+from embstore.compute.estimates import MAX_WINDOW_ROWS
 from embstore.compute.heads import SplitModel
 from embstore.compute.workers import Workers, finish_all
 from embstore.core.prompts import Prompt
@@ -38,6 +39,8 @@ _ROWS = 384
 _LENGTHS = (32, 88, 256, 512)
 _ATTENTION_TOKENS = 2048
 _WINDOWS, _WINDOW_ROWS, _CHUNK_ROWS = 3, 512, 128  # smaller than a build's, for the sake of time
+_SWEPT_TOKENS, _RUN_ROWS, _EVERY_RUN = (512, 1024, 2048, 4096), 64, 4
+_PACKED_FOR_TOKENS = 1024
 _Forward = Callable[[TokenBatch], None]
 
 
@@ -59,11 +62,53 @@ def backbone(bench: Bench) -> Figures:
                 Way(name="all threads on one batch", run=all_on_one),
                 Way(name="a process of one thread for each core", run=processes.run),
             ]
+            if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+                packed = _packed(bench.model(dtype))
+                run = functools.partial(_over, bench.workers, batches, methods._forward(packed, mask=False))
+                error = _error(packed, batches[-1], exact_LD)
+                ways.append(Way(name="one batch a thread, weights packed for oneDNN", run=run, error=error))
             if dtype == "float32":
                 error = at_medium(functools.partial(_error, model, batches[-1], exact_LD))()
                 ways.append(Way(name=f"one batch a thread, {MEDIUM}", run=at_medium(one_each), error=error))
             groups.append(compare(f"backbone, {dtype}", ways, count=_ROWS, unit="ms a row", rounds=bench.rounds))
     return {"groups": groups}
+
+
+def batch_tokens(bench: Bench) -> Figures:
+    """The backbone over the same rows in smaller and larger batches, padded as in a whole window."""
+    rows = bench.embedder("float32").tokens(bench.prompts(MAX_WINDOW_ROWS))
+    by_length = sorted(rows, key=lambda row: len(row.ids_T))
+    # runs of neighbours, or rows would be padded as in a small window
+    starts = range(0, len(by_length), _EVERY_RUN * _RUN_ROWS)
+    some = [row for start in starts for row in by_length[start : start + _RUN_ROWS]]
+    groups = []
+    for dtype in _DTYPES:
+        forward = methods._forward(bench.model(dtype), mask=False)
+        padded_length = few_lengths if dtype == "bfloat16" else int
+        ways = []
+        for tokens in _SWEPT_TOKENS:
+            batches = list(batches_of(some, tokens, padded_length=padded_length))
+            run = functools.partial(_over, bench.workers, batches, forward)
+            is_ours = tokens == bench.embedder(dtype).spec.batch_tokens
+            ways.append(Way(name=f"{tokens:,} tokens a batch", run=run, is_ours=is_ours))
+        groups.append(compare(f"batches, {dtype}", ways, count=len(some), unit="ms a row", rounds=bench.rounds))
+    return {"groups": groups}
+
+
+@torch.inference_mode()
+def _packed(model: SplitModel) -> SplitModel:
+    """The model with the weights of its layers in oneDNN's layout: private operators of torch, which its compiler uses."""
+    kernels: Any = torch.ops.mkldnn
+
+    def product(weight: Tensor, bias: Tensor | None, given: Tensor) -> Tensor:
+        result: Tensor = kernels._linear_pointwise(given, weight, bias, "none", [], "")
+        return result
+
+    for layer in model.backbone.modules():
+        if type(layer) is nn.Linear:
+            weight = kernels._reorder_linear_weight(layer.weight.detach(), _PACKED_FOR_TOKENS)
+            layer.forward = functools.partial(product, weight, layer.bias)  # type: ignore[method-assign]
+    return model
 
 
 def _hidden(model: SplitModel, batch: TokenBatch) -> Tensor:

@@ -151,9 +151,12 @@ def fresh_model(folder: Path, dtype: str) -> SplitModel:
     return model
 
 
-def batches_of(rows: Sequence[TokenRow], batch_tokens: int) -> Iterator[TokenBatch]:
+def batches_of(
+    rows: Sequence[TokenRow], batch_tokens: int, *, padded_length: Callable[[int], int] = int
+) -> Iterator[TokenBatch]:
     """Padded batches of one window."""
-    return (padded_batch(rows, *batch, pad_id=0) for batch in batches_by_length(rows, batch_tokens=batch_tokens))
+    found = batches_by_length(rows, batch_tokens=batch_tokens, padded_length=padded_length)
+    return (padded_batch(rows, *batch, pad_id=0) for batch in found)
 
 
 def unit_error(found_BV: Tensor, exact_BV: Tensor) -> float:

@@ -33,6 +33,7 @@ PARTS: dict[str, Callable[[Bench], Figures]] = {
     "blosc": lever_rows.blosc,
     "tokens": lever_rows.tokens,
     "windows": lever_rows.windows,
+    "batches": lever_backbone.batch_tokens,
     "backbone": lever_backbone.backbone,
     "attention": lever_backbone.attention,
     "ahead": lever_backbone.ahead,

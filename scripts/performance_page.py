@@ -58,8 +58,8 @@ def methods(report: Report) -> str:
             "",
             f"The floor runs at {floor['gflops']:.0f} GFLOP/s, {floor['share_of_gemm_rate']:.0%} of what a large product "
             f"reaches here ({report['machine'][dtype]['square']:.0f}). Everything beyond the backbone takes "
-            f"{store['milliseconds_a_row_beyond_backbone']:.2f} ms a row, {store['milliseconds_a_row_tokenising']:.2f} of it "
-            f"tokenisation (alone, on all cores). With the store the embedding stage takes "
+            f"{store['milliseconds_a_row_beyond_backbone']:.2f} ms a row, of which tokenisation, timed alone, is "
+            f"{store['milliseconds_a_row_tokenising']:.2f}. With the store the embedding stage takes "
             f"{store['seconds_over_without_store']:.3f} of its time without.",
         ]
     return "\n".join(lines)
