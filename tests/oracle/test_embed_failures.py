@@ -166,7 +166,8 @@ def test_logits_of_a_whole_batch_never_exist(name: str, tmp_path: Path, monkeypa
     """With V = 8192 the logits of a batch would have 16 Mi elements; the stated block has 4 Mi, cut within a prompt too."""
     model, tokenizer = make_model(name, vocab_size=8192), make_tokenizer()
     prompts = make_prompts(160)
-    embedder = open_embedder(save_model(tmp_path / "model", model, tokenizer), prompts, tmp_path / "work")
+    folder = save_model(tmp_path / "model", model, tokenizer)
+    embedder = open_embedder(folder, prompts, tmp_path / "work", batch_tokens=2048)
     monkeypatch.setattr(Workers, "submit", _run_here)  # what watches tensors watches one thread
     with LargestTensor() as seen:
         blocks = embed(embedder, prompts)
