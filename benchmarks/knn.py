@@ -48,8 +48,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self._path: Path = options.results
-        self.results: Figures = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self.results: Figures = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
     def prepare(self, folder: Path, points: knn_sets.Points) -> None:
         """Lay out points and their truth."""
@@ -88,12 +87,11 @@ class Bench:
         command = f"python -m benchmarks.knn --store STORE --parts {part}{chosen}"
         self.results[part] = figures | {"date": time.strftime("%Y-%m-%d"), "command": command}
         packages = ("embstore", "torch", "numpy", "scikit-learn", "faiss-cpu", "hnswlib", "usearch")
-        present = {each.name for each in importlib.metadata.distributions()}  # usearch is not needed for every engine
-        self.results["versions"] = {name: importlib.metadata.version(name) for name in packages if name in present}
+        self.results["versions"] = {name: importlib.metadata.version(name) for name in packages}
         self.results["versions"]["python"] = sys.version.split()[0]
         cores = len(os.sched_getaffinity(0))
         self.results["hardware"] = f"{cpu_name()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
-        self._path.write_text(json.dumps(self.results, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(self.results, indent=1) + "\n")
 
 
 def main() -> None:
@@ -106,8 +104,6 @@ def main() -> None:
     parser.add_argument("--rows", default="28000,100000", help="of the part engines")
     parser.add_argument("--large-rows", default="28000,100000,300000,1000000", help="of the part large")
     parser.add_argument("--kinds", default="easy,hard", help="of the parts engines and large")
-    parser.add_argument("--graphs", default=" ".join(GRAPHS), help="of the part engines, beside the exact searches")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="another file for another machine")
     options = parser.parse_args()
     bench = Bench(options)
     parts: dict[str, Callable[[Bench], Iterator[Figures]]] = {
@@ -175,7 +171,7 @@ def engines(bench: Bench) -> Iterator[Figures]:
                     "embstore-exact": bench.repeated("embstore-exact", folder, rows, k=[10, 32]),
                 }
                 if kind == "easy" or rows <= GRAPHS_OF_HARD_ROWS:
-                    for engine in bench.options.graphs.split():
+                    for engine in GRAPHS:
                         found[engine] = bench.repeated(engine, folder, rows, **graph)
                 figures[f"{kind} {rows}"] = found | {"summary": _summary(found), "date": time.strftime("%Y-%m-%d")}
                 yield figures

@@ -39,7 +39,8 @@ _ROWS = 384
 _LENGTHS = (32, 88, 256, 512)
 _ATTENTION_TOKENS = 2048
 _WINDOWS, _WINDOW_ROWS, _CHUNK_ROWS = 3, 512, 128  # smaller than a build's, for the sake of time
-_SWEPT_TOKENS, _RUN_ROWS, _EVERY_RUN = (512, 1024, 2048, 4096), 64, 4
+_SWEPT_TOKENS = (512, 1024, 2048, 4096)
+_RUN_ROWS, _ONE_RUN_IN = 64, 4  # of rows sorted by length: a quarter of a window
 _PACKED_FOR_TOKENS = 1024
 _Forward = Callable[[TokenBatch], None]
 
@@ -79,7 +80,7 @@ def batch_tokens(bench: Bench) -> Figures:
     rows = bench.embedder("float32").tokens(bench.prompts(MAX_WINDOW_ROWS))
     by_length = sorted(rows, key=lambda row: len(row.ids_T))
     # runs of neighbours, or rows would be padded as in a small window
-    starts = range(0, len(by_length), _EVERY_RUN * _RUN_ROWS)
+    starts = range(0, len(by_length), _ONE_RUN_IN * _RUN_ROWS)
     some = [row for start in starts for row in by_length[start : start + _RUN_ROWS]]
     groups = []
     for dtype in _DTYPES:

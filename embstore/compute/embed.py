@@ -292,8 +292,8 @@ class LogitEmbedder:
     def _pool_whole(self, batch: TokenBatch, mean_WX: Tensor) -> None:
         tokens_BT, real_BT, pooled_BT, rows_B = self._on_device(batch)
         if self._is_made_to_shape:
-            # the last batch of a window has any number of rows
-            tokens_BT, real_BT = (_with_rows(each, self._few_rows(*each.shape)) for each in (tokens_BT, real_BT))
+            num_rows = self._few_rows(*tokens_BT.shape)
+            tokens_BT, real_BT = _with_rows(tokens_BT, num_rows), _with_rows(real_BT, num_rows)
         hidden_BTD = self._model.hidden(tokens_BT, real_BT)[: len(rows_B)]
         if self._head is not None:
             if not batch.pooled_BT.all():
@@ -309,7 +309,7 @@ class LogitEmbedder:
             add_streamed(self._model, hidden_BTD, pooled_BT, rows_B, mean_WX, columns=self.spec.dimension)
 
     def _few_rows(self, num_rows: int, length: int) -> int:
-        """Rows of a batch with rows to spare: as many as a full one has, or a power of two."""
+        """Rows that a window's last batch is filled up to: those of a full one, or a power of two where that is less."""
         return min(max(num_rows, self.spec.batch_tokens // length), 1 << (num_rows - 1).bit_length())
 
     def _on_device(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

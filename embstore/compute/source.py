@@ -47,8 +47,8 @@ _TIMED_ROWS = 32
 _HEAD_PROBE_TOKENS = 128  # one [1, T, V] tensor of this length is the only place where logits of every token exist
 _DTYPE_PROBE_K = 10
 _DTYPE_MAX_TV = 1e-3
-# Activations still fit the cores' caches, those of twice as many tokens in 16 bits too; an accelerator wants more work at
-# once (docs/performance.md).
+# In float32. On a CPU activations still fit the cores' caches, as do those of twice as many tokens in 16 bits
+# (docs/decisions/0019); an accelerator wants more work at once (docs/performance.md).
 _BATCH_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 16384}
 _MIN_BATCH_TOKENS = 256
 _DEVICE_MEMORY_SHARE = 4  # activations may take a quarter of an accelerator's memory

@@ -35,7 +35,7 @@ def principal_axes(coordinates_NR: NDArray[np.float32], rows: NDArray[np.int64],
     Parameters
     ----------
     coordinates_NR
-        float32 [N, R], finite in the rows asked for.
+        float32 [N, R], of unit rows.
     rows
         int64 [M], at least one.
     count
@@ -44,7 +44,7 @@ def principal_axes(coordinates_NR: NDArray[np.float32], rows: NDArray[np.int64],
     Raises
     ------
     CorruptStoreError
-        A coordinate is none that a unit row can have: UMAP would fail on it, or end in no numbers.
+        A coordinate is none that a unit row can have: one of 3e38 leaves sums finite and makes UMAP end in no numbers.
     """
     rank = coordinates_NR.shape[1]
     total_R = np.zeros(rank)
