@@ -221,9 +221,11 @@ def _settled(
     ids_QK, distances_QK, is_doubtful_Q = _ranked(coord_GR, order_G, scan, rows, k, workers)
     for part in _cut(0, int(is_doubtful_Q.sum()), _SETTLED_ROWS):
         rows_D = np.flatnonzero(is_doubtful_Q)[part]
-        again = TileScan(scan.operand, positions_Q[rows_D], min(_MOST_CANDIDATES, len(coord_GR)), scan.tile_rows)
-        every_D = slice(0, len(rows_D))
-        visits = [functools.partial(again.visit, every_D, nodes) for nodes in _cut(0, len(coord_GR), scan.tile_rows)]
+        # some rows twice: a product of every height would leave a kernel of half a MiB in memory for each
+        padded = np.resize(rows_D, 1 << (len(rows_D) - 1).bit_length())
+        again = TileScan(scan.operand, positions_Q[padded], min(_MOST_CANDIDATES, len(coord_GR)), scan.tile_rows)
+        every_row, every_D = slice(0, len(padded)), slice(0, len(rows_D))
+        visits = [functools.partial(again.visit, every_row, nodes) for nodes in _cut(0, len(coord_GR), scan.tile_rows)]
         finish_all([workers.submit(visit, (0,)) for visit in visits])
         ids_QK[rows_D], distances_QK[rows_D], is_open_D = _ranked(coord_GR, order_G, again, every_D, k, workers)
         if is_open_D.any():

@@ -298,7 +298,7 @@ class TileScan:
 
 def _smallest(values_AC: Tensor, rank: int) -> Tensor:
     """The ``rank``-th smallest value of each row."""
-    return values_AC.topk(rank, dim=1, largest=False).values.amax(dim=1)
+    return values_AC.topk(rank, dim=1, largest=False, sorted=False).values.amax(dim=1)
 
 
 def state_bytes(num_rows: int, num_candidates: int, dtype: torch.dtype) -> int:

@@ -159,6 +159,28 @@ def test_bars_that_are_too_low_leave_rows_in_doubt_not_wrong(
     assert 0 < exact_rows < 3000 if most_candidates == 11 else exact_rows < 1500
 
 
+def test_rows_scanned_again_come_in_few_heights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN keeps a kernel for each shape of a product: 60,000 rows left 70 MiB of them, above the memory budget."""
+    heights: set[int] = set()
+    visit = TileScan.visit
+
+    def seen(scan: TileScan, rows: slice, nodes: slice, **mirrored: Any) -> None:
+        if len(scan.queries_Q) < 3000:
+            heights.add(rows.stop - rows.start)
+        visit(scan, rows, nodes, **mirrored)
+
+    monkeypatch.setattr(TileScan, "visit", seen)
+    plan = allpairs.ScanPlan(tile_rows=256, panel_rows=3000, memory_bytes=0)
+    monkeypatch.setattr(allpairs, "plan_scan", lambda *_, **__: plan)
+    rank = TileScan._rank
+    monkeypatch.setattr(
+        TileScan, "_rank", lambda scan, first_row: 2 if len(scan.queries_Q) == 3000 else rank(scan, first_row)
+    )
+    scanned(crowded(3000, seed=4), 10, tmp_path)
+    assert heights
+    assert heights <= {2**power for power in range(10)}
+
+
 def test_sorted_rows_cost_no_more_than_shuffled_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In file order each tile would hold nearer nodes than all before it, and every one would be looked into."""
     taken: list[int] = []
