@@ -1,10 +1,11 @@
 """HNSW candidates out of core: shards that fit the memory given, built one thread each, queried by all cores, then dropped.
 
 Malkov & Yashunin 2018 (arXiv:1603.09320), by hnswlib. Its traps and what is done here: equal vectors wreck a graph (callers
-pass distinct vectors only); insertion order matters (fixed shuffle); two threads in one graph give other graphs every run
-(one thread a shard, shards in parallel); ``ip`` cancels (``l2`` on coordinates, square root at this border); self is found
-by label, never by column; one row with too few answers fails its whole batch (retried alone, then scanned); graphs are
-never persisted: they have no checksum and load silently wrong. What is kept are the answers, block by block.
+pass distinct vectors only); insertion order matters (samples of a fixed shuffle, each along the cells); two threads in one
+graph give other graphs every run (one thread a shard, shards in parallel); ``ip`` cancels (``l2`` on coordinates, square
+root at this border); self is found by label, never by column; one row with too few answers fails its whole batch (retried
+alone, then scanned); graphs are never persisted: no checksum, silently wrong when damaged. What is kept are the answers,
+block by block.
 
 Shapes: G nodes, C candidates, R coordinates.
 """
@@ -21,6 +22,7 @@ import hnswlib
 import numpy as np
 from numpy.typing import NDArray
 
+from embstore.compute.cells import cells, in_growing_chunks
 from embstore.compute.distances import IntMatrix
 from embstore.compute.nodes import shuffled
 from embstore.compute.scratch import large_array
@@ -33,6 +35,9 @@ Answer = tuple[int, IntMatrix, NDArray[np.float32], NDArray[np.bool_]]
 
 BLOCK_ROWS = 8192  # Ctrl-C is not honoured inside a call, and each call copies its block
 _MERGE_BYTES = 4 + 4 + 8
+
+# Builds graphs and asks them elsewhere: from the cells of all nodes and what is asked, in the order asked for.
+Elsewhere = Callable[[NDArray[np.int32], Sequence[Asked]], Iterator[tuple[int, Iterator[Answer]]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +105,7 @@ def hnsw_candidates(
     work: Path,
     kept: BlockStore,
     advance: Callable[[int], None] | None = None,
-    elsewhere: Callable[[Sequence[Asked]], Iterator[tuple[int, Iterator[Answer]]]] | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> Candidates:
     """Candidates of every node from ``shards`` graphs; a pure function of its arguments, not of threads or ``kept``.
 
@@ -125,11 +130,12 @@ def hnsw_candidates(
     num_nodes = len(coord_GR)
     running = _Running(num_nodes, num_candidates, work, kept, effort)
     tell = advance or (lambda count: None)
-    nodes_of = members(num_nodes, shards, seed)
+    cell_G = cells(coord_GR, seed)
+    nodes_of = members(cell_G, shards, seed)
     if elsewhere is not None:
         asked = [(shard, blocks) for shard in range(shards) if (blocks := running.open_blocks(shard))]
         tell((shards + 1 - len(asked)) * num_nodes - sum(len(nodes_of[shard]) for shard, _ in asked))
-        for shard, found in elsewhere(asked):
+        for shard, found in elsewhere(cell_G, asked):
             for answer in found:
                 running.merge(shard, answer)
             tell(len(nodes_of[shard]) + num_nodes)
@@ -141,9 +147,16 @@ def hnsw_candidates(
             tell(sum(len(nodes_of[shard]) + num_nodes for shard in every if shard not in wave))
             graphs = list(pool.map(lambda shard: build(coord_GR, nodes_of[shard], effort, tell), wave))
             for shard, graph in zip(wave, graphs, strict=True):
-                blocks = running.open_blocks(shard)
                 for answer in answers(
-                    coord_GR, nodes_of[shard], graph, effort.ef_of(shards), threads, num_candidates, blocks, BLOCK_ROWS
+                    coord_GR,
+                    cell_G,
+                    nodes_of[shard],
+                    graph,
+                    effort.ef_of(shards),
+                    threads,
+                    num_candidates,
+                    running.open_blocks(shard),
+                    BLOCK_ROWS,
                 ):
                     running.merge(shard, answer)
                 tell(num_nodes)
@@ -161,7 +174,8 @@ class _Running:
         self.missed_self_G = np.zeros(num_nodes, dtype=np.bool_)
         self.blocks = _blocks(num_nodes, BLOCK_ROWS)
         self.asked = [0] * len(self.blocks)
-        self._kept, self._name = kept, f"candidates-{effort.links}-{effort.ef_construction}-{effort.ef}"
+        # 2: in graphs of nodes in this order; a search that an earlier version began is not gone on with
+        self._kept, self._name = kept, f"candidates-2-{effort.links}-{effort.ef_construction}-{effort.ef}"
         for number, rows in enumerate(self.blocks):
             self.ids_GC[rows], self.squared_GC[rows] = -1, np.inf
             self._load(number, rows)
@@ -222,14 +236,15 @@ def build(
     return graph
 
 
-def members(num_nodes: int, shards: int, seed: int) -> list[NDArray[np.int64]]:
+def members(cell_G: NDArray[np.int32], shards: int, seed: int) -> list[NDArray[np.int64]]:
     """Nodes of each shard, in the order they are inserted."""
-    order = shuffled(num_nodes, seed)
-    return [order[shard::shards] for shard in range(shards)]
+    order = shuffled(len(cell_G), seed)
+    return [in_growing_chunks(order[shard::shards], cell_G) for shard in range(shards)]
 
 
 def answers(
     coord_GR: NDArray[np.float32],
+    cell_G: NDArray[np.int32],
     nodes: NDArray[np.int64],
     graph: hnswlib.Index,
     ef: int,
@@ -238,7 +253,7 @@ def answers(
     blocks: Sequence[int],
     block_rows: int,
 ) -> Iterator[Answer]:
-    """Ask one graph about all nodes of some blocks, of ``block_rows`` each."""
+    """Ask one graph about all nodes of some blocks, of ``block_rows`` each, cell after cell."""
     wanted = min(num_candidates, len(nodes))
     graph.set_ef(max(ef, wanted))
     in_shard = np.zeros(len(coord_GR), dtype=np.bool_)
@@ -246,7 +261,10 @@ def answers(
     every = _blocks(len(coord_GR), block_rows)
     for number in blocks:
         rows = every[number]
-        labels, squared = _ask(graph, np.ascontiguousarray(coord_GR[rows]), wanted, ef, threads, coord_GR, nodes)
+        order_B = np.argsort(cell_G[rows], kind="stable")
+        found, distances = _ask(graph, coord_GR[rows][order_B], wanted, ef, threads, coord_GR, nodes)
+        labels, squared = np.empty_like(found), np.empty_like(distances)
+        labels[order_B], squared[order_B] = found, distances
         own = np.arange(rows.start, rows.stop)[:, None]
         yield number, labels, squared, in_shard[rows] & ~(labels == own).any(axis=1)
 

@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,7 @@ class FileArray:
     offset: int
 
     @classmethod
-    def of(cls, array: NDArray[np.float32], path: Path) -> FileArray:
+    def of(cls, array: NDArray[Any], path: Path) -> FileArray:
         """The file that ``array`` is a map of; one that is in memory is written to ``path``."""
         if not isinstance(array, np.memmap) or not isinstance(array.filename, str | Path):
             np.save(path, array)
@@ -45,7 +46,7 @@ class FileArray:
             assert isinstance(array, np.memmap)
         return cls(path=Path(str(array.filename)), dtype=array.dtype.str, shape=array.shape, offset=array.offset)
 
-    def open(self) -> NDArray[np.float32]:
+    def open(self) -> NDArray[Any]:
         """The array, mapped."""
         return np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=self.shape)
 
@@ -55,6 +56,7 @@ class Graphs:
     """A job whose tasks are shards and the blocks that are to be asked about; the result is the file of the answers."""
 
     coord_GR: FileArray
+    cell_G: FileArray
     block_rows: int
     num_candidates: int
     effort: Effort
@@ -78,16 +80,24 @@ class Graphs:
 class _GraphWorker:
     def __init__(self, job: Graphs, number: int) -> None:
         self._job, self._number = job, number
-        self._coord_GR = job.coord_GR.open()
+        self._coord_GR, self._cell_G = job.coord_GR.open(), job.cell_G.open()
 
     def run(self, task: Asked, *, following: Asked | None, check: Check) -> Path:
         job, (shard, blocks) = self._job, task
-        nodes = members(len(self._coord_GR), job.shards, job.seed)[shard]
+        nodes = members(self._cell_G, job.shards, job.seed)[shard]
         graph = build(self._coord_GR, nodes, job.effort)
         path = job.folder / f"answers-{shard}-{self._number}"
         with path.open("wb") as file:
             for number, labels, squared, missed in answers(
-                self._coord_GR, nodes, graph, job.effort.ef_of(job.shards), 1, job.num_candidates, blocks, job.block_rows
+                self._coord_GR,
+                self._cell_G,
+                nodes,
+                graph,
+                job.effort.ef_of(job.shards),
+                1,
+                job.num_candidates,
+                blocks,
+                job.block_rows,
             ):
                 for array in (np.array(number), labels, squared, missed):
                     np.save(file, array, allow_pickle=False)
@@ -176,6 +186,7 @@ class MappedSearch:
     def graphs(
         self,
         coord_GR: NDArray[np.float32],
+        cell_G: NDArray[np.int32],
         asked: Sequence[Asked],
         *,
         num_candidates: int,
@@ -186,6 +197,7 @@ class MappedSearch:
         """The answers of each graph, in the order of ``asked``; a graph that is finished early waits in its file."""
         job = Graphs(
             coord_GR=FileArray.of(coord_GR, self._folder / "graphs.npy"),
+            cell_G=FileArray.of(cell_G, self._folder / "cells.npy"),
             block_rows=hnsw.BLOCK_ROWS,
             num_candidates=num_candidates,
             effort=effort,

@@ -6,7 +6,7 @@ Shapes: G nodes, K neighbours kept, C candidates, R coordinates.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from embstore.allocator import give_back
 from embstore.compute.audit import compare, sample_nodes
 from embstore.compute.distances import rerank
 from embstore.compute.exact import exact_neighbors
-from embstore.compute.hnsw import Answer, Asked, Effort, hnsw_candidates
+from embstore.compute.hnsw import Effort, Elsewhere, hnsw_candidates
 from embstore.compute.mapped import MappedSearch
 from embstore.compute.nodes import shuffled
 from embstore.compute.scratch import large_array
@@ -193,9 +193,7 @@ class Search:
         with ThreadPoolExecutor(max_workers=self._threads) as pool:
             list(pool.map(rank, range(0, len(self.coord_GR), _RANKED_ROWS)))
 
-    def _asking(
-        self, mapped: MappedSearch, effort: Effort
-    ) -> Callable[[Sequence[Asked]], Iterator[tuple[int, Iterator[Answer]]]]:
+    def _asking(self, mapped: MappedSearch, effort: Effort) -> Elsewhere:
         return functools.partial(
             mapped.graphs,
             self.coord_GR,
