@@ -180,7 +180,7 @@ class _Jobs:
         else:
             for other in _cut(rows.start, num_nodes - offset, step):
                 nodes = slice(other.start + offset, other.stop + offset)
-                visits.append((nodes, other if other != rows else None))
+                visits.append((nodes, other))
         jobs = [
             self._workers.submit(self._visit(rows, nodes, mirrored), (1, rows.start, number))
             for number, (nodes, mirrored) in enumerate(visits)
@@ -191,7 +191,7 @@ class _Jobs:
         def visit() -> None:
             self._scan.visit(rows, nodes, mirrored=mirrored)
             pairs = (rows.stop - rows.start) * (nodes.stop - nodes.start)
-            self._report.add(2 * pairs if mirrored else pairs)
+            self._report.add(2 * pairs if mirrored not in (None, rows) else pairs)
 
         return visit
 
@@ -238,17 +238,17 @@ def _ranked(
     coord_GR: NDArray[np.float32], order_G: NDArray[np.int64], scan: TileScan, rows: slice, k: int, workers: Workers
 ) -> tuple[IntMatrix, FloatMatrix, NDArray[np.bool_]]:
     """Neighbours among the candidates of some rows; and which rows are in doubt, as ``settle_rows`` tells them."""
-    ids_QC, magnitude_QC, out_Q = scan.best(rows)
     positions_Q = scan.queries_Q[rows]
-    candidates_QC = np.where(ids_QC >= 0, order_G[ids_QC], -1).astype(np.int32)
     ids_QK = np.empty((len(positions_Q), k), dtype=np.int32)
     distances_QK = np.empty((len(positions_Q), k))
     is_doubtful_Q = np.zeros(len(positions_Q), dtype=np.bool_)
 
     def settle(part: slice) -> Callable[[], None]:
         def run() -> None:
+            ids_QC, magnitude_QC, out_Q = scan.best(slice(rows.start + part.start, rows.start + part.stop))
+            candidates_QC = np.where(ids_QC >= 0, order_G[ids_QC], -1).astype(np.int32)
             ids_QK[part], distances_QK[part], is_doubtful_Q[part] = settle_rows(
-                coord_GR, order_G, scan.operand, positions_Q[part], candidates_QC[part], magnitude_QC[part], out_Q[part], k
+                coord_GR, order_G, scan.operand, positions_Q[part], candidates_QC, magnitude_QC, out_Q, k
             )
 
         return run

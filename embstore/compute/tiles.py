@@ -16,7 +16,9 @@ Shapes: G nodes, Q rows that candidates are kept for, C candidates, R coordinate
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,14 +177,18 @@ class TileScan:
         self._own = threading.local()  # each thread's tile: fresh pages cost as much as the product
 
     def visit(self, rows: slice, nodes: slice, *, mirrored: slice | None = None) -> None:
-        """Score ``queries_Q[rows]`` against ``nodes`` (at most a tile each); ``mirrored``: the rows those nodes are, too."""
+        """Score ``queries_Q[rows]`` against ``nodes`` (at most a tile each); ``mirrored``: the rows those nodes are, too.
+
+        Of a tile that mirrors itself only the upper triangle is scored, in steps of a product's rows.
+        """
+        is_diagonal = mirrored == rows
         queries = self.queries_Q[rows]
         num_rows, num_nodes = len(queries), nodes.stop - nodes.start
         tile_AB = self._tile(num_rows, num_nodes)
         # minima of groups along a row; and, for the mirror, down a column
         minima_AH = torch.empty((num_rows, tile_AB.shape[1] // self._group), dtype=self._bits, device=tile_AB.device)
         minima_HB = torch.empty((tile_AB.shape[0] // self._group, num_nodes), dtype=self._bits, device=tile_AB.device)
-        self._product(tile_AB, queries, nodes, minima_AH, minima_HB if mirrored else None)
+        self._product(tile_AB, queries, nodes, minima_AH, minima_HB if mirrored else None, is_diagonal=is_diagonal)
         block = rows.start // self.tile_rows
         with self._locks[block]:
             self._seen[block] += num_nodes
@@ -190,7 +196,7 @@ class TileScan:
         if mirrored:
             block = mirrored.start // self.tile_rows
             with self._locks[block]:
-                self._seen[block] += num_rows
+                self._seen[block] += 0 if is_diagonal else num_rows
                 self._absorb_columns(tile_AB[:, :num_nodes], minima_HB, mirrored, queries)
 
     def best(self, rows: slice) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]:
@@ -210,14 +216,21 @@ class TileScan:
         """A tile of the calling thread, as bits, whole groups in both directions; what pads it scores farthest."""
         height, width = _whole(num_rows, self._group), _whole(num_nodes, self._group * _STRIDE)
         if not hasattr(self._own, "tile") or len(self._own.tile) < height * width:
-            self._own.tile = torch.empty(height * width, dtype=self._bits, device=self.operand.rows_GP.device)
+            self._own.tile = _new_tile(height * width, self._bits, self.operand.rows_GP.device)
         tile_AB: Tensor = self._own.tile[: height * width].view(height, width)
         tile_AB[num_rows:] = self._farthest
         tile_AB[:, num_nodes:] = self._farthest
         return tile_AB
 
     def _product(
-        self, tile_AB: Tensor, queries: NDArray[np.int64], nodes: slice, minima_AH: Tensor, minima_HB: Tensor | None
+        self,
+        tile_AB: Tensor,
+        queries: NDArray[np.int64],
+        nodes: slice,
+        minima_AH: Tensor,
+        minima_HB: Tensor | None,
+        *,
+        is_diagonal: bool,
     ) -> None:
         score_AB = tile_AB.view(self.operand.rows_GP.dtype)
         num_rows, num_nodes = len(queries), nodes.stop - nodes.start
@@ -226,7 +239,9 @@ class TileScan:
             bottom = min(top + _PRODUCT_ROWS, num_rows)
             left_AP = self.operand.left(queries[top:bottom])
             inside = own[(own >= top) & (own < bottom)]
-            for first in range(0, num_nodes, _PRODUCT_COLUMNS):
+            begin = top if is_diagonal else 0
+            minima_AH[top:bottom, : begin // self._group] = self._farthest
+            for first in range(begin, num_nodes, _PRODUCT_COLUMNS):
                 last = min(first + _PRODUCT_COLUMNS, num_nodes)
                 right_BP = self.operand.rows_GP[nodes.start + first : nodes.start + last]
                 torch.mm(left_AP, right_BP.T, out=score_AB[top:bottom, first:last])
@@ -241,6 +256,8 @@ class TileScan:
                     edge = tile_AB.shape[0] if bottom == num_rows else bottom
                     groups = tile_AB[top:edge, first:last].view(-1, self._group, last - first)
                     minima_HB[top // self._group : edge // self._group, first:last] = groups.amin(1)
+            if minima_HB is not None and is_diagonal:  # these pairs were met as rows
+                minima_HB[top // self._group : -(-bottom // self._group), :bottom] = self._farthest
 
     def _absorb_rows(self, tile_AB: Tensor, minima_AH: Tensor, rows: slice, first_node: int) -> None:
         bar_A = self._lowered(rows, minima_AH)
@@ -272,6 +289,8 @@ class TileScan:
         bar_A, rank = self._bar_Q[rows], self._rank(rows.start)
         if minima_AH.shape[1] < rank or int(bar_A.max()) < self._farthest:
             return bar_A
+        if 16 * rank <= minima_AH.shape[1]:  # of groups four times as large the smallest still lie in as many
+            minima_AH = minima_AH.view(len(minima_AH), 4, -1).amin(1)
         smallest = _smallest(minima_AH, rank)
         bar_A = torch.minimum(bar_A, torch.where(smallest < self._farthest, smallest + 1, smallest))
         self._bar_Q[rows] = bar_A
@@ -295,6 +314,16 @@ class TileScan:
         self._score_QC[row_A], self._id_QC[row_A] = kept.values, id_AW.gather(1, kept.indices)
         bar_A = _smallest(kept.values, self._rank(first_row))
         self._bar_Q[row_A] = torch.minimum(self._bar_Q[row_A], bar_A)
+
+
+def _new_tile(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``size`` values; on a CPU in large pages where the kernel has them: the 8,192 small ones of a tile take it longer."""
+    if device.type != "cpu":
+        return torch.empty(size, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, size * dtype.itemsize)
+    with contextlib.suppress(AttributeError, OSError):  # not Linux; a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype)
 
 
 def _places(is_hit_AB: Tensor) -> tuple[Tensor, Tensor]:
