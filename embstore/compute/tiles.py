@@ -16,7 +16,6 @@ Shapes: G nodes, Q rows that candidates are kept for, C candidates, R coordinate
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
 import threading
@@ -320,9 +319,11 @@ def _new_tile(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``size`` values; on a CPU in large pages where the kernel has them: the 8,192 small ones of a tile take it longer."""
     if device.type != "cpu":
         return torch.empty(size, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, size * dtype.itemsize)
-    with contextlib.suppress(AttributeError, OSError):  # not Linux; a kernel without them
+    try:
+        pages = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pages.madvise(mmap.MADV_HUGEPAGE)
+    except (AttributeError, OSError):  # not Linux; a kernel without them
+        return torch.empty(size, dtype=dtype)
     return torch.frombuffer(pages, dtype=dtype)
 
 
