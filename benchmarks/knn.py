@@ -34,7 +34,7 @@ PARTS = ("store", "shards", "engines", "copies", "large")
 BUDGET_BYTES = 2 << 30
 EF = {"easy": [16, 24, 32, 48, 64, 96, 128], "hard": [128, 512]}
 # each effort is a graph of its own, so the larger ones get the one that should do
-EF_OF_ONE_GRAPH = {28_000: [12, 16], 100_000: [24, 32], 300_000: [48, 96]}
+EF_OF_ONE_GRAPH = {28_000: [12, 16], 100_000: [32, 40], 300_000: [64, 96]}
 RECALL_OF_GROWTH = 0.99
 SHARDED_ROWS = 28_000
 REPEATS, REPEATED_BELOW_ROWS = 3, 50_000  # of the part engines
@@ -178,17 +178,26 @@ def engines(bench: Bench) -> Iterator[Figures]:
 
 
 def _summary(found: Figures) -> Figures:
-    """Ratios in this run: to the flat index, and of graphs at the least setting that reaches recall 0.999."""
-    flat = found["faiss-flat"]["tried"][0]["seconds"]
-    summary: Figures = {"flat_over_exact": round(flat / found["embstore-exact"]["tried"][0]["seconds"], 2)}
-    reached = {}
-    for engine in GRAPHS:
-        good = [each for each in found.get(engine, {"tried": []})["tried"] if each["recall"] >= 0.999]
-        if good:
-            reached[engine] = min(each["seconds"] for each in good)
-    summary["seconds_at_recall_0.999"] = reached
-    if {"hnswlib", "embstore-hnsw"} <= reached.keys():
-        summary["embstore_over_hnswlib"] = round(reached["embstore-hnsw"] / reached["hnswlib"], 3)
+    """Ratios in this run: to the flat index; and of graphs, each at its least setting of one recall, at most 0.999.
+
+    Plain hnswlib gives another graph in every run, and some do not reach 0.999 at any setting tried.
+    """
+    exact = found["embstore-exact"]["tried"][0]["seconds"]
+    summary: Figures = {
+        f"{flat}_over_exact": round(found[flat]["tried"][0]["seconds"] / exact, 2)
+        for flat in ("faiss-flat", "faiss-flat as installed")
+    }
+    graphs = {engine: found[engine]["tried"] for engine in GRAPHS if engine in found}
+    if graphs:
+        best = [max(each["recall"] for each in graphs[engine]) for engine in ("hnswlib", "embstore-hnsw")]
+        summary["equal_recall"] = recall = min(0.999, *best)
+        seconds = {
+            engine: min(each["seconds"] for each in tried if each["recall"] >= recall)
+            for engine, tried in graphs.items()
+            if any(each["recall"] >= recall for each in tried)
+        }
+        summary["seconds_at_equal_recall"] = seconds
+        summary["embstore_over_hnswlib"] = round(seconds["embstore-hnsw"] / seconds["hnswlib"], 3)
     return summary
 
 

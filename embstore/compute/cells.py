@@ -31,7 +31,7 @@ def cells(coord_GR: Coordinates, seed: int) -> NDArray[np.int32]:
     follow a chain from each pivot to the nearest one left. Coordinates are rounded to so few whole numbers that float32
     products of them are exact: the same cells on any CPU, with any BLAS, from any number of threads.
 
-    Price: G * P products of R, a twentieth of what the graphs cost. Memory: 2 MiB and two [P, P] matrices of float64.
+    Price: G * P products of R, a twentieth of what the graphs cost. Memory: a [P, P] and a [P, R] matrix of float64.
     """
     num_nodes, rank = coord_GR.shape
     if not num_nodes:
@@ -74,7 +74,10 @@ def _chained(pivot_PR: Coordinates) -> NDArray[np.int32]:
     """The place of each pivot in a chain that starts at the first and goes on to the nearest that is left."""
     pivots = pivot_PR.astype(np.float64)
     square_P = np.square(pivots).sum(axis=1)
-    distance_PP = square_P[:, None] + square_P - 2 * (pivots @ pivots.T)
+    distance_PP = pivots @ pivots.T
+    distance_PP *= -2
+    distance_PP += square_P[:, None]
+    distance_PP += square_P
     place_P = np.zeros(len(pivots), dtype=np.int32)
     here = 0
     distance_PP[:, here] = np.inf
