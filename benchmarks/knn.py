@@ -1,10 +1,10 @@
 """Neighbour searches side by side: ``python -m benchmarks.knn --store STORE --work FOLDER [--parts store,engines,large]``.
 
 ``store``: the real rows at three sizes, scikit-learn over the full matrix as the original does it against the whole density
-stage. ``shards``: one effort over one graph and over more. ``engines``: what a user could take instead, on seeded easy and
-hard points of 256 dimensions. ``copies``: plain hnswlib and embstore where a few prompts are repeated hundreds of times.
-``large``: the density stage up to a million rows under 2 GiB. Every search runs in a process of its own; figures are written
-as they come, to ``benchmarks/results/knn.json``.
+stage. ``shards``: one effort over one graph and over more. ``orders``: one graph along the cells and in shuffled order.
+``engines``: what a user could take instead, on seeded easy and hard points of 256 dimensions. ``copies``: plain hnswlib and
+embstore where a few prompts are repeated hundreds of times. ``large``: the density stage up to a million rows under 2 GiB.
+Every search runs in a process of its own; figures are written as they come, to ``benchmarks/results/knn.json``.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from benchmarks.acceptance import cpu_name
 
 RESULTS = Path(__file__).parent / "results" / "knn.json"
 GRAPHS = ("hnswlib", "embstore-hnsw", "usearch", "faiss-hnsw")
-PARTS = ("store", "shards", "engines", "copies", "large")
+PARTS = ("store", "shards", "orders", "engines", "copies", "large")
 BUDGET_BYTES = 2 << 30
 EF = {"easy": [16, 24, 32, 48, 64, 96, 128], "hard": [128, 512]}
 # each effort is a graph of its own, so the larger ones get the one that should do
 EF_OF_ONE_GRAPH = {28_000: [12, 16], 100_000: [32, 40], 300_000: [64, 96]}
 RECALL_OF_GROWTH = 0.99
 SHARDED_ROWS = 28_000
+ORDERED_ROWS = (28_000, 100_000, 300_000)
 REPEATS, REPEATED_BELOW_ROWS = 3, 50_000  # of the part engines
 LARGEST_HARD_GRAPH = 100_000
 GRAPHS_OF_HARD_ROWS = 28_000  # above, graphs take a quarter of an hour each and still miss one neighbour in fifty
@@ -109,6 +110,7 @@ def main() -> None:
     parts: dict[str, Callable[[Bench], Iterator[Figures]]] = {
         "store": store,
         "shards": shards,
+        "orders": orders,
         "engines": engines,
         "copies": copies,
         "large": large,
@@ -151,6 +153,21 @@ def shards(bench: Bench) -> Iterator[Figures]:
             for count in (1, 2, 4, 8, 16):
                 found = bench.search("embstore-hnsw", folder, ef_construction=100, ef=[64], shards=count)
                 figures[f"{kind} {count}"] = found
+    yield figures
+
+
+def orders(bench: Bench) -> Iterator[Figures]:
+    """One graph along the cells and in shuffled order, on easy points: decision 0022."""
+    figures: Figures = {}
+    for rows in ORDERED_ROWS:
+        with tempfile.TemporaryDirectory(dir=bench.options.work) as name:
+            folder = Path(name)
+            bench.prepare(folder, knn_sets.make("easy", rows, store=None))
+            graph: Figures = {"ef_construction": 100, "ef": [48], "shards": 1}
+            figures[f"easy {rows}"] = {
+                "shuffled": bench.search("embstore-hnsw", folder, shuffled=True, **graph),
+                "along cells": bench.search("embstore-hnsw", folder, **graph),
+            }
     yield figures
 
 

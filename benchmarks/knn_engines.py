@@ -146,10 +146,13 @@ def usearch(points: knn_sets.Points, options: Figures) -> Iterator[tuple[Figures
 
 def embstore_hnsw(points: knn_sets.Points, options: Figures) -> Iterator[tuple[Figures, Ids]]:
     """HNSW shards as embstore builds and asks them, with its exact re-rank; no audit, no repair, k as for the others."""
+    from embstore.compute import hnsw  # noqa: PLC0415
     from embstore.compute.distances import rerank  # noqa: PLC0415
     from embstore.compute.hnsw import Effort, hnsw_candidates  # noqa: PLC0415
     from embstore.core.blocks import NothingKept  # noqa: PLC0415
 
+    if options.get("shuffled"):  # all in one cell: the order of the shuffle, as before docs/decisions/0022
+        vars(hnsw)["cells"] = lambda coord_GR, seed: np.zeros(len(coord_GR), dtype=np.int32)
     for ef in options["ef"]:
         started = time.perf_counter()
         effort = Effort(links=16, ef_construction=options["ef_construction"], ef=ef)

@@ -221,7 +221,7 @@ def _settled(
     ids_QK, distances_QK, is_doubtful_Q = _ranked(coord_GR, order_G, scan, rows, k, workers)
     for part in _cut(0, int(is_doubtful_Q.sum()), _SETTLED_ROWS):
         rows_D = np.flatnonzero(is_doubtful_Q)[part]
-        # some rows twice: a product of every height would leave a kernel of half a MiB in memory for each
+        # some rows twice: a product of every height would leave a kernel of nearly a MiB in memory for each
         padded = np.resize(rows_D, 1 << (len(rows_D) - 1).bit_length())
         again = TileScan(scan.operand, positions_Q[padded], min(_MOST_CANDIDATES, len(coord_GR)), scan.tile_rows)
         every_row, every_D = slice(0, len(padded)), slice(0, len(rows_D))

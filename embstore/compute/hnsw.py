@@ -131,7 +131,8 @@ def hnsw_candidates(
     running = _Running(num_nodes, num_candidates, work, kept, effort)
     tell = advance or (lambda count: None)
     cell_G = cells(coord_GR, seed)
-    nodes_of = members(cell_G, shards, seed)
+    order_G = shuffled(num_nodes, seed)
+    nodes_of = [shard_nodes(order_G, cell_G, shard, shards) for shard in range(shards)]
     if elsewhere is not None:
         asked = [(shard, blocks) for shard in range(shards) if (blocks := running.open_blocks(shard))]
         tell((shards + 1 - len(asked)) * num_nodes - sum(len(nodes_of[shard]) for shard, _ in asked))
@@ -236,10 +237,9 @@ def build(
     return graph
 
 
-def members(cell_G: NDArray[np.int32], shards: int, seed: int) -> list[NDArray[np.int64]]:
-    """Nodes of each shard, in the order they are inserted."""
-    order = shuffled(len(cell_G), seed)
-    return [in_growing_chunks(order[shard::shards], cell_G) for shard in range(shards)]
+def shard_nodes(order_G: NDArray[np.int64], cell_G: NDArray[np.int32], shard: int, shards: int) -> NDArray[np.int64]:
+    """Nodes of one shard of the shuffle, in the order they are inserted."""
+    return in_growing_chunks(order_G[shard::shards], cell_G)
 
 
 def answers(

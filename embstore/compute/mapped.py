@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.compute import hnsw
-from embstore.compute.hnsw import Answer, Asked, Effort, answers, build, members
+from embstore.compute.hnsw import Answer, Asked, Effort, answers, build, shard_nodes
+from embstore.compute.nodes import shuffled
 from embstore.core.embedder import Check
 from embstore.core.engine import Engine, Needs
 from embstore.core.events import Observer
@@ -84,7 +85,7 @@ class _GraphWorker:
 
     def run(self, task: Asked, *, following: Asked | None, check: Check) -> Path:
         job, (shard, blocks) = self._job, task
-        nodes = members(self._cell_G, job.shards, job.seed)[shard]
+        nodes = shard_nodes(shuffled(len(self._cell_G), job.seed), self._cell_G, shard, job.shards)
         graph = build(self._coord_GR, nodes, job.effort)
         path = job.folder / f"answers-{shard}-{self._number}"
         with path.open("wb") as file:

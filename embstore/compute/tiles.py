@@ -288,7 +288,7 @@ class TileScan:
         bar_A, rank = self._bar_Q[rows], self._rank(rows.start)
         if minima_AH.shape[1] < rank or int(bar_A.max()) < self._farthest:
             return bar_A
-        if 16 * rank <= minima_AH.shape[1]:  # of groups four times as large the smallest still lie in as many
+        if 16 * rank <= minima_AH.shape[1]:  # few of the smallest share a group even of four times the size
             minima_AH = minima_AH.view(len(minima_AH), 4, -1).amin(1)
         smallest = _smallest(minima_AH, rank)
         bar_A = torch.minimum(bar_A, torch.where(smallest < self._farthest, smallest + 1, smallest))
@@ -316,7 +316,7 @@ class TileScan:
 
 
 def _new_tile(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``size`` values; on a CPU in large pages where the kernel has them: the 8,192 small ones of a tile take it longer."""
+    """``size`` values; on a CPU in large pages where the kernel has them: it hands them out faster than 8,192 small ones."""
     if device.type != "cpu":
         return torch.empty(size, dtype=dtype, device=device)
     try:

@@ -104,7 +104,7 @@ with MemoryMeter() as meter:
 @pytest.mark.skipif(read_memory() is None, reason="the kernel does not tell anonymous memory (not Linux)")
 @pytest.mark.parametrize(("method", "shards"), [("exact", 0), ("hnsw", 4)])
 def test_a_search_stays_under_its_budget(method: str, shards: int, tmp_path: Path) -> None:
-    # with memory as it likes the exact search takes 163 MiB (larger tiles), and HNSW two graphs
+    # with memory as it likes the exact search takes about 160 MiB (larger tiles), and HNSW two graphs
     budget = 144 << 20
     random = np.random.default_rng(0)
     centre_CR = 2 * random.standard_normal((50, 256))

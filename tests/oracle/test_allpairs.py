@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
-from embstore.compute import allpairs
+from embstore.compute import allpairs, tiles
 from embstore.compute.allpairs import NeighborBlock, all_neighbors, plan_scan
 from embstore.compute.exact import exact_neighbors
 from embstore.compute.tiles import TileScan, quantise
@@ -131,6 +131,31 @@ def test_ties_that_no_score_can_tell_apart_go_by_index(number_format: torch.dtyp
     assert np.array_equal(ids_GK, np.argsort(distance_GG, axis=1, kind="stable")[:, :10])
 
 
+def with_bars_too_low(monkeypatch: pytest.MonkeyPatch, *, tile_rows: int) -> None:
+    """The first scan of 3000 rows keeps what the second of their candidates beats: many rows are left in doubt."""
+    plan = allpairs.ScanPlan(tile_rows=tile_rows, panel_rows=3000, memory_bytes=0)
+    monkeypatch.setattr(allpairs, "plan_scan", lambda *_, **__: plan)
+    rank = TileScan._rank
+    monkeypatch.setattr(
+        TileScan, "_rank", lambda scan, first_row: 2 if len(scan.queries_Q) == 3000 else rank(scan, first_row)
+    )
+
+
+def test_nothing_is_looked_at_that_was_not_scored(
+    number_format: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fresh memory holds the best scores there are: half of a tile on the diagonal is never written, nor its minima."""
+
+    def poisoned(size: int | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.full((size,) if isinstance(size, int) else size, torch.iinfo(dtype).min, dtype=dtype, device=device)
+
+    monkeypatch.setattr(tiles, "_new_tile", poisoned)
+    monkeypatch.setattr(torch, "empty", poisoned)
+    points = crowded(5000, seed=6)  # an edge of a tile of 4096, and several products in its rows
+    ids_GK, _ = scanned(points, 10, tmp_path)
+    assert np.array_equal(ids_GK, oracle(points, 10)[0])
+
+
 @pytest.mark.parametrize("most_candidates", [256, 11], ids=["scanned again", "float64"])
 def test_bars_that_are_too_low_leave_rows_in_doubt_not_wrong(
     most_candidates: int, number_format: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -145,12 +170,7 @@ def test_bars_that_are_too_low_leave_rows_in_doubt_not_wrong(
 
     monkeypatch.setattr(allpairs, "exact_neighbors", counted)
     monkeypatch.setattr(allpairs, "_MOST_CANDIDATES", most_candidates)
-    plan = allpairs.ScanPlan(tile_rows=512, panel_rows=3000, memory_bytes=0)
-    monkeypatch.setattr(allpairs, "plan_scan", lambda *_, **__: plan)
-    rank = TileScan._rank
-    monkeypatch.setattr(
-        TileScan, "_rank", lambda scan, first_row: 2 if len(scan.queries_Q) == 3000 else rank(scan, first_row)
-    )
+    with_bars_too_low(monkeypatch, tile_rows=512)
     ids_GK, distances_GK = scanned(points, 10, tmp_path)
     expected_ids, expected_distances = oracle(points, 10)
     assert np.array_equal(ids_GK, expected_ids)
@@ -170,12 +190,7 @@ def test_rows_scanned_again_come_in_few_heights(tmp_path: Path, monkeypatch: pyt
         visit(scan, rows, nodes, **mirrored)
 
     monkeypatch.setattr(TileScan, "visit", seen)
-    plan = allpairs.ScanPlan(tile_rows=256, panel_rows=3000, memory_bytes=0)
-    monkeypatch.setattr(allpairs, "plan_scan", lambda *_, **__: plan)
-    rank = TileScan._rank
-    monkeypatch.setattr(
-        TileScan, "_rank", lambda scan, first_row: 2 if len(scan.queries_Q) == 3000 else rank(scan, first_row)
-    )
+    with_bars_too_low(monkeypatch, tile_rows=256)
     scanned(crowded(3000, seed=4), 10, tmp_path)
     assert heights
     assert heights <= {2**power for power in range(10)}

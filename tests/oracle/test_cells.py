@@ -42,7 +42,7 @@ def test_nodes_of_a_cell_are_nearest_to_one_pivot(rank: int, scale: float) -> No
     own_P = cell_G[pivots]
     # a node's cell is that of its nearest pivot, the first of them where several are as near; rounding of a coordinate to
     # one whole number or the next may differ in float32, which moves a squared distance by no more than this
-    slack = 4 * largest * rank if scale != 1 or rank > 1 else 4 * largest
+    slack = 4 * largest * rank
     pivot_of_cell = {int(cell): number for number, cell in reversed(list(enumerate(own_P)))}
     chosen = np.array([squared_GP[node, pivot_of_cell[int(cell)]] for node, cell in enumerate(cell_G)])
     assert (chosen <= squared_GP.min(axis=1) + slack).all()
