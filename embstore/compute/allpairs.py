@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from embstore.compute.capabilities import has_fast_bfloat16
-from embstore.compute.distances import FloatMatrix, IntMatrix, rerank, rerank_bytes
+from embstore.compute.distances import FloatMatrix, IntMatrix, direct_distances, ranked, rerank_bytes
 from embstore.compute.exact import exact_neighbors, scan_bytes
 from embstore.compute.nodes import shuffled
 from embstore.compute.tiles import Operand, TileScan, map_operand, quantise, state_bytes, tile_bytes
@@ -35,6 +35,7 @@ from embstore.compute.workers import Workers, abandon, finish_all
 _TILE_ROWS = (4096, 2048, 1024, 512, 256)
 _SETTLED_ROWS = 512  # ranked by one job, or scanned again together
 _RANKED_ROWS = 64
+_RANKED_FIRST = 2  # beyond the k best scores, so that the k-th distance is about what it will be
 _LEAST_PANEL_ROWS = 4096
 _MOST_CANDIDATES = 256
 
@@ -272,19 +273,20 @@ def settle_rows(
     A node that is no candidate scores at least ``left_out_Q``.
     """
     nodes_Q = order_G[positions_Q]
-    ids_QK, distances_QK = np.empty((len(nodes_Q), k), dtype=np.int32), np.empty((len(nodes_Q), k))
-    kth_Q = magnitude_QC[:, min(k, magnitude_QC.shape[1]) - 1]
-    # a node nearer than the k-th candidate can be has no larger score than this (all candidates, when there are under k)
-    limit_Q = operand.reach(positions_Q, operand.farthest(positions_Q, kth_Q))
-    width_Q = np.maximum(1, (magnitude_QC <= limit_Q[:, None]).sum(axis=1))
+    distance_QC = np.full(candidates_QC.shape, np.inf)
+    first = min(k + _RANKED_FIRST, candidates_QC.shape[1])
+    distance_QC[:, :first] = direct_distances(coord_GR, nodes_Q, candidates_QC[:, :first])
+    kth_Q = np.sort(distance_QC[:, :first], axis=1)[:, min(k, first) - 1]
+    # a node nearer than that has no larger score than this, so the others need not be looked at
+    width_Q = (magnitude_QC <= operand.reach(positions_Q, kth_Q)[:, None]).sum(axis=1)
     ascending = np.argsort(width_Q, kind="stable")
+    ascending = ascending[np.searchsorted(width_Q[ascending], first, side="right") :]
     for part in (ascending[start : start + _RANKED_ROWS] for start in range(0, len(ascending), _RANKED_ROWS)):
-        candidates = candidates_QC[part, : width_Q[part[-1]]]
-        ids_QK[part], distances_QK[part] = rerank(coord_GR, nodes_Q[part], candidates, k)
-    is_doubtful_Q = (left_out_Q <= limit_Q) & np.isfinite(left_out_Q)
-    open_D = np.flatnonzero(is_doubtful_Q)
-    is_doubtful_Q[open_D] = operand.reach(positions_Q[open_D], distances_QK[open_D, -1]) >= left_out_Q[open_D]
-    return ids_QK, distances_QK, is_doubtful_Q
+        rest = slice(first, width_Q[part[-1]])
+        distance_QC[part, rest] = direct_distances(coord_GR, nodes_Q[part], candidates_QC[part, rest])
+    ids_QK, distances_QK = ranked(distance_QC, candidates_QC, k)
+    is_doubtful_Q = operand.reach(positions_Q, distances_QK[:, -1]) >= left_out_Q
+    return ids_QK, distances_QK, is_doubtful_Q & np.isfinite(left_out_Q)
 
 
 def _num_candidates(k: int) -> int:

@@ -29,23 +29,32 @@ def rerank(
 
     Returns int32 [Q, k] and float64 [Q, k], padded with -1 and +inf.
     """
-    num_candidates = candidates_QC.shape[1]
-    ids_QK = np.full((len(queries_Q), k), -1, dtype=np.int32)
-    distances_QK = np.full((len(queries_Q), k), np.inf)
-    step = _rerank_rows(coord_GR.shape[1], num_candidates)
+    return ranked(direct_distances(coord_GR, queries_Q, candidates_QC), candidates_QC, k)
+
+
+def direct_distances(coord_GR: NDArray[np.float32], queries_Q: NDArray[np.integer], candidates_QC: IntMatrix) -> FloatMatrix:
+    """Distances float64 [Q, C] by direct differences; +inf for self and -1."""
+    distance_QC = np.empty(candidates_QC.shape)
+    step = _rerank_rows(coord_GR.shape[1], candidates_QC.shape[1])
     for start in range(0, len(queries_Q), step):
         queries = queries_Q[start : start + step]
         candidates = candidates_QC[start : start + step]
         difference = coord_GR[candidates].astype(np.float64)
         difference -= coord_GR[queries][:, None]
-        distance = np.sqrt(np.einsum("qcr,qcr->qc", difference, difference))
-        distance[(candidates < 0) | (candidates == queries[:, None])] = np.inf
-        order = np.lexsort((candidates, distance), axis=1)[:, :k]
-        found = np.take_along_axis(distance, order, 1)
-        width = order.shape[1]
-        distances_QK[start : start + step, :width] = found
-        nearest = np.take_along_axis(candidates, order, 1)
-        ids_QK[start : start + step, :width] = np.where(np.isfinite(found), nearest, -1)
+        np.sqrt(np.einsum("qcr,qcr->qc", difference, difference), out=distance_QC[start : start + step])
+    distance_QC[(candidates_QC < 0) | (candidates_QC == queries_Q[:, None])] = np.inf
+    return distance_QC
+
+
+def ranked(distance_QC: FloatMatrix, candidates_QC: IntMatrix, k: int) -> tuple[IntMatrix, FloatMatrix]:
+    """The ``k`` nearest candidates of each row, ties by index; +inf is none. Returns as ``rerank`` does."""
+    ids_QK = np.full((len(distance_QC), k), -1, dtype=np.int32)
+    distances_QK = np.full((len(distance_QC), k), np.inf)
+    order = np.lexsort((candidates_QC, distance_QC), axis=1)[:, :k]
+    found = np.take_along_axis(distance_QC, order, 1)
+    distances_QK[:, : order.shape[1]] = found
+    nearest = np.take_along_axis(candidates_QC, order, 1)
+    ids_QK[:, : order.shape[1]] = np.where(np.isfinite(found), nearest, -1)
     return ids_QK, distances_QK
 
 

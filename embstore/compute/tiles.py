@@ -79,13 +79,6 @@ class Operand:
         exact = squared / 2 + self.bias + self.rounding * (half_norms + self.bias)
         return np.asarray(exact * (1 + _ROUNDING[self.rows_GP.dtype]))
 
-    def farthest(self, nodes: NDArray[np.integer], magnitude_Q: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The largest distance from ``nodes[i]`` that a node can have whose score has this magnitude."""
-        # half the bias is more than rounding can add
-        half_squared = magnitude_Q / (1 - _ROUNDING[self.rows_GP.dtype]) - self.bias / 2
-        own, error = self.norm_G[nodes], self.error_G[nodes]
-        return np.asarray((np.sqrt(2 * half_squared) + error + self.relative_error * own) / (1 - self.relative_error))
-
 
 def operand_bytes(num_nodes: int, rank: int, dtype: torch.dtype) -> int:
     """Size of an operand on disk or in memory."""
