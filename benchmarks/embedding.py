@@ -44,6 +44,8 @@ RESULTS = Path(__file__).parent / "results" / "embedding.json"
 DTYPES = ("float32", "bfloat16")
 PARTS = ("machine", "sweep", "methods", "streamed", "writer", "profile", "dtype", "scale")
 WRITTEN_WINDOWS = 4  # one after the other: what a writer sustains, not how it starts
+METHODS = ("original", "careful", "backbone", "packed", "rows", "store")
+FLOORS = ("backbone", "packed")
 SLOW_ROWS = {"original": 192, "careful": 384}
 Figures = dict[str, Any]
 
@@ -148,34 +150,40 @@ def sweep(run: Run) -> Figures:
 
 
 def methods(run: Run) -> Figures:
-    """All methods, one after the other in each round."""
-    found: Figures = {}
-    for dtype in DTYPES:
-        best = run.results["sweep"][dtype]["best"]
-        seen: dict[str, list[Figures]] = {}
-        for _ in range(run.options.rounds):
-            for name in ("original", "careful", "backbone", "rows", "store"):
+    """All methods in either dtype, one after the other in each round."""
+    seen: dict[str, dict[str, list[Figures]]] = {dtype: {} for dtype in DTYPES}
+    for _ in range(run.options.rounds):
+        for dtype in DTYPES:
+            for name in METHODS:
                 rows = SLOW_ROWS.get(name, run.options.rows)
-                figures = run.method(name, dtype, rows, settings=[best])
-                seen.setdefault(name, []).append(figures["rounds"][0] if name == "backbone" else figures)
-        found[dtype] = {name: _summary(each) for name, each in seen.items()}
-        floor = found[dtype]["backbone"]
-        peak = run.results["machine"][dtype]["square"]
-        floor["gflops"] = seen["backbone"][0]["flops"] / floor["seconds"] / 1e9
-        floor["share_of_gemm_rate"] = floor["gflops"] / peak
-        original = found[dtype]["original"]["rows_per_second"]
-        for figures in found[dtype].values():
-            figures["share_of_floor"] = _ratio(figures, floor)
-            figures["times_original"] = figures["rows_per_second"] / original
-        rows, store = found[dtype]["rows"], found[dtype]["store"]
-        store["milliseconds_a_row_beyond_backbone"] = 1e3 * statistics.median(
-            1 / ours - 1 / least
-            for ours, least in zip(store["rows_per_second_of_rounds"], floor["rows_per_second_of_rounds"], strict=True)
-        )
-        tokenising = statistics.median(each["tokenise_seconds"] / each["rows"] for each in seen["backbone"])
+                figures = run.method(name, dtype, rows, settings=[run.results["sweep"][dtype]["best"]])
+                seen[dtype].setdefault(name, []).append(figures["rounds"][0] if name in FLOORS else figures)
+        # minutes a round: those that were run are not lost with the others
+        run.record("methods", found := _methods(seen, run.results["machine"]))
+    return found
+
+
+def _methods(seen: dict[str, dict[str, list[Figures]]], machine: Figures) -> Figures:
+    found = {dtype: {name: _summary(each) for name, each in rounds.items()} for dtype, rounds in seen.items() if rounds}
+    for dtype, table in found.items():
+        for name in FLOORS:
+            floor = table[name]
+            floor["gflops"] = seen[dtype][name][0]["flops"] / floor["seconds"] / 1e9
+            floor["share_of_gemm_rate"] = floor["gflops"] / machine[dtype]["square"]
+        for figures in table.values():
+            figures["share_of_floor"] = _ratio(figures, table["backbone"])
+            figures["share_of_raised_floor"] = _ratio(figures, table["packed"])
+            figures["times_original"] = _ratio(figures, table["original"])
+            figures["times_float32_original"] = _ratio(figures, found["float32"]["original"])
+        rows, store = table["rows"], table["store"]
+        for name, least in (("backbone", table["backbone"]), ("packed_backbone", table["packed"])):
+            store[f"milliseconds_a_row_beyond_{name}"] = 1e3 * statistics.median(
+                1 / ours - 1 / other
+                for ours, other in zip(store["rows_per_second_of_rounds"], least["rows_per_second_of_rounds"], strict=True)
+            )
+        tokenising = statistics.median(each["tokenise_seconds"] / each["rows"] for each in seen[dtype]["backbone"])
         store["milliseconds_a_row_tokenising"] = 1e3 * tokenising
         store["seconds_over_without_store"] = _ratio(rows, store)
-        run.record("methods", found)  # minutes each: one dtype is not lost with the other
     return found
 
 

@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import methods
@@ -41,7 +41,6 @@ _ATTENTION_TOKENS = 2048
 _WINDOWS, _WINDOW_ROWS, _CHUNK_ROWS = 3, 512, 128  # smaller than a build's, for the sake of time
 _SWEPT_TOKENS = (512, 1024, 2048, 4096)
 _RUN_ROWS, _ONE_RUN_IN = 64, 4  # of rows sorted by length: a quarter of a window
-_PACKED_FOR_TOKENS = 1024
 _Forward = Callable[[TokenBatch], None]
 
 
@@ -51,23 +50,24 @@ def backbone(bench: Bench) -> Figures:
     exact_LD = _exact(bench, batches[-1])
     groups = []
     for dtype in _DTYPES:
-        model = bench.model(dtype)
+        model, packed = bench.model(dtype), bench.model(dtype)
+        packs = packed.pack_layers()
         no_mask, mask = (methods._forward(model, mask=masked) for masked in (False, True))
         one_each = functools.partial(_over, bench.workers, batches, no_mask)
         all_on_one = functools.partial(_over, Workers(bench.threads, 1), batches, no_mask)
         error = _error(model, batches[-1], exact_LD)
         with _Processes(bench.model_folder, dtype, batches, bench.threads) as processes:
             ways = [
-                Way(name="one batch a thread", run=one_each, is_ours=True, error=error),
+                Way(name="one batch a thread", run=one_each, is_ours=not packs, error=error),
                 Way(name="one batch a thread, mask", run=functools.partial(_over, bench.workers, batches, mask)),
                 Way(name="all threads on one batch", run=all_on_one),
                 Way(name="a process of one thread for each core", run=processes.run),
             ]
-            if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-                packed = _packed(bench.model(dtype))
+            if packs:
                 run = functools.partial(_over, bench.workers, batches, methods._forward(packed, mask=False))
                 error = _error(packed, batches[-1], exact_LD)
-                ways.append(Way(name="one batch a thread, weights packed for oneDNN", run=run, error=error))
+                name = "one batch a thread, weights packed for oneDNN"
+                ways.append(Way(name=name, run=run, is_ours=True, error=error))
             if dtype == "float32":
                 error = at_medium(functools.partial(_error, model, batches[-1], exact_LD))()
                 ways.append(Way(name=f"one batch a thread, {MEDIUM}", run=at_medium(one_each), error=error))
@@ -94,22 +94,6 @@ def batch_tokens(bench: Bench) -> Figures:
             ways.append(Way(name=f"{tokens:,} tokens a batch", run=run, is_ours=is_ours))
         groups.append(compare(f"batches, {dtype}", ways, count=len(some), unit="ms a row", rounds=bench.rounds))
     return {"groups": groups}
-
-
-@torch.inference_mode()
-def _packed(model: SplitModel) -> SplitModel:
-    """The model with the weights of its layers in oneDNN's layout: private operators of torch, which its compiler uses."""
-    kernels: Any = torch.ops.mkldnn
-
-    def product(weight: Tensor, bias: Tensor | None, given: Tensor) -> Tensor:
-        result: Tensor = kernels._linear_pointwise(given, weight, bias, "none", [], "")
-        return result
-
-    for layer in model.backbone.modules():
-        if type(layer) is nn.Linear:
-            weight = kernels._reorder_linear_weight(layer.weight.detach(), _PACKED_FOR_TOKENS)
-            layer.forward = functools.partial(product, weight, layer.bias)  # type: ignore[method-assign]
-    return model
 
 
 def _hidden(model: SplitModel, batch: TokenBatch) -> Tensor:

@@ -3,6 +3,7 @@
 original  batches of 8 in file order, padded to the longest, full float32 logits of every position, plain mean, L2 norm
 careful   transformers as a careful user would: length-sorted batches of 32, attention mask, masked mean of float32 logits
 backbone  the model without head and without store over embstore's own token batches: the floor
+packed    the same with its linear layers packed, as embstore runs it: a floor raised
 rows      embstore's embedder, its rows dropped
 store     embstore's embedder into a real store: chunks, fsync, journal
 
@@ -28,7 +29,7 @@ import transformers
 from numpy.typing import NDArray
 
 from embstore.admission import CHUNK_BYTES
-from embstore.compute.batching import PromptTokenizer, TokenBatch, TokenRow, batches_by_length, padded_batch
+from embstore.compute.batching import PromptTokenizer, TokenBatch, TokenRow, batches_by_length, few_lengths, padded_batch
 from embstore.compute.embed import DTYPES, LogitEmbedder
 from embstore.compute.estimates import MAX_WINDOW_ROWS
 from embstore.compute.heads import SplitModel
@@ -118,12 +119,20 @@ def careful(job: Job) -> dict[str, Any]:
     return result
 
 
-def backbone(job: Job) -> dict[str, Any]:
+def packed(job: Job) -> dict[str, Any]:
+    """As ``backbone``, layers packed; lengths as embstore pads them, or every batch would cost kernels of its own."""
+    return backbone(job, is_packed=True)
+
+
+def backbone(job: Job, *, is_packed: bool = False) -> dict[str, Any]:
     """Every setting in ``job["settings"]``: batch_tokens, mask, workers. Tokenisation is timed by itself."""
     source = locate_model(EmbeddingConfig(model=job["model"]))
     loaded = load_model(source, "cpu")
     model = SplitModel(loaded.model)
     model.to_dtype(DTYPES[job["dtype"]])
+    if is_packed and not model.pack_layers():
+        raise RuntimeError("layers cannot be packed here")
+    padded_length = few_lengths if is_packed else int
     prompts = [Prompt(id=None, text=text) for text in texts_of(job)]
     started = time.perf_counter()
     rows = PromptTokenizer(loaded.tokenizer, MAX_TOKENS, model.num_tokens).encode(prompts)
@@ -131,7 +140,7 @@ def backbone(job: Job) -> dict[str, Any]:
     rounds: list[dict[str, Any]] = []
     for settings in job["settings"] * job.get("rounds", 1):
         windows = [rows[start : start + MAX_WINDOW_ROWS] for start in range(0, len(rows), MAX_WINDOW_ROWS)]
-        batches = [batch for window in windows for batch in _batches(window, settings["batch_tokens"])]
+        batches = [batch for window in windows for batch in _batches(window, settings["batch_tokens"], padded_length)]
         workers = Workers(job["threads"], settings["workers"])
         run = _forward(model, mask=settings["mask"])
         # threads and kernels are ready
@@ -147,8 +156,9 @@ def backbone(job: Job) -> dict[str, Any]:
     return {"rounds": rounds}
 
 
-def _batches(rows: list[TokenRow], batch_tokens: int) -> list[TokenBatch]:
-    return [padded_batch(rows, *batch, pad_id=0) for batch in batches_by_length(rows, batch_tokens=batch_tokens)]
+def _batches(rows: list[TokenRow], batch_tokens: int, padded_length: Callable[[int], int] = int) -> list[TokenBatch]:
+    found = batches_by_length(rows, batch_tokens=batch_tokens, padded_length=padded_length)
+    return [padded_batch(rows, *batch, pad_id=0) for batch in found]
 
 
 def _forward(model: SplitModel, *, mask: bool) -> Callable[[TokenBatch], None]:
@@ -288,6 +298,7 @@ METHODS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "original": original,
     "careful": careful,
     "backbone": backbone,
+    "packed": packed,
     "rows": rows,
     "store": store,
     "profile": profile,

@@ -18,7 +18,7 @@ from embstore.core.embedder import Embedder, EmbedderSource
 from embstore.core.errors import BudgetError, ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.events import Notice, Preflight
 from embstore.core.format import BASIS, FORMAT_VERSION, MANIFEST, PROMPTS
-from embstore.core.plan import BuildPlan, plan, refuse_drift, refuse_other_input
+from embstore.core.plan import BuildPlan, as_stored, plan, refuse_drift, refuse_other_input
 from embstore.core.records import DemotedRecord, DriftRecord, PromptsRecord
 from embstore.core.rows import chunk_rows_near
 from embstore.core.spec import StoreSpec
@@ -177,7 +177,7 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
             device=config.embedding.device or spec.embedding.device,
             threads=config.embedding.threads or spec.embedding.threads,
         )
-        hardware = run.source.hardware(known)
+        hardware = as_stored(run.source.hardware(known), spec.embedding)
     drifted = refuse_other_input(spec, config.embedding, model, hardware)
     if drifted and hardware is not None:
         if not config.allow_drift:
@@ -266,7 +266,7 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
             device=config.embedding.device or old.embedding.device,
             threads=config.embedding.threads or old.embedding.threads,
         )
-        hardware = run.source.hardware(asked)
+        hardware = as_stored(run.source.hardware(asked), old.embedding)
     drifted = refuse_unlike(stores, config, model, hardware)
     # only what this run computes with: the stored spec stays what the copied rows were made with
     embedding = dataclasses.replace(old.embedding, **hardware) if hardware is not None else old.embedding  # type: ignore[arg-type]

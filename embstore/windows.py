@@ -20,7 +20,7 @@ from embstore.core.embedder import Check, Embedder, EmbedderSource, RowBlock, Wi
 from embstore.core.engine import Needs
 from embstore.core.errors import EngineError, RowError
 from embstore.core.format import BASIS, PROMPTS
-from embstore.core.plan import grid_of
+from embstore.core.plan import as_stored, grid_of
 from embstore.core.prompts import Prompt
 from embstore.core.spec import StoreSpec, diff_fields
 from embstore.memory import MemoryMeter
@@ -252,7 +252,8 @@ class WindowsElsewhere:
 
     def _refuse_other(self, source: EmbedderSource) -> None:
         embedding = self.spec.embedding
-        found = source.hardware(EmbeddingConfig(device=embedding.device, threads=embedding.threads))
+        asked = EmbeddingConfig(device=embedding.device, threads=embedding.threads)
+        found = as_stored(source.hardware(asked), embedding)
         unlike = [
             f"{name} {value} here, {getattr(embedding, name)} in the store's spec"
             for name, value in found.items()

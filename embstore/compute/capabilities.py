@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from embstore.compute.packed import can_pack
+from embstore.core.spec import PACKED_LAYERS
+
 
 def capability_of(device: torch.device) -> str:
-    """What decides a kernel's bits on this device: the CPU's vector instructions, or the GPU's model."""
+    """What decides a kernel's bits on this device, at its best; see ``core.spec.EmbeddingSpec``."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
     if device.type == "cpu":
-        return str(torch.backends.cpu.get_cpu_capability())
+        instructions = str(torch.backends.cpu.get_cpu_capability())
+        return instructions + PACKED_LAYERS if can_pack(device) else instructions
     return device.type
 
 

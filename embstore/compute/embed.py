@@ -36,7 +36,7 @@ from embstore.compute.batching import (
     last_token_only,
     padded_batch,
 )
-from embstore.compute.estimates import MAX_WINDOW_ROWS, num_workers, window_bytes
+from embstore.compute.estimates import MAX_WINDOW_ROWS, makes_kernels, num_workers, window_bytes
 from embstore.compute.finish import SLAB_ROWS, AffineFinisher, Finisher, MeanFinisher, finish
 from embstore.compute.heads import AffineHead, CappedHead, SplitModel
 from embstore.compute.recycled import ChunkMemory, RecycledMemory
@@ -252,7 +252,7 @@ class LogitEmbedder:
     @property
     def _is_made_to_shape(self) -> bool:
         """Whether every new shape of a batch costs a kernel of 650 KB and a millisecond (docs/decisions/0015)."""
-        return self._device.type == "cpu" and self.spec.dtype != "float32"
+        return makes_kernels(self.spec)
 
     def _padded_length(self, length: int) -> int:
         """As long as it is, or of a few lengths. Never 1: some classes take a single token for a step of generation."""

@@ -16,6 +16,11 @@ def is_streamed(spec: EmbeddingSpec) -> bool:
     return spec.head in ("streamed", "capped")
 
 
+def makes_kernels(spec: EmbeddingSpec) -> bool:
+    """Whether oneDNN makes kernels for every number of tokens in a batch, and keeps them."""
+    return spec.device == "cpu" and (spec.dtype != "float32" or spec.has_packed_layers)
+
+
 def num_workers(spec: EmbeddingSpec, width: int, inner_width: int) -> int:
     """Batches in flight; follows from pinned values and the model, because it decides how torch splits its sums."""
     tokens = max(spec.batch_tokens, spec.max_tokens)
@@ -44,9 +49,9 @@ def window_bytes(spec: EmbeddingSpec, width: int, inner_width: int, chunk_rows: 
     # one is being written and two wait with their encoded copies, the next one is ready and another one begun
     chunks = 8 * chunk_rows * (spec.dimension * 2 + spec.rank * 4)
     coordinates = 2 * window_rows * spec.rank * 4
-    kernels = 0 if spec.device != "cpu" or spec.dtype == "float32" else _KERNEL_BYTES
+    kernels = _KERNEL_BYTES if makes_kernels(spec) else 0
     return activations + means + wide + chunks + coordinates + kernels + _FIXED_BYTES
 
 
-_KERNEL_BYTES = 160 << 20  # oneDNN's, in 16 bits: three for each of about a hundred lengths
+_KERNEL_BYTES = 160 << 20  # oneDNN's: three for each of about a hundred lengths
 _FIXED_BYTES = 48 << 20  # token lists, allocator slack, thread pools

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from embstore.compute.packed import can_pack, pack, unpack, watched_layers
 from embstore.core.errors import ModelError
 
 _AFFINE_TOLERANCE = 1e-5
+_PACKED_TOLERANCE = 2.0**-5  # relative, in 16 bits
 _LOUD = 64.0
 _CAUSAL_PROBE_TOKENS = 16
 
@@ -86,6 +88,32 @@ class SplitModel:
     def to_dtype(self, dtype: torch.dtype) -> None:
         """Move the backbone to ``dtype``; the head stays in float32."""
         self.backbone.to(dtype)
+
+    def pack_layers(self) -> bool:
+        """Have the backbone's linear layers packed (``packed``), once its dtype is settled; tells whether any is.
+
+        Made-up rows are tried before and after: where the class gives something else then, as one does that multiplies with
+        a layer's weight itself, all is as it was. A layer that is not given all tokens of a batch (an expert's) is left
+        alone, because every number of tokens makes a kernel that is kept.
+        """
+        table = self._model.get_input_embeddings().weight
+        if not can_pack(table.device):
+            return False
+        tokens_2T = _made_up_rows(self.num_tokens, table.device)
+        tolerance = _AFFINE_TOLERANCE if table.dtype == torch.float32 else _PACKED_TOLERANCE
+        with torch.inference_mode():
+            with watched_layers(self.backbone) as seen:
+                plain_2TD = self.backbone(input_ids=tokens_2T, use_cache=False).last_hidden_state
+            layers = [layer for layer, counts in seen.items() if counts == {tokens_2T.numel()}]
+            pack(layers)
+            try:
+                packed_2TD = self.backbone(input_ids=tokens_2T, use_cache=False).last_hidden_state
+            except Exception:  # noqa: BLE001 - any class's code runs here
+                packed_2TD = torch.full_like(plain_2TD, torch.nan)
+        if _relative_error(packed_2TD, plain_2TD) < tolerance:
+            return bool(layers)
+        unpack(layers)
+        return False
 
     def hidden(self, tokens_BT: Tensor, real_BT: Tensor) -> Tensor:
         """Final hidden states float32 [B, T, D], as the head receives them; rubbish at padding, which is on the right."""
@@ -275,11 +303,16 @@ def _is_causal(backbone: Any, num_tokens: int, device: torch.device) -> bool:  #
 
     A property of the class: encoders differ by far more than rounding, decoders by nothing.
     """
-    first_T = torch.arange(2 * _CAUSAL_PROBE_TOKENS, device=device) * 37 % num_tokens
-    second_T = torch.where(torch.arange(len(first_T), device=device) < _CAUSAL_PROBE_TOKENS, first_T, first_T.flip(0))
-    tokens_2T = torch.stack([first_T, second_T])
+    tokens_2T = _made_up_rows(num_tokens, device)
     first_TD, second_TD = backbone(input_ids=tokens_2T, use_cache=False).last_hidden_state[:, :_CAUSAL_PROBE_TOKENS]
     return _relative_error(first_TD, second_TD) < _AFFINE_TOLERANCE
+
+
+def _made_up_rows(num_tokens: int, device: torch.device) -> Tensor:
+    """Tokens [2, 2 T] of two rows that begin with the same T tokens."""
+    first_T = torch.arange(2 * _CAUSAL_PROBE_TOKENS, device=device) * 37 % num_tokens
+    second_T = torch.where(torch.arange(len(first_T), device=device) < _CAUSAL_PROBE_TOKENS, first_T, first_T.flip(0))
+    return torch.stack([first_T, second_T])
 
 
 def _shadow_forward(backbone: Any) -> threading.local:  # noqa: ANN401

@@ -40,7 +40,7 @@ from embstore.core.density import NOISE_FLOOR, total_variation
 from embstore.core.embedder import PromptReader
 from embstore.core.errors import BudgetError, ModelError, RowError
 from embstore.core.events import Notice, Observer, StageFinished, StageStarted
-from embstore.core.spec import EmbeddingSpec, ModelIdentity
+from embstore.core.spec import PACKED_LAYERS, EmbeddingSpec, ModelIdentity
 
 _SAMPLE_ROWS = 256
 _TIMED_ROWS = 32
@@ -112,7 +112,7 @@ class TorchSource:
             batch_tokens=config.batch_tokens or _batch_tokens(loaded.device, model),
             dtype="float32",
             device=loaded.device.type,
-            capability=capability_of(loaded.device),
+            capability=capability_of(loaded.device).removesuffix(PACKED_LAYERS),  # until it is known that they fit
             threads=threads,
             basis=_BASIS_OF[space] if head is not None else "range-finder",
         )
@@ -128,6 +128,7 @@ class TorchSource:
             spec = dataclasses.replace(embedder.spec, dtype=dtype)
             # made anew: how many batches are in flight follows from their size
             embedder = LogitEmbedder(parts, _wider_batch(spec, config, model, window_rows, memory_bytes), embedder.basis_VR)
+        _pack_layers(embedder, window_rows, memory_bytes)
         _note_plan(embedder, sample, window_rows)
         observer(StageFinished(stage="model", seconds=time.perf_counter() - started))
         return embedder
@@ -183,9 +184,24 @@ class TorchSource:
                 raise _not_ours(spec)
         capped = model.stored_capped_head() if spec.head == "capped" else None
         model.to_dtype(DTYPES[spec.dtype])
+        if spec.has_packed_layers and not model.pack_layers():
+            raise ModelError(
+                f"linear layers of {type(loaded.model).__name__} cannot be packed here, as the store's spec has them",
+                hint="continue with the versions of torch and transformers that began the store",
+            )
         tokenizer = PromptTokenizer(loaded.tokenizer, spec.max_tokens, model.num_tokens)
         parts = ModelParts(model=model, head=head, capped=capped, tokenizer=tokenizer, device=loaded.device)
         return LogitEmbedder(parts, spec, basis_VR)
+
+
+def _pack_layers(embedder: LogitEmbedder, window_rows: int, memory_bytes: int) -> None:
+    """Pack the linear layers where the device and the class let it be done and the kernels fit; the spec says so then."""
+    model, spec = embedder.model, embedder.spec
+    best = capability_of(torch.device(spec.device))
+    packed = dataclasses.replace(spec, capability=best)
+    fits = _needs(packed, model, window_rows, spec.dtype) <= memory_bytes
+    if packed.has_packed_layers and fits and model.pack_layers():
+        embedder.spec = packed
 
 
 def _note_plan(embedder: LogitEmbedder, sample: Sequence[TokenRow], window_rows: int) -> None:

@@ -9,7 +9,7 @@ from embstore.core.config import EmbeddingConfig, space_and_pooling
 from embstore.core.errors import CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.records import JournalState, WindowRecord
 from embstore.core.rows import RowGrid, RowRange
-from embstore.core.spec import ModelIdentity, StoreSpec, diff_fields
+from embstore.core.spec import PACKED_LAYERS, EmbeddingSpec, ModelIdentity, StoreSpec, diff_fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +120,12 @@ def refuse_other_input(
     if mismatches:
         raise IdentityMismatchError(mismatches)
     return [name for name, value in (hardware or {}).items() if getattr(stored, name) != value]
+
+
+def as_stored(hardware: Mapping[str, object], stored: EmbeddingSpec) -> dict[str, object]:
+    """Hardware of a run that goes by ``stored``: layers that could be packed, and are not there, are not here either."""
+    capability = str(hardware["capability"])
+    return {**hardware, "capability": capability if stored.has_packed_layers else capability.removesuffix(PACKED_LAYERS)}
 
 
 def refuse_drift(spec: StoreSpec, fields: list[str], hardware: Mapping[str, object]) -> None:

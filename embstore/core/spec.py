@@ -37,6 +37,10 @@ class ModelIdentity:
     trust_remote_code: bool
 
 
+# Ends a CPU's capability where the weights of linear layers lie in oneDNN's layout (docs/decisions/0025).
+PACKED_LAYERS = " with packed layers"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbeddingSpec:
     """Everything about the embedding pass that changes a byte, resolved.
@@ -44,7 +48,8 @@ class EmbeddingSpec:
     ``dimension`` is V (D under ``--space hidden``), ``rank`` is R. ``head`` is "affine" (pooled before the head), "network"
     (pooled behind a network, before the output layer), "capped" or "streamed" (logits of every token, by blocks of
     columns or by the class), "none" (hidden states are the rows), or "imported" (rows are those of an array, and what
-    concerns tokens is 0 or "none"); ``head_scale`` the factor a class applies after its head.
+    concerns tokens is 0 or "none"); ``head_scale`` the factor a class applies after its head. ``capability`` is what decides
+    a kernel's bits: the CPU's vector instructions, perhaps ``PACKED_LAYERS``, or the GPU's model.
     """
 
     dimension: int
@@ -62,6 +67,11 @@ class EmbeddingSpec:
     capability: str
     threads: int
     basis: str
+
+    @property
+    def has_packed_layers(self) -> bool:
+        """Whether linear layers are packed."""
+        return self.capability.endswith(PACKED_LAYERS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

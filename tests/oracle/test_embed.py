@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from embstore.compute.packed import can_pack
 from embstore.core.errors import ModelError
 from embstore.core.events import Event, Notice
 from embstore.core.prompts import Prompt
@@ -130,9 +131,20 @@ def test_batch_mates_hardly_move_a_bfloat16_row(case_of: CaseOf, name: str, tmp_
         assert distances(rows_before_rounding(embedder, [PROMPTS[row]])[0], together_NV[row]) <= 5e-4
 
 
-def test_a_16_bit_model_sees_few_shapes(case_of: CaseOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "bfloat16",
+        pytest.param(
+            "float32", marks=pytest.mark.skipif(not can_pack(torch.device("cpu")), reason="layers cannot be packed here")
+        ),
+    ],
+)
+def test_a_model_whose_kernels_are_kept_sees_few_shapes(
+    dtype: str, case_of: CaseOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A kernel is made for each and kept, so windows that end in any number of rows must not bring a new one each."""
-    embedder = open_embedder(case_of("llama").folder, PROMPTS, tmp_path, dtype="bfloat16", batch_tokens=640)
+    embedder = open_embedder(case_of("llama").folder, PROMPTS, tmp_path, dtype=dtype, batch_tokens=640)
     row = embedder.tokens([PROMPTS[0]])
     length = embedder._padded_length(len(row[0].ids_T))
     full = 640 // length

@@ -1,0 +1,223 @@
+"""Layers packed for oneDNN: the same products, told in the spec, and only where nothing else comes out.
+
+Rows of every class are held against float64 in ``test_embed``, packed where this machine can.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from embstore.compute import capabilities, packed
+from embstore.compute.embed import LogitEmbedder
+from embstore.compute.packed import can_pack, pack, unpack, watched_layers
+from embstore.core.config import EmbeddingConfig
+from embstore.core.errors import ModelError
+from embstore.core.plan import as_stored, refuse_other_input
+from embstore.core.spec import PACKED_LAYERS
+from embstore.memory import read_memory
+from tests.support import records
+from tests.support.models import (
+    PROMPTS,
+    Case,
+    distances,
+    embed,
+    make_model,
+    make_tokenizer,
+    open_embedder,
+    reopened,
+    rows_before_rounding,
+    save_model,
+)
+
+CPU = torch.device("cpu")
+PLAIN = capabilities.capability_of(CPU).removesuffix(PACKED_LAYERS)
+CaseOf = Callable[[str], Case]
+
+needs_packing = pytest.mark.skipif(not can_pack(CPU), reason="this torch packs no linear layers on this processor")
+
+
+def stored_rows(embedder: LogitEmbedder) -> np.ndarray[Any, Any]:
+    return np.concatenate([block.emb_BV for block in embed(embedder, PROMPTS)])
+
+
+def linear_layers(embedder: LogitEmbedder) -> list[nn.Linear]:
+    return [layer for layer in embedder.model.backbone.modules() if isinstance(layer, nn.Linear)]
+
+
+def are_packed(embedder: LogitEmbedder) -> set[bool]:
+    return {layer.weight.is_mkldnn for layer in linear_layers(embedder)}
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_a_packed_layer_gives_the_product_of_any_input(dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 40, bias=bias).to(dtype).requires_grad_(False)
+    weight = layer.weight.clone()
+    inputs = [torch.randn(shape).to(dtype) for shape in ((0, 24), (24,), (1, 24), (5, 24), (2, 3, 24), (2, 0, 24))]
+    inputs += [torch.randn(24, 7).to(dtype).T, torch.randn(4, 7, 48).to(dtype)[..., ::2], inputs[2].expand(6, 24)]
+    offset = 0.0 if layer.bias is None else layer.bias.double()
+    pack([layer])
+    assert layer.weight.is_mkldnn
+    assert (layer.weight.dtype, layer.weight.shape) == (weight.dtype, weight.shape)
+    for given in inputs:
+        found, exact = layer(given), given.double() @ weight.double().T + offset
+        assert found.dtype == dtype
+        assert torch.allclose(found.double(), exact, rtol=2.0**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    with pytest.raises(NotImplementedError):
+        nn.functional.linear(inputs[3], layer.weight)  # loud, never wrong
+    unpack([layer])
+    assert torch.equal(layer.weight, weight)
+    assert "forward" not in vars(layer)
+
+
+@needs_packing
+def test_only_plain_layers_are_watched_with_the_tokens_they_get() -> None:
+    class Own(nn.Linear):
+        pass
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.whole, self.part, self.own = nn.Linear(8, 8), nn.Linear(8, 8), Own(8, 8)
+            self.unused, self.small, self.patched = nn.Linear(8, 8), nn.Linear(8, 8).half(), nn.Linear(8, 8)
+            self.patched.forward = lambda given: given  # type: ignore[method-assign]
+
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            return self.patched(self.own(self.whole(given)) + self.small(given.half()).sum()) + self.part(given[:, :3]).sum()
+
+    layers = Layers()
+    with watched_layers(layers) as seen:
+        layers(torch.zeros(2, 5, 8))
+    assert seen == {layers.whole: {10}, layers.part: {6}}
+    assert not layers.whole._forward_pre_hooks
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_new_build_packs_and_a_reopened_one_gives_the_same_bytes(case_of: CaseOf, dtype: str, tmp_path: Path) -> None:
+    folder = case_of("llama").folder
+    embedder = open_embedder(folder, PROMPTS, tmp_path, dtype=dtype)
+    assert embedder.spec.capability == PLAIN + PACKED_LAYERS
+    assert are_packed(embedder) == {True}
+    again = reopened(folder, embedder)
+    assert are_packed(again) == {True}
+    assert stored_rows(again).tobytes() == stored_rows(embedder).tobytes()
+
+
+@needs_packing
+def test_what_does_not_fit_the_memory_is_left_unpacked_and_stays_so(case_of: CaseOf, tmp_path: Path) -> None:
+    case = case_of("llama")
+    kernels = case.embedder.memory_bytes(16)
+    embedder = open_embedder(case.folder, PROMPTS, tmp_path, memory_bytes=kernels - 1)
+    assert embedder.spec.capability == PLAIN
+    assert embedder.memory_bytes(16) < kernels
+    assert are_packed(embedder) == {False}
+    again = reopened(case.folder, embedder)
+    assert are_packed(again) == {False}
+    assert stored_rows(again).tobytes() == stored_rows(embedder).tobytes()
+    assert distances(rows_before_rounding(embedder, PROMPTS), case.rows_NV).max() <= 2e-6
+
+
+@needs_packing
+@pytest.mark.parametrize("fails", ["raises", "gives something else"])
+def test_a_class_that_minds_is_left_as_it_was(fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = transformers.models.llama.modeling_llama.LlamaMLP.forward
+
+    def forward(self: Any, given: torch.Tensor) -> torch.Tensor:
+        if fails == "raises":
+            self.up_proj(given)  # called, and its weight used besides
+            return self.down_proj(self.act_fn(self.gate_proj(given)) * nn.functional.linear(given, self.up_proj.weight))
+        return genuine(self, given) * (1 + self.up_proj.weight.is_mkldnn)
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", forward)
+    folder = save_model(tmp_path / "model", make_model("llama"), make_tokenizer())
+    embedder = open_embedder(folder, PROMPTS, tmp_path / "work")
+    assert embedder.spec.capability == PLAIN
+    assert are_packed(embedder) == {False}
+    monkeypatch.setattr(packed, "_OPERATORS", ("no such operator",))
+    never_tried = open_embedder(folder, PROMPTS, tmp_path / "work")
+    assert stored_rows(embedder).tobytes() == stored_rows(never_tried).tobytes()
+
+
+@needs_packing
+def test_a_layer_that_is_given_some_tokens_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert of a mixture: every number of tokens would leave a kernel in memory."""
+    genuine = transformers.models.llama.modeling_llama.LlamaMLP.forward
+
+    def forward(self: Any, given: torch.Tensor) -> torch.Tensor:
+        half = given.shape[1] // 2
+        return torch.cat([genuine(self, given[:, :half]), genuine(self, given[:, half:])], dim=1)
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", forward)
+    folder = save_model(tmp_path / "model", make_model("llama"), make_tokenizer())
+    embedder = open_embedder(folder, PROMPTS, tmp_path / "work")
+    assert embedder.spec.has_packed_layers
+    names = {name.rpartition(".")[2]: layer.weight.is_mkldnn for name, layer in embedder.model.backbone.named_modules()
+             if isinstance(layer, nn.Linear)}  # fmt: skip
+    assert names == dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), True) | dict.fromkeys(
+        ("gate_proj", "up_proj", "down_proj"), False
+    )
+
+
+@needs_packing
+def test_a_packed_store_is_not_continued_by_a_torch_that_cannot(case_of: CaseOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_of("llama")
+    monkeypatch.setattr(packed, "_OPERATORS", ("no such operator",))
+    assert capabilities.capability_of(CPU) == PLAIN
+    with pytest.raises(ModelError, match="LlamaForCausalLM cannot be packed here, as the store's spec has them") as caught:
+        reopened(case.folder, case.embedder)
+    assert "versions of torch and transformers" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "drift"),
+    [
+        ("AVX2", "AVX2" + PACKED_LAYERS, []),  # it fitted no more, or an older version began it: left so
+        ("AVX2" + PACKED_LAYERS, "AVX2" + PACKED_LAYERS, []),
+        ("AVX2" + PACKED_LAYERS, "AVX2", ["capability"]),
+        ("AVX2", "AVX512" + PACKED_LAYERS, ["capability"]),
+    ],
+)
+def test_layers_are_packed_as_the_store_has_them(stored: str, given: str, drift: list[str]) -> None:
+    spec = records.spec(embedding=dataclasses.replace(records.EMBEDDING, capability=stored))
+    hardware = as_stored({"device": "cpu", "capability": given, "threads": 2}, spec.embedding)
+    assert refuse_other_input(spec, EmbeddingConfig(), None, hardware) == drift
+    assert str(hardware["capability"]).endswith(PACKED_LAYERS) == (given != "AVX2" and stored != "AVX2")
+
+
+_PACKING = """
+import torch
+from torch import nn
+from embstore.compute.packed import pack
+from embstore.memory import MemoryMeter
+
+layers = [nn.Linear(2048, 2048).requires_grad_(False) for _ in range(16)]
+given = torch.randn(64, 2048)
+pack([nn.Linear(2048, 2048).requires_grad_(False)])
+with MemoryMeter() as meter:
+    meter.set_baseline()
+    pack(layers)
+    print(meter.peak_anonymous_bytes)
+"""
+
+
+@needs_packing
+@pytest.mark.skipif(read_memory() is None, reason="the kernel does not tell anonymous memory (not Linux)")
+def test_packing_takes_no_second_copy_of_the_model() -> None:
+    result = subprocess.run([sys.executable, "-c", _PACKING], check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) <= 64 << 20  # of 256 MiB
