@@ -63,8 +63,8 @@ def methods(report: Report) -> str:
             f"reaches here ({report['machine'][dtype]['square']:.0f}), and raised at {table['packed']['gflops']:.0f}. "
             f"embstore takes {store['milliseconds_a_row_beyond_backbone']:.2f} ms a row more than the floor. Everything "
             f"beyond its own backbone takes {store['milliseconds_a_row_beyond_packed_backbone']:.2f} ms a row, of which "
-            f"tokenisation, timed alone, is {store['milliseconds_a_row_tokenising']:.2f}. With the store the embedding stage takes "
-            f"{store['seconds_over_without_store']:.3f} of its time without.",
+            f"tokenisation, timed alone, is {store['milliseconds_a_row_tokenising']:.2f}. With the store the embedding "
+            f"stage takes {store['seconds_over_without_store']:.3f} of its time without.",
         ]
     return "\n".join(lines)
 
