@@ -36,7 +36,8 @@ def watched_layers(module: nn.Module) -> Iterator[dict[nn.Linear, set[int]]]:
     seen: dict[nn.Linear, set[int]] = {}
 
     def note(layer: nn.Linear, arguments: tuple[Tensor, ...]) -> None:
-        seen.setdefault(layer, set()).add(arguments[0].numel() // layer.in_features)
+        if arguments:  # not called by keyword, as a packed one cannot be
+            seen.setdefault(layer, set()).add(arguments[0].numel() // layer.in_features)
 
     layers = [layer for layer in module.modules() if type(layer) is nn.Linear and _is_plain(layer)]
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from embstore.allocator import give_back
+from embstore.compute.packed import can_pack
+from embstore.core.spec import PACKED_LAYERS
 from embstore.memory import MemoryMeter, read_memory
 from tests.support.models import make_model, make_tokenizer, save_model
 
@@ -59,6 +62,22 @@ def test_a_build_stays_under_its_budget(budget_mib: int, kind: str, words: int, 
     assert result.returncode == 0, result.stderr
     peak = json.loads(result.stdout)["peak_anonymous_bytes"]
     assert 0 < peak <= budget_mib << 20
+
+
+@pytest.mark.skipif(not can_pack(torch.device("cpu")), reason="this torch packs no linear layers on this processor")
+def test_kernels_of_packed_layers_stay_under_the_budget(tmp_path: Path) -> None:
+    """Prompts of every length up to 256 tokens: each makes its kernels, which stay."""
+    budget = 320 << 20
+    model = save_model(tmp_path / "model", make_model("llama", logit_std=1.0, max_position_embeddings=512), make_tokenizer())
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": f"{row} " + "many " * (row % 64)}) + "\n" for row in range(1500)]
+    prompts.write_text("".join(lines))
+    command = [sys.executable, "-m", "embstore", "build", prompts, "--model", model, "--out", tmp_path / "store"]
+    command += ["--memory-budget", budget, "--dtype", "float32", "--json"]
+    result = subprocess.run([str(word) for word in command], check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "store" / "spec.json").read_text())["embedding"]["capability"].endswith(PACKED_LAYERS)
+    assert 0 < json.loads(result.stdout)["peak_anonymous_bytes"] <= budget
 
 
 def test_copying_rows_stays_under_the_budget(tmp_path: Path) -> None:

@@ -95,9 +95,11 @@ def test_only_plain_layers_are_watched_with_the_tokens_they_get() -> None:
             self.whole, self.part, self.own = nn.Linear(8, 8), nn.Linear(8, 8), Own(8, 8)
             self.unused, self.small, self.patched = nn.Linear(8, 8), nn.Linear(8, 8).half(), nn.Linear(8, 8)
             self.patched.forward = lambda given: given  # type: ignore[method-assign]
+            self.named = nn.Linear(8, 8)
 
         def forward(self, given: torch.Tensor) -> torch.Tensor:
-            return self.patched(self.own(self.whole(given)) + self.small(given.half()).sum()) + self.part(given[:, :3]).sum()
+            mixed = self.own(self.whole(given)) + self.small(given.half()).sum() + self.named(input=given)
+            return self.patched(mixed) + self.part(given[:, :3]).sum()
 
     layers = Layers()
     with watched_layers(layers) as seen:
