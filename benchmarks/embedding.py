@@ -164,7 +164,7 @@ def methods(run: Run) -> Figures:
 
 
 def _methods(seen: dict[str, dict[str, list[Figures]]], machine: Figures) -> Figures:
-    found = {dtype: {name: _summary(each) for name, each in rounds.items()} for dtype, rounds in seen.items() if rounds}
+    found = {dtype: {name: _summary(each) for name, each in rounds.items()} for dtype, rounds in seen.items()}
     for dtype, table in found.items():
         for name in FLOORS:
             floor = table[name]

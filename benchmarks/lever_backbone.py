@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import methods
 from benchmarks.lever_tools import MEDIUM, Bench, Figures, Way, at_medium, batches_of, compare, fresh_model
-from embstore.compute.batching import TokenBatch, few_lengths
+from embstore.compute.batching import TokenBatch
 from embstore.compute.embed import DTYPES, LogitEmbedder
 from embstore.compute.estimates import MAX_WINDOW_ROWS
 from embstore.compute.heads import SplitModel
@@ -84,13 +84,13 @@ def batch_tokens(bench: Bench) -> Figures:
     some = [row for start in starts for row in by_length[start : start + _RUN_ROWS]]
     groups = []
     for dtype in _DTYPES:
-        forward = methods._forward(bench.model(dtype), mask=False)
-        padded_length = few_lengths if dtype == "bfloat16" else int
+        embedder = bench.embedder(dtype)
+        forward = methods._forward(embedder.model, mask=False)
         ways = []
         for tokens in _SWEPT_TOKENS:
-            batches = list(batches_of(some, tokens, padded_length=padded_length))
+            batches = list(batches_of(some, tokens, padded_length=embedder._padded_length))
             run = functools.partial(_over, bench.workers, batches, forward)
-            is_ours = tokens == bench.embedder(dtype).spec.batch_tokens
+            is_ours = tokens == embedder.spec.batch_tokens
             ways.append(Way(name=f"{tokens:,} tokens a batch", run=run, is_ours=is_ours))
         groups.append(compare(f"batches, {dtype}", ways, count=len(some), unit="ms a row", rounds=bench.rounds))
     return {"groups": groups}
@@ -177,7 +177,7 @@ def _take_batches(
 
 
 def compiled(bench: Bench) -> Figures:
-    """``torch.compile`` of the backbone's layers for any shape, against the layers as they are."""
+    """``torch.compile`` of the backbone's layers for any shape, against the layers as embstore has them."""
     if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
         return {"groups": [], "skipped": "no C++ compiler"}
     batches = bench.batches(_ROWS)
@@ -187,7 +187,7 @@ def compiled(bench: Bench) -> Figures:
         # seconds of a first build, not of one that finds its kernels in a cache
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         for dtype in _DTYPES:
-            plain, model = bench.model(dtype), bench.model(dtype)
+            ours, model = bench.embedder(dtype).model, bench.model(dtype)
             for layer in model.backbone.layers:
                 layer.compile(dynamic=True)
             forward = methods._forward(model, mask=False)
@@ -203,10 +203,10 @@ def compiled(bench: Bench) -> Figures:
             run = functools.partial(_over, bench.workers, batches)
             ways = [
                 Way(
-                    name="as they are",
-                    run=functools.partial(run, methods._forward(plain, mask=False)),
+                    name="as embstore has them",
+                    run=functools.partial(run, methods._forward(ours, mask=False)),
                     is_ours=True,
-                    error=_error(plain, batches[-1], exact_LD),
+                    error=_error(ours, batches[-1], exact_LD),
                 ),
                 Way(name="compiled, any shape", run=functools.partial(run, forward), error=lost, more=more),
             ]

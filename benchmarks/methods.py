@@ -3,7 +3,7 @@
 original  batches of 8 in file order, padded to the longest, full float32 logits of every position, plain mean, L2 norm
 careful   transformers as a careful user would: length-sorted batches of 32, attention mask, masked mean of float32 logits
 backbone  the model without head and without store over embstore's own token batches: the floor
-packed    the same with its linear layers packed, as embstore runs it: a floor raised
+packed    the same as embstore runs it, its linear layers packed where they can be: a floor raised
 rows      embstore's embedder, its rows dropped
 store     embstore's embedder into a real store: chunks, fsync, journal
 
@@ -121,18 +121,17 @@ def careful(job: Job) -> dict[str, Any]:
 
 def packed(job: Job) -> dict[str, Any]:
     """As ``backbone``, layers packed; lengths as embstore pads them, or every batch would cost kernels of its own."""
-    return backbone(job, is_packed=True)
+    return backbone(job, is_ours=True)
 
 
-def backbone(job: Job, *, is_packed: bool = False) -> dict[str, Any]:
+def backbone(job: Job, *, is_ours: bool = False) -> dict[str, Any]:
     """Every setting in ``job["settings"]``: batch_tokens, mask, workers. Tokenisation is timed by itself."""
     source = locate_model(EmbeddingConfig(model=job["model"]))
     loaded = load_model(source, "cpu")
     model = SplitModel(loaded.model)
     model.to_dtype(DTYPES[job["dtype"]])
-    if is_packed and not model.pack_layers():
-        raise RuntimeError("layers cannot be packed here")
-    padded_length = few_lengths if is_packed else int
+    keeps_kernels = is_ours and (model.pack_layers() or job["dtype"] != "float32")
+    padded_length = few_lengths if keeps_kernels else int
     prompts = [Prompt(id=None, text=text) for text in texts_of(job)]
     started = time.perf_counter()
     rows = PromptTokenizer(loaded.tokenizer, MAX_TOKENS, model.num_tokens).encode(prompts)

@@ -196,11 +196,9 @@ class TorchSource:
 
 def _pack_layers(embedder: LogitEmbedder, window_rows: int, memory_bytes: int) -> None:
     """Pack the linear layers where the device and the class let it be done and the kernels fit; the spec says so then."""
-    model, spec = embedder.model, embedder.spec
-    best = capability_of(torch.device(spec.device))
-    packed = dataclasses.replace(spec, capability=best)
-    fits = _needs(packed, model, window_rows, spec.dtype) <= memory_bytes
-    if packed.has_packed_layers and fits and model.pack_layers():
+    packed = dataclasses.replace(embedder.spec, capability=embedder.spec.capability + PACKED_LAYERS)
+    fits = _needs(packed, embedder.model, window_rows, packed.dtype) <= memory_bytes
+    if fits and embedder.model.pack_layers():
         embedder.spec = packed
 
 
