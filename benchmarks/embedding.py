@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.embedding --prompts FILE --model FOLDER [--parts machine,sweep,methods,writer,profile,dtype,scale]``
 
-Every method runs in a process of its own (benchmarks/methods.py), all methods one after the other in each round; figures are
-medians over rounds, and ratios medians of the ratios in each round. Results go to ``benchmarks/results/embedding.json``;
-``python -m scripts.performance_page`` renders them into docs/performance.md.
+Every method runs in a process of its own (benchmarks/methods.py). Those that are compared run in turns of a second
+(benchmarks/turns.py); figures are medians over rounds, and ratios medians of the ratios in each round. Results go to
+``benchmarks/results/embedding.json``; ``python -m scripts.performance_page`` renders them into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import importlib.metadata
 import json
 import os
 import shutil
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +30,7 @@ import torch
 import transformers
 
 from benchmarks.acceptance import cpu_name
+from benchmarks.turns import run_in_turns
 from embstore import open_store
 from embstore.core.density import total_variation
 from embstore.core.embedder import RowBlock, WindowCounts
@@ -46,7 +47,7 @@ PARTS = ("machine", "sweep", "methods", "streamed", "writer", "profile", "dtype"
 WRITTEN_WINDOWS = 4  # one after the other: what a writer sustains, not how it starts
 METHODS = ("original", "careful", "backbone", "packed", "rows", "store")
 FLOORS = ("backbone", "packed")
-SLOW_ROWS = {"original": 192, "careful": 384}
+SLOW_ROWS = {"original": 576, "careful": 768}  # about as long as the others take
 Figures = dict[str, Any]
 
 
@@ -61,15 +62,20 @@ class Run:
 
     def method(self, name: str, dtype: str, rows: int, **more: object) -> Figures:
         """One run of a method in a process of its own."""
-        job = {"method": name, "dtype": dtype, "rows": rows, "threads": self.threads, "work": str(self.options.work)}
-        job |= {"prompts": str(self.options.prompts), "model": str(self.options.model)} | more
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-            json.dump(job, file)
-            file.flush()
-            command = [sys.executable, "-m", "benchmarks.methods", file.name]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        figures: Figures = json.loads(done.stdout.splitlines()[-1])
+        (figures,) = self.in_turns([{"method": name, "dtype": dtype, "rows": rows} | more])
         return figures
+
+    def in_turns(self, jobs: list[Figures]) -> list[Figures]:
+        """Runs of methods, each in a process of its own, in turns."""
+        given = self.options
+        common = {"threads": self.threads, "work": str(given.work), "prompts": str(given.prompts), "model": str(given.model)}
+        with tempfile.TemporaryDirectory() as folder:
+            commands = []
+            for number, job in enumerate(jobs):
+                file = Path(folder) / f"{number}.json"
+                file.write_text(json.dumps(common | job))
+                commands.append([sys.executable, "-m", "benchmarks.methods", str(file)])
+            return run_in_turns(commands)
 
     def record(self, part: str, figures: Figures) -> None:
         """Keep a part's figures, with what they were measured on."""
@@ -98,6 +104,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="another file for another machine")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt: no stopped process is left behind
     run = Run(options)
     parts: dict[str, Callable[[Run], Figures]] = {
         "machine": machine, "sweep": sweep, "methods": methods, "streamed": streamed, "writer": writer,
@@ -150,14 +157,18 @@ def sweep(run: Run) -> Figures:
 
 
 def methods(run: Run) -> Figures:
-    """All methods in either dtype, one after the other in each round."""
-    seen: dict[str, dict[str, list[Figures]]] = {dtype: {} for dtype in DTYPES}
+    """All methods in either dtype, in turns; the careful user's alone, for it takes gigabytes, and is nobody's measure."""
+    seen: dict[str, dict[str, list[Figures]]] = {dtype: {name: [] for name in METHODS} for dtype in DTYPES}
     for _ in range(run.options.rounds):
-        for dtype in DTYPES:
-            for name in METHODS:
-                rows = SLOW_ROWS.get(name, run.options.rows)
-                figures = run.method(name, dtype, rows, settings=[run.results["sweep"][dtype]["best"]])
-                seen[dtype].setdefault(name, []).append(figures["rounds"][0] if name in FLOORS else figures)
+        in_turns = [(dtype, name) for dtype in DTYPES for name in METHODS if name != "careful"]
+        for together in ([("float32", "careful")], [("bfloat16", "careful")], in_turns):
+            jobs = [
+                {"method": name, "dtype": dtype, "rows": SLOW_ROWS.get(name, run.options.rows)}
+                | {"settings": [run.results["sweep"][dtype]["best"]]}
+                for dtype, name in together
+            ]
+            for (dtype, name), figures in zip(together, run.in_turns(jobs), strict=True):
+                seen[dtype][name].append(figures["rounds"][0] if name in FLOORS else figures)
         # minutes a round: those that were run are not lost with the others
         run.record("methods", found := _methods(seen, run.results["machine"]))
     return found
@@ -307,15 +318,24 @@ def _raw_seconds(folder: Path, sizes: list[int]) -> float:
 
 
 def scale(run: Run) -> Figures:
-    """Rows a second and memory of the embedding stage over the number of prompts, in the dtype that auto takes."""
-    sizes = [int(size) for size in run.options.sizes.split(",")]
+    """Rows a second and memory of the embedding stage over the number of prompts, in the dtype that auto takes.
+
+    A round goes up to the largest number and down again, and each is held against the largest one of its round.
+    """
+    sizes = sorted(int(size) for size in run.options.sizes.split(","))
     seen: dict[int, list[Figures]] = {size: [] for size in sizes}
+    shares: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(run.options.rounds):
+        rates: dict[int, list[float]] = {size: [] for size in sizes}
+        for size in (*sizes, *reversed(sizes[:-1])):
+            figures = run.method("store", run.results["dtype_of_scale"], size)
+            seen[size].append(figures)
+            rates[size].append(figures["rows"] / figures["seconds"])
         for size in sizes:
-            seen[size].append(run.method("store", run.results["dtype_of_scale"], size))
-    found = [_summary(rounds) for rounds in seen.values()]
-    rates = [each["rows_per_second"] for each in found]
-    return {"sizes": found, "slowest_over_fastest": min(rates) / max(rates)}
+            shares[size].append(statistics.mean(rates[size]) / rates[sizes[-1]][0])
+    found = [_summary(seen[size]) | {"share_of_largest": statistics.median(shares[size])} for size in sizes]
+    of_largest = [each["share_of_largest"] for each in found]
+    return {"sizes": found, "slowest_over_fastest": min(of_largest) / max(of_largest)}
 
 
 def dtype(run: Run) -> Figures:

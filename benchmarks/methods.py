@@ -8,7 +8,8 @@ rows      embstore's embedder, its rows dropped
 store     embstore's embedder into a real store: chunks, fsync, journal
 
 ``original`` and ``careful`` are written from their descriptions; ``backbone`` takes batch tokens, mask and workers as given.
-Prints one JSON object: rows, tokens, seconds, and the peak of anonymous memory above the loaded model.
+Prints one JSON object: rows, tokens, the span that was measured (benchmarks/turns.py makes seconds of it), and the peak of
+anonymous memory above the loaded model.
 """
 
 from __future__ import annotations
@@ -63,12 +64,12 @@ def texts_of(job: Job) -> list[str]:
 
 @contextlib.contextmanager
 def measured(result: dict[str, Any]) -> Iterator[None]:
-    """Fill in seconds, and the peak of anonymous memory above what is taken now."""
+    """Fill in the span, and the peak of anonymous memory above what is taken now."""
     with MemoryMeter() as meter:
         meter.set_baseline()
         started = time.perf_counter()
         yield
-        result["seconds"] = time.perf_counter() - started
+        result.setdefault("spans", {})["seconds"] = (started, time.perf_counter())
     result["peak_anonymous_bytes"] = meter.peak_anonymous_bytes
 
 
@@ -81,16 +82,31 @@ def plain(job: Job) -> tuple[Any, Any]:
     return transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=DTYPES[job["dtype"]]).eval(), tokenizer
 
 
+def sampled_batches(lengths: NDArray[np.int64], order: NDArray[np.int64], size: int, rows: int) -> list[NDArray[np.int64]]:
+    """About ``rows`` rows in whole batches: every n-th of all batches in this order, ranked by padded tokens.
+
+    A sample of prompts would be cut into other batches than the whole file, which pad more, or less.
+    """
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    ranked = np.argsort([lengths[batch].max() * len(batch) for batch in batches], kind="stable")
+    count = min(max(1, rows // size), len(batches))
+    return [
+        batches[place] for place in sorted(ranked[(2 * number + 1) * len(batches) // (2 * count)] for number in range(count))
+    ]
+
+
 @torch.inference_mode()
 def original(job: Job) -> dict[str, Any]:
     """Padding is in the mean, as it was."""
     model, tokenizer = plain(job)
-    texts = texts_of(job)
-    result: dict[str, Any] = {"rows": len(texts), "tokens": 0, "padded_tokens": 0}
+    texts = texts_of(job | {"rows": 0})
+    lengths = np.array([len(ids) for ids in tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]])
+    batches = sampled_batches(lengths, np.arange(len(texts)), 8, job["rows"])
+    result: dict[str, Any] = {"rows": sum(map(len, batches)), "tokens": 0, "padded_tokens": 0}
     with measured(result):
-        for start in range(0, len(texts), 8):
+        for rows_B in batches:
             batch = tokenizer(
-                texts[start : start + 8], return_tensors="pt", padding=True, truncation=True, max_length=MAX_TOKENS
+                [texts[row] for row in rows_B], return_tensors="pt", padding=True, truncation=True, max_length=MAX_TOKENS
             )
             logits_BTV = model(input_ids=batch.input_ids, use_cache=False).logits.float()
             torch.nn.functional.normalize(logits_BTV.mean(dim=1), dim=1).numpy()
@@ -101,15 +117,15 @@ def original(job: Job) -> dict[str, Any]:
 
 @torch.inference_mode()
 def careful(job: Job) -> dict[str, Any]:
-    """Sorted by length, masked."""
+    """All prompts sorted by length, masked; tokens are there before it begins."""
     model, tokenizer = plain(job)
-    texts = texts_of(job)
-    result: dict[str, Any] = {"rows": len(texts), "tokens": 0, "padded_tokens": 0}
+    ids = tokenizer(texts_of(job | {"rows": 0}), truncation=True, max_length=MAX_TOKENS)["input_ids"]
+    lengths = np.array([len(each) for each in ids])
+    batches = sampled_batches(lengths, np.argsort(-lengths, kind="stable"), 32, job["rows"])
+    result: dict[str, Any] = {"rows": sum(map(len, batches)), "tokens": 0, "padded_tokens": 0}
     with measured(result):
-        ids = tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
-        order = sorted(range(len(texts)), key=lambda row: -len(ids[row]))
-        for start in range(0, len(order), 32):
-            batch = tokenizer.pad({"input_ids": [ids[row] for row in order[start : start + 32]]}, return_tensors="pt")
+        for rows_B in batches:
+            batch = tokenizer.pad({"input_ids": [ids[row] for row in rows_B]}, return_tensors="pt")
             logits_BTV = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
             mask_BT1 = batch.attention_mask[..., None].float()
             mean_BV = (logits_BTV.float() * mask_BT1).sum(dim=1) / mask_BT1.sum(dim=1)
@@ -135,7 +151,7 @@ def backbone(job: Job, *, is_ours: bool = False) -> dict[str, Any]:
     prompts = [Prompt(id=None, text=text) for text in texts_of(job)]
     started = time.perf_counter()
     rows = PromptTokenizer(loaded.tokenizer, MAX_TOKENS, model.num_tokens).encode(prompts)
-    tokenise_seconds = time.perf_counter() - started
+    tokenising = (started, time.perf_counter())
     rounds: list[dict[str, Any]] = []
     for settings in job["settings"] * job.get("rounds", 1):
         windows = [rows[start : start + MAX_WINDOW_ROWS] for start in range(0, len(rows), MAX_WINDOW_ROWS)]
@@ -144,7 +160,7 @@ def backbone(job: Job, *, is_ours: bool = False) -> dict[str, Any]:
         run = _forward(model, mask=settings["mask"])
         # threads and kernels are ready
         finish_all([workers.submit(functools.partial(run, batch)) for batch in batches[:: max(1, len(batches) // 8)]])
-        result: dict[str, Any] = {"rows": len(rows), "settings": settings, "tokenise_seconds": tokenise_seconds}
+        result: dict[str, Any] = {"rows": len(rows), "settings": settings, "spans": {"tokenise_seconds": tokenising}}
         with measured(result):
             finish_all([workers.submit(functools.partial(run, batch)) for batch in batches])
         result["tokens"] = int(sum(batch.real_BT.sum() for batch in batches))
@@ -181,8 +197,7 @@ def rows(job: Job) -> dict[str, Any]:
     """Windows of the embedder as ``build`` asks for them, blocks dropped."""
     prompts = [Prompt(id=None, text=text) for text in texts_of(job)]
     with tempfile.TemporaryDirectory() as scratch:
-        embedder = _embedder(job, prompts, Path(scratch))
-        drop_rows(embedder, prompts[:256])  # threads and kernels are ready
+        embedder = _embedder(job, prompts, Path(scratch))  # as cold as a build's, too: kernels are made on the way
         result: dict[str, Any] = {"rows": len(prompts), "workers": embedder.num_workers}
         with measured(result):
             result["tokens"] = drop_rows(embedder, prompts)
@@ -211,12 +226,12 @@ def _embedder(job: Job, prompts: list[Prompt], work: Path) -> LogitEmbedder:
 
 def drop_rows(embedder: LogitEmbedder, prompts: Sequence[Prompt]) -> int:
     """Pooled tokens of these prompts, window by window as ``build`` asks for them, every block let go at once."""
-    windows = [prompts[start : start + MAX_WINDOW_ROWS] for start in range(0, len(prompts), MAX_WINDOW_ROWS)]
+    rows = chunk_rows(embedder)
+    step = MAX_WINDOW_ROWS // rows * rows  # whole chunks
+    windows = [prompts[start : start + step] for start in range(0, len(prompts), step)]
     tokens = 0
     for window, following in zip(windows, [*windows[1:], []], strict=True):
-        blocks = embedder.embed(
-            window, first_row=0, chunk_rows=chunk_rows(embedder), check=lambda: None, following=following
-        )
+        blocks = embedder.embed(window, first_row=0, chunk_rows=rows, check=lambda: None, following=following)
         for block in blocks:
             block.release()
         tokens += embedder.counts.tokens
@@ -257,8 +272,7 @@ def store(job: Job) -> dict[str, Any]:
         "rows": report.num_rows,
         "tokens": report.embedded_tokens,
         "stored_bytes": report.stored_bytes,
-        "seconds": times[-1] - times[0],
-        "stage_seconds": report.seconds,
+        "spans": {"seconds": (times[0], times[-1])},
         "peak_anonymous_bytes": meter.peak_anonymous_bytes,
     }
 
