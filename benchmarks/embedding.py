@@ -48,6 +48,7 @@ WRITTEN_WINDOWS = 4  # one after the other: what a writer sustains, not how it s
 METHODS = ("original", "careful", "backbone", "packed", "rows", "store")
 FLOORS = ("backbone", "packed")
 SLOW_ROWS = {"original": 576, "careful": 768}  # about as long as the others take
+STREAMED_ROWS = {"original": 64, "rows": 1024}
 Figures = dict[str, Any]
 
 
@@ -239,13 +240,16 @@ def streamed(run: Run) -> Figures:
         folder = run.options.work / f"model-{name}"
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         transformers.AutoTokenizer.from_pretrained(run.options.model).save_pretrained(folder)
-        seen: dict[str, list[Figures]] = {}
-        for _ in range(run.options.rounds):
-            for method, rows in (("original", 64), ("rows", 256)):
-                seen.setdefault(method, []).append(run.method(method, "float32", rows, model=str(folder)))
+        jobs = [
+            {"method": method, "dtype": "float32", "rows": rows, "model": str(folder)}
+            for method, rows in STREAMED_ROWS.items()
+        ]
+        rounds = [run.in_turns(jobs) for _ in range(run.options.rounds)]
         shutil.rmtree(folder)
-        found[name] = {method: _summary(rounds) for method, rounds in seen.items()} | {"class": type(config).__name__}
-        found[name]["times_original"] = found[name]["rows"]["rows_per_second"] / found[name]["original"]["rows_per_second"]
+        summaries = (_summary(list(each)) for each in zip(*rounds, strict=True))
+        table = dict(zip(STREAMED_ROWS, summaries, strict=True))
+        times = {"times_original": _ratio(table["rows"], table["original"])}
+        found[name] = table | times | {"class": type(config).__name__}
     return found
 
 

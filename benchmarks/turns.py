@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import IO, Any
 
-SECONDS = 1.0  # of a turn: some thirty batches; caches are warm again after milliseconds
+SECONDS = 1.0  # of a turn: some twenty batches; caches are warm again after milliseconds
 
 
 class _Turns:
@@ -85,7 +85,7 @@ def run_in_turns(commands: Sequence[Sequence[str]], *, seconds: float = SECONDS)
     shuffle = random.Random(0).shuffle
     try:
         while waiting:
-            shuffle(waiting)  # nobody is always where something else that is periodic happens
+            shuffle(waiting)  # what else happens periodically must not always meet the same one
             waiting = [each for each in waiting if not each.take(seconds if len(waiting) > 1 else None)]
         return [each.figures() for each in all_of_them]
     finally:
