@@ -192,7 +192,7 @@ def measure(case: Case, prompts: list[Prompt], tokenizer: Any, work: Path, max_t
         "range_finder": judged(coord_NR, exact_NN) | lost(unit_NV, embedder.basis_VR),
         "range_finder_and_residuals": judged(coord_NR, exact_NN, residual_N),
     }
-    head = embedder._head if embedder._head is not None else embedder._capped.linear if embedder._capped else None
+    head = embedder._capped.linear if embedder._capped is not None else None
     if head is not None and case.cap is not None:
         read_block, width = spanning_columns(head, VOCABULARY)
         head_VR = orthonormal_basis(read_block, VOCABULARY, width, max_rank=embedder.spec.rank)

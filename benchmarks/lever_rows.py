@@ -23,7 +23,8 @@ from benchmarks import methods
 from benchmarks.lever_tools import MEDIUM, Bench, Figures, Way, at_medium, batches_of, compare, unit_error
 from embstore.compute.batching import PromptTokenizer
 from embstore.compute.estimates import MAX_WINDOW_ROWS
-from embstore.compute.finish import SLAB_ROWS, finish
+from embstore.compute.finish import SLAB_ROWS, AffineFinisher, Finisher, finish
+from embstore.compute.packed import can_pack, packed_product, packed_weight
 from embstore.compute.recycled import ChunkMemory
 from embstore.storage.atomic import DurableFile
 from embstore.storage.chunks import crc32c, encode_chunk
@@ -44,7 +45,8 @@ class _HeadWays:
         columns = len(self._weight_VD)
         self.wide = [torch.zeros((SLAB_ROWS, columns)) for _ in bench.slabs]
         self._wide16 = [each.bfloat16() for each in self.wide]
-        rank = bench.embedder("float32").spec.rank
+        embedder = bench.embedder("float32")
+        rank = embedder.spec.rank
         self._memory = [
             ChunkMemory(
                 emb_BV=torch.zeros((SLAB_ROWS, columns), dtype=torch.float16),
@@ -53,7 +55,12 @@ class _HeadWays:
             )
             for _ in bench.slabs
         ]
-        self._finisher = bench.embedder("float32")._finisher
+        self._finisher = embedder._finisher
+        self._plain = AffineFinisher(bench.head, embedder.basis_VR, columns, torch.device("cpu"))
+        self._packed = [
+            packed_weight(self._weight_VD[start : start + _BLOCK], SLAB_ROWS)
+            for start in range(0, columns if can_pack(torch.device("cpu")) else 0, _BLOCK)
+        ]
 
     def whole(self, index: int) -> Tensor:
         """One float32 product."""
@@ -66,6 +73,12 @@ class _HeadWays:
             weight_CD = self._weight_VD[start : start + _BLOCK]
             torch.mm(self._slabs[index], weight_CD.T, out=buffer_BC if len(weight_CD) == _BLOCK else None)
         return buffer_BC
+
+    def packed(self, index: int) -> Tensor:
+        """The same with weights packed for oneDNN."""
+        for weight_CD in self._packed:
+            product_BC = packed_product(self._slabs[index], weight_CD)
+        return product_BC
 
     def bfloat16(self, index: int) -> Tensor:
         """One bfloat16 product; the kernel rounds its float32 sums to bfloat16."""
@@ -83,8 +96,15 @@ class _HeadWays:
 
     def fused(self, index: int) -> Tensor:
         """Rows as embstore makes them."""
+        return self._finish(self._finisher, index)
+
+    def unpacked(self, index: int) -> Tensor:
+        """The same with the head's weights as they lie."""
+        return self._finish(self._plain, index)
+
+    def _finish(self, finisher: Finisher, index: int) -> Tensor:
         memory = self._memory[index]
-        finish(self._finisher, self._slabs[index], memory.emb_BV, memory.coord_BR, memory.residual_B)
+        finish(finisher, self._slabs[index], memory.emb_BV, memory.coord_BR, memory.residual_B)
         return memory.emb_BV
 
     def passes(self, index: int) -> Tensor:
@@ -118,16 +138,18 @@ def head(bench: Bench) -> Figures:
     with torch.inference_mode():
         products = [
             way("float32, the whole width", ways.whole),
-            way("float32, blocks of 512 columns", ways.blocks, is_ours=True),
+            way("float32, blocks of 512 columns", ways.blocks),
+            way("float32, blocks of 512 columns packed for oneDNN", ways.packed, is_ours=True),
             way("bfloat16", ways.bfloat16),
             way("three bfloat16 products of halves, added in float32", ways.three),
             way(f"float32, the whole width, {MEDIUM}", ways.whole, medium=True),
             way(f"float32, blocks of 512 columns, {MEDIUM}", ways.blocks, medium=True),
         ]
         stored = [
-            way("blocks of 512 columns, all in the cache", ways.fused, is_ours=True),
+            way("blocks of 512 columns packed for oneDNN, all in the cache", ways.fused, is_ours=True),
+            way("blocks of 512 columns, all in the cache", ways.unpacked),
             way("passes over a V-wide float32 row", ways.passes),
-            way(f"blocks of 512 columns, all in the cache, {MEDIUM}", ways.fused, medium=True),
+            way(f"blocks of 512 columns, all in the cache, {MEDIUM}", ways.unpacked, medium=True),
         ]
     return {
         "groups": [

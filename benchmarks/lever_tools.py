@@ -98,7 +98,8 @@ class Bench:
     @functools.cached_property
     def head(self) -> AffineHead:
         """The affine head; the levers are about models that have one."""
-        head = self.embedder("float32")._head
+        spec = self.embedder("float32").spec
+        head = self.model("float32").stored_affine_head(spec.head_scale) if spec.head == "affine" else None
         if head is None:
             raise SystemExit("the levers need a model with an affine head")
         return head

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from embstore.compute.packed import can_pack
-from embstore.core.spec import PACKED_LAYERS
+from embstore.core.spec import PACKED_HEAD, PACKED_LAYERS
 
 
 def capability_of(device: torch.device) -> str:
@@ -15,7 +15,7 @@ def capability_of(device: torch.device) -> str:
         return f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
     if device.type == "cpu":
         instructions = str(torch.backends.cpu.get_cpu_capability())
-        return instructions + PACKED_LAYERS if can_pack(device) else instructions
+        return instructions + PACKED_LAYERS + PACKED_HEAD if can_pack(device) else instructions
     return device.type
 
 

@@ -125,7 +125,7 @@ class LogitEmbedder:
 
     def __init__(self, parts: ModelParts, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> None:
         _refuse_tensor_float(parts.device)
-        self._model, self._head, self._capped = parts.model, parts.head, parts.capped
+        self._model, self._capped = parts.model, parts.capped
         self._tokenizer, self._device = parts.tokenizer, parts.device
         self.spec = spec
         self.basis_VR = basis_VR
@@ -134,9 +134,10 @@ class LogitEmbedder:
         self.max_window_rows = MAX_WINDOW_ROWS
         self.counts = WindowCounts(tokens=0, truncated=0, splits=0)
         self._pools_last = spec.pooling in (pooling_rule("logits", "last"), pooling_rule("hidden", "last"))
+        self._pools_states = parts.head is not None
         self._finisher: Finisher = (
-            AffineFinisher(self._head, basis_VR, spec.dimension, self._device)
-            if self._head is not None
+            AffineFinisher(parts.head, basis_VR, spec.dimension, self._device)
+            if parts.head is not None
             else MeanFinisher(basis_VR, self._device)
         )
         self.num_workers = num_workers(spec, self._model.width, self._model.inner_width)
@@ -158,6 +159,14 @@ class LogitEmbedder:
     def model(self) -> SplitModel:
         """The loaded model."""
         return self._model
+
+    def pack_head(self) -> bool:
+        """Have the output layer packed where rows are products with it; the model gives no logits from then on."""
+        if self.spec.head not in ("affine", "network") or not isinstance(self._finisher, AffineFinisher):
+            return False
+        self._finisher.pack()
+        self._model.drop_head()
+        return True
 
     def close(self) -> None:
         """Abandon the window that was begun ahead."""
@@ -235,7 +244,7 @@ class LogitEmbedder:
         return window
 
     def _begin_batches(self, window: _Window, rows: Sequence[TokenRow], number: int, check: Check) -> None:
-        width = self.spec.dimension if self._head is None else self._model.width
+        width = self._model.width if self._pools_states else self.spec.dimension
         window.rows = rows
         window.means = PooledWindow(
             mean_WX=torch.zeros((len(rows), width), dtype=torch.float32, device=self._device),
@@ -295,7 +304,7 @@ class LogitEmbedder:
             num_rows = self._few_rows(*tokens_BT.shape)
             tokens_BT, real_BT = _with_rows(tokens_BT, num_rows), _with_rows(real_BT, num_rows)
         hidden_BTD = self._model.hidden(tokens_BT, real_BT)[: len(rows_B)]
-        if self._head is not None:
+        if self._pools_states:
             if not batch.pooled_BT.all():
                 # zeroed, not multiplied: a NaN at a masked position must not reach a row
                 hidden_BTD = hidden_BTD.masked_fill_(~pooled_BT[..., None], 0.0)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from embstore.compute.coordinates import ReadBlock, project
 from embstore.compute.heads import AffineHead
+from embstore.compute.packed import packed_product, packed_weight
 
 # A slab and a block of columns: large enough for the product to run at full speed, small enough for a core's cache. Both
 # decide low bits. Other slabs and batches keep the other cores busy, so a chunk need not be shared out.
@@ -43,7 +44,9 @@ class AffineFinisher:
     """Means of hidden states under an affine head: x = scale * A z with z = (h, 1) and A = [W | b]."""
 
     def __init__(self, head: AffineHead, basis_VR: NDArray[np.float32], dimension: int, device: torch.device) -> None:
+        self._dimension = dimension
         self._weight_VD = head.weight_VD[:dimension]
+        self._packed: list[Tensor] = []  # the weight by blocks of columns, once it is packed
         self._bias_V = None if head.bias_V is None else head.bias_V[:dimension]
         self._scale = head.scale
         # Q^T x = scale (Q^T A) z: no V-wide product
@@ -51,6 +54,11 @@ class AffineFinisher:
         map_RM = head.scale * project(basis_VR, read_block, width)
         self._map_MR = map_RM.T.float().contiguous().to(device)
         self._step = _BLOCK_COLUMNS[device.type]
+
+    def pack(self) -> None:
+        """Have the output layer's weights in oneDNN's layout (``packed.can_pack``), and let the plain ones go."""
+        self._packed = [packed_weight(self._weight_VD[columns], SLAB_ROWS) for columns in self._columns()]
+        self._weight_VD = torch.empty(0)
 
     def coordinates(self, mean_BD: Tensor) -> tuple[Tensor, Tensor]:
         """As ``Finisher``."""
@@ -64,9 +72,12 @@ class AffineFinisher:
         """As ``Finisher``."""
         factor_B = (self._scale / norm_B)[:, None]
         scaled_BD = mean_BD * factor_B
-        buffer_BC = torch.empty((len(mean_BD), min(self._step, len(self._weight_VD))), device=mean_BD.device)
-        for columns in _blocks(len(self._weight_VD), self._step):
-            unit_BC = torch.mm(scaled_BD, self._weight_VD[columns].T, out=_part(buffer_BC, columns))
+        buffer_BC = torch.empty((len(mean_BD), min(self._step, self._dimension)), device=mean_BD.device)
+        for block, columns in enumerate(self._columns()):
+            if self._packed:
+                unit_BC = packed_product(scaled_BD, self._packed[block])
+            else:
+                unit_BC = torch.mm(scaled_BD, self._weight_VD[columns].T, out=_part(buffer_BC, columns))
             if self._bias_V is not None:
                 unit_BC += self._bias_V[columns] * factor_B
             yield columns, unit_BC
@@ -74,6 +85,9 @@ class AffineFinisher:
     def lost(self, unit_BC: Tensor, half_BC: Tensor, coordinate_BR: Tensor, columns: slice) -> Tensor:
         """As ``Finisher``: the float32 row lies in the span of the basis, so all it loses is the rounding."""
         return unit_BC.sub_(half_BC)
+
+    def _columns(self) -> Iterator[slice]:
+        return _blocks(self._dimension, self._step)
 
 
 class MeanFinisher:

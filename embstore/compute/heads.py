@@ -115,6 +115,11 @@ class SplitModel:
         unpack(layers)
         return False
 
+    def drop_head(self) -> None:
+        """Let the output layer's weights go, for whoever has a copy: ``head`` and ``logits`` fail from here on."""
+        # no matrix: a product with one on torch's "meta" device gives rubbish, and no error
+        self._model.get_output_embeddings().weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
     def hidden(self, tokens_BT: Tensor, real_BT: Tensor) -> Tensor:
         """Final hidden states float32 [B, T, D], as the head receives them; rubbish at padding, which is on the right."""
         # a causal model never looks to the right, and kernels without a mask are faster

@@ -1,4 +1,4 @@
-"""Linear layers of a backbone on a CPU with their weights packed once, in oneDNN's layout, and not again at every product.
+"""Linear layers on a CPU with their weights packed once, in oneDNN's layout, and not again at every product.
 
 The operators are those that torch's compiler calls; they have no public name, so a torch without them runs the layers as
 they are. Rows differ in low bits, so ``spec.json`` says which of the two made them (docs/decisions/0025).
@@ -13,8 +13,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-# Tokens of a product that the layout is chosen for; any other number is right, too.
-_TOKENS = 1024
+_TOKENS = 1024  # of a product of the backbone
 _DTYPES = (torch.float32, torch.bfloat16)
 _OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")
 
@@ -56,8 +55,7 @@ def pack(layers: Iterable[nn.Linear]) -> None:
     keeps its dtype, shape and hooks; code that multiplies with its weight itself fails.
     """
     for layer in layers:
-        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight, _TOKENS)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.weight = nn.Parameter(packed_weight(layer.weight, _TOKENS), requires_grad=False)
         layer.forward = functools.partial(_product, layer)  # type: ignore[method-assign]  # shadows the class's
 
 
@@ -68,6 +66,18 @@ def unpack(layers: Iterable[nn.Linear]) -> None:
         del layer.forward
 
 
+def packed_weight(weight: Tensor, num_rows: int) -> Tensor:
+    """A copy in oneDNN's layout, chosen for products with ``num_rows`` rows; any other number is right, too."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
+    return packed
+
+
+def packed_product(given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``given W^T + b`` for a packed weight."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(given, weight, bias, "none", [], "")
+    return result
+
+
 def _is_plain(layer: nn.Linear) -> bool:
     """Whether a layer's product is what its class says, of a weight that is an ordinary matrix."""
     weight = layer.weight
@@ -75,5 +85,4 @@ def _is_plain(layer: nn.Linear) -> bool:
 
 
 def _product(layer: nn.Linear, given: Tensor) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(given, layer.weight, layer.bias, "none", [], "")
-    return result
+    return packed_product(given, layer.weight, layer.bias)

@@ -40,7 +40,7 @@ from embstore.core.density import NOISE_FLOOR, total_variation
 from embstore.core.embedder import PromptReader
 from embstore.core.errors import BudgetError, ModelError, RowError
 from embstore.core.events import Notice, Observer, StageFinished, StageStarted
-from embstore.core.spec import PACKED_LAYERS, EmbeddingSpec, ModelIdentity
+from embstore.core.spec import PACKED_HEAD, PACKED_LAYERS, EmbeddingSpec, ModelIdentity
 
 _SAMPLE_ROWS = 256
 _TIMED_ROWS = 32
@@ -112,7 +112,9 @@ class TorchSource:
             batch_tokens=config.batch_tokens or _batch_tokens(loaded.device, model),
             dtype="float32",
             device=loaded.device.type,
-            capability=capability_of(loaded.device).removesuffix(PACKED_LAYERS),  # until it is known that they fit
+            capability=capability_of(loaded.device).removesuffix(
+                PACKED_LAYERS + PACKED_HEAD
+            ),  # until it is known that they fit
             threads=threads,
             basis=_BASIS_OF[space] if head is not None else "range-finder",
         )
@@ -128,7 +130,7 @@ class TorchSource:
             spec = dataclasses.replace(embedder.spec, dtype=dtype)
             # made anew: how many batches are in flight follows from their size
             embedder = LogitEmbedder(parts, _wider_batch(spec, config, model, window_rows, memory_bytes), embedder.basis_VR)
-        _pack_layers(embedder, window_rows, memory_bytes)
+        _pack(embedder, window_rows, memory_bytes)
         _note_plan(embedder, sample, window_rows)
         observer(StageFinished(stage="model", seconds=time.perf_counter() - started))
         return embedder
@@ -191,15 +193,23 @@ class TorchSource:
             )
         tokenizer = PromptTokenizer(loaded.tokenizer, spec.max_tokens, model.num_tokens)
         parts = ModelParts(model=model, head=head, capped=capped, tokenizer=tokenizer, device=loaded.device)
-        return LogitEmbedder(parts, spec, basis_VR)
+        embedder = LogitEmbedder(parts, spec, basis_VR)
+        if spec.has_packed_head:
+            embedder.pack_head()
+        return embedder
 
 
-def _pack_layers(embedder: LogitEmbedder, window_rows: int, memory_bytes: int) -> None:
-    """Pack the linear layers where the device and the class let it be done and the kernels fit; the spec says so then."""
+def _pack(embedder: LogitEmbedder, window_rows: int, memory_bytes: int) -> None:
+    """Pack linear layers, and the head with them, where the device and the class let it be done and the kernels fit.
+
+    The spec says so then.
+    """
     packed = dataclasses.replace(embedder.spec, capability=embedder.spec.capability + PACKED_LAYERS)
     fits = _needs(packed, embedder.model, window_rows, packed.dtype) <= memory_bytes
     if fits and embedder.model.pack_layers():
         embedder.spec = packed
+        if embedder.pack_head():
+            embedder.spec = dataclasses.replace(packed, capability=packed.capability + PACKED_HEAD)
 
 
 def _note_plan(embedder: LogitEmbedder, sample: Sequence[TokenRow], window_rows: int) -> None:

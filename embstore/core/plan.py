@@ -9,7 +9,7 @@ from embstore.core.config import EmbeddingConfig, space_and_pooling
 from embstore.core.errors import CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.records import JournalState, WindowRecord
 from embstore.core.rows import RowGrid, RowRange
-from embstore.core.spec import PACKED_LAYERS, EmbeddingSpec, ModelIdentity, StoreSpec, diff_fields
+from embstore.core.spec import PACKED_HEAD, PACKED_LAYERS, EmbeddingSpec, ModelIdentity, StoreSpec, diff_fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,9 +123,13 @@ def refuse_other_input(
 
 
 def as_stored(hardware: Mapping[str, object], stored: EmbeddingSpec) -> dict[str, object]:
-    """Hardware of a run that goes by ``stored``: layers that could be packed, and are not there, are not here either."""
+    """Hardware of a run that goes by ``stored``: what could be packed, and is not there, is not here either."""
     capability = str(hardware["capability"])
-    return {**hardware, "capability": capability if stored.has_packed_layers else capability.removesuffix(PACKED_LAYERS)}
+    if not stored.has_packed_head:
+        capability = capability.removesuffix(PACKED_HEAD)
+    if not stored.has_packed_layers:
+        capability = capability.removesuffix(PACKED_LAYERS)
+    return {**hardware, "capability": capability}
 
 
 def refuse_drift(spec: StoreSpec, fields: list[str], hardware: Mapping[str, object]) -> None:

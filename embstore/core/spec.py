@@ -37,8 +37,10 @@ class ModelIdentity:
     trust_remote_code: bool
 
 
-# Ends a CPU's capability where the weights of linear layers lie in oneDNN's layout (docs/decisions/0025).
+# Follow a CPU's instructions in its capability where the weights of the backbone's linear layers lie in oneDNN's layout, and
+# where the output layer's do, too (docs/decisions/0025).
 PACKED_LAYERS = " with packed layers"
+PACKED_HEAD = " and head"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +51,7 @@ class EmbeddingSpec:
     (pooled behind a network, before the output layer), "capped" or "streamed" (logits of every token, by blocks of
     columns or by the class), "none" (hidden states are the rows), or "imported" (rows are those of an array, and what
     concerns tokens is 0 or "none"); ``head_scale`` the factor a class applies after its head. ``capability`` is what decides
-    a kernel's bits: the CPU's vector instructions, perhaps ``PACKED_LAYERS``, or the GPU's model.
+    a kernel's bits: the CPU's vector instructions, perhaps ``PACKED_LAYERS`` and then ``PACKED_HEAD``, or the GPU's model.
     """
 
     dimension: int
@@ -70,8 +72,13 @@ class EmbeddingSpec:
 
     @property
     def has_packed_layers(self) -> bool:
-        """Whether linear layers are packed."""
-        return self.capability.endswith(PACKED_LAYERS)
+        """Whether the backbone's linear layers are packed."""
+        return self.capability.removesuffix(PACKED_HEAD).endswith(PACKED_LAYERS)
+
+    @property
+    def has_packed_head(self) -> bool:
+        """Whether the output layer is packed, which it is only with the backbone's layers."""
+        return self.capability.endswith(PACKED_LAYERS + PACKED_HEAD)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,8 @@ import mmap
 import os
 from pathlib import Path
 
+import numpy as np
+
 # Every direct write starts and ends on a multiple of this: the largest block that disks have.
 _ALIGNMENT = 4096
 _BUFFER_BYTES = 4 << 20  # the disk works on one part while the next is copied; 1 MiB and 32 MiB are slower
@@ -47,6 +49,7 @@ class DirectBuffer:
 
     def __init__(self) -> None:
         self._memory = memoryview(mmap.mmap(-1, _BUFFER_BYTES))  # a map is aligned; other memory need not be
+        self._bytes = np.frombuffer(self._memory, dtype=np.uint8)
         self._handle = -1
         self._filled = 0
         self._size = 0
@@ -61,7 +64,8 @@ class DirectBuffer:
         self._size += len(view)
         while view:
             part = view[: _BUFFER_BYTES - self._filled]
-            self._memory[self._filled : self._filled + len(part)] = part
+            # numpy copies without the interpreter's lock, which the model's threads want all the time
+            np.copyto(self._bytes[self._filled : self._filled + len(part)], np.frombuffer(part, dtype=np.uint8))
             self._filled += len(part)
             view = view[len(part) :]
             if self._filled == _BUFFER_BYTES:

@@ -15,7 +15,7 @@ import torch
 
 from embstore.allocator import give_back
 from embstore.compute.packed import can_pack
-from embstore.core.spec import PACKED_LAYERS
+from embstore.core.spec import PACKED_HEAD, PACKED_LAYERS
 from embstore.memory import MemoryMeter, read_memory
 from tests.support.models import make_model, make_tokenizer, save_model
 
@@ -76,7 +76,9 @@ def test_kernels_of_packed_layers_stay_under_the_budget(tmp_path: Path) -> None:
     command += ["--memory-budget", budget, "--dtype", "float32", "--json"]
     result = subprocess.run([str(word) for word in command], check=False, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "store" / "spec.json").read_text())["embedding"]["capability"].endswith(PACKED_LAYERS)
+    assert json.loads((tmp_path / "store" / "spec.json").read_text())["embedding"]["capability"].endswith(
+        PACKED_LAYERS + PACKED_HEAD
+    )
     assert 0 < json.loads(result.stdout)["peak_anonymous_bytes"] <= budget
 
 

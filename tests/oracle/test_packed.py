@@ -19,12 +19,15 @@ import transformers
 from torch import nn
 
 from embstore.compute import capabilities, packed
+from embstore.compute.coordinates import orthonormal_basis
 from embstore.compute.embed import LogitEmbedder
+from embstore.compute.finish import AffineFinisher, finish, spanning_columns
+from embstore.compute.heads import AffineHead
 from embstore.compute.packed import can_pack, pack, unpack, watched_layers
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
 from embstore.core.plan import as_stored, refuse_other_input
-from embstore.core.spec import PACKED_LAYERS
+from embstore.core.spec import PACKED_HEAD, PACKED_LAYERS
 from embstore.memory import read_memory
 from tests.support import records
 from tests.support.models import (
@@ -41,7 +44,7 @@ from tests.support.models import (
 )
 
 CPU = torch.device("cpu")
-PLAIN = capabilities.capability_of(CPU).removesuffix(PACKED_LAYERS)
+PLAIN = capabilities.capability_of(CPU).removesuffix(PACKED_LAYERS + PACKED_HEAD)
 CaseOf = Callable[[str], Case]
 
 needs_packing = pytest.mark.skipif(not can_pack(CPU), reason="this torch packs no linear layers on this processor")
@@ -110,11 +113,68 @@ def test_only_plain_layers_are_watched_with_the_tokens_they_get() -> None:
 def test_a_new_build_packs_and_a_reopened_one_gives_the_same_bytes(case_of: CaseOf, dtype: str, tmp_path: Path) -> None:
     folder = case_of("llama").folder
     embedder = open_embedder(folder, PROMPTS, tmp_path, dtype=dtype)
-    assert embedder.spec.capability == PLAIN + PACKED_LAYERS
+    assert embedder.spec.capability == PLAIN + PACKED_LAYERS + PACKED_HEAD
     assert are_packed(embedder) == {True}
     again = reopened(folder, embedder)
     assert are_packed(again) == {True}
     assert stored_rows(again).tobytes() == stored_rows(embedder).tobytes()
+
+
+@needs_packing
+@pytest.mark.parametrize("columns", [320, 513, 1100])  # the last block has one column, or many
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_head_gives_the_rows_of_float64(columns: int, bias: bool) -> None:
+    random = torch.Generator().manual_seed(0)
+    weight_VD, mean_BD = torch.randn(columns, 24, generator=random), torch.randn(7, 24, generator=random)
+    bias_V = torch.randn(columns, generator=random) if bias else None
+    head = AffineHead(weight_VD=weight_VD, bias_V=bias_V, scale=0.5)
+    read_block, width = spanning_columns(head, columns)
+    basis_VR = orthonormal_basis(read_block, columns, width, max_rank=width)
+    finisher = AffineFinisher(head, basis_VR, columns, CPU)
+    finisher.pack()
+    out_BV, coord_BR = torch.empty(7, columns, dtype=torch.float16), torch.empty(7, basis_VR.shape[1])
+    finish(finisher, mean_BD, out_BV, coord_BR, torch.empty(7))
+    exact_BV = mean_BD.double() @ weight_VD.double().T + (0 if bias_V is None else bias_V.double())
+    exact_BV /= exact_BV.norm(dim=1, keepdim=True)
+    assert torch.linalg.vector_norm(out_BV.double() - exact_BV, dim=1).max() <= 3e-4  # of float16
+    unit_BV = torch.cat(
+        [unit_BC.clone() for _, unit_BC in finisher.unit_blocks(mean_BD, finisher.coordinates(mean_BD)[1])], 1
+    )
+    assert torch.linalg.vector_norm(unit_BV.double() - exact_BV, dim=1).max() <= 1e-6
+
+
+@needs_packing
+@pytest.mark.parametrize("name", ["llama-tied", "phi", "granite", "modernbert-decoder"])
+def test_a_store_with_a_plain_head_is_continued_with_one(case_of: CaseOf, name: str) -> None:
+    case = case_of(name)
+    assert case.embedder.spec.has_packed_head
+    older = reopened(case.folder, case.embedder, capability=PLAIN + PACKED_LAYERS)
+    assert are_packed(older) == {True}
+    assert older._finisher._packed == []
+    found_NV = rows_before_rounding(older, PROMPTS)
+    assert distances(found_NV, case.rows_NV).max() <= 2e-6
+    assert as_stored({"capability": capabilities.capability_of(CPU)}, older.spec)["capability"] == older.spec.capability
+
+
+@needs_packing
+@pytest.mark.parametrize(("name", "settings"), [("gemma2", {}), ("nanochat", {}), ("llama", {"space": "hidden"})])
+def test_heads_that_are_no_product_are_not_packed(
+    case_of: CaseOf, name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    embedder = open_embedder(case_of(name).folder, PROMPTS, tmp_path, **settings)
+    assert embedder.spec.capability == PLAIN + PACKED_LAYERS
+    assert stored_rows(reopened(case_of(name).folder, embedder)).tobytes() == stored_rows(embedder).tobytes()
+
+
+@needs_packing
+def test_a_packed_head_is_in_memory_once_and_gives_no_logits(case_of: CaseOf, tmp_path: Path) -> None:
+    model = open_embedder(case_of("llama").folder, PROMPTS, tmp_path).model
+    tokens_1T = torch.arange(8)[None]
+    with torch.inference_mode():
+        model.hidden(tokens_1T, torch.ones_like(tokens_1T, dtype=torch.bool))
+        with pytest.raises(RuntimeError):  # loud, never wrong
+            model.logits(tokens_1T, torch.ones_like(tokens_1T))
+    assert model._model.get_output_embeddings().weight.numel() == 0
 
 
 @needs_packing
@@ -187,13 +247,20 @@ def test_a_packed_store_is_not_continued_by_a_torch_that_cannot(case_of: CaseOf,
         ("AVX2" + PACKED_LAYERS, "AVX2" + PACKED_LAYERS, []),
         ("AVX2" + PACKED_LAYERS, "AVX2", ["capability"]),
         ("AVX2", "AVX512" + PACKED_LAYERS, ["capability"]),
+        ("AVX2", "AVX2" + PACKED_LAYERS + PACKED_HEAD, []),
+        ("AVX2" + PACKED_LAYERS, "AVX2" + PACKED_LAYERS + PACKED_HEAD, []),  # a capped head, or an older version
+        ("AVX2" + PACKED_LAYERS + PACKED_HEAD, "AVX2" + PACKED_LAYERS + PACKED_HEAD, []),
+        ("AVX2" + PACKED_LAYERS + PACKED_HEAD, "AVX2", ["capability"]),
+        ("AVX2" + PACKED_LAYERS + PACKED_HEAD, "AVX512" + PACKED_LAYERS + PACKED_HEAD, ["capability"]),
     ],
 )
 def test_layers_are_packed_as_the_store_has_them(stored: str, given: str, drift: list[str]) -> None:
     spec = records.spec(embedding=dataclasses.replace(records.EMBEDDING, capability=stored))
     hardware = as_stored({"device": "cpu", "capability": given, "threads": 2}, spec.embedding)
     assert refuse_other_input(spec, EmbeddingConfig(), None, hardware) == drift
-    assert str(hardware["capability"]).endswith(PACKED_LAYERS) == (given != "AVX2" and stored != "AVX2")
+    taken = str(hardware["capability"])
+    assert (PACKED_LAYERS in taken) == (PACKED_LAYERS in given and PACKED_LAYERS in stored)
+    assert taken.endswith(PACKED_HEAD) == (given.endswith(PACKED_HEAD) and stored.endswith(PACKED_HEAD))
 
 
 _PACKING = """

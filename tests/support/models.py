@@ -270,9 +270,10 @@ def embed(embedder: LogitEmbedder, prompts: list[Prompt]) -> list[RowBlock]:
     return list(embedder.embed(prompts, first_row=0, chunk_rows=10, check=lambda: None))
 
 
-def reopened(folder: Path, like: LogitEmbedder) -> LogitEmbedder:
-    """An embedder of another model under the spec and basis of ``like``, as a resume makes it."""
-    return TorchSource(locate_model(EmbeddingConfig(model=str(folder)))).reopen(like.spec, like.basis_VR)
+def reopened(folder: Path, like: LogitEmbedder, **changes: Any) -> LogitEmbedder:
+    """An embedder of another model under the spec, with ``changes``, and basis of ``like``, as a resume makes it."""
+    spec = dataclasses.replace(like.spec, **changes)
+    return TorchSource(locate_model(EmbeddingConfig(model=str(folder)))).reopen(spec, like.basis_VR)
 
 
 def distances(first_NV: NDArray[np.float64], second_NV: NDArray[np.float64]) -> NDArray[np.float64]:
