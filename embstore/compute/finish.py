@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from embstore.compute.coordinates import ReadBlock, project
 from embstore.compute.heads import AffineHead
@@ -24,6 +24,8 @@ from embstore.compute.packed import packed_product, packed_weight
 # A slab and a block of columns: large enough for the product to run at full speed, small enough for a core's cache. Both
 # decide low bits. Other slabs and batches keep the other cores busy, so a chunk need not be shared out.
 SLAB_ROWS = 320
+# Heights of a packed product are multiples of it: each makes a kernel of 650 KB, which is kept.
+_PACKED_ROWS = 64
 _BLOCK_COLUMNS = {"cpu": 512, "mps": 16384, "cuda": 16384}
 
 
@@ -71,20 +73,24 @@ class AffineFinisher:
     def unit_blocks(self, mean_BD: Tensor, norm_B: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """As ``Finisher``."""
         factor_B = (self._scale / norm_B)[:, None]
-        scaled_BD = mean_BD * factor_B
-        buffer_BC = torch.empty((len(mean_BD), min(self._step, self._dimension)), device=mean_BD.device)
-        for block, columns in enumerate(self._columns()):
-            if self._packed:
-                unit_BC = packed_product(scaled_BD, self._packed[block])
-            else:
-                unit_BC = torch.mm(scaled_BD, self._weight_VD[columns].T, out=_part(buffer_BC, columns))
-            if self._bias_V is not None:
-                unit_BC += self._bias_V[columns] * factor_B
-            yield columns, unit_BC
+        products = self._packed_products if self._packed else self._plain_products
+        for columns, unit_BC in products(mean_BD * factor_B):
+            yield columns, unit_BC if self._bias_V is None else unit_BC.add_(self._bias_V[columns] * factor_B)
 
     def lost(self, unit_BC: Tensor, half_BC: Tensor, coordinate_BR: Tensor, columns: slice) -> Tensor:
         """As ``Finisher``: the float32 row lies in the span of the basis, so all it loses is the rounding."""
         return unit_BC.sub_(half_BC)
+
+    def _plain_products(self, scaled_BD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        buffer_BC = torch.empty((len(scaled_BD), min(self._step, self._dimension)), device=scaled_BD.device)
+        for columns in self._columns():
+            yield columns, torch.mm(scaled_BD, self._weight_VD[columns].T, out=_part(buffer_BC, columns))
+
+    def _packed_products(self, scaled_BD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        num_rows = len(scaled_BD)
+        filled_BD = nn.functional.pad(scaled_BD, (0, 0, 0, -num_rows % _PACKED_ROWS))
+        for columns, weight_CD in zip(self._columns(), self._packed, strict=True):
+            yield columns, packed_product(filled_BD, weight_CD)[:num_rows]
 
     def _columns(self) -> Iterator[slice]:
         return _blocks(self._dimension, self._step)

@@ -263,6 +263,34 @@ def test_layers_are_packed_as_the_store_has_them(stored: str, given: str, drift:
     assert taken.endswith(PACKED_HEAD) == (given.endswith(PACKED_HEAD) and stored.endswith(PACKED_HEAD))
 
 
+_HEIGHTS = """
+import numpy as np
+import torch
+from embstore.compute.finish import SLAB_ROWS, AffineFinisher
+from embstore.compute.heads import AffineHead
+from embstore.memory import MemoryMeter
+
+torch.set_num_threads(1)
+head = AffineHead(weight_VD=torch.randn(1100, 256), bias_V=None, scale=1.0)
+finisher = AffineFinisher(head, np.eye(1100, 8, dtype=np.float32), 1100, torch.device("cpu"))
+finisher.pack()
+with torch.inference_mode(), MemoryMeter() as meter:
+    meter.set_baseline()
+    for rows in range(1, SLAB_ROWS + 1):
+        sum(block.sum() for _, block in finisher.unit_blocks(torch.ones(rows, 256), torch.ones(rows)))
+    print(meter.peak_anonymous_bytes)
+"""
+
+
+@needs_packing
+@pytest.mark.skipif(read_memory() is None, reason="the kernel does not tell anonymous memory (not Linux)")
+def test_slabs_of_any_height_leave_few_kernels() -> None:
+    """Where some rows of a window are copied, those that are computed end in a slab of any height."""
+    result = subprocess.run([sys.executable, "-c", _HEIGHTS], check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) <= 24 << 20  # of 640 kernels, 416 MiB
+
+
 _PACKING = """
 import torch
 from torch import nn
