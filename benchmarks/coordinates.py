@@ -192,9 +192,8 @@ def measure(case: Case, prompts: list[Prompt], tokenizer: Any, work: Path, max_t
         "range_finder": judged(coord_NR, exact_NN) | lost(unit_NV, embedder.basis_VR),
         "range_finder_and_residuals": judged(coord_NR, exact_NN, residual_N),
     }
-    head = embedder._capped.linear if embedder._capped is not None else None
-    if head is not None and case.cap is not None:
-        read_block, width = spanning_columns(head, VOCABULARY)
+    if embedder._capped is not None:
+        read_block, width = spanning_columns(embedder._capped.linear, VOCABULARY)
         head_VR = orthonormal_basis(read_block, VOCABULARY, width, max_rank=embedder.spec.rank)
         figures["head_basis"] = judged(unit_NV @ head_VR, exact_NN) | lost(unit_NV, head_VR) | {"rank": head_VR.shape[1]}
         sample_MV = unit_NV[np.sort(np.random.default_rng(0).permutation(len(unit_NV))[: 8 * embedder.spec.rank])]

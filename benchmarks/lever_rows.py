@@ -57,10 +57,9 @@ class _HeadWays:
         ]
         self._finisher = embedder._finisher
         self._plain = AffineFinisher(bench.head, embedder.basis_VR, columns, torch.device("cpu"))
-        self._packed = [
-            packed_weight(self._weight_VD[start : start + _BLOCK], SLAB_ROWS)
-            for start in range(0, columns if can_pack(torch.device("cpu")) else 0, _BLOCK)
-        ]
+        self.can_pack = can_pack(torch.device("cpu"))
+        blocks = torch.split(self._weight_VD, _BLOCK) if self.can_pack else ()
+        self._packed = [packed_weight(weight_CD, SLAB_ROWS) for weight_CD in blocks]
 
     def whole(self, index: int) -> Tensor:
         """One float32 product."""
@@ -76,6 +75,7 @@ class _HeadWays:
 
     def packed(self, index: int) -> Tensor:
         """The same with weights packed for oneDNN."""
+        product_BC = torch.empty(0)
         for weight_CD in self._packed:
             product_BC = packed_product(self._slabs[index], weight_CD)
         return product_BC
@@ -138,19 +138,20 @@ def head(bench: Bench) -> Figures:
     with torch.inference_mode():
         products = [
             way("float32, the whole width", ways.whole),
-            way("float32, blocks of 512 columns", ways.blocks),
-            way("float32, blocks of 512 columns packed for oneDNN", ways.packed, is_ours=True),
+            way("float32, blocks of 512 columns", ways.blocks, is_ours=not ways.can_pack),
             way("bfloat16", ways.bfloat16),
             way("three bfloat16 products of halves, added in float32", ways.three),
             way(f"float32, the whole width, {MEDIUM}", ways.whole, medium=True),
             way(f"float32, blocks of 512 columns, {MEDIUM}", ways.blocks, medium=True),
         ]
         stored = [
-            way("blocks of 512 columns packed for oneDNN, all in the cache", ways.fused, is_ours=True),
-            way("blocks of 512 columns, all in the cache", ways.unpacked),
+            way("blocks of 512 columns, all in the cache", ways.unpacked, is_ours=not ways.can_pack),
             way("passes over a V-wide float32 row", ways.passes),
             way(f"blocks of 512 columns, all in the cache, {MEDIUM}", ways.unpacked, medium=True),
         ]
+        if ways.can_pack:
+            products.append(way("float32, blocks of 512 columns packed for oneDNN", ways.packed, is_ours=True))
+            stored.append(way("blocks of 512 columns packed for oneDNN, all in the cache", ways.fused, is_ours=True))
     return {
         "groups": [
             compare("product with the head, alone", products, count=count, unit="ms a row", rounds=3 * bench.rounds),

@@ -24,9 +24,8 @@ from embstore.compute.packed import packed_product, packed_weight
 # A slab and a block of columns: large enough for the product to run at full speed, small enough for a core's cache. Both
 # decide low bits. Other slabs and batches keep the other cores busy, so a chunk need not be shared out.
 SLAB_ROWS = 320
-# Heights of a packed product are multiples of it: each makes a kernel of 650 KB, which is kept.
-_PACKED_ROWS = 64
 _BLOCK_COLUMNS = {"cpu": 512, "mps": 16384, "cuda": 16384}
+_PACKED_ROWS = 64  # slabs are filled up to multiples of it for a packed product: each height makes kernels, which are kept
 
 
 class Finisher(Protocol):
