@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from benchmarks.acceptance import RESULTS, cpu_name
-from embstore.compute.models import locate_model
-from embstore.compute.source import TorchSource
 from embstore.core.config import EmbeddingConfig
 from embstore.core.events import ignore
-from embstore.storage.prompts import PromptTable, ingest
+from embstore.model.load import locate_model
+from embstore.model.source import TorchSource
+from embstore.storage.prompt_table import PromptTable, ingest
 
 NUM_PROMPTS = 400
 BATCHED, ALONE = 48, 24

@@ -29,15 +29,15 @@ import transformers
 from numpy.typing import NDArray
 
 from benchmarks.acceptance import RESULTS, cpu_name
-from embstore.compute.audit import TIE_TOLERANCE
-from embstore.compute.coordinates import orthonormal_basis
-from embstore.compute.finish import spanning_columns
-from embstore.compute.models import locate_model
-from embstore.compute.source import TorchSource
 from embstore.core.config import EmbeddingConfig
 from embstore.core.density import NOISE_FLOOR, total_variation
 from embstore.core.events import ignore
 from embstore.core.prompts import Prompt, parse_line
+from embstore.model.basis import orthonormal_basis
+from embstore.model.finish import spanning_columns
+from embstore.model.load import locate_model
+from embstore.model.source import TorchSource
+from embstore.search.audit import TIE_TOLERANCE
 
 K = 10
 WIDTH = 128

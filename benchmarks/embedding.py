@@ -34,13 +34,13 @@ from benchmarks.acceptance import cpu_name
 from benchmarks.turns import run_in_turns
 from embstore import open_store
 from embstore.core.density import total_variation
-from embstore.core.embedder import RowBlock, WindowCounts
 from embstore.core.format import chunk_name
+from embstore.core.interfaces import RowBlock, WindowCounts
 from embstore.core.plan import grid_of
+from embstore.storage.chunk_writer import WindowWriter
 from embstore.storage.chunks import decode_chunk, read_chunk
 from embstore.storage.direct import open_direct
 from embstore.storage.journal import read_journal
-from embstore.storage.windows import WindowWriter
 from embstore.storage.writer import StoreWriter
 
 RESULTS = Path(__file__).parent / "results" / "embedding.json"

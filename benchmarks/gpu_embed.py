@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu_run import DEVICE, Figures, Opened, Run, Subject
 from benchmarks.methods import MAX_TOKENS, PromptList, chunk_rows, drop_rows
-from embstore.compute.embed import LogitEmbedder
-from embstore.compute.estimates import MAX_WINDOW_ROWS
-from embstore.compute.models import locate_model
-from embstore.compute.source import TorchSource
 from embstore.core.config import BuildConfig, EmbeddingConfig
-from embstore.core.embedder import PromptReader
 from embstore.core.events import Event, Observer, RowsCommitted, StageFinished, StageStarted
+from embstore.core.interfaces import PromptReader
 from embstore.core.prompts import Prompt
 from embstore.core.spec import EmbeddingSpec, ModelIdentity
-from embstore.pipeline import build
+from embstore.flow.build import build
+from embstore.model.embed import LogitEmbedder
+from embstore.model.estimates import MAX_WINDOW_ROWS
+from embstore.model.load import locate_model
+from embstore.model.source import TorchSource
 
 
 class Held:

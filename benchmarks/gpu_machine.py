@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from benchmarks.acceptance import cpu_name
 from benchmarks.gpu_run import DEVICE, Figures, Run
-from embstore.admission import CHUNK_BYTES
+from embstore.flow.admission import CHUNK_BYTES
 from embstore.storage.chunks import encode_chunk
-from embstore.storage.place import file_system
+from embstore.storage.filesystem import file_system
 
 _Event: Any = torch.cuda.Event  # torch leaves it untyped
 

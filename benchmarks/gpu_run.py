@@ -22,10 +22,10 @@ import transformers
 from numpy.typing import NDArray
 
 from benchmarks.methods import MAX_TOKENS, attention_flops, texts_of
-from embstore.compute.embed import LogitEmbedder
-from embstore.compute.source import TorchSource
 from embstore.core.config import BuildConfig
 from embstore.core.prompts import Prompt
+from embstore.model.embed import LogitEmbedder
+from embstore.model.source import TorchSource
 
 DEVICE = "cuda"
 PEAK_BF16_FLOPS = 989e12  # NVIDIA's datasheet for the H100 SXM and H200, dense

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks import knn_sets
 from embstore.core.config import DensityConfig
-from embstore.memory import MemoryMeter
+from embstore.host.memory import MemoryMeter
 
 K = knn_sets.TRUTH_K
 Figures = dict[str, Any]
@@ -55,7 +55,8 @@ def _import(engine: str) -> None:
     elif engine.startswith("sklearn"):
         import sklearn.neighbors  # noqa: F401, PLC0415
     else:
-        from embstore.compute import allpairs, knn  # noqa: F401, PLC0415
+        from embstore.search import graph  # noqa: F401, PLC0415
+        from embstore.search.exact import scan  # noqa: F401, PLC0415
 
 
 def sklearn(points: knn_sets.Points, options: Figures) -> Iterator[tuple[Figures, Ids]]:
@@ -146,13 +147,13 @@ def usearch(points: knn_sets.Points, options: Figures) -> Iterator[tuple[Figures
 
 def embstore_hnsw(points: knn_sets.Points, options: Figures) -> Iterator[tuple[Figures, Ids]]:
     """HNSW shards as embstore builds and asks them, with its exact re-rank; no audit, no repair, k as for the others."""
-    from embstore.compute import hnsw  # noqa: PLC0415
-    from embstore.compute.distances import rerank  # noqa: PLC0415
-    from embstore.compute.hnsw import Effort, hnsw_candidates  # noqa: PLC0415
-    from embstore.core.blocks import NothingKept  # noqa: PLC0415
+    from embstore.core.interfaces import NothingKept  # noqa: PLC0415
+    from embstore.search.distances import rerank  # noqa: PLC0415
+    from embstore.search.hnsw import shards  # noqa: PLC0415
+    from embstore.search.hnsw.shards import Effort, hnsw_candidates  # noqa: PLC0415
 
     if options.get("shuffled"):  # all in one cell: the order of the shuffle, as before docs/decisions/0022
-        vars(hnsw)["cells"] = lambda coord_GR, seed: np.zeros(len(coord_GR), dtype=np.int32)
+        vars(shards)["cells"] = lambda coord_GR, seed: np.zeros(len(coord_GR), dtype=np.int32)
     for ef in options["ef"]:
         started = time.perf_counter()
         effort = Effort(links=16, ef_construction=options["ef_construction"], ef=ef)
@@ -172,7 +173,7 @@ def embstore_hnsw(points: knn_sets.Points, options: Figures) -> Iterator[tuple[F
 
 def embstore_exact(points: knn_sets.Points, options: Figures) -> Iterator[tuple[Figures, Ids]]:
     """The exact engine alone, k as for the others; and with the 32 neighbours that a store keeps."""
-    from embstore.compute.allpairs import all_neighbors  # noqa: PLC0415
+    from embstore.search.exact.scan import all_neighbors  # noqa: PLC0415
 
     for k in options["k"]:
         ids = np.empty((len(points), k), dtype=np.int32)
@@ -185,8 +186,8 @@ def embstore_exact(points: knn_sets.Points, options: Figures) -> Iterator[tuple[
 
 def embstore_stage(points: knn_sets.Points, options: Figures) -> Iterator[tuple[Figures, Ids]]:
     """The whole density stage as a build runs it: grouping, centring, search, audit, repair, under a memory budget."""
-    from embstore.compute.knn import build_graph  # noqa: PLC0415
     from embstore.core.events import ignore  # noqa: PLC0415
+    from embstore.search.graph import build_graph  # noqa: PLC0415
 
     started = time.perf_counter()
     graph = build_graph(

@@ -24,12 +24,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import methods
 from benchmarks.lever_tools import MEDIUM, Bench, Figures, Way, at_medium, batches_of, compare, fresh_model
-from embstore.compute.batching import TokenBatch
-from embstore.compute.embed import DTYPES, LogitEmbedder
-from embstore.compute.estimates import MAX_WINDOW_ROWS
-from embstore.compute.heads import SplitModel
-from embstore.compute.workers import Workers, finish_all
 from embstore.core.prompts import Prompt
+from embstore.host.threads import Workers, finish_all
+from embstore.model.backbone import SplitModel
+from embstore.model.batches import TokenBatch
+from embstore.model.embed import DTYPES, LogitEmbedder
+from embstore.model.estimates import MAX_WINDOW_ROWS
 from embstore.storage.atomic import DurableFile, fsync_directory
 from embstore.storage.chunks import encode_chunk
 from embstore.storage.direct import DirectBuffer

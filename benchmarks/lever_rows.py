@@ -21,11 +21,11 @@ from torch import Tensor
 
 from benchmarks import methods
 from benchmarks.lever_tools import MEDIUM, Bench, Figures, Way, at_medium, batches_of, compare, unit_error
-from embstore.compute.batching import PromptTokenizer
-from embstore.compute.estimates import MAX_WINDOW_ROWS
-from embstore.compute.finish import SLAB_ROWS, AffineFinisher, Finisher, finish
-from embstore.compute.packed import can_pack, packed_product, packed_weight
-from embstore.compute.recycled import ChunkMemory
+from embstore.model.estimates import MAX_WINDOW_ROWS
+from embstore.model.finish import SLAB_ROWS, AffineFinisher, Finisher, finish
+from embstore.model.packed import can_pack, packed_product, packed_weight
+from embstore.model.recycled import ChunkMemory
+from embstore.model.tokens import PromptTokenizer
 from embstore.storage.atomic import DurableFile
 from embstore.storage.chunks import crc32c, encode_chunk
 from embstore.storage.direct import DirectBuffer

@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks import methods
-from embstore.compute.batching import TokenBatch, TokenRow, batches_by_length, padded_batch
-from embstore.compute.embed import DTYPES, LogitEmbedder
-from embstore.compute.finish import SLAB_ROWS
-from embstore.compute.heads import AffineHead, SplitModel
-from embstore.compute.models import load_model, locate_model
-from embstore.compute.workers import Workers, finish_all
 from embstore.core.config import EmbeddingConfig
 from embstore.core.prompts import Prompt
+from embstore.host.threads import Workers, finish_all
+from embstore.model.backbone import AffineHead, SplitModel
+from embstore.model.batches import TokenBatch, batches_by_length, padded_batch
+from embstore.model.embed import DTYPES, LogitEmbedder
+from embstore.model.finish import SLAB_ROWS
+from embstore.model.load import load_model, locate_model
+from embstore.model.tokens import TokenRow
 
 Figures = dict[str, Any]
 Result = TypeVar("Result")

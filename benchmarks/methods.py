@@ -29,20 +29,21 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from embstore.admission import CHUNK_BYTES
-from embstore.compute.batching import PromptTokenizer, TokenBatch, TokenRow, batches_by_length, few_lengths, padded_batch
-from embstore.compute.embed import DTYPES, LogitEmbedder
-from embstore.compute.estimates import MAX_WINDOW_ROWS
-from embstore.compute.heads import SplitModel
-from embstore.compute.models import load_model, locate_model
-from embstore.compute.source import TorchSource
-from embstore.compute.workers import Workers, finish_all
 from embstore.core.config import BuildConfig, EmbeddingConfig
 from embstore.core.events import RowsCommitted, StageFinished, StageStarted
 from embstore.core.prompts import Prompt
 from embstore.core.rows import chunk_rows_near
-from embstore.memory import MemoryMeter
-from embstore.pipeline import build
+from embstore.flow.admission import CHUNK_BYTES
+from embstore.flow.build import build
+from embstore.host.memory import MemoryMeter
+from embstore.host.threads import Workers, finish_all
+from embstore.model.backbone import SplitModel
+from embstore.model.batches import TokenBatch, batches_by_length, few_lengths, padded_batch
+from embstore.model.embed import DTYPES, LogitEmbedder
+from embstore.model.estimates import MAX_WINDOW_ROWS
+from embstore.model.load import load_model, locate_model
+from embstore.model.source import TorchSource
+from embstore.model.tokens import PromptTokenizer, TokenRow
 
 MAX_TOKENS = 512
 Job = dict[str, Any]

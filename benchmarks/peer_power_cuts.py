@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from embstore.core.errors import EmbstoreError
 from embstore.core.rows import RowRange
-from embstore.storage.store import EmbeddingStore, open_store
+from embstore.storage.reader import EmbeddingStore, open_store
 from tests.support.disks import Kind, Log, new_disk
 from tests.support.fake import FakeSource
 from tests.support.stores import build_small, write_lines

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.acceptance import cpu_name
-from embstore.storage.store import open_store
+from embstore.storage.reader import open_store
 from tests.support.browser import Page, browser_page, find_browser
 
 RESULT = Path(__file__).parent / "results" / "report.json"

@@ -11,27 +11,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from embstore.artifact import recompute_weights
-    from embstore.comparison import compare
-    from embstore.export import export_store
-    from embstore.importing import import_array
-    from embstore.info import inspect, verify
-    from embstore.online import DensityAwareSampler
-    from embstore.pipeline import BuildReport, build
-    from embstore.storage.store import EmbeddingStore, open_store
+    from embstore.flow.array_import import import_array
+    from embstore.flow.artifact import recompute_weights
+    from embstore.flow.build import BuildReport, build
+    from embstore.flow.online import DensityAwareSampler
+    from embstore.storage.reader import EmbeddingStore, open_store
+    from embstore.views.comparison import compare
+    from embstore.views.export import export_store
+    from embstore.views.info import inspect, verify
 
 _HOMES = {
-    "BuildReport": "embstore.pipeline",
-    "DensityAwareSampler": "embstore.online",
-    "EmbeddingStore": "embstore.storage.store",
-    "build": "embstore.pipeline",
-    "compare": "embstore.comparison",
-    "export_store": "embstore.export",
-    "import_array": "embstore.importing",
-    "inspect": "embstore.info",
-    "open_store": "embstore.storage.store",
-    "recompute_weights": "embstore.artifact",
-    "verify": "embstore.info",
+    "BuildReport": "embstore.flow.build",
+    "DensityAwareSampler": "embstore.flow.online",
+    "EmbeddingStore": "embstore.storage.reader",
+    "build": "embstore.flow.build",
+    "compare": "embstore.views.comparison",
+    "export_store": "embstore.views.export",
+    "import_array": "embstore.flow.array_import",
+    "inspect": "embstore.views.info",
+    "open_store": "embstore.storage.reader",
+    "recompute_weights": "embstore.flow.artifact",
+    "verify": "embstore.views.info",
 }
 
 __all__ = [

@@ -19,13 +19,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
-from embstore.compute.models import load_model, locate_model
-from embstore.compute.nanochat import NanochatFiles
 from embstore.core.config import EmbeddingConfig
 from embstore.core.decode import printable
 from embstore.core.errors import ConfigError, ModelError
 from embstore.core.prompts import collapse_whitespace, render_messages
+from embstore.integrations.nanochat.checkpoint import NanochatFiles
 from embstore.integrations.trl import DensitySampling
+from embstore.model.load import ModelFiles, load_model, locate_model
 from embstore.training import DensitySampler
 from scripts.kat_files import PromptLine
 from scripts.kat_rewards import Reward
@@ -135,7 +135,7 @@ def load_policy(options: argparse.Namespace) -> Policy:
     if isinstance(files, NanochatFiles):
         tokenizer.chat_template += "{% if add_generation_prompt %}{{ '" + _ANSWER_STARTS + "' }}{% endif %}"
         tokenizer.eos_token = tokenizer.pad_token = _ANSWER_ENDS
-    if isinstance(files, NanochatFiles) or files.adapter is not None:
+    if not isinstance(files, ModelFiles) or files.adapter is not None:
         folder = options.out_dir / "start"
         if processes.is_main_process:
             model.save_pretrained(folder)

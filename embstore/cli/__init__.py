@@ -8,7 +8,7 @@ import signal
 
 from embstore.cli import build, import_array, inspect, verify, weights, compare, resample, export  # isort: skip
 from embstore.cli.frame import app, stop
-from embstore.interrupts import STOP_SIGNALS
+from embstore.host.signals import STOP_SIGNALS
 
 __all__ = ["app", "build", "compare", "export", "import_array", "inspect", "main", "resample", "verify", "weights"]
 

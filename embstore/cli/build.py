@@ -133,15 +133,16 @@ def build(
         fields=PromptFields(text=text_field, messages=messages_field, id=id_field),
         engine=engine_config(engine, ray_address, num_workers, gpus_per_worker, devices),
     )
-    from embstore import info, pipeline, terminal  # noqa: PLC0415 - other commands start without them
+    from embstore.flow import build as build_flow  # noqa: PLC0415 - other commands start without them
+    from embstore.views import info, terminal  # noqa: PLC0415 - other commands start without them
 
     with terminal.TerminalObserver(Console(stderr=True, soft_wrap=not sys.stderr.isatty())) as observer:
         if dry_run:
-            planned = pipeline.preflight(prompts, out=out, config=config, observer=observer)
+            planned = build_flow.preflight(prompts, out=out, config=config, observer=observer)
             if as_json:
                 print_json(planned)
             return
-        report = pipeline.build(prompts, out=out, config=config, resume=resume, observer=observer)
+        report = build_flow.build(prompts, out=out, config=config, resume=resume, observer=observer)
     if as_json:
         print_json(report)
     else:

@@ -18,7 +18,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """How far two weightings are apart, of one store or of two, and which prompts moved most."""
-    from embstore import comparison, terminal  # noqa: PLC0415
+    from embstore.views import comparison, terminal  # noqa: PLC0415
 
     found = comparison.compare(left, right, count=count)
     if as_json:

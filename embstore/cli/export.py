@@ -26,7 +26,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a finished store in another format: an entry per input line, or per distinct prompt (parquet)."""
-    from embstore.export import export_store  # noqa: PLC0415
+    from embstore.views.export import export_store  # noqa: PLC0415
 
     files = export_store(store, out, format=format)
     if as_json:

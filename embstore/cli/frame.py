@@ -19,7 +19,7 @@ from rich.markup import escape
 from embstore import __version__
 from embstore.core.decode import printable, printable_json
 from embstore.core.errors import EmbstoreError, ExitCode
-from embstore.interrupts import STOP_SIGNALS
+from embstore.host.signals import STOP_SIGNALS
 
 _Arguments = ParamSpec("_Arguments")
 

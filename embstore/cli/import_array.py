@@ -65,10 +65,11 @@ def import_array(
         allow_drift=allow_drift,
         trust_journal=trust_journal,
     )
-    from embstore import importing, info, terminal  # noqa: PLC0415 - other commands start without them
+    from embstore.flow import array_import  # noqa: PLC0415 - other commands start without them
+    from embstore.views import info, terminal  # noqa: PLC0415 - other commands start without them
 
     with terminal.TerminalObserver(Console(stderr=True, soft_wrap=not sys.stderr.isatty())) as observer:
-        report = importing.import_array(array, ids=ids, out=out, config=config, resume=resume, observer=observer)
+        report = array_import.import_array(array, ids=ids, out=out, config=config, resume=resume, observer=observer)
     if as_json:
         print_json(report)
     else:

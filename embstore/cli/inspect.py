@@ -30,10 +30,10 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """What a store is, how far it is, and what its weights say. Instant, also while it is being built."""
-    from embstore import info, terminal  # noqa: PLC0415
+    from embstore.views import info, terminal  # noqa: PLC0415
 
     if html is not None or png is not None:
-        from embstore.report.write import write_report  # noqa: PLC0415
+        from embstore.views.report.write import write_report  # noqa: PLC0415
 
         written = write_report(store, html=html, png=png, by=by, name=name)
         if as_json:

@@ -40,7 +40,7 @@ def resample(
     as_json: AsJson = False,
 ) -> None:
     """Draw a dataset's items by density and write them in order, for trainers without a sampler hook."""
-    from embstore.training.tables import resample_file  # noqa: PLC0415
+    from embstore.training.file_resampling import resample_file  # noqa: PLC0415
 
     policy: str | float = on_missing
     with contextlib.suppress(ValueError):

@@ -20,7 +20,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read everything back: every checksum, finiteness, norms, strays. Exits 3 if damaged, 6 if unfinished."""
-    from embstore import info, terminal  # noqa: PLC0415
+    from embstore.views import info, terminal  # noqa: PLC0415
 
     report = info.verify(store, repair=repair)
     if as_json:

@@ -27,7 +27,8 @@ def weights(
     as_json: AsJson = False,
 ) -> None:
     """New weights from the neighbours a store already has, in seconds."""
-    from embstore import artifact, info, terminal  # noqa: PLC0415
+    from embstore.flow import artifact  # noqa: PLC0415
+    from embstore.views import info, terminal  # noqa: PLC0415
 
     config = weighting_config(weighting, k, gamma, target_ess, uniform_mix, max_ratio, duplicates)
     metadata = artifact.recompute_weights(store, config, name=name)

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol
 
 from embstore.core.config import EngineConfig
-from embstore.core.embedder import Check
-from embstore.core.engine import Job, Needs, Result, Task
 from embstore.core.errors import EmbstoreError, EngineError, StorageError
 from embstore.core.events import Notice, Observer, WorkersChanged
+from embstore.core.interfaces import Check, Job, Needs, Result, Task
 
 RESUME = "then run the same command with --resume: everything committed stays"
 

@@ -6,9 +6,8 @@ import contextlib
 import itertools
 from collections.abc import Callable, Generator, Sequence
 
-from embstore.core.embedder import Check
-from embstore.core.engine import Job, Needs, Result, Task
 from embstore.core.events import Observer
+from embstore.core.interfaces import Check, Job, Needs, Result, Task
 
 
 class LocalEngine:

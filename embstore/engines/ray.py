@@ -19,10 +19,9 @@ from typing import Any
 
 import embstore
 from embstore.core.config import EngineConfig
-from embstore.core.embedder import Check
-from embstore.core.engine import Job, Needs, Result, Task
 from embstore.core.errors import ConfigError, EngineError
 from embstore.core.events import Observer
+from embstore.core.interfaces import Check, Job, Needs, Result, Task
 from embstore.engines.dispatch import RESUME, Dispatch
 
 _DIAL_SECONDS = 10.0

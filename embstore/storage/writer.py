@@ -64,10 +64,10 @@ from embstore.storage.atomic import (
     write_all,
     write_durable,
 )
-from embstore.storage.blocks import KEPT_BLOCKS
+from embstore.storage.chunk_writer import WORKER_FOLDERS, WrittenWindow
 from embstore.storage.journal import Journal
 from embstore.storage.rowfiles import ROW_FILES, check_rows, header, mend, preallocate, row_bytes
-from embstore.storage.windows import WORKER_FOLDERS, WrittenWindow
+from embstore.storage.search_blocks import KEPT_BLOCKS
 
 _OWN_DIGEST = re.compile(r"[0-9a-f]{16}")
 _OWN_WEIGHTS = re.compile(r"[0-9a-f]{16}\.(npy|json)")

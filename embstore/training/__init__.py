@@ -14,14 +14,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from embstore.training.groups import GroupRepeat
+from embstore.training.group_repeat import GroupRepeat
 from embstore.training.sampler import DensitySampler
 from embstore.training.weights import Weights, load_weights
 
 if TYPE_CHECKING:
+    from embstore.training.file_resampling import resample_file
     from embstore.training.join import prompt_keys
     from embstore.training.resample import IndexedView, importance_weights, resample_dataset, resample_indices
-    from embstore.training.tables import resample_file
 
 # what few runs use is imported when it is used
 _HOMES = {
@@ -29,7 +29,7 @@ _HOMES = {
     "importance_weights": "embstore.training.resample",
     "prompt_keys": "embstore.training.join",
     "resample_dataset": "embstore.training.resample",
-    "resample_file": "embstore.training.tables",
+    "resample_file": "embstore.training.file_resampling",
     "resample_indices": "embstore.training.resample",
 }
 

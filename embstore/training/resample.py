@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from embstore.core.errors import ConfigError, LengthMismatchError
-from embstore.training.draw import Method
+from embstore.training.draws import Method
 from embstore.training.files import check_vector
 from embstore.training.sampler import DensitySampler
 from embstore.training.weights import Weights

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from embstore.core.errors import ConfigError
-from embstore.training.draw import Method, check_spread, check_without_replacement, draw
+from embstore.training.draws import Method, check_spread, check_without_replacement, draw
+from embstore.training.epochs import Resumable
 from embstore.training.files import check_vector, sha256_of
-from embstore.training.passes import Resumable
 from embstore.training.weights import Weights
 
 _STATE_VERSION = 1

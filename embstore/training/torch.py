@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.utils.data import Sampler
 
-from embstore.training.groups import GroupRepeat as _GroupRepeat
+from embstore.training.group_repeat import GroupRepeat as _GroupRepeat
 from embstore.training.sampler import DensitySampler as _DensitySampler
 
 

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embstore.compute import hnsw, knn, mapped
 from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig
-from embstore.core.engine import Engine
 from embstore.core.errors import BuildInterruptedError, EmbstoreError, ModelError, RowError
 from embstore.core.events import Event, RowsCommitted, StageAdvanced, StageStarted, ignore
+from embstore.core.interfaces import Engine
 from embstore.engines.local import LocalEngine
-from embstore.info import verify
-from embstore.pipeline import BuildReport
+from embstore.flow.build import BuildReport
+from embstore.search import graph, remote
+from embstore.search.hnsw import shards
 from embstore.storage.journal import read_journal
+from embstore.views.info import verify
 from tests.support.build_fake import CONFIG, CONFIG_HNSW
 from tests.support.ray_session import ray_engine, ray_session, through_ray
 from tests.support.stores import WINDOWS, build_small, journal_records, snapshot, with_embedding, write_lines
@@ -249,12 +250,12 @@ def _points(count: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((count, 12)).astype(np.float32)
 
 
-def _graph(method: str, points: np.ndarray, work: Path, engine: Engine | None, events: list[Event]) -> knn.KnnGraph:
+def _graph(method: str, points: np.ndarray, work: Path, engine: Engine | None, events: list[Event]) -> graph.KnnGraph:
     work.mkdir()
     on_workers = None
     if engine is not None:
-        on_workers = mapped.MappedSearch(engine, work, threads=1, memory_bytes=1 << 28, device="cpu", observer=events.append)
-    return knn.build_graph(
+        on_workers = remote.MappedSearch(engine, work, threads=1, memory_bytes=1 << 28, device="cpu", observer=events.append)
+    return graph.build_graph(
         points,
         np.zeros(len(points), dtype=np.bool_),
         DensityConfig(knn="exact" if method == "exact" else "hnsw", shards=3 if method == "hnsw" else None),
@@ -272,7 +273,7 @@ def test_neighbours_by_workers_are_those_of_one_process(
     method: str, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points = _points(5000)
-    monkeypatch.setattr(mapped, "LEAST_RANGE_ROWS", 1000)
+    monkeypatch.setattr(remote, "LEAST_RANGE_ROWS", 1000)
     here, there = list[Event](), list[Event]()
     expected = _graph(method, points, tmp_path / "here", None, here)
     found = _graph(method, points, tmp_path / "there", engine, there)
@@ -309,8 +310,8 @@ def test_a_search_that_was_killed_keeps_its_finished_blocks_in_the_store(
     build_with: Build, small_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks outlive the writer: the next run of the build asks only what was not asked."""
-    monkeypatch.setattr(hnsw, "BLOCK_ROWS", 16)
-    monkeypatch.setattr(knn, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(shards, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(graph, "BLOCK_ROWS", 16)
     store = tmp_path / "store"
 
     def stop(event: Event) -> None:
@@ -321,8 +322,8 @@ def test_a_search_that_was_killed_keeps_its_finished_blocks_in_the_store(
         build_with(small_prompts, store, config=CONFIG_HNSW, observer=stop)
     assert list((store / "work").glob("search-*/candidates-*"))
     shutil.copytree(store, tmp_path / "copy", symlinks=True)
-    monkeypatch.setattr(hnsw, "build", lambda *_, **__: pytest.fail("a graph was built again"))
-    monkeypatch.setattr(mapped, "build", lambda *_, **__: pytest.fail("a graph was built again"))
+    monkeypatch.setattr(shards, "build", lambda *_, **__: pytest.fail("a graph was built again"))
+    monkeypatch.setattr(remote, "build", lambda *_, **__: pytest.fail("a graph was built again"))
     build_small(None, store, config=CONFIG_HNSW)
     monkeypatch.undo()
     build_small(small_prompts, tmp_path / "local", config=CONFIG_HNSW)

@@ -53,7 +53,7 @@ def test_the_package_alone_imports_not_even_numpy() -> None:
 
 
 def test_inspecting_loads_neither_model_nor_search() -> None:
-    loaded = loaded_by("import embstore.info, embstore.export, embstore.report.write")
+    loaded = loaded_by("import embstore.views.info, embstore.views.export, embstore.views.report.write")
     assert "embstore" in loaded
     assert not loaded & {"torch", "transformers", "hnswlib", "typer", "rich", "plotly", "matplotlib", "umap"}
 
@@ -118,7 +118,7 @@ print(json.dumps({"file": embstore.__file__, "found": found, "sum": float(weight
     )
     result = json.loads(done.stdout)
     assert Path(result["file"]).is_relative_to(installed)
-    assert {path.suffix for path in (installed / "embstore" / "report").iterdir()} >= {".py", ".js", ".css"}
+    assert {path.suffix for path in (installed / "embstore" / "views" / "report").iterdir()} >= {".py", ".js", ".css"}
     assert result["found"] == {"torch": False, "zarr": False, "hnswlib": False}
     assert result["sum"] == pytest.approx(1, abs=1e-5)
     assert result["drawn"] == DensitySampler(load_weights(finished_store), num_samples=30, seed=4).plan(0).tolist()

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from embstore.artifact import recompute_weights
 from embstore.core.config import WeightingConfig
 from embstore.core.errors import CorruptStoreError, EmbstoreError, StorageError
 from embstore.core.format import STAGE0_FILES, chunk_name
-from embstore.info import verify
-from embstore.pipeline import BuildReport
-from embstore.storage.store import open_store
+from embstore.flow.artifact import recompute_weights
+from embstore.flow.build import BuildReport
+from embstore.storage.reader import open_store
 from embstore.storage.verify import VerifyReport
 from embstore.training import load_weights
+from embstore.views.info import verify
 from tests.support.fake import FakeSource
 from tests.support.rot import (
     CHECKED,

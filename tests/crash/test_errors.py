@@ -21,9 +21,9 @@ from embstore.core.errors import (
     StoreExistsError,
     StoreLockedError,
 )
-from embstore.export import export_store
 from embstore.storage.journal import read_journal
 from embstore.storage.writer import StoreWriter
+from embstore.views.export import export_store
 from tests.support.fake import FakeSource
 from tests.support.faults import SYNCS, Call, SystemCalls
 from tests.support.stores import (

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embstore.compute.scratch import map_scratch
 from embstore.core.errors import ExitCode, StorageError
 from embstore.core.format import BASIS, COORDINATES, EMBEDDINGS, RESIDUALS, RUNS, SPEC, STAGE0_FILES, chunk_name
+from embstore.host.scratch import map_scratch
 from embstore.training import load_weights
 from tests.support.disks import Disk, Kind, new_disk
 from tests.support.fork_server import Child
@@ -243,7 +243,7 @@ def test_scratch_that_does_not_fit_is_refused_and_scratch_that_was_mapped_can_be
         (disk.path / "scratch.npy").unlink()
         # in a process of its own: it would die of SIGBUS
         code = (
-            "import sys, os, pathlib, numpy, embstore.compute.scratch as scratch\n"
+            "import sys, os, pathlib, numpy, embstore.host.scratch as scratch\n"
             "array = scratch.map_scratch(pathlib.Path(sys.argv[1]), (6, 1024), numpy.float32)\n"
             "assert not array.any()\n"
             "rest = os.statvfs(sys.argv[1]).f_bavail * 4096\n"

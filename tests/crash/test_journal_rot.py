@@ -11,11 +11,11 @@ import pytest
 
 from embstore.core.errors import CorruptStoreError, EmbstoreError, ExitCode, IdentityMismatchError
 from embstore.core.records import WindowRecord, decode_journal
-from embstore.info import inspect, verify
-from embstore.pipeline import BuildReport
+from embstore.flow.build import BuildReport
 from embstore.storage.journal import read_journal
-from embstore.storage.store import open_store
+from embstore.storage.reader import open_store
 from embstore.storage.verify import VerifyReport
+from embstore.views.info import inspect, verify
 from tests.support.fake import FakeSource
 from tests.support.rot import CHECKED, every_byte_flipped, outcome, readings, served_wrongly, tree_state
 from tests.support.stores import (

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embstore.artifact import recompute_weights
 from embstore.core.config import WeightingConfig
-from embstore.info import verify
+from embstore.flow.artifact import recompute_weights
 from embstore.storage.journal import read_journal
 from embstore.training import load_weights
+from embstore.views.info import verify
 from tests.support.build_fake import CONFIG_HNSW
 from tests.support.fork_server import Child, ForkServer
 from tests.support.models import make_model, make_tokenizer, save_model

@@ -21,9 +21,9 @@ import pytest
 
 from embstore.core.errors import EmbstoreError
 from embstore.core.format import chunk_name
-from embstore.info import verify
 from embstore.storage.journal import read_journal
 from embstore.training import load_weights
+from embstore.views.info import verify
 from tests.support.disks import Disk, Kind, Log, new_disk
 from tests.support.fork_server import Child, ForkServer
 from tests.support.mutated import MutatedServer, without

@@ -23,9 +23,9 @@ from embstore.core.events import Event, Notice, RowsCommitted, WorkersChanged
 from embstore.core.format import WORK
 from embstore.engines import dispatch
 from embstore.engines.ray import RayEngine
-from embstore.info import verify
 from embstore.storage.journal import read_journal
-from embstore.storage.prompts import PromptTable
+from embstore.storage.prompt_table import PromptTable
+from embstore.views.info import verify
 from tests.support.build_fake import CONFIG
 from tests.support.ray_session import ray_engine, ray_session, through_ray
 from tests.support.stores import WINDOWS, build_small, journal_records, snapshot

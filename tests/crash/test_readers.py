@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embstore.artifact import recompute_weights
 from embstore.core.config import WeightingConfig
 from embstore.core.errors import CorruptStoreError, IncompleteStoreError
-from embstore.info import verify
-from embstore.storage.store import open_store
+from embstore.flow.artifact import recompute_weights
+from embstore.storage.reader import open_store
 from embstore.training import load_weights
+from embstore.views.info import verify
 from tests.support.stores import build_small, with_density
 from tests.support.tally import Counter
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embstore.artifact import recompute_weights
 from embstore.core.config import WeightingConfig
 from embstore.core.format import chunk_name
-from embstore.info import verify
+from embstore.flow.artifact import recompute_weights
 from embstore.training import load_weights
+from embstore.views.info import verify
 from tests.support.faults import SYNCS, Killed, SystemCalls
 from tests.support.stores import build_small, snapshot, with_density
 

@@ -11,7 +11,7 @@ import pytest
 
 from embstore.core.errors import IncompleteStoreError
 from embstore.storage.journal import read_journal
-from embstore.storage.store import open_store
+from embstore.storage.reader import open_store
 from tests.support.fake import FakeSource
 from tests.support.faults import SYNC_DATA, SYNCS, Call, Killed, SystemCalls
 from tests.support.stores import NUM_ROWS, WINDOWS, Acknowledged, build_small, snapshot

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embstore.storage.blocks import SearchBlocks
+from embstore.storage.search_blocks import SearchBlocks
 
 NUM_ROWS = 6000
 # Searches points in blocks of 500 nodes and says how many graphs it built; SIGKILL when it has kept block number KILL.
@@ -22,18 +22,20 @@ PROGRAM = """
 import json, os, signal, sys, time
 from pathlib import Path
 import numpy as np
-from embstore.compute import allpairs, hnsw, knn, search
-from embstore.compute.knn import build_graph
+from embstore.search import graph, node_search
+from embstore.search.exact import scan
+from embstore.search.hnsw import shards
+from embstore.search.graph import build_graph
 from embstore.core.config import DensityConfig
 from embstore.core.events import StageAdvanced
-from embstore.storage.blocks import SearchBlocks
+from embstore.storage.search_blocks import SearchBlocks
 
 method, folder, kill = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-hnsw.BLOCK_ROWS = knn.BLOCK_ROWS = 500
-plan = allpairs.ScanPlan(tile_rows=512, panel_rows=10_000, memory_bytes=0)
-allpairs.plan_scan = lambda *_, **__: plan
-graphs, build = [], hnsw.build
-hnsw.build = lambda coord_GR, nodes, effort, tell: graphs.append(len(nodes)) or build(coord_GR, nodes, effort, tell)
+shards.BLOCK_ROWS = graph.BLOCK_ROWS = 500
+plan = scan.ScanPlan(tile_rows=512, panel_rows=10_000, memory_bytes=0)
+scan.plan_scan = lambda *_, **__: plan
+graphs, build = [], shards.build
+shards.build = lambda coord_GR, nodes, effort, tell: graphs.append(len(nodes)) or build(coord_GR, nodes, effort, tell)
 
 class Blocks(SearchBlocks):
     saved = 0

@@ -18,9 +18,9 @@ import pytest
 
 from embstore.core.errors import BuildInterruptedError, ExitCode
 from embstore.core.prompts import Prompt
-from embstore.info import verify
-from embstore.interrupts import StopSignals
+from embstore.host.signals import StopSignals
 from embstore.storage.journal import read_journal
+from embstore.views.info import verify
 from tests.support.fake import FakeEmbedder, FakeSource, RowBlock
 from tests.support.fork_server import ForkServer
 from tests.support.stores import WINDOWS, HookedSource, build_small, snapshot, whole_tree, write_lines
@@ -75,13 +75,14 @@ def test_the_command_line_ends_as_interrupted_however_many_signals_come(
 ) -> None:
     program = """
         import sys
-        from embstore import admission, cli
+        from embstore import cli
+        from embstore.flow import admission
         from tests.support.fake import FakeSource
         admission.find_source = lambda run: FakeSource()
         sys.argv = ["embstore", "build", sys.argv[1], "--model", "fake", "--out", sys.argv[2], "--chunk-rows", "16",
                     "--window-rows", "32", "--knn", "exact", "--resume"]
-        import embstore.pipeline
-        embstore.pipeline.find_source = admission.find_source
+        import embstore.flow.build
+        embstore.flow.build.find_source = admission.find_source
         cli.main()
     """
     store = tmp_path / "store"

@@ -10,32 +10,32 @@ from typing import Any, NoReturn
 
 import pytest
 
-from embstore.artifact import recompute_weights
 from embstore.core.config import WeightingConfig
 from embstore.core.errors import IncompleteStoreError, StoreNotFoundError
-from embstore.info import inspect, verify
-from embstore.storage.store import open_store
+from embstore.flow.artifact import recompute_weights
+from embstore.storage.reader import open_store
 from embstore.training import load_weights
+from embstore.views.info import inspect, verify
 from tests.support.build_fake import CONFIG_HNSW
 from tests.support.stores import build_small, snapshot
 from tests.support.tally import Counter
 
 # one function of each stage, in the order of the flow
 STAGES = {
-    "stage 0": "embstore.admission.ingest",
-    "stage 0, writing": "embstore.storage.prompts._write_files",
+    "stage 0": "embstore.flow.admission.ingest",
+    "stage 0, writing": "embstore.storage.prompt_table._write_files",
     "probing the model": "tests.support.fake.FakeSource.create",
-    "preflight": "embstore.admission.check_fits",
+    "preflight": "embstore.flow.admission.check_fits",
     "preallocating": "embstore.storage.writer.preallocate",
-    "reading prompts": "embstore.storage.prompts.PromptTable.read",
+    "reading prompts": "embstore.storage.prompt_table.PromptTable.read",
     "embedding": "tests.support.fake.FakeEmbedder._coordinates",
-    "encoding a chunk": "embstore.storage.windows.encode_chunk",
+    "encoding a chunk": "embstore.storage.chunk_writer.encode_chunk",
     "writing rows": "embstore.storage.writer.StoreWriter._write_rows",
-    "building a graph": "embstore.compute.search.hnsw_candidates",
-    "audit": "embstore.compute.knn.sample_nodes",
-    "writing neighbours": "embstore.pipeline.write_neighbors",
-    "weights": "embstore.artifact.sampling_weights",
-    "writing weights": "embstore.pipeline.write_weights",
+    "building a graph": "embstore.search.node_search.hnsw_candidates",
+    "audit": "embstore.search.graph.sample_nodes",
+    "writing neighbours": "embstore.flow.build.write_neighbors",
+    "weights": "embstore.flow.artifact.sampling_weights",
+    "writing weights": "embstore.flow.build.write_weights",
     "sealing": "embstore.storage.writer.StoreWriter.seal_rows",
     "publishing": "embstore.storage.writer.StoreWriter.publish",
 }

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from embstore.artifact import recompute_weights
 from embstore.core.config import BuildConfig, WeightingConfig
 from embstore.core.errors import CorruptStoreError, ExitCode, IncompleteStoreError, StorageError
-from embstore.info import inspect, verify
-from embstore.storage.store import open_store
+from embstore.flow.artifact import recompute_weights
+from embstore.storage.reader import open_store
 from embstore.training import load_weights
+from embstore.views.info import inspect, verify
 from tests.support.build_fake import CONFIG
 from tests.support.fake import FakeSource
 from tests.support.rot import CHECKED, NAME, readings, served_wrongly, tree_state

@@ -19,7 +19,7 @@ import pytest
 
 from embstore.core.errors import ExitCode
 from embstore.core.events import Event, StageStarted
-from embstore.info import verify
+from embstore.views.info import verify
 from tests.support.build_fake import CONFIG_HNSW, perform
 from tests.support.faults import SYNCS
 from tests.support.fork_server import Child

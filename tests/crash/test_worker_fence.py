@@ -11,11 +11,11 @@ import pytest
 
 from embstore.core.errors import StorageError
 from embstore.core.spec import decode_spec
-from embstore.reuse import nothing_reused
+from embstore.flow.reuse import nothing_reused
+from embstore.flow.window_tasks import WindowsElsewhere
 from embstore.storage.atomic import take_away
-from embstore.storage.windows import WORKER_FOLDERS
+from embstore.storage.chunk_writer import WORKER_FOLDERS
 from embstore.storage.writer import StoreWriter
-from embstore.windows import WindowsElsewhere
 from tests.support.fake import FakeEmbedder, FakeSource
 from tests.support.stores import snapshot
 

@@ -23,7 +23,7 @@ from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig
 from embstore.core.errors import ArrayError, IdentityMismatchError, PromptError, RowError
 from embstore.core.events import Event, RowsCommitted
 from embstore.core.rows import RowRange
-from embstore.memory import read_memory
+from embstore.host.memory import read_memory
 from embstore.training import load_weights
 from tests.support.stores import snapshot
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from embstore.allocator import give_back
-from embstore.compute.packed import can_pack
 from embstore.core.spec import PACKED_HEAD, PACKED_LAYERS
-from embstore.memory import MemoryMeter, read_memory
+from embstore.host.allocator import give_back
+from embstore.host.memory import MemoryMeter, read_memory
+from embstore.model.packed import can_pack
 from tests.support.models import make_model, make_tokenizer, save_model
 
 pytestmark = pytest.mark.skipif(read_memory() is None, reason="the kernel does not tell anonymous memory (not Linux)")
@@ -103,11 +103,12 @@ _SEARCH = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from embstore.compute import allpairs, hnsw  # what imports take is not the search's
-from embstore.compute.knn import build_graph
+from embstore.search.exact import scan  # what imports take is not the search's
+from embstore.search.hnsw import shards  # what imports take is not the search's
+from embstore.search.graph import build_graph
 from embstore.core.config import DensityConfig
 from embstore.core.events import ignore
-from embstore.memory import MemoryMeter
+from embstore.host.memory import MemoryMeter
 
 work, method, budget = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 coord_NR = np.load(work / "coordinates.npy", mmap_mode="r")

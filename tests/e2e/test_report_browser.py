@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from embstore.report.data import ReportData, one_line, read_report
-from embstore.report.page import render_page
+from embstore.views.report.data import ReportData, one_line, read_report
+from embstore.views.report.page import render_page
 from tests.support.browser import Page, browser_page, find_browser
 from tests.support.reports import HOSTILE, enlarged, hostile_store
 from tests.support.stores import build_small, write_small_prompts

@@ -20,21 +20,21 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from embstore.compute.allpairs import all_neighbors
-from embstore.compute.embed import LogitEmbedder
-from embstore.compute.models import locate_model
-from embstore.compute.source import TorchSource
 from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig
-from embstore.core.embedder import RowBlock
 from embstore.core.errors import ModelError
 from embstore.core.events import Event, RowsCommitted
+from embstore.core.interfaces import RowBlock
 from embstore.core.prompts import Prompt
 from embstore.core.records import WindowRecord
 from embstore.core.spec import EmbeddingSpec, ModelIdentity
-from embstore.info import inspect, verify
-from embstore.pipeline import build
+from embstore.flow.build import build
+from embstore.model.embed import LogitEmbedder
+from embstore.model.load import locate_model
+from embstore.model.source import TorchSource
+from embstore.search.exact.scan import all_neighbors
 from embstore.storage.journal import read_journal
-from embstore.storage.store import open_store
+from embstore.storage.reader import open_store
+from embstore.views.info import inspect, verify
 from tests.support.models import (
     PROMPTS,
     VOCABULARY,
@@ -368,7 +368,7 @@ def test_a_whole_build_finishes_in_little_memory(wide: tuple[Path, Path], tmp_pa
 _CHILD = """
 import sys
 from pathlib import Path
-from embstore.pipeline import build
+from embstore.flow.build import build
 from tests.gpu.test_gpu import kill_config
 
 

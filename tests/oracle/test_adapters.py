@@ -13,9 +13,9 @@ import pytest
 import torch
 import transformers
 
-from embstore.compute.models import locate_model
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
+from embstore.model.load import locate_model
 from tests.support.models import (
     PROMPTS,
     distances,

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embstore.compute.embed import LogitEmbedder
-from embstore.core.embedder import Check
 from embstore.core.errors import BuildInterruptedError
+from embstore.core.interfaces import Check
 from embstore.core.prompts import Prompt
+from embstore.model.embed import LogitEmbedder
 from tests.support.models import PROMPTS, Case, open_embedder
 
 CaseOf = Callable[[str], Case]

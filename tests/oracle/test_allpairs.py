@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
-from embstore.compute import allpairs, tiles
-from embstore.compute.allpairs import NeighborBlock, all_neighbors, plan_scan
-from embstore.compute.exact import exact_neighbors
-from embstore.compute.tiles import TileScan, quantise
+from embstore.search.exact import scan, tiles
+from embstore.search.exact.reference import exact_neighbors
+from embstore.search.exact.scan import NeighborBlock, all_neighbors, plan_scan
+from embstore.search.exact.tiles import TileScan, quantise
 
 Points = NDArray[np.float32]
 MIB = 1 << 20
@@ -58,7 +58,7 @@ def scanned(points: Points, k: int, work: Path, **settings: Any) -> tuple[NDArra
 def number_format(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """What tiles are computed in; a CPU without bfloat16 emulates it."""
     dtype: torch.dtype = request.param
-    monkeypatch.setattr(allpairs, "scan_dtype", lambda device: dtype)
+    monkeypatch.setattr(scan, "scan_dtype", lambda device: dtype)
     return dtype
 
 
@@ -82,9 +82,9 @@ def test_no_tile_thread_memory_or_format_changes_a_bit(tmp_path: Path, monkeypat
         (2048, 3000, 2, torch.float32),
         (1024, 1024, 1, torch.float32),
     ):
-        plan = allpairs.ScanPlan(tile_rows=tile_rows, panel_rows=panel_rows, memory_bytes=0)
-        monkeypatch.setattr(allpairs, "plan_scan", lambda *_, plan=plan, **__: plan)
-        monkeypatch.setattr(allpairs, "scan_dtype", lambda device, dtype=dtype: dtype)
+        plan = scan.ScanPlan(tile_rows=tile_rows, panel_rows=panel_rows, memory_bytes=0)
+        monkeypatch.setattr(scan, "plan_scan", lambda *_, plan=plan, **__: plan)
+        monkeypatch.setattr(scan, "scan_dtype", lambda device, dtype=dtype: dtype)
         again = scanned(points, 10, tmp_path, threads=threads)
         assert np.array_equal(again[0], first[0])
         assert again[1].tobytes() == first[1].tobytes()
@@ -100,12 +100,12 @@ def test_some_nodes_have_the_neighbours_they_have_among_all(number_format: torch
 
 @pytest.mark.parametrize("kept_blocks", [1, 3, 5])
 def test_a_scan_goes_on_after_any_block(kept_blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = allpairs.ScanPlan(tile_rows=512, panel_rows=3000, memory_bytes=0)
-    monkeypatch.setattr(allpairs, "plan_scan", lambda *_, **__: plan)
+    plan = scan.ScanPlan(tile_rows=512, panel_rows=3000, memory_bytes=0)
+    monkeypatch.setattr(scan, "plan_scan", lambda *_, **__: plan)
     points = crowded(3000, seed=3)
-    scan = all_neighbors(points, 10, threads=2, memory_bytes=256 * MIB, work=tmp_path)
-    blocks = [next(scan) for _ in range(kept_blocks)]
-    scan.close()  # as an interrupted build does
+    blocks_of_scan = all_neighbors(points, 10, threads=2, memory_bytes=256 * MIB, work=tmp_path)
+    blocks = [next(blocks_of_scan) for _ in range(kept_blocks)]
+    blocks_of_scan.close()  # as an interrupted build does
     finished = sum(len(block.nodes_N) for block in blocks)
     blocks += all_neighbors(points, 10, finished=finished, threads=2, memory_bytes=256 * MIB, work=tmp_path)
     assert np.array_equal(collect(iter(blocks), 3000, 10)[0], oracle(points, 10)[0])
@@ -133,8 +133,8 @@ def test_ties_that_no_score_can_tell_apart_go_by_index(number_format: torch.dtyp
 
 def with_bars_too_low(monkeypatch: pytest.MonkeyPatch, *, tile_rows: int) -> None:
     """The first scan of 3000 rows keeps what the second of their candidates beats: many rows are left in doubt."""
-    plan = allpairs.ScanPlan(tile_rows=tile_rows, panel_rows=3000, memory_bytes=0)
-    monkeypatch.setattr(allpairs, "plan_scan", lambda *_, **__: plan)
+    plan = scan.ScanPlan(tile_rows=tile_rows, panel_rows=3000, memory_bytes=0)
+    monkeypatch.setattr(scan, "plan_scan", lambda *_, **__: plan)
     rank = TileScan._rank
     monkeypatch.setattr(
         TileScan, "_rank", lambda scan, first_row: 2 if len(scan.queries_Q) == 3000 else rank(scan, first_row)
@@ -168,8 +168,8 @@ def test_bars_that_are_too_low_leave_rows_in_doubt_not_wrong(
         exact_rows += len(nodes_Q)
         return exact_neighbors(coord_GR, nodes_Q, k)
 
-    monkeypatch.setattr(allpairs, "exact_neighbors", counted)
-    monkeypatch.setattr(allpairs, "_MOST_CANDIDATES", most_candidates)
+    monkeypatch.setattr(scan, "exact_neighbors", counted)
+    monkeypatch.setattr(scan, "_MOST_CANDIDATES", most_candidates)
     with_bars_too_low(monkeypatch, tile_rows=512)
     ids_GK, distances_GK = scanned(points, 10, tmp_path)
     expected_ids, expected_distances = oracle(points, 10)
@@ -206,8 +206,8 @@ def test_sorted_rows_cost_no_more_than_shuffled_ones(tmp_path: Path, monkeypatch
         merge(scan, first_row, row_H, *hits)
 
     monkeypatch.setattr(TileScan, "_merge", counted)
-    plan = allpairs.ScanPlan(tile_rows=512, panel_rows=6000, memory_bytes=0)
-    monkeypatch.setattr(allpairs, "plan_scan", lambda *_, **__: plan)
+    plan = scan.ScanPlan(tile_rows=512, panel_rows=6000, memory_bytes=0)
+    monkeypatch.setattr(scan, "plan_scan", lambda *_, **__: plan)
     line = np.linspace(-1, 1, 6000)
     points = np.stack([line, line**2 - 1 / 3], axis=1).astype(np.float32)
     scanned(points, 10, tmp_path)

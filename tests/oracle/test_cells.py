@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from embstore.compute.cells import cells, in_growing_chunks
-from embstore.compute.nodes import shuffled
+from embstore.core.sampling import shuffled
+from embstore.search.hnsw.order import cells, in_growing_chunks
 
 Points = NDArray[np.float32]
 
@@ -66,7 +66,7 @@ def test_a_walk_along_the_cells_takes_short_steps() -> None:
 def test_cells_are_the_same_from_any_number_of_threads(tmp_path: Path) -> None:
     np.save(tmp_path / "points.npy", clustered(3000, rank=200))
     program = (
-        "import sys, zlib; import numpy as np; from embstore.compute.cells import cells\n"
+        "import sys, zlib; import numpy as np; from embstore.search.hnsw.order import cells\n"
         "print(zlib.crc32(cells(np.load(sys.argv[1]), 0).tobytes()))"
     )
     found = set()

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
 from embstore import build, open_store
-from embstore.compute.centering import center_rows
 from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, WeightingConfig
 from embstore.core.density import NOISE_FLOOR, total_variation
+from embstore.search.centering import center_rows
 from tests.support.fake import FakeSource
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 import transformers
 
-from embstore.compute.packed import can_pack
 from embstore.core.errors import ModelError
 from embstore.core.events import Event, Notice
 from embstore.core.prompts import Prompt
+from embstore.model.packed import can_pack
 from tests.support.models import (
     PROMPTS,
     VOCABULARY,

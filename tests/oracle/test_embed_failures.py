@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from embstore.compute.embed import LogitEmbedder
-from embstore.compute.heads import SplitModel
-from embstore.compute.workers import Urgency, Workers
-from embstore.core.embedder import RowBlock
 from embstore.core.errors import ModelError, RowError
+from embstore.core.interfaces import RowBlock
 from embstore.core.prompts import Prompt
+from embstore.host.threads import Urgency, Workers
+from embstore.model.backbone import SplitModel
+from embstore.model.embed import LogitEmbedder
 from tests.support.models import (
     PROMPTS,
     Case,

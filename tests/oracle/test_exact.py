@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
-from embstore.compute import exact
-from embstore.compute.audit import TIE_TOLERANCE, Audit, compare, sample_nodes
-from embstore.compute.distances import rerank
-from embstore.compute.exact import MARGIN, exact_neighbors
-from embstore.compute.hnsw import graph_bytes
-from embstore.compute.search_plan import plan_search
 from embstore.core.config import DensityConfig, KnnMethod
 from embstore.core.errors import BudgetError
+from embstore.search.audit import TIE_TOLERANCE, Audit, compare, sample_nodes
+from embstore.search.distances import rerank
+from embstore.search.exact import reference
+from embstore.search.exact.reference import MARGIN, exact_neighbors
+from embstore.search.hnsw.shards import graph_bytes
+from embstore.search.search_plan import plan_search
 
 MIB = 1 << 20
 
@@ -78,8 +78,8 @@ def test_the_scan_does_not_depend_on_its_tiles(order: str, monkeypatch: pytest.M
     whole = exact_neighbors(coord_GR, queries_Q, 7)
     assert np.array_equal(whole[0], brute_force(coord_GR, 7)[0][queries_Q])
     for base_rows, query_rows in ((64, 16), (320, 100), (699, 310), (5, 1000)):
-        monkeypatch.setattr(exact, "_BASE_ROWS", base_rows)
-        monkeypatch.setattr(exact, "_QUERY_ROWS", query_rows)
+        monkeypatch.setattr(reference, "_BASE_ROWS", base_rows)
+        monkeypatch.setattr(reference, "_QUERY_ROWS", query_rows)
         advanced: list[int] = []
         tiled = exact_neighbors(coord_GR, queries_Q, 7, advance=advanced.append)
         assert sum(advanced) == 311

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from embstore.core.format import chunk_name
 from embstore.storage.chunks import encode_chunk
-from embstore.storage.store import EmbeddingStore, open_store
+from embstore.storage.reader import EmbeddingStore, open_store
 from tests.support.build_fake import CONFIG
 from tests.support.stores import build_small, with_embedding
 

@@ -17,13 +17,14 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
-from embstore.compute import hnsw, nodes, search, search_plan
-from embstore.compute.hnsw import Candidates, Effort, hnsw_candidates
-from embstore.compute.knn import KnnGraph, build_graph
 from embstore.core.config import K_MAX, DensityConfig, WeightingConfig
 from embstore.core.density import mean_distance, sampling_weights, total_variation
 from embstore.core.errors import CorruptStoreError
 from embstore.core.events import Event, Notice, ignore
+from embstore.search import node_search, nodes, search_plan
+from embstore.search.graph import KnnGraph, build_graph
+from embstore.search.hnsw import shards
+from embstore.search.hnsw.shards import Candidates, Effort, hnsw_candidates
 
 Points = NDArray[np.float32]
 
@@ -269,7 +270,7 @@ def test_a_row_with_too_few_answers_is_retried_and_costs_no_other(
         short = np.isclose(block[:, None], short_rows, atol=1e-4).all(axis=2).any()
         return bool(short and (cure == "only a scan" or ef <= 64))
 
-    monkeypatch.setattr(hnsw.hnswlib, "Index", lambda **arguments: Flaky(fails, **arguments))
+    monkeypatch.setattr(shards.hnswlib, "Index", lambda **arguments: Flaky(fails, **arguments))
     assert as_bytes(graph_of(points, tmp_path, shards=2)) == expected
     assert calls[0] == 500
     assert len(calls) > 2  # it did fail
@@ -295,7 +296,7 @@ def test_a_damaged_graph_fails_the_audit_and_is_searched_again(
             found.ids_GC[::20, :5] = -1  # one node in twenty loses up to five of its nearest
         return found
 
-    monkeypatch.setattr(search, "hnsw_candidates", damaged)
+    monkeypatch.setattr(node_search, "hnsw_candidates", damaged)
     events: list[Event] = []
     graph = graph_of(points, tmp_path, observer=events.append)
     (notice,) = notices(events)

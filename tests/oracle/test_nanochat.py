@@ -13,11 +13,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from embstore.compute.models import locate_model
-from embstore.compute.nanochat import NanochatFiles
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
 from embstore.core.prompts import Prompt
+from embstore.integrations.nanochat.checkpoint import NanochatFiles
+from embstore.model.load import locate_model
 from tests.support.checkpoints import Evil, State, make_base, tokens_of
 from tests.support.models import PROMPTS, distances, open_embedder, rows_before_rounding, unit_mean
 

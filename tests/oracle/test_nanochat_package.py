@@ -15,12 +15,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from embstore.compute.embed import LogitEmbedder
-from embstore.compute.models import load_model, locate_model
-from embstore.compute.nanochat_package import find_package
-from embstore.compute.source import TorchSource
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
+from embstore.integrations.nanochat.package import find_package
+from embstore.model.embed import LogitEmbedder
+from embstore.model.load import load_model, locate_model
+from embstore.model.source import TorchSource
 from tests.support import later_gpt
 from tests.support.checkpoints import Evil, State, make_base, tokens_of
 from tests.support.models import (

@@ -20,17 +20,18 @@ import transformers
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from embstore.compute import capabilities, packed
-from embstore.compute.coordinates import orthonormal_basis
-from embstore.compute.embed import LogitEmbedder
-from embstore.compute.finish import AffineFinisher, finish, spanning_columns
-from embstore.compute.heads import AffineHead, SplitModel
-from embstore.compute.packed import can_pack, pack, unpack, watched_layers
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
 from embstore.core.plan import as_stored, refuse_other_input
 from embstore.core.spec import PACKED_HEAD, PACKED_LAYERS
-from embstore.memory import read_memory
+from embstore.host import device
+from embstore.host.memory import read_memory
+from embstore.model import packed
+from embstore.model.backbone import AffineHead, SplitModel
+from embstore.model.basis import orthonormal_basis
+from embstore.model.embed import LogitEmbedder
+from embstore.model.finish import AffineFinisher, finish, spanning_columns
+from embstore.model.packed import can_pack, pack, unpack, watched_layers
 from tests.support import records
 from tests.support.models import (
     PROMPTS,
@@ -46,7 +47,7 @@ from tests.support.models import (
 )
 
 CPU = torch.device("cpu")
-PLAIN = capabilities.capability_of(CPU).removesuffix(PACKED_LAYERS + PACKED_HEAD)
+PLAIN = device.capability_of(CPU).removesuffix(PACKED_LAYERS + PACKED_HEAD)
 CaseOf = Callable[[str], Case]
 
 needs_memory = pytest.mark.skipif(read_memory() is None, reason="the kernel does not tell anonymous memory (not Linux)")
@@ -163,7 +164,7 @@ def test_a_store_with_a_plain_head_is_continued_with_one(case_of: CaseOf, name: 
     assert older._finisher._packed == []
     found_NV = rows_before_rounding(older, PROMPTS)
     assert distances(found_NV, case.rows_NV).max() <= 2e-6
-    assert as_stored({"capability": capabilities.capability_of(CPU)}, older.spec)["capability"] == older.spec.capability
+    assert as_stored({"capability": device.capability_of(CPU)}, older.spec)["capability"] == older.spec.capability
 
 
 @needs_packing
@@ -256,7 +257,7 @@ def test_a_layer_that_is_given_some_tokens_is_left_alone(tmp_path: Path, monkeyp
 def test_a_packed_store_is_not_continued_by_a_torch_that_cannot(case_of: CaseOf, monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of("llama")
     monkeypatch.setattr(packed, "_OPERATORS", ("no such operator",))
-    assert capabilities.capability_of(CPU) == PLAIN
+    assert device.capability_of(CPU) == PLAIN
     with pytest.raises(ModelError, match="LlamaForCausalLM cannot be packed here, as the store's spec has them") as caught:
         reopened(case.folder, case.embedder)
     assert "versions of torch and transformers" in str(caught.value.hint)
@@ -288,9 +289,9 @@ def test_layers_are_packed_as_the_store_has_them(stored: str, given: str, drift:
 _HEIGHTS = """
 import numpy as np
 import torch
-from embstore.compute.finish import SLAB_ROWS, AffineFinisher
-from embstore.compute.heads import AffineHead
-from embstore.memory import MemoryMeter
+from embstore.model.finish import SLAB_ROWS, AffineFinisher
+from embstore.model.backbone import AffineHead
+from embstore.host.memory import MemoryMeter
 
 torch.set_num_threads(1)
 head = AffineHead(weight_VD=torch.randn(1100, 256), bias_V=None, scale=1.0)
@@ -314,8 +315,8 @@ def test_slabs_of_any_height_leave_few_kernels() -> None:
 _PACKING = """
 import torch
 from torch import nn
-from embstore.compute.packed import pack
-from embstore.memory import MemoryMeter
+from embstore.model.packed import pack
+from embstore.host.memory import MemoryMeter
 
 layers = [nn.Linear(2048, 2048).requires_grad_(False) for _ in range(16)]
 pack([nn.Linear(2048, 2048).requires_grad_(False)])

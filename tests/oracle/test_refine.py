@@ -17,20 +17,20 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from rich.console import Console
 
-from embstore.compute.refine import RESIDUAL_FLOOR, Refinement, refine
-from embstore.compute.stored_pairs import StoredRows, stored_distances
 from embstore.core.config import BuildConfig, EmbeddingConfig
 from embstore.core.density import NOISE_FLOOR
-from embstore.core.embedder import PromptReader, RowBlock
 from embstore.core.errors import CorruptStoreError, StorageError
 from embstore.core.events import Event, Observer, StageAdvanced, StageFinished, StageStarted, ignore
 from embstore.core.format import decode_neighbors_spec
+from embstore.core.interfaces import PromptReader, RowBlock
 from embstore.core.prompts import Prompt
 from embstore.core.spec import EmbeddingSpec
-from embstore.info import inspect
-from embstore.pipeline import build
-from embstore.storage.store import EmbeddingStore, open_store
-from embstore.terminal import print_info
+from embstore.flow.build import build
+from embstore.search.refine import RESIDUAL_FLOOR, Refinement, refine
+from embstore.search.stored_pairs import StoredRows, stored_distances
+from embstore.storage.reader import EmbeddingStore, open_store
+from embstore.views.info import inspect
+from embstore.views.terminal import print_info
 from tests.support.fake import FakeEmbedder, FakeSource
 from tests.support.models import make_model, make_prompts, make_tokenizer, save_model
 from tests.support.stores import build_small, snapshot, write_lines

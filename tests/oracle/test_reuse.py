@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig
-from embstore.pipeline import build
-from embstore.storage.store import EmbeddingStore, open_store
+from embstore.flow.build import build
+from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.storage.verify import verify_store
 from tests.support.models import make_model, make_prompts, make_tokenizer, save_model
 from tests.support.stores import write_lines

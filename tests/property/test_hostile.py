@@ -18,16 +18,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from embstore.admission import _model_of_last_run
 from embstore.core.decode import decode_array_header, parse_json, printable, printable_json
 from embstore.core.errors import ConfigError, CorruptStoreError, EmbstoreError, PromptError
 from embstore.core.format import decode_manifest, decode_metadata, decode_neighbors_spec
 from embstore.core.prompts import Prompt, decode_row, parse_line
 from embstore.core.records import decode_chunk_table, decode_journal, encode_journal_header, replay
 from embstore.core.spec import decode_spec
-from embstore.info import inspect, neighbors_of
-from embstore.storage.prompts import MAX_LINE_BYTES, ingest
-from embstore.terminal import print_info, print_neighbors
+from embstore.flow.admission import _model_of_last_run
+from embstore.storage.prompt_table import MAX_LINE_BYTES, ingest
+from embstore.views.info import inspect, neighbors_of
+from embstore.views.terminal import print_info, print_neighbors
 from tests.support.forged import HEADERS, RAW, damaged, dumps, mutated
 from tests.support.stage0 import ingested
 from tests.support.stores import build_small, with_weighting, write_lines

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embstore.core.errors import CorruptStoreError, EmbstoreError
-from embstore.info import verify
-from embstore.storage.store import open_store
+from embstore.storage.reader import open_store
 from embstore.training import load_weights
+from embstore.views.info import verify
 from tests.support.forged import (
     HEADERS,
     damaged,

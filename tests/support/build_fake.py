@@ -15,12 +15,12 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from embstore.artifact import recompute_weights
 from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, WeightingConfig
 from embstore.core.errors import EmbstoreError
 from embstore.core.events import Event, RowsCommitted, StageStarted
-from embstore.info import verify
-from embstore.pipeline import build
+from embstore.flow.artifact import recompute_weights
+from embstore.flow.build import build
+from embstore.views.info import verify
 from tests.support.fake import FakeSource
 
 CONFIG = BuildConfig(

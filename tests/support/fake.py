@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.config import EmbeddingConfig
-from embstore.core.embedder import Check, PromptReader, RowBlock, WindowCounts
 from embstore.core.events import Observer
+from embstore.core.interfaces import Check, PromptReader, RowBlock, WindowCounts
 from embstore.core.prompts import Prompt
 from embstore.core.records import FailedRow
 from embstore.core.spec import EmbeddingSpec, ModelIdentity

@@ -22,17 +22,17 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from embstore.artifact import recompute_weights
 from embstore.core.config import WeightingConfig
 from embstore.core.errors import EmbstoreError
-from embstore.export import export_store
-from embstore.info import inspect, neighbors_of, verify
-from embstore.pipeline import build
-from embstore.report.data import read_report
-from embstore.report.page import render_page
-from embstore.storage.store import open_store
-from embstore.terminal import print_info, print_neighbors, print_verify
+from embstore.flow.artifact import recompute_weights
+from embstore.flow.build import build
+from embstore.storage.reader import open_store
 from embstore.training import DensitySampler, load_weights
+from embstore.views.export import export_store
+from embstore.views.info import inspect, neighbors_of, verify
+from embstore.views.report.data import read_report
+from embstore.views.report.page import render_page
+from embstore.views.terminal import print_info, print_neighbors, print_verify
 from tests.support.build_fake import CONFIG
 from tests.support.fake import FakeSource
 

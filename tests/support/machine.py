@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embstore.artifact import recompute_weights
 from embstore.core.config import WeightingConfig
 from embstore.core.errors import CorruptStoreError, EmbstoreError, IncompleteStoreError, StoreNotFoundError
 from embstore.core.events import Event, RowsCommitted, StageStarted
 from embstore.core.format import METADATA_LINK, WEIGHTS_LINK
 from embstore.core.records import JournalState
-from embstore.info import verify
+from embstore.flow.artifact import recompute_weights
 from embstore.storage.journal import read_journal
-from embstore.storage.store import EmbeddingStore, open_store
+from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.training import load_weights
+from embstore.views.info import verify
 from tests.support.build_fake import CONFIG
 from tests.support.fake import FakeSource
 from tests.support.faults import Call, Killed, SystemCalls

@@ -19,13 +19,13 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from embstore.compute.embed import LogitEmbedder
-from embstore.compute.models import locate_model
-from embstore.compute.source import TorchSource
 from embstore.core.config import EmbeddingConfig
-from embstore.core.embedder import RowBlock
 from embstore.core.events import Event, ignore
+from embstore.core.interfaces import RowBlock
 from embstore.core.prompts import Prompt
+from embstore.model.embed import LogitEmbedder
+from embstore.model.load import locate_model
+from embstore.model.source import TorchSource
 
 VOCABULARY = 320  # columns of the logits; the tokenizer has fewer
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<|turn|>{{ m['role'] }}: {{ m['content'] }}{% endfor %}"

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from embstore.core.errors import EmbstoreError
 from embstore.core.events import Event, StageStarted
-from embstore.pipeline import build
+from embstore.flow.build import build
 from tests.support import build_fake, fork_server
 from tests.support.build_fake import CONFIG, Action, Say
 
@@ -96,7 +96,7 @@ def _with_hint(action: Action) -> Action:
 if __name__ == "__main__":
     if "torch" in sys.argv:
         # so that children start in milliseconds; nothing is computed here, so no thread of torch is lost in a fork
-        importlib.import_module("embstore.compute.source")
+        importlib.import_module("embstore.model.source")
         transformers = importlib.import_module("transformers")
         for name in ("LlamaForCausalLM", "NanoChatForCausalLM", "PreTrainedTokenizerFast"):
             getattr(transformers, name)

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.artifact import digest_of
-from embstore.info import inspect, verify
-from embstore.storage.store import open_store
+from embstore.flow.artifact import digest_of
+from embstore.storage.reader import open_store
 from embstore.training import load_weights
+from embstore.views.info import inspect, verify
 
 _HELD = 50  # maps of old sets that are kept and read again
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from embstore.report.data import ReportData
+from embstore.views.report.data import ReportData
 from tests.support.stores import build_small, with_weighting, write_lines
 
 # each tries to become markup, script, or to end the element that holds it

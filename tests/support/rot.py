@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embstore.core.errors import EmbstoreError
-from embstore.storage.store import EmbeddingStore, open_store
+from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.training import load_weights
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from embstore.core.errors import CorruptStoreError, EmbstoreError
 from embstore.core.format import MANIFEST, METADATA_LINK, WEIGHTS_LINK, decode_manifest
-from embstore.info import verify
 from embstore.storage.journal import read_journal
-from embstore.storage.store import EmbeddingStore, open_store
+from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.training import load_weights
+from embstore.views.info import verify
 from tests.support.stores import snapshot
 
 Window = tuple[int, int]

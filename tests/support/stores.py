@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.config import BuildConfig, EmbeddingConfig
-from embstore.core.embedder import PromptReader, RowBlock
 from embstore.core.events import Event, Observer, RowsCommitted, ignore
+from embstore.core.interfaces import PromptReader, RowBlock
 from embstore.core.prompts import Prompt
 from embstore.core.records import JournalRecord, decode_journal
 from embstore.core.spec import EmbeddingSpec
-from embstore.pipeline import BuildReport, build
+from embstore.flow.build import BuildReport, build
 from tests.support.build_fake import CONFIG
 from tests.support.fake import FakeEmbedder, FakeSource
 

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from embstore.core.config import EmbeddingConfig
-from embstore.core.embedder import Check, PromptReader, RowBlock
-from embstore.core.engine import Needs
 from embstore.core.errors import ModelError
 from embstore.core.events import Observer
+from embstore.core.interfaces import Check, Needs, PromptReader, RowBlock
 from embstore.core.prompts import Prompt
 from embstore.core.spec import ModelIdentity
 from tests.support.fake import FakeEmbedder, FakeSource

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from embstore.admission import CHUNK_BYTES, _fit_rows
 from embstore.core.config import BuildConfig, EmbeddingConfig
+from embstore.flow.admission import CHUNK_BYTES, _fit_rows
 
 WIDTH = 50_304
 

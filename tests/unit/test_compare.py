@@ -12,11 +12,11 @@ import scipy.stats
 from typer.testing import CliRunner
 
 from embstore import compare, open_store
-from embstore.artifact import recompute_weights
 from embstore.cli import app
-from embstore.comparison import spearman
 from embstore.core.config import WeightingConfig
 from embstore.core.errors import ConfigError, IncompleteStoreError, StoreNotFoundError
+from embstore.flow.artifact import recompute_weights
+from embstore.views.comparison import spearman
 from tests.support.stores import build_small, small_lines, write_lines
 
 pytestmark = pytest.mark.usefixtures("without_syncs")

@@ -15,7 +15,7 @@ from embstore import build, inspect, open_store, recompute_weights
 from embstore.cli import app
 from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, WeightingConfig
 from embstore.core.diagnostics import Hubness, concerns, hubness, rank_correlation
-from embstore.terminal import print_info
+from embstore.views.terminal import print_info
 from tests.support.fake import FakeSource
 
 FINE = {"ess_share": 0.5, "hubs": None, "floored_share": 0.0, "noise_floor": 1e-3, "correlation": -1.0}

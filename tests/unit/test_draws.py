@@ -22,7 +22,7 @@ from embstore.training import (
     resample_dataset,
     resample_indices,
 )
-from embstore.training.draw import inclusion
+from embstore.training.draws import inclusion
 
 UNEVEN = np.array([0.0, 0.5, 0.02, 0.0, 0.3, 0.08, 0.1, 0.0])
 MANY = np.random.default_rng(0).gamma(0.5, size=2000).astype(np.float32)

@@ -13,16 +13,16 @@ import zarr
 from numpy.typing import NDArray
 
 from embstore.core.config import BuildConfig, EmbeddingConfig
-from embstore.core.embedder import PromptReader, RowBlock
 from embstore.core.errors import EmbstoreError, ExitCode, PromptError, RowError
 from embstore.core.events import Observer
 from embstore.core.format import chunk_name
+from embstore.core.interfaces import PromptReader, RowBlock
 from embstore.core.prompts import Prompt
 from embstore.core.spec import EmbeddingSpec
-from embstore.export import export_store
-from embstore.info import inspect, verify
-from embstore.storage.store import EmbeddingStore, open_store
+from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.training import DensitySampler, load_weights
+from embstore.views.export import export_store
+from embstore.views.info import inspect, verify
 from tests.support.build_fake import CONFIG
 from tests.support.fake import DIMENSION, RANK, FakeEmbedder, FakeSource
 from tests.support.stores import NUM_ROWS, WINDOWS, build_small, snapshot, with_embedding, write_lines

@@ -13,9 +13,9 @@ from embstore.core.config import EmbeddingConfig, EngineConfig
 from embstore.core.errors import ConfigError, EngineError, IdentityMismatchError
 from embstore.core.events import RowsCommitted, StageStarted, WorkersChanged
 from embstore.engines import ray as ray_module
-from embstore.pipeline import build
+from embstore.flow.build import build
 from embstore.storage.writer import StoreWriter
-from embstore.terminal import TerminalObserver
+from embstore.views.terminal import TerminalObserver
 from tests.support.build_fake import CONFIG
 from tests.support.fake import FakeSource
 

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from embstore.artifact import recompute_weights
 from embstore.core.config import BuildConfig, EmbeddingConfig, WeightingConfig
 from embstore.core.errors import ConfigError, CorruptStoreError, ExitCode, IdentityMismatchError
 from embstore.core.events import Notice
 from embstore.core.format import document
 from embstore.core.records import DriftRecord, encode_journal_header
 from embstore.core.spec import StoreSpec
-from embstore.info import inspect, verify
-from embstore.pipeline import build
-from embstore.storage.store import open_store
+from embstore.flow.artifact import recompute_weights
+from embstore.flow.build import build
+from embstore.storage.reader import open_store
 from embstore.storage.writer import StoreWriter
+from embstore.views.info import inspect, verify
 from tests.support.build_fake import CONFIG
 from tests.support.fake import FakeSource, renamed
 from tests.support.rot import tree_state

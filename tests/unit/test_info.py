@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embstore.artifact import recompute_weights
 from embstore.core.config import WeightingConfig
 from embstore.core.errors import ConfigError, EmbstoreError, IncompleteStoreError
-from embstore.info import StoreInfo, inspect, neighbors_of
-from embstore.storage.store import open_store
+from embstore.flow.artifact import recompute_weights
+from embstore.storage.reader import open_store
+from embstore.views.info import StoreInfo, inspect, neighbors_of
 from tests.support.build_fake import CONFIG
 from tests.support.faults import Killed, SystemCalls
 from tests.support.stores import NUM_ROWS, build_small, with_weighting, write_lines

@@ -13,7 +13,7 @@ import pytest
 
 from embstore.core.errors import ExitCode, PromptError
 from embstore.core.rows import RowRange
-from embstore.storage.prompts import PromptTable
+from embstore.storage.prompt_table import PromptTable
 from tests.support.stage0 import Stage0, ingested
 from tests.support.stores import write_lines
 
@@ -193,7 +193,7 @@ def test_a_line_of_ten_megabytes_is_a_row(source: Path) -> None:
 def test_a_line_beyond_the_limit_is_quarantined_and_the_next_ones_are_read(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embstore.storage.prompts.MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr("embstore.storage.prompt_table.MAX_LINE_BYTES", 1 << 20)
     long = json.dumps({"prompt": "x" * (5 << 19)}).encode() + b"\n"
     found = _ingest(source, [{"prompt": "a"}, long, {"prompt": "b"}, long.rstrip()])
     assert found.texts == ["a", "b"]

@@ -16,11 +16,11 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 
-from embstore.compute import source
-from embstore.compute.models import load_model, locate_model, resolve_device
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ConfigError, EmbstoreError, ModelError
 from embstore.core.events import Event, Notice
+from embstore.model import source
+from embstore.model.load import load_model, locate_model, resolve_device
 from tests.support.models import PROMPTS, make_model, make_tokenizer, open_embedder, rows_before_rounding, save_model
 
 

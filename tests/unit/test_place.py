@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from embstore.core.events import Event, Notice
-from embstore.storage import place
+from embstore.storage import filesystem
 from tests.support.stores import build_small
 
 MOUNTS = r"""
@@ -35,11 +35,11 @@ a line that is none
 )
 def test_the_file_system_of_a_path_is_that_of_its_nearest_mount(path: str, kind: str, tmp_path: Path) -> None:
     (tmp_path / "mountinfo").write_text(MOUNTS)
-    assert place.file_system(Path(path), mounts=tmp_path / "mountinfo") == kind
+    assert filesystem.file_system(Path(path), mounts=tmp_path / "mountinfo") == kind
 
 
 def test_where_mounts_cannot_be_read_nothing_is_said(tmp_path: Path) -> None:
-    assert place.file_system(tmp_path, mounts=tmp_path / "no file") == ""
+    assert filesystem.file_system(tmp_path, mounts=tmp_path / "no file") == ""
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_where_mounts_cannot_be_read_nothing_is_said(tmp_path: Path) -> None:
 def test_a_build_says_once_what_its_place_does_not_promise(
     kind: str, says: str | None, small_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(place, "file_system", lambda path: kind)
+    monkeypatch.setattr(filesystem, "file_system", lambda path: kind)
     events: list[Event] = []
     build_small(small_prompts, tmp_path / "store", observer=events.append)
     said = [event.message for event in events if isinstance(event, Notice) and str(tmp_path / "store") in event.message]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embstore.compute.recycled import RecycledMemory
+from embstore.model.recycled import RecycledMemory
 
 
 def test_what_was_given_back_is_used_again() -> None:

@@ -25,14 +25,14 @@ from embstore.core.decode import printable
 from embstore.core.density import mean_distance
 from embstore.core.errors import ConfigError, CorruptStoreError, EmbstoreError, IncompleteStoreError, StoreExistsError
 from embstore.core.prompts import parse_line
-from embstore.report import layout
-from embstore.report.charts import charts_of
-from embstore.report.data import NO_VALUE, one_line, read_report
-from embstore.report.groups import components, crowded_neighbourhoods, near_distance, near_duplicates
-from embstore.report.page import _plotly, embedded_json, render_page
-from embstore.report.plots import render_picture
-from embstore.report.write import write_report
-from embstore.storage.store import open_store
+from embstore.storage.reader import open_store
+from embstore.views.report import layout
+from embstore.views.report.charts import charts_of
+from embstore.views.report.crowds import components, crowded_neighbourhoods, near_distance, near_duplicates
+from embstore.views.report.data import NO_VALUE, one_line, read_report
+from embstore.views.report.page import _plotly, embedded_json, render_page
+from embstore.views.report.plots import render_picture
+from embstore.views.report.write import write_report
 from tests.support.reports import HOSTILE, enlarged, hostile_store
 from tests.support.stores import build_small, with_weighting, write_lines
 
@@ -301,7 +301,7 @@ def test_a_page_of_28k_prompts_is_under_15_mb(finished_store: Path) -> None:
 
 
 def test_letters_of_many_bytes_are_cut_shorter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embstore.report.data._TEXT_BYTES", 20_000)
+    monkeypatch.setattr("embstore.views.report.data._TEXT_BYTES", 20_000)
     lines = [{"prompt": f"{index} " + "\u6f22" * 400} for index in range(100)]
     build_small(write_lines(tmp_path / "p.jsonl", lines), tmp_path / "store", config=with_weighting(k=3))
     texts = read_report(tmp_path / "store").map.text

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from embstore.cli import app
 from embstore.core.errors import ConfigError, KeyMismatchError, StoreExistsError
-from embstore.training import load_weights, resample_file, resample_indices, tables
+from embstore.training import file_resampling, load_weights, resample_file, resample_indices
 from tests.support.stores import small_lines, write_lines
 
 
@@ -40,7 +40,7 @@ def test_lines_are_drawn_verbatim_in_the_order_of_the_plan(finished_store: Path,
 def test_parquet_rows_are_drawn_by_blocks_of_draws_and_row_groups(
     finished_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "_BLOCK_DRAWS", 64)
+    monkeypatch.setattr(file_resampling, "_BLOCK_DRAWS", 64)
     chats = [
         {"prompt": line.get("messages") or [{"role": "user", "content": line["prompt"]}], "uid": f"u{number}"}
         for number, line in enumerate(small_lines())

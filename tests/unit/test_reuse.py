@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embstore.artifact import recompute_weights
 from embstore.core.config import BuildConfig, WeightingConfig
 from embstore.core.errors import (
     ConfigError,
@@ -26,10 +25,11 @@ from embstore.core.errors import (
 )
 from embstore.core.events import Event, Notice, Preflight, RowsCommitted
 from embstore.core.records import DriftRecord, ReuseRecord, ReusingWindowRecord
-from embstore.info import inspect, verify
-from embstore.pipeline import build, preflight
-from embstore.storage.store import EmbeddingStore, open_store
+from embstore.flow.artifact import recompute_weights
+from embstore.flow.build import build, preflight
+from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.storage.writer import StoreWriter
+from embstore.views.info import inspect, verify
 from tests.support.build_fake import CONFIG
 from tests.support.fake import FakeSource, renamed
 from tests.support.rot import tree_state

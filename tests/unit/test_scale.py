@@ -22,10 +22,10 @@ from embstore.core.records import (
     encode_journal_record,
 )
 from embstore.core.spec import StoreSpec, array_metadata
-from embstore.info import inspect
 from embstore.storage.journal import Journal, read_journal
-from embstore.storage.store import open_store
+from embstore.storage.reader import open_store
 from embstore.storage.writer import StoreWriter
+from embstore.views.info import inspect
 from tests.support.records import EMBEDDING, spec, window_record
 
 NUM_ROWS = 1_000_000

@@ -14,7 +14,6 @@ import tensorstore
 import zarr
 from numpy.typing import NDArray
 
-from embstore.artifact import recompute_weights
 from embstore.core.config import WeightingConfig
 from embstore.core.errors import (
     ConfigError,
@@ -24,10 +23,11 @@ from embstore.core.errors import (
     StoreNotFoundError,
 )
 from embstore.core.format import chunk_name
-from embstore.export import export_store
-from embstore.info import inspect, neighbors_of, verify
-from embstore.pipeline import build
-from embstore.storage.store import EmbeddingStore, open_store
+from embstore.flow.artifact import recompute_weights
+from embstore.flow.build import build
+from embstore.storage.reader import EmbeddingStore, open_store
+from embstore.views.export import export_store
+from embstore.views.info import inspect, neighbors_of, verify
 from tests.support.build_fake import CONFIG
 from tests.support.fake import DIMENSION, FakeSource
 from tests.support.stores import (

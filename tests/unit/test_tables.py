@@ -103,7 +103,7 @@ def test_fields_of_other_names(kind: str, tmp_path: Path) -> None:
         {"uid": "q3", "prompt": "not this"},
     ]
     source = write_lines(tmp_path / "p", lines) if kind == "jsonl" else _parquet(tmp_path / "p", lines)
-    from embstore.storage.prompts import ingest
+    from embstore.storage.prompt_table import ingest
     from tests.support.stage0 import read_stage0
 
     out = tmp_path / "out"
@@ -186,8 +186,8 @@ def test_reading_takes_bounded_memory(kind: str, tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from embstore.memory import MemoryMeter
-from embstore.storage.tables import table_lines
+from embstore.host.memory import MemoryMeter
+from embstore.storage.parquet_source import table_lines
 import pyarrow.parquet
 with MemoryMeter() as meter:
     meter.set_baseline()

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embstore.artifact import recompute_weights
 from embstore.core.config import WeightingConfig
 from embstore.core.errors import (
     ConfigError,
@@ -24,6 +23,7 @@ from embstore.core.errors import (
     LengthMismatchError,
     StoreNotFoundError,
 )
+from embstore.flow.artifact import recompute_weights
 from embstore.training import Weights, load_weights
 from tests.support.stores import NUM_ROWS
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from embstore.artifact import recompute_weights
 from embstore.cli import app
 from embstore.core.config import WeightingConfig
 from embstore.core.errors import CorruptStoreError, ExitCode, IdentityMismatchError, StoreLockedError
@@ -25,10 +24,11 @@ from embstore.core.records import (
     encode_journal_header,
     encode_journal_record,
 )
-from embstore.info import inspect, verify
+from embstore.flow.artifact import recompute_weights
 from embstore.storage.chunks import encode_chunk
-from embstore.storage.store import open_store
+from embstore.storage.reader import open_store
 from embstore.storage.writer import StoreWriter
+from embstore.views.info import inspect, verify
 from tests.support.build_fake import CONFIG
 from tests.support.fake import DIMENSION, FakeSource
 from tests.support.rot import tree_state

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from embstore.compute.workers import Workers, abandon, finish_all, workers_for
+from embstore.host.threads import Workers, abandon, finish_all, workers_for
 
 
 def test_as_many_jobs_run_at_once_as_there_are_workers_under_inference_mode() -> None:

@@ -1,0 +1,419 @@
+"""What may be built here: prompts and identity committed or compared, cost stated, everything else refused.
+
+Nothing in this module computes a row. A different input is refused before anything is written; what cannot fit on the disk
+or in the memory budget is refused before the first row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from embstore.core.config import K_MAX, BuildConfig, DensityConfig, EmbeddingConfig, format_bytes
+from embstore.core.errors import BudgetError, ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
+from embstore.core.events import Notice, Preflight
+from embstore.core.format import BASIS, FORMAT_VERSION, MANIFEST, PROMPTS
+from embstore.core.interfaces import Embedder, EmbedderSource
+from embstore.core.plan import BuildPlan, as_stored, plan, refuse_drift, refuse_other_input
+from embstore.core.records import DemotedRecord, DriftRecord, PromptsRecord
+from embstore.core.rows import chunk_rows_near
+from embstore.core.spec import StoreSpec
+from embstore.flow.reuse import Reuse, match_rows, nothing_reused, open_again, open_reused, refuse_unlike
+from embstore.flow.run import Run
+from embstore.storage.arrays import map_array
+from embstore.storage.filesystem import caveat
+from embstore.storage.journal import run_entries
+from embstore.storage.prompt_table import PromptSource, PromptTable, ingest
+from embstore.storage.reader import open_published
+from embstore.storage.verify import check_stage0, compare_file, damaged_windows
+
+if TYPE_CHECKING:
+    from embstore.search.search_plan import SearchPlan
+
+# Searches of fewer rows take seconds: not worth a second to foretell.
+_PROBED_ROWS = 20_000
+
+CHUNK_BYTES = 32 << 20
+# A small store has smaller chunks, so that all cores share its end and less memory is touched for the first time.
+_LEAST_CHUNKS, _SMALL_CHUNK_BYTES = 8, 4 << 20
+_COPIED_BYTES_PER_SECOND = 300e6  # for the estimate: read, checked, decoded, encoded, written
+
+
+def warn_of_place(run: Run) -> None:
+    """Say what the file system below the store does not promise, if it is no local disk."""
+    message = caveat(run.writer.root)
+    if message is not None:
+        run.observer(Notice(message=message))
+
+
+# --- stage 0: prompts ------------------------------------------------------------------------------------------------
+
+
+def commit_prompts(run: Run, source: PromptSource | None) -> PromptsRecord:
+    """Canonical rows in the store; on a resume, the given file must still give the same rows."""
+    writer, config = run.writer, run.config
+    _refuse_lost_journal(run)
+    committed = writer.state.prompts
+    with run.stage("prompts"):
+        if committed is None:
+            if source is None:
+                raise ConfigError(f"{writer.root} holds no prompts yet", hint="give the prompts file")
+            record = ingest(source, writer.root, writer.work, strict=config.strict, limit=config.limit, fields=config.fields)
+            writer.commit(record)
+        else:
+            record = committed
+            if not config.trust_journal:
+                check_stage0(writer.root, record)
+            if source is not None:
+                _refuse_other_prompts(writer.root, record, source, config)
+    if record.quarantined:
+        run.observer(
+            Notice(
+                message=f"{record.quarantined} of {record.lines} lines hold no prompt; see {writer.root}/quarantine.jsonl"
+            )
+        )
+    return record
+
+
+def _refuse_lost_journal(run: Run) -> None:
+    """A manifest stands only over a whole journal: nothing is computed again under what readers still follow."""
+    finished = open_published(run.writer.root)
+    committed = run.writer.state.committed_rows
+    if finished is not None and committed != finished.num_rows:
+        raise CorruptStoreError(
+            f"{MANIFEST} publishes {finished.num_rows} rows, the journal commits {committed}: it lost its end",
+            hint="restore journal.jsonl from a copy of the store, or run embstore verify STORE --repair and then "
+            "embstore build PROMPTS --resume, which computes again what the journal lost; readers are served until then",
+        )
+
+
+def _refuse_other_prompts(root: Path, record: PromptsRecord, source: PromptSource, config: BuildConfig) -> None:
+    """Ingest the given file aside and compare; names the first row that differs."""
+    with tempfile.TemporaryDirectory(prefix="embstore-compare-") as scratch:
+        folder = Path(scratch)
+        given = ingest(source, folder, folder, strict=config.strict, limit=config.limit or None, fields=config.fields)
+        if given.fingerprint == record.fingerprint:
+            return
+        mismatches = [FieldMismatch(field="prompts", stored=record.fingerprint[:16], given=given.fingerprint[:16])]
+        if given.rows != record.rows:
+            mismatches.append(FieldMismatch(field="rows", stored=record.rows, given=given.rows))
+        with (root / PROMPTS).open("rb") as stored_file, (folder / PROMPTS).open("rb") as given_file:
+            for row, (left, right) in enumerate(zip(stored_file, given_file, strict=False)):
+                if left != right:
+                    stored_text, given_text = left.decode()[:60], right.decode()[:60]
+                    mismatches.append(FieldMismatch(field=f"row {row}", stored=stored_text, given=given_text))
+                    break
+    raise IdentityMismatchError(mismatches)
+
+
+# --- spec: everything that changes a byte, pinned once ----------------------------------------------------------------
+
+
+def find_source(run: Run) -> EmbedderSource | None:
+    """The model named by the options, or by the last run; None when every row is committed and none was named."""
+    embedding = run.config.embedding
+    state = run.writer.state
+    if embedding.model is None and (run.config.reuse or state.reuse) and not _knows_model(run.writer.root):
+        return None  # perhaps every row is in an old store
+    from embstore.model.load import locate_model  # noqa: PLC0415 - torch loads only where rows may be computed
+    from embstore.model.source import TorchSource  # noqa: PLC0415
+
+    if embedding.model is None:
+        if state.spec is not None and not plan(run.writer.read_spec(), state).windows:
+            return None
+        if state.spec is not None and run.writer.read_spec().embedding.head == "imported":
+            raise ConfigError(
+                f"{run.writer.root} was made from an array, and some of its rows remain",
+                hint="run embstore import ARRAY --resume with the same --out",
+            )
+        model, revision = _model_of_last_run(run.writer.root)
+        embedding = dataclasses.replace(embedding, model=model, revision=revision)
+    return TorchSource(locate_model(embedding))
+
+
+def _knows_model(root: Path) -> bool:
+    return any(entry.get("model") for entry in run_entries(root))
+
+
+def _model_of_last_run(root: Path) -> tuple[str, str | None]:
+    for entry in reversed(run_entries(root)):
+        model, revision = entry.get("model"), entry.get("revision")
+        if model and isinstance(model, str) and isinstance(revision, str | None):
+            return model, revision
+    raise ConfigError("no model was given", hint="add --model, a folder or a hub id such as org/name")
+
+
+def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | None, Reuse]:
+    """The pinned spec, an embedder if rows are to be computed, and where others are copied from.
+
+    A different input is refused here, nothing written.
+    """
+    writer, config = run.writer, run.config
+    if writer.state.spec is None:
+        paths = config.reuse or (_reuse_of_last_run(writer.root) if writer.state.reuse is not None else ())
+        if paths:
+            return _create_reusing(run, record, paths)
+        if run.source is None:
+            raise ConfigError("no model was given", hint="add --model")
+        return *_create_spec(run, record, run.source), nothing_reused(record.rows)
+    spec = writer.read_spec()
+    if config.reuse and writer.state.reuse is None:
+        raise IdentityMismatchError(
+            [FieldMismatch(field="stores to reuse", stored="none", given=", ".join(config.reuse))],
+            hint="resume without --reuse, or build into another --out",
+        )
+    model = run.source.identity() if run.source is not None else None
+    remaining = plan(spec, writer.state).windows
+    # an explicit device or thread count is compared even when no row is left
+    asked = config.embedding.device not in (None, "auto") or config.embedding.threads is not None
+    hardware = None
+    if run.source is not None and (remaining or asked):
+        known = dataclasses.replace(
+            config.embedding,
+            device=config.embedding.device or spec.embedding.device,
+            threads=config.embedding.threads or spec.embedding.threads,
+        )
+        hardware = as_stored(run.source.hardware(known), spec.embedding)
+    drifted = refuse_other_input(spec, config.embedding, model, hardware)
+    if drifted and hardware is not None:
+        if not config.allow_drift:
+            refuse_drift(spec, drifted, hardware)
+        if remaining:
+            run.observer(Notice(message=f"drift allowed in {', '.join(drifted)}: rows may differ in low bits from here on"))
+            writer.commit(DriftRecord(fields=drifted))
+        # only this run's copy: the stored spec stays what the first rows were made with
+        spec = dataclasses.replace(spec, embedding=dataclasses.replace(spec.embedding, **hardware))  # type: ignore[arg-type]
+    reuse = _open_reused_again(run, spec) if remaining else None
+    run.log_start()
+    _demote_damaged(run, spec)
+    todo = plan(spec, writer.state)
+    if not todo.windows:
+        return spec, None, nothing_reused(spec.rows)
+    reuse = reuse or _open_reused_again(run, spec)
+    if all(reuse.count(todo.grid.window(window)) == todo.grid.window(window).num_rows for window in todo.windows):
+        return spec, None, reuse
+    run.source = run.source or find_source(run)  # every row was committed, then some were found damaged
+    if run.source is None:
+        raise ConfigError("rows are to be computed, and no model was given", hint="add --model")
+    if config.engine.is_remote:
+        return spec, None, reuse  # workers load it
+    with run.stage("model"):
+        # copy-on-write mapping: torch takes no read-only array, and nothing writes to it
+        shape = (spec.embedding.dimension, spec.embedding.rank)
+        return spec, run.source.reopen(spec.embedding, map_array(writer.root, BASIS, "<f4", shape, mode="c")), reuse
+
+
+def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tuple[StoreSpec, Embedder]:
+    writer, config = run.writer, run.config
+    prompts = PromptTable(writer.root / PROMPTS, record.rows)
+    identity = source.identity()
+    with run.stage("model"):
+        embedder = source.create(
+            prompts,
+            _shared_cores(config, source),
+            memory_bytes=config.memory_budget_bytes,
+            work=writer.work,
+            observer=run.observer,
+        )
+    chunk_rows, window_rows = _fit_rows(config, embedder, record.rows, nothing_reused(record.rows))
+    spec = StoreSpec(
+        format_version=FORMAT_VERSION,
+        rows=record.rows,
+        prompts_fingerprint=record.fingerprint,
+        model=identity,
+        embedding=embedder.spec,
+        window_rows=window_rows,
+        chunk_rows=chunk_rows,
+        compressor=config.embedding.compressor or "lz4",
+        basis_sha256="",
+    )
+    free_bytes = shutil.disk_usage(writer.root).free
+    check_fits(run, spec, embedder, plan(spec, writer.state), free_bytes, nothing_reused(spec.rows))
+    run.log_start()
+    return writer.create(spec, embedder.basis_VR), embedder
+
+
+def _shared_cores(config: BuildConfig, source: EmbedderSource) -> EmbeddingConfig:
+    """The embedding's options; workers of one machine share its cores where no thread count was given."""
+    engine, embedding = config.engine, config.embedding
+    workers = engine.num_workers or len(engine.devices)
+    if embedding.threads is not None or engine.ray_address is not None or workers < 2:
+        return embedding
+    cores = source.hardware(embedding)["threads"]
+    return dataclasses.replace(embedding, threads=max(1, int(str(cores)) // workers))
+
+
+def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tuple[StoreSpec, Embedder | None, Reuse]:
+    """A new store under the settings of old ones: nothing is decided anew but the sizes of windows and chunks."""
+    writer, config = run.writer, run.config
+    prompts = PromptTable(writer.root / PROMPTS, record.rows)
+    stores = open_reused(paths, writer.root)
+    with run.stage("reuse"):
+        reuse = match_rows(prompts, stores)
+    old = stores[0].spec
+    num_computed = record.rows - reuse.num_rows
+    if num_computed and run.source is None:
+        raise ConfigError(f"{num_computed} prompts are in no store to reuse, and no model was given", hint="add --model")
+    model = run.source.identity() if run.source is not None else None
+    hardware = None
+    if run.source is not None and num_computed:
+        asked = dataclasses.replace(
+            config.embedding,
+            device=config.embedding.device or old.embedding.device,
+            threads=config.embedding.threads or old.embedding.threads,
+        )
+        hardware = as_stored(run.source.hardware(asked), old.embedding)
+    drifted = refuse_unlike(stores, config, model, hardware)
+    # only what this run computes with: the stored spec stays what the copied rows were made with
+    embedding = dataclasses.replace(old.embedding, **hardware) if hardware is not None else old.embedding  # type: ignore[arg-type]
+    problem = compare_file(stores[0].root, BASIS, stores[0].published.files[BASIS])
+    if problem is not None:
+        raise CorruptStoreError(f"{stores[0].root}/{BASIS} {problem}", hint=f"run embstore verify {stores[0].root}")
+    basis_VR = map_array(stores[0].root, BASIS, "<f4", (old.embedding.dimension, old.embedding.rank), mode="c")
+    embedder = None
+    chunk_rows, window_rows = config.embedding.chunk_rows or old.chunk_rows, config.embedding.window_rows or old.window_rows
+    if num_computed and run.source is not None:
+        with run.stage("model"):
+            embedder = run.source.take_over(prompts, embedding, basis_VR, memory_bytes=config.memory_budget_bytes)
+        chunk_rows, window_rows = _fit_rows(config, embedder, record.rows, reuse)
+    spec = StoreSpec(
+        format_version=FORMAT_VERSION,
+        rows=record.rows,
+        prompts_fingerprint=record.fingerprint,
+        model=model or old.model,
+        embedding=old.embedding,
+        window_rows=window_rows,
+        chunk_rows=chunk_rows,
+        compressor=config.embedding.compressor or old.compressor,
+        basis_sha256="",
+    )
+    check_fits(run, spec, embedder, plan(spec, writer.state), shutil.disk_usage(writer.root).free, reuse)
+    run.log_start()
+    if writer.state.reuse != reuse.record:
+        writer.commit(reuse.record)  # before the spec: a store with a spec says whether rows of it are copied
+    spec = writer.create(spec, basis_VR)
+    if drifted:
+        run.observer(Notice(message=f"drift allowed in {', '.join(drifted)}: computed rows may differ in low bits"))
+        writer.commit(DriftRecord(fields=drifted))
+    return spec, embedder, reuse
+
+
+def _open_reused_again(run: Run, spec: StoreSpec) -> Reuse:
+    """Where the rows that are left come from, on a resume; without the old stores they are computed if drift is allowed."""
+    record = run.writer.state.reuse
+    if record is None:
+        return nothing_reused(spec.rows)
+    paths = run.config.reuse or _reuse_of_last_run(run.writer.root)
+    try:
+        stores = open_again(paths, run.writer.root, record)
+    except IdentityMismatchError as error:
+        if not run.config.allow_drift:
+            raise
+        message = "; ".join(str(mismatch) for mismatch in error.mismatches)
+        run.observer(Notice(message=f"drift allowed: rows are computed that were to be copied ({message})"))
+        run.writer.commit(DriftRecord(fields=["reuse"]))
+        return nothing_reused(spec.rows)
+    with run.stage("reuse"):
+        return match_rows(PromptTable(run.writer.root / PROMPTS, spec.rows), stores)
+
+
+def _reuse_of_last_run(root: Path) -> tuple[str, ...]:
+    for entry in reversed(run_entries(root)):
+        paths = entry.get("reuse")
+        if isinstance(paths, list) and paths and all(isinstance(path, str) for path in paths):
+            return tuple(paths)
+    return ()
+
+
+def _fit_rows(config: BuildConfig, embedder: Embedder, num_rows: int, reuse: Reuse) -> tuple[int, int]:
+    """Rows of a chunk and of a window: near 32 MiB and about a minute, less for few rows or a small memory budget."""
+    embedding = config.embedding
+    row_bytes = 2 * embedder.spec.dimension
+    chunk_bytes = min(CHUNK_BYTES, max(_SMALL_CHUNK_BYTES, num_rows * row_bytes // _LEAST_CHUNKS))
+
+    def needs(chunk_rows: int) -> int:
+        return embedder.memory_bytes(chunk_rows) + reuse.memory_bytes(chunk_rows)
+
+    chunk_rows = embedding.chunk_rows or chunk_rows_near(
+        row_bytes, chunk_bytes, num_rows=num_rows, max_rows=embedder.max_window_rows
+    )
+    while embedding.chunk_rows is None and chunk_rows > 16 and needs(chunk_rows) > config.memory_budget_bytes:
+        chunk_rows = max(16, chunk_rows // 2 // 16 * 16)
+    needed = needs(chunk_rows)
+    if needed > config.memory_budget_bytes:
+        raise BudgetError(
+            f"embedding needs {format_bytes(needed)}, --memory-budget is {format_bytes(config.memory_budget_bytes)}",
+            hint=f"give --memory-budget {-(-needed // (1 << 20))}MiB or more",
+        )
+    whole = -(-num_rows // chunk_rows) * chunk_rows
+    window_rows = embedding.window_rows or min(max(1, embedder.max_window_rows // chunk_rows) * chunk_rows, whole)
+    return chunk_rows, window_rows
+
+
+def check_fits(
+    run: Run, spec: StoreSpec, embedder: Embedder | None, todo: BuildPlan, free_bytes: int, reuse: Reuse
+) -> Preflight:
+    """Say what is about to happen; refuse what cannot fit on the disk or in the budget."""
+    from embstore.search.search_plan import plan_search  # noqa: PLC0415 - hnswlib loads only where it is needed
+
+    search = plan_search(
+        spec.rows,
+        spec.embedding.rank,
+        run.config.density,
+        threads=spec.embedding.threads,
+        memory_bytes=run.config.memory_budget_bytes,
+    )
+    row_bytes = 2 * spec.embedding.dimension
+    copies = 4 if run.config.density.center else 3  # coordinates, their centred copies, neighbours
+    beside = spec.rows * (copies * 4 * spec.embedding.rank + 16 * K_MAX)
+    remaining_bytes = todo.remaining_rows * row_bytes + beside
+    record = run.writer.state.prompts
+    event = Preflight(
+        num_rows=spec.rows,
+        remaining_rows=todo.remaining_rows,
+        quarantined_lines=record.quarantined if record else 0,
+        truncated_share=embedder.truncated_share if embedder else 0.0,
+        dimension=spec.embedding.dimension,
+        head=spec.embedding.head,
+        dtype=spec.embedding.dtype,
+        device=spec.embedding.device,
+        remaining_bytes=remaining_bytes,
+        free_bytes=free_bytes,
+        embed_memory_bytes=(embedder.memory_bytes(spec.chunk_rows) if embedder else 0) + reuse.memory_bytes(spec.chunk_rows),
+        memory_budget_bytes=run.config.memory_budget_bytes,
+        knn=search.method,
+        num_shards=search.shards,
+        search_seconds=_search_seconds(search, spec, run.config.density),
+        seconds=(embedder.seconds_per_row if embedder else 0.0) * (todo.remaining_rows - reuse.num_rows)
+        + reuse.num_rows * row_bytes / _COPIED_BYTES_PER_SECOND,
+        reused_rows=reuse.num_rows,
+        dropped_rows=reuse.dropped_rows,
+    )
+    run.observer(event)
+    if remaining_bytes > free_bytes:
+        raise BudgetError(
+            f"the store may need {format_bytes(remaining_bytes)}, {run.writer.root} has {format_bytes(free_bytes)} free",
+            hint="free some space, choose another --out, or try --limit",
+        )
+    return event
+
+
+def _search_seconds(search: SearchPlan, spec: StoreSpec, density: DensityConfig) -> dict[str, float]:
+    if spec.rows < _PROBED_ROWS:
+        return {}
+    from embstore.search.search_probe import estimate_seconds  # noqa: PLC0415
+
+    return estimate_seconds(search, spec.rows, spec.embedding.rank, density, threads=spec.embedding.threads)
+
+
+def _demote_damaged(run: Run, spec: StoreSpec) -> None:
+    """Committed windows must still be what was committed before anything is added to them."""
+    if run.config.trust_journal or open_published(run.writer.root) is not None:
+        return  # a finished store is verify's business
+    for window, finding in damaged_windows(run.writer.root, spec, run.writer.state):
+        run.observer(Notice(message=f"{finding}; window {window} is computed again"))
+        run.writer.commit(DemotedRecord(window=window, reason=finding))

@@ -1,0 +1,410 @@
+"""THE main flow: prompts -> rows -> neighbours -> weights -> one published artefact. Read this first.
+
+``build`` runs the stages in order; each reads what the previous one committed and writes its own files. Storage knows no
+model and compute knows no disk: they meet only here. What is committed, and when, is storage.writer's business; what a
+row is, is compute.embed's. A build killed anywhere is continued by the same command with ``resume``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from embstore.core.config import K_MAX, BuildConfig
+from embstore.core.density import NOISE_FLOOR, mean_distance
+from embstore.core.errors import ConfigError
+from embstore.core.events import (
+    Notice,
+    Observer,
+    Preflight,
+    RowsCommitted,
+    StageFinished,
+    StageStarted,
+    ignore,
+)
+from embstore.core.format import COORDINATES, RESIDUALS, JsonObject
+from embstore.core.interfaces import Embedder, EmbedderSource, Job
+from embstore.core.plan import plan
+from embstore.core.spec import StoreSpec
+from embstore.engines.ray import refuse_missing
+from embstore.flow.admission import check_fits, commit_prompts, commit_spec, find_source, warn_of_place
+from embstore.flow.artifact import (
+    DEFAULT_NAME,
+    NeighborFiles,
+    WeightFiles,
+    digest_of,
+    extremes,
+    publish,
+    read_neighbors,
+    write_neighbors,
+    write_weights,
+)
+from embstore.flow.reuse import Reuse, RowCopier
+from embstore.flow.run import Run, open_engine
+from embstore.flow.window_tasks import MadeWindow, WindowsElsewhere, WindowsHere
+from embstore.host.allocator import give_back
+from embstore.host.memory import MemoryMeter
+from embstore.host.signals import StopSignals
+from embstore.storage.arrays import map_array
+from embstore.storage.atomic import storage_errors
+from embstore.storage.prompt_table import PromptSource
+from embstore.storage.reader import EmbeddingStore, open_published
+from embstore.storage.search_blocks import SearchBlocks
+from embstore.storage.writer import StoreWriter
+
+if TYPE_CHECKING:
+    from embstore.search.graph import KnnGraph
+    from embstore.search.remote import MappedSearch
+    from embstore.search.search_plan import SearchPlan
+
+_MOST_REREADS = 3.0  # neighbouring chunks share an old one, so in the same order it is about 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildReport:
+    """What a build did and found; ``metadata`` is that of the weights training maps.
+
+    ``seconds`` maps stages of this run to their duration; ``embedded_rows`` counts rows this run computed, ``reused_rows``
+    those it copied from other stores, ``dropped_rows`` rows of those stores that are no prompts here. ``rarest`` and
+    ``most_crowded`` are rows. ``peak_anonymous_bytes`` is above the baseline (see host.memory), ``worker_peak_bytes`` that
+    of the largest worker process, None where there is none; ``worker_traffic_bytes`` passed between this process and
+    workers.
+    """
+
+    store: Path
+    num_rows: int
+    embedded_rows: int
+    reused_rows: int
+    dropped_rows: int
+    embedded_tokens: int
+    stored_bytes: int
+    seconds: dict[str, float]
+    metadata: JsonObject
+    rarest: list[int]
+    most_crowded: list[int]
+    peak_anonymous_bytes: int | None
+    peak_file_bytes: int | None
+    worker_peak_bytes: int | None
+    worker_traffic_bytes: int
+
+
+def build(
+    prompts: PromptSource | None = None,
+    *,
+    out: str | Path,
+    model: str | None = None,
+    config: BuildConfig | None = None,
+    resume: bool = False,
+    observer: Observer = ignore,
+    source: EmbedderSource | None = None,
+) -> BuildReport:
+    """Build a store, or continue one.
+
+    Parameters
+    ----------
+    prompts
+        JSONL file (gzip allowed) or ``-``, or the names of an array's rows. May be None on a resume: the rows are in the
+        store; if given they must match.
+    out
+        The store's folder; created when absent.
+    model
+        Folder or hub id of a causal LM; shorthand for ``config.embedding.model``. May be None on a resume.
+    config
+        Everything else; defaults suit most.
+    resume
+        Continue what is at ``out``; starts from nothing if nothing is there, so a job script is the same line every time.
+    observer
+        Called with ``core.events`` as the build goes; must return quickly.
+    source
+        Another embedder than the Hugging Face one.
+
+    Returns
+    -------
+    BuildReport
+
+    Raises
+    ------
+    EmbstoreError
+        See core.errors; whatever was committed stays committed.
+    """
+    config = (config or BuildConfig()).for_workers
+    if model is not None:
+        config = dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, model=model))
+    root = Path(out)
+    if config.engine.is_remote:
+        refuse_missing()
+    with (
+        StopSignals() as stop,
+        MemoryMeter() as meter,
+        StoreWriter(root, resume=resume) as writer,
+        contextlib.ExitStack() as closing,
+    ):
+        run = Run(writer=writer, config=config, source=source, observer=observer, stop=stop, meter=meter)
+        warn_of_place(run)
+        record = commit_prompts(run, prompts)
+        run.source = source or find_source(run)
+        spec, embedder, reuse = commit_spec(run, record)
+        if config.engine.is_remote:
+            embedder = None  # it was loaded to decide the settings; workers load their own
+            give_back()
+            if spec.embedding.device == "cuda":
+                from embstore.host.device import give_back_device  # noqa: PLC0415
+
+                give_back_device()
+        closing.enter_context(open_engine(run, spec))
+        meter.set_baseline()  # imports and model are not what the budget bounds
+        _embed_windows(run, spec, embedder, reuse)
+        del embedder, reuse  # the model's memory is free for the search
+        give_back()
+        finished = open_published(root)
+        neighbors = _find_neighbors(run, spec, finished)
+        weights = _publish_weights(run, spec, neighbors, finished)
+        report = _report(run, spec, neighbors, weights)
+        writer.log_run({"event": "finished", "time": time.time(), "seconds": report.seconds})
+        return report
+
+
+def preflight(
+    prompts: str | Path | None,
+    *,
+    out: str | Path,
+    config: BuildConfig,
+    observer: Observer = ignore,
+    source: EmbedderSource | None = None,
+) -> Preflight:
+    """What ``build`` would do and cost, writing nothing to ``out`` (``--dry-run``); the events tell the same.
+
+    The prompts are read and the model is loaded and probed, in a temporary folder.
+    """
+    root, config = Path(out), config.for_workers
+    free_bytes = shutil.disk_usage(next(path for path in (root, *root.absolute().parents) if path.exists())).free
+    if prompts is None:
+        raise ConfigError("a dry run needs the prompts file")
+    with (
+        tempfile.TemporaryDirectory(prefix="embstore-dry-run-") as scratch,
+        StopSignals() as stop,
+        MemoryMeter() as meter,
+        StoreWriter(Path(scratch) / "store", resume=False) as writer,
+    ):
+        run = Run(writer=writer, config=config, source=source, observer=observer, stop=stop, meter=meter)
+        record = commit_prompts(run, prompts)
+        run.source = source or find_source(run)
+        spec, embedder, reuse = commit_spec(run, record)
+        return check_fits(run, spec, embedder, plan(spec, writer.state), free_bytes, reuse)
+
+
+# --- embedding: one window, one commit --------------------------------------------------------------------------------
+
+
+def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: Reuse) -> None:
+    todo = plan(spec, run.writer.state)
+    if not todo.windows:
+        return
+    if (rereads := RowCopier(reuse, spec, run.writer.work).rereads(todo.windows)) > _MOST_REREADS:
+        run.observer(
+            Notice(message=f"the pool has another order than the old store: rows to copy are read {rereads:.0f} times over")
+        )
+    job = _window_job(run, spec, embedder, reuse)
+    run.observer(StageStarted(stage="embed", total=spec.rows, done=spec.rows - todo.remaining_rows))
+    started = since = time.perf_counter()
+    with run.stage("embed"), run.stop.deferred() as check:
+        # deferred as a whole: a window that is made is committed, what is committed is reported, nothing new is begun
+        made_windows = run.engine.map(
+            job, todo.windows, check=check, is_stopping=run.stop.is_stopping, observer=run.observer
+        )
+        with contextlib.closing(made_windows):
+            for window, made in made_windows:
+                record = run.writer.commit_window(spec, made.written)
+                if made.peak_anonymous_bytes is not None:
+                    run.worker_peak_bytes = max(run.worker_peak_bytes or 0, made.peak_anonymous_bytes)
+                rows = todo.grid.window(window)
+                stored_bytes = sum(chunk.bytes for chunk in record.chunks)
+                reused = reuse.count(rows)
+                run.embedded_rows += rows.num_rows - reused
+                run.reused_rows += reused
+                run.embedded_tokens += record.tokens
+                run.stored_bytes += stored_bytes
+                since, before = time.perf_counter(), since
+                run.observer(
+                    RowsCommitted(
+                        start=rows.start,
+                        stop=rows.stop,
+                        num_tokens=record.tokens,
+                        stored_bytes=stored_bytes,
+                        seconds=since - before,
+                        num_reused=reused,
+                    )
+                )
+                for failed in record.failed:
+                    run.observer(Notice(message=f"row {failed.row} failed and is kept without a vector: {failed.reason}"))
+    run.observer(StageFinished(stage="embed", seconds=time.perf_counter() - started))
+
+
+def _window_job(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: Reuse) -> Job[int, MadeWindow]:
+    root, stops = run.writer.root, run.config.on_error == "stop"
+    if not run.engine.is_remote:
+        return WindowsHere(
+            root=root, spec=spec, embedder=embedder, reuse=reuse, stops_at_failure=stops, work=run.writer.work
+        )
+    return WindowsElsewhere.prepare(
+        root.absolute(),
+        spec,
+        run.source if reuse.num_rows < spec.rows else None,
+        reuse,
+        stops_at_failure=stops,
+        folder=run.engine_folder,
+    )
+
+
+# --- density, weights, publication ------------------------------------------------------------------------------------
+
+
+def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) -> NeighborFiles:
+    """The neighbour graph for these rows and settings: the published one if it is the same, else a new search."""
+    from embstore.search.centering import center_rows  # noqa: PLC0415 - hnswlib loads only where it is needed
+    from embstore.search.graph import build_graph  # noqa: PLC0415
+    from embstore.search.search_plan import plan_search  # noqa: PLC0415
+
+    state, density = run.writer.state, run.config.density
+    failed_N = np.zeros(spec.rows, dtype=np.bool_)
+    failed_N[[failed.row for failed in state.failed]] = True
+    commits = [[window.window, window.coordinates_crc32c] for window in state.windows.values()]
+    search = plan_search(
+        spec.rows,
+        spec.embedding.rank,
+        density,
+        threads=spec.embedding.threads,
+        memory_bytes=run.config.memory_budget_bytes,
+    )
+    digest = digest_of({"density": dataclasses.asdict(density), "shards": search.shards, "rows": commits})
+    if finished is not None and finished.manifest is not None and finished.manifest.neighbors == digest:
+        return read_neighbors(finished)
+    shape = (spec.rows, spec.embedding.rank)
+    # of a finished store nobody has read the coordinates yet: its own map compares them with the manifest
+    coord_NR = finished.coordinates if finished is not None else map_array(run.writer.root, COORDINATES, "<f4", shape)
+    noise_floor = NOISE_FLOOR
+    with run.stage("knn"), storage_errors("writing to", run.writer.work):
+        if density.center:
+            centered = center_rows(coord_NR, failed_N, run.writer.work)
+            coord_NR, noise_floor = centered.coord_NR, NOISE_FLOOR * centered.stretch
+        graph = build_graph(
+            coord_NR,
+            failed_N,
+            density,
+            threads=spec.embedding.threads,
+            memory_bytes=run.config.memory_budget_bytes,
+            work=run.writer.work,
+            observer=run.observer,
+            clock=time.perf_counter,
+            kept=SearchBlocks(run.writer.work, digest),
+            device=spec.embedding.device,
+            mapped=_search_workers(run, spec, search),
+        )
+        # seen from the mean, distances are not those between stored rows
+        refined = {} if density.center else {"refinement": _refine(run, spec, graph, finished)}
+    found = {
+        "knn": density.knn,
+        "method": graph.method,
+        "pilot_recall": graph.pilot_recall,
+        "center": density.center,
+        "noise_floor": noise_floor,
+        "k_max": K_MAX,
+        "shards": graph.shards,
+        "seed": density.seed,
+        "effort": dataclasses.asdict(graph.effort) if graph.effort else None,
+        "distinct_vectors": graph.num_nodes,
+        "repaired_vectors": graph.repaired_nodes,
+        "audit": dataclasses.asdict(graph.audit) if graph.audit else None,
+        "target_recall": density.target_recall,
+        "target_tv": density.target_tv,
+        "meets_target": graph.meets_target,
+        **refined,
+    }
+    return write_neighbors(run.writer.root, digest, graph.ids_NK, graph.distances_NK, graph.groups_N, found)
+
+
+def _search_workers(run: Run, spec: StoreSpec, search: SearchPlan) -> MappedSearch | None:
+    from embstore.search.remote import MappedSearch  # noqa: PLC0415
+
+    if not run.engine.is_remote:
+        return None
+    return MappedSearch(
+        run.engine,
+        run.engine_folder,
+        threads=spec.embedding.threads,
+        memory_bytes=search.scan_memory_bytes,
+        device=spec.embedding.device,
+        observer=run.observer,
+    )
+
+
+def _refine(run: Run, spec: StoreSpec, graph: KnnGraph, finished: EmbeddingStore | None) -> dict[str, object]:
+    """What the residual bound proves of the graph; pairs that it leaves open are measured between stored rows, in place."""
+    from embstore.search.graph import AUDIT_K  # noqa: PLC0415
+    from embstore.search.refine import refine  # noqa: PLC0415
+    from embstore.search.stored_pairs import StoredRows  # noqa: PLC0415
+
+    store = finished or EmbeddingStore(run.writer.root, None, run.writer.state, spec)
+    refinement, _ = refine(
+        graph.ids_NK,
+        graph.distances_NK,
+        graph.groups_N,
+        store.residuals,
+        StoredRows(read=store.rows_at, dimension=spec.embedding.dimension, chunk_rows=spec.chunk_rows),
+        k=AUDIT_K,
+        threads=spec.embedding.threads,
+        memory_bytes=run.config.memory_budget_bytes // 2,  # beside what the search still holds
+        work=run.writer.work,
+        observer=run.observer,
+        clock=time.perf_counter,
+    )
+    return dataclasses.asdict(refinement)
+
+
+def _publish_weights(run: Run, spec: StoreSpec, neighbors: NeighborFiles, finished: EmbeddingStore | None) -> WeightFiles:
+    started = time.perf_counter()
+    run.observer(StageStarted(stage="publish", total=1, unit="manifest"))
+    with run.stage("publish"):
+        residual_N = (
+            finished.residuals if finished is not None else map_array(run.writer.root, RESIDUALS, "<f4", (spec.rows,))
+        )
+        weights = write_weights(run.writer.root, spec, run.writer.state, neighbors, residual_N, run.config.weighting)
+        kept = finished.manifest if finished is not None else None
+        if kept is None or kept.names.get(DEFAULT_NAME) != weights.digest or kept.neighbors != neighbors.digest:
+            with run.stop.deferred("publishing"):  # the flip and the links that follow it
+                publish(run.writer, spec, neighbors, weights, name=DEFAULT_NAME, kept=kept)
+    run.observer(StageFinished(stage="publish", seconds=time.perf_counter() - started))
+    for warning in weights.metadata["warnings"]:
+        run.observer(Notice(message=warning))
+    return weights
+
+
+def _report(run: Run, spec: StoreSpec, neighbors: NeighborFiles, weights: WeightFiles) -> BuildReport:
+    taken = run.writer.state.reuse
+    dropped = sum(store.rows - store.found for store in taken.stores) if taken is not None else 0
+    rarest, most_crowded = extremes(mean_distance(neighbors.distances_NK, run.config.weighting.k), 3)
+    return BuildReport(
+        store=run.writer.root,
+        num_rows=spec.rows,
+        embedded_rows=run.embedded_rows,
+        reused_rows=run.reused_rows,
+        dropped_rows=dropped,
+        embedded_tokens=run.embedded_tokens,
+        stored_bytes=run.stored_bytes,
+        seconds=run.seconds,
+        metadata=weights.metadata,
+        rarest=rarest,
+        most_crowded=most_crowded,
+        peak_anonymous_bytes=run.meter.peak_anonymous_bytes,
+        peak_file_bytes=run.meter.peak_file_bytes,
+        worker_peak_bytes=run.worker_peak_bytes,
+        worker_traffic_bytes=run.engine.traffic_bytes,
+    )

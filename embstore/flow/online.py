@@ -1,0 +1,81 @@
+"""Weights without a store: the offline pass run now, for these prompts, with a model that is in memory already.
+
+The original's ``DensityAwareSampler`` under its name, over the code of ``build``: masked means, audited neighbours, rare
+prompts up. It takes what a build takes, at every start; ``embstore build`` takes it once.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embstore.core.config import BuildConfig, EmbeddingConfig, WeightingConfig
+from embstore.core.events import Observer, ignore
+from embstore.flow.build import build
+from embstore.storage.reader import open_store
+
+if TYPE_CHECKING:
+    import torch
+
+
+class DensityAwareSampler:
+    """Sampling weights of prompts, computed where the object is made.
+
+    Parameters
+    ----------
+    prompts
+        Texts; none may be blank. Equal ones share one weight.
+    base_model, tokenizer
+        A causal LM of transformers and its tokenizer. The model is copied in float32 and stays as it is.
+    device
+        Where the copy computes.
+    k
+        Nearest distinct prompts whose mean distance is a prompt's rarity, at most 32.
+    observer
+        Called with ``core.events`` as it goes.
+
+    Attributes
+    ----------
+    density_weights
+        float64 [len(prompts)], sum 1.
+
+    Raises
+    ------
+    EmbstoreError
+        See core.errors; a temporary folder holds everything meanwhile, two bytes a prompt and column of the logits.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        base_model: torch.nn.Module,
+        tokenizer: Any,  # noqa: ANN401 - transformers is untyped
+        device: torch.device | str = "auto",
+        k: int = 10,
+        *,
+        observer: Observer = ignore,
+    ) -> None:
+        import torch  # noqa: PLC0415 - whoever has a model has it
+
+        from embstore.model.source import InMemorySource  # noqa: PLC0415
+
+        threads = torch.get_num_threads()  # a build sets its own, and training goes on with these
+        config = BuildConfig(
+            embedding=EmbeddingConfig(device=str(device), threads=threads),
+            weighting=WeightingConfig(k=k),
+            strict=True,
+        )
+        with tempfile.TemporaryDirectory(prefix="embstore-online-") as scratch:
+            file, out = Path(scratch) / "prompts.jsonl", Path(scratch) / "store"
+            file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts), encoding="utf-8")
+            build(file, out=out, config=config, observer=observer, source=InMemorySource(base_model, tokenizer))
+            store = open_store(out)
+            rows_L = np.asarray(store.line_rows)
+            weights_L: NDArray[np.float64] = store.weights[rows_L].astype(np.float64) / store.multiplicity[rows_L]
+        self.density_weights = weights_L

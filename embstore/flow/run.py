@@ -1,0 +1,94 @@
+"""One run of a build: what every stage needs at hand, and what the closing report is made of."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from embstore.core.config import BuildConfig
+from embstore.core.events import Observer
+from embstore.core.interfaces import EmbedderSource, Engine
+from embstore.core.spec import StoreSpec
+from embstore.engines.local import LocalEngine
+from embstore.engines.ray import RayEngine
+from embstore.host.memory import MemoryMeter
+from embstore.host.signals import StopSignals
+from embstore.storage.atomic import make_directory, take_away
+from embstore.storage.chunk_writer import WORKER_FOLDERS
+from embstore.storage.writer import StoreWriter
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """One run of a build: what every stage needs, and what the report is made of."""
+
+    writer: StoreWriter
+    config: BuildConfig
+    source: EmbedderSource | None
+    observer: Observer
+    stop: StopSignals
+    meter: MemoryMeter
+    seconds: dict[str, float] = field(default_factory=dict)
+    embedded_rows: int = 0
+    reused_rows: int = 0
+    embedded_tokens: int = 0
+    stored_bytes: int = 0
+    worker_peak_bytes: int | None = None
+    engine: Engine = field(default_factory=LocalEngine)
+    engine_folder: Path = Path()  # of a remote engine, in the store: what workers of this run share
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure a stage of this run."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def log_start(self) -> None:
+        """Note when, where and with which model this run works; a later resume finds the model here."""
+        embedding = self.config.embedding
+        local = embedding.model is not None and Path(embedding.model).exists()
+        self.writer.log_run(
+            {
+                "event": "started",
+                "time": time.time(),
+                "host": socket.gethostname(),
+                "platform": platform.platform(),
+                "python": platform.python_version(),
+                "model": str(Path(embedding.model).absolute()) if embedding.model and local else embedding.model,
+                "revision": embedding.revision,
+                "reuse": [str(Path(path).absolute()) for path in self.config.reuse],
+                "memory_budget_bytes": self.config.memory_budget_bytes,
+            }
+        )
+
+
+@contextlib.contextmanager
+def open_engine(run: Run, spec: StoreSpec) -> Iterator[None]:
+    """Give the run its engine, and the engine a folder in the store, until the build ends.
+
+    The folder is new in every run, and the next writer takes it away: whatever a worker of a driver that died still writes
+    lies in it, and is never taken for anything.
+    """
+    if not run.config.engine.is_remote:
+        yield
+        return
+    run.engine_folder = run.writer.work.absolute() / f"{WORKER_FOLDERS}{secrets.token_hex(8)}"
+    make_directory(run.engine_folder)
+    engine = RayEngine(
+        run.config.engine, threads=spec.embedding.threads, device=spec.embedding.device, shared=run.engine_folder
+    )
+    run.engine = engine
+    try:
+        yield
+    finally:
+        engine.close()
+        take_away(run.engine_folder)

@@ -1,0 +1,282 @@
+"""Windows as tasks: prompts in, chunks on the disk, and what the commit needs out, wherever the model is loaded.
+
+In this process a worker takes the embedder that is there. In others it loads the model once, under the settings pinned in
+the spec, after it compared model and hardware with it: a window has the same bytes whoever makes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from embstore.core.config import EmbeddingConfig
+from embstore.core.errors import EngineError, RowError
+from embstore.core.format import BASIS, PROMPTS
+from embstore.core.interfaces import Check, Embedder, EmbedderSource, Needs, RowBlock, WindowCounts
+from embstore.core.plan import as_stored, grid_of
+from embstore.core.prompts import Prompt
+from embstore.core.spec import StoreSpec, diff_fields
+from embstore.flow.reuse import Reuse, RowCopier, SavedReuse, nothing_reused
+from embstore.host.memory import MemoryMeter
+from embstore.storage.arrays import map_array
+from embstore.storage.atomic import storage_errors, take_away
+from embstore.storage.chunk_writer import WindowWriter, WrittenWindow
+from embstore.storage.prompt_table import PromptTable
+
+_NOTHING_COMPUTED = WindowCounts(tokens=0, truncated=0, splits=0)
+_NAMED_PROMPTS = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class MadeWindow:
+    """A window to commit, and the anonymous memory its worker took above the loaded model so far (None: unknown)."""
+
+    written: WrittenWindow
+    peak_anonymous_bytes: int | None
+
+
+class WindowWorker:
+    """Makes one window after the other: computed, copied, or both."""
+
+    def __init__(
+        self,
+        root: Path,
+        spec: StoreSpec,
+        embedder: Embedder | None,
+        reuse: Reuse,
+        *,
+        prompts: PromptTable,
+        stops_at_failure: bool,
+        work: Path,
+        temps: Path | None = None,
+        meter: MemoryMeter | None = None,
+    ) -> None:
+        """``work`` is for scratch, ``temps`` for temp files of chunks (default beside them)."""
+        self._spec, self._embedder, self._reuse, self._prompts = spec, embedder, reuse, prompts
+        self._stops_at_failure = stops_at_failure
+        self._writer = WindowWriter(root, spec, folder=temps)
+        self._copier = RowCopier(reuse, spec, work)
+        self._counts = _NOTHING_COMPUTED
+        self._upcoming: tuple[int, list[Prompt]] | None = None
+        self._resources = contextlib.ExitStack()
+        self._meter = meter
+        if meter is not None:
+            self._resources.enter_context(meter)
+            meter.set_baseline()
+
+    def run(self, task: int, *, following: int | None, check: Check) -> MadeWindow:
+        """Write the window's chunks; see ``storage.windows``.
+
+        Raises
+        ------
+        RowError
+            A prompt failed in the model, and failed rows are not kept.
+        """
+        given = self._missing(task)
+        self._upcoming = (following, self._missing(following)) if following is not None else None
+        blocks = self._blocks(task, given, check, self._upcoming[1] if self._upcoming is not None else ())
+        rows = grid_of(self._spec).window(task)
+        written = self._writer.write(
+            task, self._refuse_failed(blocks), lambda: self._counts, reused=self._reuse.ranges(rows)
+        )
+        return MadeWindow(written=written, peak_anonymous_bytes=self._meter.peak_anonymous_bytes if self._meter else None)
+
+    def close(self) -> None:
+        """Stop what was begun in the background, and delete scratch."""
+        with self._resources:
+            if self._embedder is not None:
+                self._embedder.close()
+            self._copier.close()
+            self._writer.close()
+
+    def _missing(self, window: int) -> list[Prompt]:
+        """Prompts of a window that the model is asked for: the same objects that it was told were to follow."""
+        if self._upcoming is not None and self._upcoming[0] == window:
+            return self._upcoming[1]
+        rows = grid_of(self._spec).window(window)
+        needed = set(self._reuse.missing(rows).tolist())
+        if not needed:
+            return []
+        return [prompt for row, prompt in enumerate(self._prompts.read(rows), rows.start) if row in needed]
+
+    def _blocks(self, window: int, given: Sequence[Prompt], check: Check, following: Sequence[Prompt]) -> Iterator[RowBlock]:
+        """All rows of a window; the counts are valid once they are exhausted."""
+        rows = grid_of(self._spec).window(window)
+        is_mixed = len(given) < rows.num_rows
+        computed: Iterator[RowBlock] = iter(())
+        self._counts = _NOTHING_COMPUTED
+        if given:
+            if self._embedder is None:
+                raise AssertionError("rows remain, but there is no embedder")
+            chunk_rows = self._copier.computed_chunk_rows if is_mixed else self._spec.chunk_rows
+            computed = self._embedder.embed(
+                given, first_row=rows.start, chunk_rows=chunk_rows, check=check, following=following
+            )
+        yield from self._copier.blocks(window, computed) if is_mixed else computed
+        if given and self._embedder is not None:
+            self._counts = self._embedder.counts
+
+    def _refuse_failed(self, blocks: Iterator[RowBlock]) -> Iterator[RowBlock]:
+        """Pass blocks on; without quarantine a failed row stops the run before anything of its chunk is written."""
+        for block in blocks:
+            if block.failed and self._stops_at_failure:
+                failed = block.failed[0]
+                prompt = self._prompts.sample([failed.row])[0]
+                raise RowError(
+                    f"prompt {prompt.id!r} (row {failed.row}) failed: {failed.reason}",
+                    hint="resume with --on-error quarantine to keep its row number without a vector, or remove the prompt",
+                )
+            yield block
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowsHere:
+    """The job of a build in one process: its worker takes the embedder that is loaded."""
+
+    root: Path
+    spec: StoreSpec
+    embedder: Embedder | None
+    reuse: Reuse
+    stops_at_failure: bool
+    work: Path
+    needs: Needs = "device"
+
+    def start(self, number: int) -> WindowWorker:
+        """As ``core.engine.Job``."""
+        return WindowWorker(
+            self.root,
+            self.spec,
+            self.embedder,
+            self.reuse,
+            prompts=PromptTable(self.root / PROMPTS, self.spec.rows),
+            stops_at_failure=self.stops_at_failure,
+            work=self.work,
+        )
+
+    def name(self, task: int) -> str:
+        """As ``core.engine.Job``."""
+        return name_window(self.root, self.spec, task)
+
+    def lost(self, number: int) -> None:
+        """Never: the worker is this process."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowsElsewhere:
+    """The job of workers in other processes, on machines that see the store and the model under the same paths.
+
+    ``folder`` is the driver's, in the store: it holds what workers map, and a folder for each worker's temp files. Without
+    that folder a worker cannot publish a chunk, and it makes it once: one that was given up, whatever it was doing, cannot
+    put a chunk over a committed one.
+    """
+
+    root: Path
+    spec: StoreSpec
+    source: EmbedderSource | None
+    reuse: SavedReuse | None
+    stops_at_failure: bool
+    folder: Path
+    needs: Needs = "device"
+
+    @classmethod
+    def prepare(
+        cls,
+        root: Path,
+        spec: StoreSpec,
+        source: EmbedderSource | None,
+        reuse: Reuse,
+        *,
+        stops_at_failure: bool,
+        folder: Path,
+    ) -> WindowsElsewhere:
+        """Write what workers map into ``folder``: where rows lie in ``prompts.jsonl``, and where copied ones come from."""
+        with storage_errors("writing to", folder):
+            np.save(folder / "offsets.npy", PromptTable(root / PROMPTS, spec.rows).offsets)
+        saved = SavedReuse.save(reuse, folder) if reuse.stores else None
+        return cls(root=root, spec=spec, source=source, reuse=saved, stops_at_failure=stops_at_failure, folder=folder)
+
+    def start(self, number: int) -> WindowWorker:
+        """As ``core.engine.Job``: load the model, in the process that will use it.
+
+        Raises
+        ------
+        EngineError
+            Model or hardware are not what the spec pins: rows would have other bytes.
+        StorageError
+            This worker was given up before it began, or its driver is gone.
+        """
+        own = self.folder / str(number)
+        with storage_errors("creating folder", own):
+            own.mkdir()  # no parents: a driver's folder that was taken away stays away
+        embedder = None
+        if self.source is not None:
+            self._refuse_other(self.source)
+            shape = (self.spec.embedding.dimension, self.spec.embedding.rank)
+            basis_VR = map_array(self.root, BASIS, "<f4", shape, mode="c")
+            embedder = self.source.reopen(self.spec.embedding, basis_VR)
+        offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
+        return WindowWorker(
+            self.root,
+            self.spec,
+            embedder,
+            self.reuse.open(self.root) if self.reuse is not None else nothing_reused(self.spec.rows),
+            prompts=PromptTable(self.root / PROMPTS, self.spec.rows, offsets=offsets),
+            stops_at_failure=self.stops_at_failure,
+            work=own,
+            temps=own,
+            meter=MemoryMeter(),
+        )
+
+    def name(self, task: int) -> str:
+        """As ``core.engine.Job``."""
+        return name_window(self.root, self.spec, task)
+
+    def lost(self, number: int) -> None:
+        """As ``core.engine.Job``: a file takes the place of its folder, so that it cannot begin either."""
+        own = self.folder / str(number)
+        with storage_errors("removing", own), contextlib.suppress(FileNotFoundError):  # then the driver's is gone
+            while True:
+                try:
+                    os.close(os.open(own, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+                except FileExistsError:
+                    take_away(own)
+                else:
+                    return
+
+    def _refuse_other(self, source: EmbedderSource) -> None:
+        embedding = self.spec.embedding
+        asked = EmbeddingConfig(device=embedding.device, threads=embedding.threads)
+        found = as_stored(source.hardware(asked), embedding)
+        unlike = [
+            f"{name} {value} here, {getattr(embedding, name)} in the store's spec"
+            for name, value in found.items()
+            if value != getattr(embedding, name)
+        ]
+        model = dataclasses.replace(source.identity(), name=self.spec.model.name)
+        unlike += [
+            f"{each.field} {str(each.given)[:16]} here, {str(each.stored)[:16]} in the store's spec"
+            for each in diff_fields(self.spec.model, model, prefix="model.")
+            if each.field != "model.trust_remote_code"
+        ]
+        if unlike:
+            raise EngineError(
+                f"this worker would make other rows: {'; '.join(unlike)}",
+                hint="use machines of one kind that see the same model, then run the command again with --resume",
+            )
+
+
+def name_window(root: Path, spec: StoreSpec, window: int) -> str:
+    """A window for people: its rows and the ids of its first prompts and its last."""
+    rows = grid_of(spec).window(window)
+    wanted = range(rows.start, rows.stop)
+    shown = list(wanted) if len(wanted) <= _NAMED_PROMPTS + 1 else [*wanted[:_NAMED_PROMPTS], wanted[-1]]
+    ids = [repr(prompt.id) for prompt in PromptTable(root / PROMPTS, spec.rows).sample(shown)]
+    if len(wanted) > len(shown):
+        ids.insert(-1, "...")
+    return f"window {window} (rows {rows.start} to {rows.stop - 1}, prompts {', '.join(ids)})"

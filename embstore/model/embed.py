@@ -1,0 +1,396 @@
+"""The embedding pass: prompts of one window to unit float16 rows, their coordinates and residuals.
+
+Invariant: a row depends only on its prompt. Padding is masked and on the right; batch mates move a row by no more than
+2e-6 (L2, float32) or 5e-4 (bfloat16). No [B, T, V] tensor exists at any time: an affine head sees one pooled state a
+prompt, any other head sees a few hundred real tokens at a time.
+
+Everything goes to worker threads: a window's tokens, its batches, slabs of its rows. While the caller writes a chunk the
+next one is under way, and while it writes a window's last chunks the batches of the following window are, so the disk is
+waited for only when it is slower than the model.
+
+Shapes: W rows of a window, B rows of a batch or block, T tokens, D model width, V vocabulary, R coordinates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embstore.core.config import pooling_rule
+from embstore.core.errors import ConfigError, ModelError
+from embstore.core.interfaces import Check, RowBlock, WindowCounts
+from embstore.core.prompts import Prompt
+from embstore.core.records import FailedRow
+from embstore.core.spec import EmbeddingSpec
+from embstore.host.threads import Workers, abandon, finish_all
+from embstore.model.backbone import AffineHead, CappedHead, SplitModel
+from embstore.model.batches import TokenBatch, batches_by_length, few_lengths, padded_batch
+from embstore.model.estimates import MAX_WINDOW_ROWS, makes_kernels, num_workers, window_bytes
+from embstore.model.finish import SLAB_ROWS, AffineFinisher, Finisher, MeanFinisher, finish
+from embstore.model.heads import add_capped, add_streamed
+from embstore.model.recycled import ChunkMemory, RecycledMemory
+from embstore.model.tokens import PromptTokenizer, TokenRow, last_token_only
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# What a free worker takes first: rows that the disk waits for, then tokens of the next window, then batches, oldest first.
+_ROWS, _TOKENS, _BATCHES = 0, 1, 2
+_ROW_STREAMS = 2  # double buffering: one slab is computed while another one is copied
+_REAL, _POOLED = 1 << 40, 1 << 41  # flags above every token id, in an int64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PooledWindow:
+    """Means over the pooled tokens of each row: hidden states [W, D] (affine) or logits [W, V] (streamed), float32.
+
+    ``ok_W`` is false where a prompt gave no tokens. On CUDA the means are there once ``ready`` has happened.
+    """
+
+    mean_WX: Tensor
+    ok_W: NDArray[np.bool_]
+    ready: torch.cuda.Event | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelParts:
+    """A loaded model ready to pool: ``head`` is None on the streaming path, ``capped`` None where only the class can."""
+
+    model: SplitModel
+    head: AffineHead | None
+    capped: CappedHead | None
+    tokenizer: PromptTokenizer
+    device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Chunk:
+    """Rows of one chunk in the making: filled by ``jobs``, one a slab."""
+
+    start: int  # window-local
+    memory: ChunkMemory
+    norm_B: NDArray[np.float32]
+    jobs: list[Future[None]]
+
+
+class _Window:
+    """A window under way: the workers make its tokens, then its means, one job a batch."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self.prompts = prompts
+        self.rows: Sequence[TokenRow] = ()
+        self.means = PooledWindow(mean_WX=torch.empty(0), ok_W=np.empty(0, dtype=np.bool_))
+        self.batches: list[Future[None]] = []
+        self.tokens: Future[None] = Future()  # done when ``batches`` is complete
+        self.tokens.set_result(None)
+        self.splits = 0
+        self.ready: torch.cuda.Event | None = None  # on the device, behind the last batch
+        self.lock = threading.Lock()
+
+    def finish(self) -> PooledWindow:
+        """Wait for the means; the first error of a job is raised, and none goes on."""
+        try:
+            self.tokens.result()
+            finish_all(self.batches)
+        except BaseException:
+            self.abandon()
+            raise
+        return dataclasses.replace(self.means, ready=self.ready)
+
+    def abandon(self) -> None:
+        """Nothing of this window goes on in the background when this returns."""
+        abandon([self.tokens])
+        abandon(self.batches)
+
+
+class LogitEmbedder:
+    """Rows of a loaded model under a resolved spec; implements ``core.embedder.Embedder``."""
+
+    def __init__(self, parts: ModelParts, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> None:
+        _refuse_tensor_float(parts.device)
+        self._model, self._capped = parts.model, parts.capped
+        self._tokenizer, self._device = parts.tokenizer, parts.device
+        self.spec = spec
+        self.basis_VR = basis_VR
+        self.truncated_share = 0.0  # these three are for the plan of a new store, and set by who made it
+        self.seconds_per_row = 0.0
+        self.max_window_rows = MAX_WINDOW_ROWS
+        self.counts = WindowCounts(tokens=0, truncated=0, splits=0)
+        self._pools_last = spec.pooling in (pooling_rule("logits", "last"), pooling_rule("hidden", "last"))
+        self._pools_states = parts.head is not None
+        self._finisher: Finisher = (
+            AffineFinisher(parts.head, basis_VR, spec.dimension, self._device)
+            if parts.head is not None
+            else MeanFinisher(basis_VR, self._device)
+        )
+        self.num_workers = num_workers(spec, self._model.width, self._model.inner_width)
+        self._workers = Workers(spec.threads, self.num_workers)
+        self._token_workers = self._row_workers = self._workers
+        if self._device.type != "cpu":
+            # batches are computed while the next window is tokenised and finished rows are copied, two slabs at a time
+            self._token_workers, self._row_workers = Workers(1, 1), Workers(_ROW_STREAMS, _ROW_STREAMS)
+        self._streams = threading.local()
+        self._memory = RecycledMemory(spec.dimension, spec.rank, pinned=self._device.type == "cuda")
+        self._numbers = itertools.count()
+        self._ahead: _Window | None = None
+
+    def memory_bytes(self, chunk_rows: int) -> int:
+        """Upper estimate of host memory one window takes above the loaded model."""
+        return window_bytes(self.spec, self._model.width, self._model.inner_width, chunk_rows, self.max_window_rows)
+
+    @property
+    def model(self) -> SplitModel:
+        """The loaded model."""
+        return self._model
+
+    def pack_head(self) -> bool:
+        """Have the output layer packed where rows are products with it; the model gives no logits from then on."""
+        if self.spec.head not in ("affine", "network") or not isinstance(self._finisher, AffineFinisher):
+            return False
+        self._finisher.pack()
+        self._model.drop_head()
+        return True
+
+    def close(self) -> None:
+        """Abandon the window that was begun ahead."""
+        if self._ahead is not None:
+            self._ahead.abandon()
+            self._ahead = None
+
+    def embed(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        first_row: int,
+        chunk_rows: int,
+        check: Check,
+        following: Sequence[Prompt] = (),
+    ) -> Iterator[RowBlock]:
+        """As ``core.embedder.Embedder``: a prompt without a usable row is NaN and named, never skipped."""
+        window, self._ahead = self._ahead, None
+        if window is None or window.prompts is not prompts:
+            if window is not None:
+                window.abandon()
+            window = self._begin(prompts, check)
+        window.tokens.result()
+        if following:
+            self._ahead = self._begin(following, check)
+        yield from self.blocks(window.finish(), first_row=first_row, chunk_rows=chunk_rows, check=check)
+        self.counts = WindowCounts(
+            tokens=sum(int(row.pooled_T.sum()) for row in window.rows),
+            truncated=sum(row.was_cut for row in window.rows),
+            splits=window.splits,
+        )
+
+    def tokens(self, prompts: Sequence[Prompt]) -> list[TokenRow]:
+        """Token rows in prompt order."""
+        return self._tokenizer.encode(prompts)
+
+    def pool(self, rows: Sequence[TokenRow], check: Check) -> PooledWindow:
+        """Masked means of token rows, without finishing them: for probes."""
+        window = _Window(())
+        self._begin_batches(window, rows, next(self._numbers), check)
+        return window.finish()
+
+    def blocks(self, window: PooledWindow, *, first_row: int, chunk_rows: int, check: Check) -> Iterator[RowBlock]:
+        """Finished rows of a pooled window by chunks; each chunk is begun when the one before it is given away."""
+        num_rows = len(window.ok_W)
+        ahead = self._begin_chunk(window, 0, chunk_rows)
+        try:
+            for start in range(0, num_rows, chunk_rows):
+                check()
+                chunk = ahead
+                if start + chunk_rows < num_rows:
+                    ahead = self._begin_chunk(window, start + chunk_rows, chunk_rows)
+                yield self._finished(chunk, window, first_row)
+        finally:
+            wait(ahead.jobs)  # an abandoned window must not go on in the background
+
+    @torch.inference_mode()
+    def unit_rows(self, window: PooledWindow, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit rows before rounding float32 [B, V], coordinates [B, R], and the norms the rows had: for probes."""
+        mean_BX = window.mean_WX[start:stop]
+        coordinate_BR, norm_B = self._finisher.coordinates(mean_BX)
+        blocks = [unit_BC.clone() for _, unit_BC in self._finisher.unit_blocks(mean_BX, norm_B)]
+        return torch.cat(blocks, dim=1), coordinate_BR, norm_B
+
+    # --- a window's means -------------------------------------------------------------------------------------------
+
+    def _begin(self, prompts: Sequence[Prompt], check: Check) -> _Window:
+        window, number = _Window(prompts), next(self._numbers)
+
+        def tokenise() -> None:
+            check()
+            self._begin_batches(window, self.tokens(prompts), number, check)
+
+        window.tokens = self._token_workers.submit(tokenise, (_TOKENS, number))
+        return window
+
+    def _begin_batches(self, window: _Window, rows: Sequence[TokenRow], number: int, check: Check) -> None:
+        width = self._model.width if self._pools_states else self.spec.dimension
+        window.rows = rows
+        window.means = PooledWindow(
+            mean_WX=torch.zeros((len(rows), width), dtype=torch.float32, device=self._device),
+            ok_W=np.array([row.pooled_T.any() for row in rows], dtype=np.bool_),
+        )
+        if self._pools_last:
+            rows = [last_token_only(row) for row in rows]
+        for rows_B, length in batches_by_length(
+            rows, batch_tokens=self.spec.batch_tokens, padded_length=self._padded_length
+        ):
+            pool = functools.partial(self._pool_rows, window, rows, rows_B, length, check)
+            window.batches.append(self._workers.submit(pool, (_BATCHES, number)))
+
+    @property
+    def _is_made_to_shape(self) -> bool:
+        """Whether every new shape of a batch costs a kernel of 650 KB and a millisecond (docs/decisions/0015)."""
+        return makes_kernels(self.spec)
+
+    def _padded_length(self, length: int) -> int:
+        """As long as it is, or of a few lengths. Never 1: some classes take a single token for a step of generation."""
+        return max(2, min(few_lengths(length), self.spec.max_tokens) if self._is_made_to_shape else length)
+
+    def _pool_rows(
+        self, window: _Window, rows: Sequence[TokenRow], rows_B: NDArray[np.int64], length: int, check: Check
+    ) -> None:
+        check()
+        self._pool_batch(padded_batch(rows, rows_B, length, pad_id=self._tokenizer.pad_id), window)
+        if self._device.type == "cuda":
+            window.ready = torch.cuda.current_stream().record_event()
+
+    def _pool_batch(self, batch: TokenBatch, window: _Window) -> None:
+        try:
+            self._pool_whole(batch, window.means.mean_WX)
+            return
+        except torch.OutOfMemoryError as error:
+            if len(batch.rows_B) == 1:
+                raise ModelError(
+                    f"a prompt of {batch.tokens_BT.shape[1]} tokens does not fit the device's memory",
+                    hint="build with a lower --max-tokens, or on another device",
+                ) from error
+        # outside the handler: the error's traceback holds every tensor of the batch that did not fit
+        with window.lock:
+            window.splits += 1
+        middle = len(batch.rows_B) // 2
+        for half in (slice(0, middle), slice(middle, None)):
+            part = TokenBatch(
+                rows_B=batch.rows_B[half],
+                tokens_BT=batch.tokens_BT[half],
+                real_BT=batch.real_BT[half],
+                pooled_BT=batch.pooled_BT[half],
+            )
+            self._pool_batch(part, window)
+
+    def _pool_whole(self, batch: TokenBatch, mean_WX: Tensor) -> None:
+        tokens_BT, real_BT, pooled_BT, rows_B = self._on_device(batch)
+        if self._is_made_to_shape:
+            num_rows = self._few_rows(*tokens_BT.shape)
+            tokens_BT, real_BT = _with_rows(tokens_BT, num_rows), _with_rows(real_BT, num_rows)
+        hidden_BTD = self._model.hidden(tokens_BT, real_BT)[: len(rows_B)]
+        if self._pools_states:
+            if not batch.pooled_BT.all():
+                # zeroed, not multiplied: a NaN at a masked position must not reach a row
+                hidden_BTD = hidden_BTD.masked_fill_(~pooled_BT[..., None], 0.0)
+            mean_WX[rows_B] = hidden_BTD.sum(dim=1) / pooled_BT.sum(dim=1, keepdim=True)
+        else:
+            if self._capped is not None and add_capped(
+                self._capped, hidden_BTD, pooled_BT, rows_B, mean_WX, columns=self.spec.dimension
+            ):
+                return
+            mean_WX[rows_B] = 0.0  # a batch that ran out of memory may have begun to add
+            add_streamed(self._model, hidden_BTD, pooled_BT, rows_B, mean_WX, columns=self.spec.dimension)
+
+    def _few_rows(self, num_rows: int, length: int) -> int:
+        """Rows that a window's last batch is filled up to: those of a full one, or a power of two where that is less."""
+        return min(max(num_rows, self.spec.batch_tokens // length), 1 << (num_rows - 1).bit_length())
+
+    def _on_device(self, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens, real, pooled [B, T] and row numbers [B]; to an accelerator in one copy that waits for nothing."""
+        whole = (batch.tokens_BT, batch.real_BT, batch.pooled_BT, batch.rows_B)
+        if self._device.type != "cuda":
+            tokens_BT, real_BT, pooled_BT, rows_B = (torch.from_numpy(values).to(self._device) for values in whole)
+            return tokens_BT, real_BT, pooled_BT, rows_B
+        flags_BT = batch.real_BT * _REAL | batch.pooled_BT * _POOLED
+        packed = torch.from_numpy(np.column_stack([batch.tokens_BT | flags_BT, batch.rows_B])).pin_memory()
+        packed = packed.to(self._device, non_blocking=True)
+        marked_BT, rows_B = packed[:, :-1], packed[:, -1]
+        return marked_BT & (_REAL - 1), (marked_BT & _REAL) != 0, (marked_BT & _POOLED) != 0, rows_B
+
+    # --- a chunk's rows ---------------------------------------------------------------------------------------------
+
+    def _begin_chunk(self, window: PooledWindow, start: int, chunk_rows: int) -> _Chunk:
+        stop = min(start + chunk_rows, len(window.ok_W))
+        memory = self._memory.take(stop - start)
+        norm_B = np.empty(stop - start, dtype=np.float32)
+
+        def fill(part: slice) -> None:
+            mean_BX = window.mean_WX[start + part.start : start + part.stop]
+            with self._own_stream(window.ready):
+                norm_B[part] = finish(
+                    self._finisher, mean_BX, memory.emb_BV[part], memory.coord_BR[part], memory.residual_B[part]
+                )
+
+        slabs = (slice(low, min(low + SLAB_ROWS, stop - start)) for low in range(0, stop - start, SLAB_ROWS))
+        jobs = [self._row_workers.submit(functools.partial(fill, slab), (_ROWS,)) for slab in slabs]
+        return _Chunk(start=start, memory=memory, norm_B=norm_B, jobs=jobs)
+
+    @contextlib.contextmanager
+    def _own_stream(self, ready: torch.cuda.Event | None) -> Iterator[None]:
+        """On CUDA a stream of this thread's own, after the window's last batch; anywhere else nothing."""
+        if self._device.type != "cuda":
+            yield
+            return
+        if not hasattr(self._streams, "own"):
+            self._streams.own = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._streams.own):
+            if ready is not None:
+                self._streams.own.wait_event(ready)
+            yield
+
+    def _finished(self, chunk: _Chunk, window: PooledWindow, first_row: int) -> RowBlock:
+        """Wait for a chunk's slabs and mark rows that failed."""
+        for job in chunk.jobs:
+            job.result()
+        memory = chunk.memory
+        emb_BV, coord_BR, residual_B = memory.emb_BV.numpy(), memory.coord_BR.numpy(), memory.residual_B.numpy()
+        failed: list[FailedRow] = []
+        for local, norm in enumerate(chunk.norm_B):
+            reason = _failure(bool(window.ok_W[chunk.start + local]), float(norm))
+            if reason is not None:
+                emb_BV[local] = coord_BR[local] = residual_B[local] = np.nan
+                failed.append(FailedRow(row=first_row + chunk.start + local, reason=reason))
+        release = functools.partial(self._memory.give_back, memory)
+        return RowBlock(emb_BV=emb_BV, coord_BR=coord_BR, residual_B=residual_B, failed=tuple(failed), release=release)
+
+
+def _refuse_tensor_float(device: torch.device) -> None:
+    if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        raise ConfigError(
+            f"float32 products are set to precision {torch.get_float32_matmul_precision()!r}, which moves every row",
+            hint='call torch.set_float32_matmul_precision("highest") before the build',
+        )
+
+
+def _with_rows(values_BT: Tensor, num_rows: int) -> Tensor:
+    """The batch with its first row repeated until there are ``num_rows``."""
+    return torch.cat([values_BT, values_BT[:1].expand(num_rows - len(values_BT), -1)])
+
+
+def _failure(has_tokens: bool, norm: float) -> str | None:
+    if not has_tokens:
+        return "the tokenizer gives no tokens of its own"
+    if not np.isfinite(norm):
+        return "the model gives a non-finite logit"
+    if norm == 0:
+        return "the mean logits have zero norm"
+    return None

@@ -1,0 +1,174 @@
+"""From pooled means to what is stored: unit float16 rows, float32 coordinates and residuals, in one sweep over the columns.
+
+The norm comes from the coordinates, which hold all of a row: |x| = |R h|. So product, scaling, rounding and the rounding's
+error are done on one block of columns after the other while it lies in the cache, and no V-wide float32 row ever exists
+(measured in docs/performance.md).
+
+Shapes: B rows of a slab, X what was pooled (D or V), D model width, V vocabulary, R coordinates, C columns of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from embstore.model.backbone import AffineHead
+from embstore.model.basis import ReadBlock, project
+from embstore.model.packed import packed_product, packed_weight
+
+# A slab and a block of columns: large enough for the product to run at full speed, small enough for a core's cache. Both
+# decide low bits. Other slabs and batches keep the other cores busy, so a chunk need not be shared out.
+SLAB_ROWS = 320
+_BLOCK_COLUMNS = {"cpu": 512, "mps": 16384, "cuda": 16384}
+_PACKED_ROWS = 64  # slabs are filled up to multiples of it for a packed product: each height makes kernels, which are kept
+
+
+class Finisher(Protocol):
+    """What turns pooled means into rows; one for affine heads, one for means of logits."""
+
+    def coordinates(self, mean_BX: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates of unit rows float32 [B, R], and the norms float32 [B] the rows had."""
+
+    def unit_blocks(self, mean_BX: Tensor, norm_B: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Unit rows float32 [B, C] by blocks of columns; a block is overwritten by the next one."""
+
+    def lost(self, unit_BC: Tensor, half_BC: Tensor, coordinate_BR: Tensor, columns: slice) -> Tensor:
+        """What the coordinates do not give of the stored block, float32 [B, C]; may overwrite ``unit_BC``."""
+
+
+class AffineFinisher:
+    """Means of hidden states under an affine head: x = scale * A z with z = (h, 1) and A = [W | b]."""
+
+    def __init__(self, head: AffineHead, basis_VR: NDArray[np.float32], dimension: int, device: torch.device) -> None:
+        self._dimension = dimension
+        self._weight_VD = head.weight_VD[:dimension]
+        self._packed: list[Tensor] = []  # the weight by blocks of columns, once it is packed
+        self._bias_V = None if head.bias_V is None else head.bias_V[:dimension]
+        self._scale = head.scale
+        # Q^T x = scale (Q^T A) z: no V-wide product
+        read_block, width = spanning_columns(head, dimension)
+        map_RM = head.scale * project(basis_VR, read_block, width)
+        self._map_MR = map_RM.T.float().contiguous().to(device)
+        self._step = _BLOCK_COLUMNS[device.type]
+
+    def pack(self) -> None:
+        """Have the output layer's weights in oneDNN's layout (``packed.can_pack``), and let the plain ones go."""
+        self._packed = [packed_weight(self._weight_VD[columns], SLAB_ROWS) for columns in self._columns()]
+        self._weight_VD = torch.empty(0)
+
+    def coordinates(self, mean_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``Finisher``."""
+        raw_BR = mean_BD @ self._map_MR[: mean_BD.shape[1]]
+        if self._bias_V is not None:
+            raw_BR += self._map_MR[-1]
+        norm_B = torch.linalg.vector_norm(raw_BR, dim=1)
+        return raw_BR.div_(norm_B[:, None]), norm_B
+
+    def unit_blocks(self, mean_BD: Tensor, norm_B: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """As ``Finisher``."""
+        factor_B = (self._scale / norm_B)[:, None]
+        products = self._packed_products if self._packed else self._plain_products
+        for columns, unit_BC in products(mean_BD * factor_B):
+            yield columns, unit_BC if self._bias_V is None else unit_BC.add_(self._bias_V[columns] * factor_B)
+
+    def lost(self, unit_BC: Tensor, half_BC: Tensor, coordinate_BR: Tensor, columns: slice) -> Tensor:
+        """As ``Finisher``: the float32 row lies in the span of the basis, so all it loses is the rounding."""
+        return unit_BC.sub_(half_BC)
+
+    def _plain_products(self, scaled_BD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        buffer_BC = torch.empty((len(scaled_BD), min(self._step, self._dimension)), device=scaled_BD.device)
+        for columns in self._columns():
+            yield columns, torch.mm(scaled_BD, self._weight_VD[columns].T, out=_part(buffer_BC, columns))
+
+    def _packed_products(self, scaled_BD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        num_rows = len(scaled_BD)
+        filled_BD = nn.functional.pad(scaled_BD, (0, 0, 0, -num_rows % _PACKED_ROWS))
+        for columns, weight_CD in zip(self._columns(), self._packed, strict=True):
+            yield columns, packed_product(filled_BD, weight_CD)[:num_rows]
+
+    def _columns(self) -> Iterator[slice]:
+        return _blocks(self._dimension, self._step)
+
+
+class MeanFinisher:
+    """Means of logits; ``basis_VR`` misses some of them, and the residual says how much."""
+
+    def __init__(self, basis_VR: NDArray[np.float32], device: torch.device) -> None:
+        self._basis_VR = torch.from_numpy(basis_VR).to(device)
+        self._step = _BLOCK_COLUMNS[device.type]
+
+    def coordinates(self, mean_BV: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``Finisher``."""
+        norm_B = torch.linalg.vector_norm(mean_BV, dim=1)
+        return (mean_BV @ self._basis_VR).div_(norm_B[:, None]), norm_B
+
+    def unit_blocks(self, mean_BV: Tensor, norm_B: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """As ``Finisher``."""
+        for columns in _blocks(mean_BV.shape[1], self._step):
+            yield columns, mean_BV[:, columns] / norm_B[:, None]
+
+    def lost(self, unit_BC: Tensor, half_BC: Tensor, coordinate_BR: Tensor, columns: slice) -> Tensor:
+        """As ``Finisher``."""
+        return torch.sub(half_BC, coordinate_BR @ self._basis_VR[columns].T, out=unit_BC)
+
+
+def finish(finisher: Finisher, mean_BX: Tensor, out_BV: Tensor, coord_BR: Tensor, residual_B: Tensor) -> NDArray[np.float32]:
+    """Fill one slab: ``out_BV`` float16, ``coord_BR`` and ``residual_B`` float32, all in host memory.
+
+    Returns the norms float32 [B] before scaling; where one is not finite or 0, the row is rubbish and the caller's to mark.
+    """
+    coordinate_BR, norm_B = finisher.coordinates(mean_BX)
+    square_B = torch.zeros_like(norm_B)
+    is_here = mean_BX.device.type == "cpu"
+    half_BV = out_BV if is_here else torch.empty(out_BV.shape, dtype=torch.float16, device=mean_BX.device)
+    for columns, unit_BC in finisher.unit_blocks(mean_BX, norm_B):
+        half_BC = half_BV[:, columns].copy_(unit_BC)
+        lost_BC = finisher.lost(unit_BC, half_BC, coordinate_BR, columns)
+        square_B += torch.linalg.vecdot(lost_BC, lost_BC)
+    if not is_here:
+        out_BV.copy_(half_BV, non_blocking=True)  # the host's side is pinned where that is possible
+    coord_BR.copy_(coordinate_BR)
+    residual_B.copy_(square_B.sqrt_())
+    norms: NDArray[np.float32] = norm_B.cpu().numpy()
+    if mean_BX.device.type == "cuda":
+        torch.cuda.current_stream().synchronize()  # copies that did not block are over now
+    return norms
+
+
+def slab_bytes(dimension: int, rank: int) -> int:
+    """Host memory of one slab in the making, above its inputs and outputs."""
+    return 4 * SLAB_ROWS * (3 * min(_BLOCK_COLUMNS["cpu"], dimension) + 4 * rank)
+
+
+def spanning_columns(head: AffineHead, dimension: int) -> tuple[ReadBlock, int]:
+    """Reader of [W | b] by blocks of vocabulary rows, and its width."""
+    weight_VD = head.weight_VD[:dimension]
+    bias_V = head.bias_V[:dimension] if head.bias_V is not None else None
+
+    device = weight_VD.device if weight_VD.device.type == "cuda" else torch.device("cpu")  # MPS has no float64
+
+    def read(start: int, stop: int) -> Tensor:
+        block = weight_VD[start:stop].to(device)
+        return block if bias_V is None else torch.column_stack([block, bias_V[start:stop].to(device)])
+
+    return read, weight_VD.shape[1] + (bias_V is not None)
+
+
+def identity_head(width: int, device: torch.device) -> AffineHead:
+    """The head of ``--space hidden``: rows are the pooled states themselves, and a product with 1 is exact."""
+    return AffineHead(weight_VD=torch.eye(width, device=device), bias_V=None, scale=1.0)
+
+
+def _blocks(dimension: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, dimension)) for start in range(0, dimension, step))
+
+
+def _part(buffer_BC: Tensor, columns: slice) -> Tensor:
+    """The buffer, or for the last and narrower block a fresh one: ``out=`` wants contiguous memory to be fast."""
+    width = columns.stop - columns.start
+    return buffer_BC if width == buffer_BC.shape[1] else torch.empty((len(buffer_BC), width), device=buffer_BC.device)

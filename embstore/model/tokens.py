@@ -1,0 +1,131 @@
+"""Prompts to token rows: a pure function of prompts and tokenizer.
+
+Token rule (``TOKEN_RULE``): text goes through the tokenizer's default special tokens, which condition the model but are not
+pooled; chats use the chat template without generation prompt (``role: content`` lines when there is none) and their special
+tokens are not pooled either; the first max_tokens are kept.
+
+Shapes: T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+from embstore.core.errors import ModelError
+from embstore.core.prompts import Prompt, render_messages
+
+TOKEN_RULE = "own-tokens-1"  # names the rule above; another rule needs another name, because rows would differ
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenRow:
+    """Tokens of one prompt: ``ids_T`` int64, and ``pooled_T`` bool, true where the token is the prompt's own."""
+
+    ids_T: NDArray[np.int64]
+    pooled_T: NDArray[np.bool_]
+    was_cut: bool
+
+
+class PromptTokenizer:
+    """A Hugging Face tokenizer under the token rule, for a model that knows ``num_tokens`` tokens."""
+
+    def __init__(self, tokenizer: Any, max_tokens: int, num_tokens: int) -> None:  # noqa: ANN401 - transformers is untyped
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        self._num_tokens = num_tokens
+        self._backend = _plain_backend(tokenizer)
+        # tokens that are special only to the chat template (turn markers) are flagged in no list of names
+        flagged = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special_ids = np.array(sorted(flagged | set(tokenizer.all_special_ids)), dtype=np.int64)
+
+    @property
+    def pad_id(self) -> int:
+        """What fills a batch; masked, so any valid id does when the tokenizer names none."""
+        pad = self._tokenizer.pad_token_id
+        return int(pad) if pad is not None else int(self._tokenizer.eos_token_id or 0)
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[TokenRow]:
+        """Token rows in prompt order.
+
+        Raises
+        ------
+        ModelError
+            The chat template refuses a prompt, or the tokenizer is another model's.
+        """
+        texts = [index for index, prompt in enumerate(prompts) if not self._is_templated(prompt)]
+        chats = [index for index, prompt in enumerate(prompts) if self._is_templated(prompt)]
+        rows: dict[int, TokenRow] = {}
+        for index, (ids, special) in zip(texts, self._tokens_of([_text_of(prompts[index]) for index in texts]), strict=True):
+            rows[index] = self._cut(np.asarray(ids, dtype=np.int64), ~np.asarray(special, dtype=np.bool_))
+        # the template writes the special tokens itself
+        rendered = [self._apply_template(prompts[index]) for index in chats]
+        for index, (ids, _) in zip(chats, self._tokens_of(rendered, add_special_tokens=False), strict=True):
+            ids_T = np.asarray(ids, dtype=np.int64)
+            rows[index] = self._cut(ids_T, ~np.isin(ids_T, self._special_ids))
+        return [rows[index] for index in range(len(prompts))]
+
+    def _tokens_of(self, texts: list[str], *, add_special_tokens: bool = True) -> list[tuple[list[int], list[int]]]:
+        """Token ids of each text, and 1 where the tokenizer itself added the token."""
+        if not texts:
+            return []
+        if self._backend is not None:
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+            return [(each.ids, each.special_tokens_mask) for each in encodings]
+        encoded = self._tokenizer(
+            texts,
+            add_special_tokens=add_special_tokens,
+            return_special_tokens_mask=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return list(zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True))
+
+    def _is_templated(self, prompt: Prompt) -> bool:
+        return prompt.messages is not None and bool(self._tokenizer.chat_template)
+
+    def _apply_template(self, prompt: Prompt) -> str:
+        messages = [dict(message) for message in prompt.messages or ()]
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+        except Exception as error:  # jinja raises whatever the model's template raises
+            raise ModelError(
+                f"the chat template refuses prompt {prompt.id!r}: {error}", hint="mend or remove that prompt"
+            ) from error
+
+    def _cut(self, ids_T: NDArray[np.int64], pooled_T: NDArray[np.bool_]) -> TokenRow:
+        if len(ids_T) and ids_T.max() >= self._num_tokens:
+            raise ModelError(
+                f"the tokenizer gives token {ids_T.max()}, the model knows {self._num_tokens} tokens",
+                hint="is this the model's own tokenizer?",
+            )
+        keep = slice(0, self._max_tokens)
+        return TokenRow(ids_T=ids_T[keep], pooled_T=pooled_T[keep], was_cut=len(ids_T) > self._max_tokens)
+
+
+def _plain_backend(tokenizer: Any) -> Any:  # noqa: ANN401
+    """The Rust tokenizer behind ``tokenizer`` where calling it gives the same tokens, else None.
+
+    It takes two thirds of the time: offsets and Python copies of lists that nobody reads are left out.
+    """
+    if not isinstance(tokenizer, TokenizersBackend) or type(tokenizer)._encode_plus is not TokenizersBackend._encode_plus:
+        return None  # slow, or its class adds something of its own
+    tokenizer("")  # leaves truncation, padding and the reading of special tokens as every call without options sets them
+    return tokenizer.backend_tokenizer
+
+
+def last_token_only(row: TokenRow) -> TokenRow:
+    """The same tokens, of which only the last of those pooled is pooled: ``--pooling last``."""
+    pooled_T = np.zeros_like(row.pooled_T)
+    pooled_T[np.flatnonzero(row.pooled_T)[-1:]] = True
+    return dataclasses.replace(row, pooled_T=pooled_T)
+
+
+def _text_of(prompt: Prompt) -> str:
+    return render_messages(prompt.messages) if prompt.messages is not None else prompt.text or ""

@@ -1,0 +1,171 @@
+"""From coordinates to an audited neighbour graph: group, centre, search, audit, repair.
+
+Distances are taken between centred coordinates; candidates come from HNSW shards or the exact engine; final distances are
+float64 direct differences with ties by row, whoever found them (docs/decisions/0006). Every graph is audited on fresh nodes
+that no repair will touch; below target the effort is raised, and what still falls short is stated.
+
+Shapes: N rows, G nodes (distinct vectors), K neighbours kept, R coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embstore.core.config import DensityConfig
+from embstore.core.events import Notice, Observer, StageFinished, StageStarted
+from embstore.core.interfaces import BlockStore, NothingKept
+from embstore.host.allocator import give_back
+from embstore.search.audit import Audit, compare, sample_nodes
+from embstore.search.exact.reference import exact_neighbors
+from embstore.search.hnsw.shards import BLOCK_ROWS, Effort
+from embstore.search.node_search import Search
+from embstore.search.nodes import centred, expand, group_rows
+from embstore.search.remote import MappedSearch
+from embstore.search.search_plan import plan_search
+
+AUDIT_K = 10
+_REPAIRED_SHARE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnnGraph:
+    """Nearest distinct vectors of every row.
+
+    ``ids_NK`` int32 rows (-1 none), ``distances_NK`` float32 metric (+inf none), both ascending by distance, self and own
+    group excluded; they may be maps of files in the work folder. ``groups_N`` int32: the first row with the same vector (-1
+    for failed rows). ``method``: the engine that gave the result, ``pilot_recall`` what a sample said of the other one.
+    ``audit`` is None when there are too few distinct vectors to have neighbours. ``meets_target``: the audit reached recall
+    and TV targets.
+    """
+
+    ids_NK: NDArray[np.int32]
+    distances_NK: NDArray[np.float32]
+    groups_N: NDArray[np.int32]
+    num_nodes: int
+    method: str
+    pilot_recall: float | None
+    shards: int
+    effort: Effort | None
+    audit: Audit | None
+    meets_target: bool
+    repaired_nodes: int
+
+
+def build_graph(
+    coord_NR: NDArray[np.float32],
+    failed_N: NDArray[np.bool_],
+    config: DensityConfig,
+    *,
+    threads: int,
+    memory_bytes: int,
+    work: Path,
+    observer: Observer,
+    clock: Callable[[], float],
+    kept: BlockStore | None = None,
+    device: str = "cpu",
+    mapped: MappedSearch | None = None,
+) -> KnnGraph:
+    """Neighbours of every row; see the module docstring.
+
+    Parameters
+    ----------
+    coord_NR
+        float32 [N, R] coordinates as stored (uncentred); may be a memory map. Failed rows are ignored.
+    failed_N
+        Rows without a vector.
+    threads, memory_bytes
+        Cores to use, and anonymous memory the search may take.
+    work
+        Scratch folder on the store's disk: what is large is mapped there, not held.
+    clock
+        Seconds, for the events.
+    kept
+        Where finished blocks survive a killed run; small searches keep none.
+    device
+        Where the exact engine may compute its tiles; another one gives the same result.
+    mapped
+        Workers that build the graphs and compute the tiles; None: this process. The result is the same.
+    """
+    rows_G, node_N = group_rows(coord_NR, failed_N)
+    num_nodes = len(rows_G)
+    plan = plan_search(num_nodes, coord_NR.shape[1], config, threads=threads, memory_bytes=memory_bytes)
+    coord_GR = centred(coord_NR, rows_G, work)
+    blocks = kept if kept is not None and num_nodes > BLOCK_ROWS else NothingKept()
+    search = Search(
+        coord_GR, config, plan, threads=threads, work=work, kept=blocks, observer=observer, device=device, mapped=mapped
+    )
+    started = clock()
+    observer(StageStarted(stage="knn", total=search.total, unit="node visits"))
+    search.run()
+    observer(StageFinished(stage="knn", seconds=clock() - started))
+    started = clock()
+    observer(StageStarted(stage="audit", total=min(num_nodes, config.audit_rows)))
+    audit, meets_target, repaired = _raise_until_met(search, config, observer)
+    observer(StageFinished(stage="audit", seconds=clock() - started))
+    ids_NK, distances_NK = expand(search.ids_GK, search.distances_GK, rows_G, node_N, work)
+    return KnnGraph(
+        ids_NK=ids_NK,
+        distances_NK=distances_NK,
+        groups_N=np.where(node_N >= 0, rows_G[node_N] if num_nodes else -1, -1).astype(np.int32),
+        num_nodes=num_nodes,
+        method="exact" if search.effort is None else "hnsw",
+        pilot_recall=search.pilot_recall,
+        shards=plan.shards if search.effort is not None else 0,
+        effort=search.effort,
+        audit=audit,
+        meets_target=meets_target,
+        repaired_nodes=repaired,
+    )
+
+
+def _raise_until_met(search: Search, config: DensityConfig, observer: Observer) -> tuple[Audit | None, bool, int]:
+    """Audit, and search again with more effort until the targets are met; then repair. Gives what the last audit said."""
+    while True:
+        to_repair = _worth_repair(search)
+        audit = _audit(search, to_repair, config)
+        if audit is None or _meets(audit, config):
+            break
+        seen = f"recall@{audit.k} lower bound {audit.recall_lower:.5f} (target {config.target_recall}), TV {audit.tv:.1e}"
+        if not search.has_more_effort:
+            observer(Notice(message=f"audit: {seen}: the target is NOT met at the highest effort; metadata says so"))
+            break
+        rung = search.raise_effort()
+        observer(Notice(message=f"audit: {seen}; searching again, {'exactly' if rung is None else rung}"))
+        search.run()
+    search.repair(to_repair)
+    return audit, audit is None or _meets(audit, config), len(to_repair)
+
+
+def _audit(search: Search, to_repair: NDArray[np.int64], config: DensityConfig) -> Audit | None:
+    """Recall and TV on a fresh sample of nodes that are published as found; None when a node has too few others."""
+    num_nodes = len(search.coord_GR)
+    if num_nodes <= AUDIT_K:
+        return None
+    others = np.setdiff1d(np.arange(num_nodes), to_repair, assume_unique=True)
+    sample = others[sample_nodes(len(others), config.audit_rows, seed=config.seed, level=search.level)]
+    give_back()  # what the search freed would lie beside what this takes
+    exact = exact_neighbors(search.coord_GR, sample, AUDIT_K)[1]
+    found = search.distances_GK[sample, :AUDIT_K].astype(np.float64)
+    return compare(found, exact, num_nodes=len(others))
+
+
+def _meets(audit: Audit, config: DensityConfig) -> bool:
+    return audit.recall_lower >= config.target_recall and audit.tv <= config.target_tv
+
+
+def _worth_repair(search: Search) -> NDArray[np.int64]:
+    """Nodes to compute exactly after an approximate search, ascending: top weights, and nodes that missed themselves.
+
+    HNSW errs on one side (distances too large) and most on isolated nodes, which get the largest weights.
+    """
+    num_nodes = len(search.coord_GR)
+    if search.effort is None or num_nodes <= AUDIT_K:
+        return np.zeros(0, dtype=np.int64)
+    mean_G = search.distances_GK[:, :AUDIT_K].mean(axis=1, dtype=np.float64)
+    top = np.argsort(-mean_G, kind="stable")[: int(_REPAIRED_SHARE * num_nodes)]
+    return np.union1d(top, np.flatnonzero(search.missed_self_G))

@@ -1,0 +1,127 @@
+"""Nodes of a search: rows with bit-equal vectors are one, and all are centred.
+
+k neighbours then means k *distinct vectors*, and copies cannot sink a graph. Centring removes the direction that all logit
+rows share, which carries nearly all of their norm (docs/decisions/0006).
+
+Shapes: N rows, G nodes (distinct vectors), K neighbours kept, R coordinates.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embstore.core.errors import CorruptStoreError
+from embstore.host.scratch import block_rows, large_array
+
+_BLOCK_ROWS = 8192
+
+Rows = NDArray[np.int64]
+
+
+def group_rows(coord_NR: NDArray[np.float32], failed_N: NDArray[np.bool_]) -> tuple[Rows, Rows]:
+    """Group rows with bit-equal vectors (0.0 and -0.0 are equal).
+
+    Returns
+    -------
+    rows_G, node_N
+        The first row of each distinct vector, ascending; each row's node (-1 for failed rows). Price: one sequential read,
+        a second look at rows of one hash, 40 bytes a row.
+    """
+    hash_N = _hashes(coord_NR)
+    present = np.flatnonzero(~failed_N)
+    ordered = present[np.argsort(hash_N[present], kind="stable")]  # rows of one hash stay ascending
+    first_of_N = np.full(len(coord_NR), -1, dtype=np.int64)
+    first_of_N[present] = present
+    starts = np.flatnonzero(np.diff(hash_N[ordered], prepend=hash_N[ordered[:1]] + np.uint64(1)))
+    lengths = np.diff(starts, append=len(ordered))
+    for start, length in zip(starts[lengths > 1], lengths[lengths > 1], strict=True):
+        _group_run(coord_NR, ordered[start : start + length], first_of_N)
+    rows_G = np.flatnonzero((first_of_N >= 0) & (first_of_N == np.arange(len(coord_NR))))
+    node_N = np.full(len(coord_NR), -1, dtype=np.int64)
+    node_N[present] = np.searchsorted(rows_G, first_of_N[present])
+    return rows_G, node_N
+
+
+def centred(coord_NR: NDArray[np.float32], rows_G: Rows, work: Path) -> NDArray[np.float32]:
+    """float32 [G, R] of the nodes minus their mean, in ``work`` as a memory map: its pages are not anonymous memory.
+
+    Raises
+    ------
+    CorruptStoreError
+        A coordinate is not finite: one such row would spoil the answers of others in any index.
+    """
+    rank = coord_NR.shape[1]
+    total_R = np.zeros(rank)
+    step = block_rows(rank)
+    for start in range(0, len(rows_G), step):
+        block = coord_NR[rows_G[start : start + step]]
+        if not np.isfinite(block).all():
+            row = int(rows_G[start + np.flatnonzero(~np.isfinite(block).all(axis=1))[0]])
+            raise CorruptStoreError(
+                f"the coordinates of row {row} are not finite, though no failure was committed for it",
+                hint="run embstore verify STORE --repair, then embstore build --resume",
+            )
+        total_R += block.sum(axis=0, dtype=np.float64)
+    mean_R = total_R / max(1, len(rows_G))
+    # written, then mapped: a full disk is an error from write, but a bus error from a mapped page
+    shape = (len(rows_G), rank)
+    with (work / "centred.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for start in range(0, len(rows_G), step):
+            centred_BR = coord_NR[rows_G[start : start + step]].astype(np.float64) - mean_R
+            file.write(centred_BR.astype("<f4").data.cast("B"))
+    if not len(rows_G):
+        return np.empty(shape, dtype=np.float32)
+    centred_GR: NDArray[np.float32] = np.load(work / "centred.npy", mmap_mode="r", allow_pickle=False)
+    return centred_GR
+
+
+def expand(
+    ids_GK: NDArray[np.int32], distances_GK: NDArray[np.float32], rows_G: Rows, node_N: Rows, work: Path
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Node neighbours as row neighbours: every member of a group gets its node's, each node named by its first row."""
+    shape = (len(node_N), ids_GK.shape[1])
+    ids_NK = large_array(work / "ids.npy", shape, np.int32)
+    distances_NK = large_array(work / "distances.npy", shape, np.float32)
+    for start in range(0, len(node_N), _BLOCK_ROWS):
+        node_B = node_N[start : start + _BLOCK_ROWS]
+        valid = node_B >= 0
+        ids, distances = ids_NK[start : start + len(node_B)], distances_NK[start : start + len(node_B)]
+        ids[:], distances[:] = -1, np.inf
+        if valid.any():
+            nearest = ids_GK[node_B[valid]]
+            ids[valid] = np.where(nearest >= 0, rows_G[nearest], -1)
+            distances[valid] = distances_GK[node_B[valid]]
+    return ids_NK, distances_NK
+
+
+def _hashes(coord_NR: NDArray[np.float32]) -> NDArray[np.uint64]:
+    """A 64-bit hash of each row's bits: a sum of words times odd constants; equal rows have equal hashes."""
+    words = np.random.Philox(key=1).random_raw(coord_NR.shape[1]) | np.uint64(1)
+    hash_N = np.empty(len(coord_NR), dtype=np.uint64)
+    step = block_rows(coord_NR.shape[1])
+    for start in range(0, len(coord_NR), step):
+        block = np.ascontiguousarray(coord_NR[start : start + step]) + np.float32(0)  # -0.0 becomes 0.0
+        hash_N[start : start + len(block)] = (block.view(np.uint32) * words).sum(axis=1, dtype=np.uint64)
+    return hash_N
+
+
+def _group_run(coord_NR: NDArray[np.float32], rows: Rows, first_of_N: Rows) -> None:
+    """Rows of one hash, ascending: point each at the first row with its vector (one hash may be shared by several)."""
+    firsts: list[int] = []
+    step = block_rows(coord_NR.shape[1])
+    for start in range(0, len(rows), step):
+        rows_B = rows[start : start + step]
+        block = coord_NR[rows_B]
+        is_open = np.ones(len(rows_B), dtype=np.bool_)
+        while is_open.any():
+            known = [first for first in firsts if (coord_NR[first] == block[is_open][0]).all()]
+            first = known[0] if known else int(rows_B[is_open][0])
+            if not known:
+                firsts.append(first)
+            same = is_open & (block == coord_NR[first]).all(axis=1)
+            first_of_N[rows_B[same]] = first
+            is_open &= ~same

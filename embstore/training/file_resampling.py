@@ -1,0 +1,194 @@
+"""A density-resampled copy of a prompts file, for trainers that take a file and no sampler. JSONL, and Parquet with pyarrow.
+
+Items are joined to the store by content or id; memory is a few words an item and one block of rows at a time.
+The copy appears under its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embstore.core.errors import ConfigError, StoreExistsError
+from embstore.training.draws import Method
+from embstore.training.join import Duplicates, OnMissing
+from embstore.training.resample import DRAW_COLUMN, resample_indices
+from embstore.training.weights import load_weights
+
+_BLOCK_DRAWS = 1 << 16
+_JSONL = (".jsonl", ".json", ".ndjson")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResampleReport:
+    """What was written: items of the dataset, draws, different items among them, and the effective sample size in items."""
+
+    out: Path
+    num_items: int
+    num_samples: int
+    distinct_items: int
+    ess: float
+
+
+def resample_file(
+    store: str | Path,
+    dataset: str | Path,
+    out: str | Path,
+    *,
+    name: str = "default",
+    num_samples: int | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+    method: Method = "systematic",
+    key_column: str | None = None,
+    id_column: str | None = None,
+    on_missing: OnMissing = "error",
+    duplicates: Duplicates = "repeat",
+) -> ResampleReport:
+    """Write the drawn items of a dataset, in order, each with its number as ``embstore_draw``.
+
+    Parameters
+    ----------
+    store, name
+        A finished store, and which of its weights.
+    dataset, out
+        Files of one format: ``.jsonl`` or ``.parquet``. ``out`` must not exist.
+    num_samples, seed, epoch, method
+        See ``DensitySampler``; default one draw an item.
+    key_column, id_column, on_missing, duplicates
+        See ``Weights.for_dataset``.
+
+    Raises
+    ------
+    ConfigError, StoreExistsError, KeyMismatchError, WeightsError
+        Formats differ, ``out`` exists, or items are no rows of the store.
+    """
+    source, target = Path(dataset), Path(out)
+    if not source.is_file():
+        raise ConfigError(f"{source} is no file", hint="give the prompts file that the trainer reads")
+    if os.path.lexists(target):
+        raise StoreExistsError(f"{target} exists already", hint="give another --out, or remove it")
+    table = _open(source, target)
+    weights = load_weights(store, name=name).for_dataset(
+        table.records(key_column or id_column),
+        key_column=key_column,
+        id_column=id_column,
+        on_missing=on_missing,
+        duplicates=duplicates,
+    )
+    rows_n = resample_indices(weights, num_samples, seed=seed, epoch=epoch, method=method)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        table.write(unfinished, rows_n)
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return ResampleReport(
+        out=target,
+        num_items=len(weights),
+        num_samples=len(rows_n),
+        distinct_items=len(np.unique(rows_n)),
+        ess=weights.ess(),
+    )
+
+
+def _open(source: Path, target: Path) -> _Lines | _Parquet:
+    if source.suffix != target.suffix or source.suffix not in (*_JSONL, ".parquet"):
+        raise ConfigError(
+            f"dataset and copy are both .jsonl or both .parquet, got {source.name} and {target.name}",
+            hint="unpack a compressed file first; name --out with the dataset's ending",
+        )
+    return _Parquet(source) if source.suffix == ".parquet" else _Lines(source)
+
+
+class _Lines:
+    """A JSONL file whose lines are found again by offset; blank lines are no items."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offsets = array("q")
+
+    def records(self, column: str | None) -> Iterator[object]:
+        """Every item, in order; one that is no JSON object is an empty record, so that it holds no prompt."""
+        with self.path.open("rb") as file:
+            offset = 0
+            for line in file:
+                if line.strip():
+                    self.offsets.append(offset)
+                    yield self._record(line)
+                offset += len(line)
+
+    def _record(self, line: bytes) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            return {}
+        if isinstance(record, dict) and DRAW_COLUMN in record:
+            raise ConfigError(f"{self.path} has a field {DRAW_COLUMN}: it was resampled", hint="resample the original")
+        return record if isinstance(record, dict) else {}
+
+    def write(self, out: Path, rows_n: NDArray[np.int64]) -> None:
+        """The lines of these items, verbatim but for one field more at the end."""
+        with self.path.open("rb") as file, out.open("wb") as copy:
+            for number, row in enumerate(rows_n.tolist()):
+                file.seek(self.offsets[row])
+                body = file.readline().rstrip()[:-1].rstrip()
+                comma = b"" if body.endswith(b"{") else b", "
+                copy.write(body + comma + f'"{DRAW_COLUMN}": {number}}}\n'.encode())
+
+
+class _Parquet:
+    """A Parquet file, read by row groups."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import pyarrow  # noqa: PLC0415 - only who has such a file needs it
+            import pyarrow.parquet  # noqa: PLC0415
+        except ImportError as error:
+            raise ConfigError("Parquet needs pyarrow", hint="pip install 'embstore[parquet]'") from error
+        self.arrow: Any = pyarrow
+        self.parquet: Any = pyarrow.parquet
+        try:
+            self.file: Any = self.parquet.ParquetFile(path)
+        except pyarrow.ArrowInvalid as error:
+            raise ConfigError(f"{path} is no Parquet file ({str(error)[:80]})") from error
+        if DRAW_COLUMN in self.file.schema_arrow.names:
+            raise ConfigError(f"{path} has a column {DRAW_COLUMN}: it was resampled", hint="resample the original")
+
+    def records(self, column: str | None) -> Iterator[object]:
+        """Every item with the columns that tell which prompt it is."""
+        present = self.file.schema_arrow.names
+        wanted = [name for name in ([column] if column else ["prompt", "messages", "prefix"]) if name in present]
+        if not wanted:
+            raise ConfigError(
+                f"the dataset has no column {column or 'prompt, messages or prefix'}; it has {', '.join(present)}",
+                hint="name the column with --key-column or --id-column",
+            )
+        for batch in self.file.iter_batches(batch_size=8192, columns=wanted):
+            yield from batch.to_pylist()
+
+    def write(self, out: Path, rows_n: NDArray[np.int64]) -> None:
+        """The rows of these items with their number; a block of draws at a time passes over the row groups it needs."""
+        sizes = [self.file.metadata.row_group(group).num_rows for group in range(self.file.num_row_groups)]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        schema = self.file.schema_arrow.append(self.arrow.field(DRAW_COLUMN, self.arrow.int64()))
+        with self.parquet.ParquetWriter(out, schema) as writer:
+            for start in range(0, len(rows_n), _BLOCK_DRAWS):
+                rows_B = rows_n[start : start + _BLOCK_DRAWS]
+                group_B = np.searchsorted(starts, rows_B, side="right") - 1
+                by_group = np.argsort(group_B, kind="stable")
+                taken = [
+                    self.file.read_row_group(int(group)).take(rows_B[by_group[group_B[by_group] == group]] - starts[group])
+                    for group in np.unique(group_B)
+                ]
+                block = self.arrow.concat_tables(taken).take(np.argsort(by_group, kind="stable"))
+                numbers = self.arrow.array(np.arange(start, start + len(rows_B)))
+                writer.write_table(block.append_column(schema.field(DRAW_COLUMN), numbers).cast(schema))

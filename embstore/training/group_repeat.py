@@ -1,0 +1,90 @@
+"""GroupRepeat: one density pass in the order that group-based trainers (GRPO, RLOO) expect.
+
+TRL's own sampler repeats each prompt ``num_generations`` times, and each batch of prompts for every step that uses its
+generations; a plain weighted sampler in its place would mix prompts within a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embstore.core.errors import ConfigError
+from embstore.training.epochs import Resumable
+from embstore.training.sampler import DensitySampler
+
+
+class GroupRepeat(Resumable):
+    """Repeats a sampler's draws as TRL's ``RepeatSampler`` repeats its own, and resumes at any position.
+
+    The draws are cut into chunks of ``prompts_per_batch``; a chunk comes ``repeat_count`` times, and within it each draw
+    ``group_size`` times in a row. A short last chunk is left out.
+
+    Parameters
+    ----------
+    sampler
+        The draws; of each rank its own, if it is rank-aware.
+    group_size
+        Generations a prompt (TRL: num_generations).
+    prompts_per_batch
+        Prompts of one generation batch (TRL: generation_batch_size // num_generations).
+    repeat_count
+        Steps on the same generations (TRL: num_iterations * steps_per_generation).
+
+    Raises
+    ------
+    ConfigError
+        A number is below 1, or a pass has no whole chunk.
+    """
+
+    def __init__(self, sampler: DensitySampler, group_size: int, prompts_per_batch: int = 1, repeat_count: int = 1) -> None:
+        super().__init__()
+        if min(group_size, prompts_per_batch, repeat_count) < 1:
+            raise ConfigError(
+                f"group_size, prompts_per_batch and repeat_count are at least 1, got {group_size}, {prompts_per_batch}, "
+                f"{repeat_count}"
+            )
+        if len(sampler) < prompts_per_batch:
+            raise ConfigError(
+                f"a pass of {len(sampler)} draws has no chunk of prompts_per_batch {prompts_per_batch}",
+                hint="give the sampler more num_samples, or the trainer a smaller generation batch",
+            )
+        self._sampler = sampler
+        self._group_size, self._prompts, self._repeats = group_size, prompts_per_batch, repeat_count
+
+    def __len__(self) -> int:
+        return len(self._sampler) // self._prompts * self._prompts * self._group_size * self._repeats
+
+    @property
+    def num_replicas(self) -> int:
+        """Ranks that share one pass, the sampler's."""
+        return self._sampler.num_replicas
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the pass, the sampler's too."""
+        super().set_epoch(epoch)
+        self._sampler.set_epoch(epoch)
+
+    def _rows_at(self, epoch: int) -> Callable[[slice], NDArray[np.int64]]:
+        drawn = self._sampler.plan(epoch)
+        batch = self._prompts * self._group_size
+
+        def rows(own: slice) -> NDArray[np.int64]:
+            position = np.arange(own.start, own.stop)
+            chunk = position // (batch * self._repeats)
+            found: NDArray[np.int64] = drawn[chunk * self._prompts + position % batch // self._group_size]
+            return found
+
+        return rows
+
+    def _identity(self) -> dict[str, object]:
+        return {
+            "group_size": self._group_size,
+            "prompts_per_batch": self._prompts,
+            "repeat_count": self._repeats,
+            "sampler": {
+                name: value for name, value in self._sampler.state_dict().items() if name not in ("epoch", "position")
+            },
+        }

@@ -1,0 +1,291 @@
+"""``inspect`` and ``verify`` as values: what a store is, how far it is, what its weights say. No torch, no search.
+
+``inspect`` reads metadata, ids, distances and weights, never rows: well under a second, also on an unfinished store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embstore.core.density import mean_distance
+from embstore.core.errors import EmbstoreError, StoreNotFoundError
+from embstore.core.format import (
+    ARRAY_METADATA,
+    JOURNAL,
+    MANIFEST,
+    METADATA_LINK,
+    SPEC,
+    WEIGHTS_LINK,
+    JsonObject,
+)
+from embstore.core.plan import grid_of
+from embstore.core.records import DemotedRecord
+from embstore.flow.artifact import extremes
+from embstore.storage.atomic import read_committed
+from embstore.storage.journal import read_journal
+from embstore.storage.prompt_table import PromptTable
+from embstore.storage.reader import EmbeddingStore, open_store
+from embstore.storage.verify import ONLY_A_NEW_BUILD, VerifyReport, verify_store
+from embstore.storage.writer import StoreWriter, lock_store
+
+_EXCERPT_CHARACTERS = 100
+_HISTOGRAM_BINS = 16
+# findings that leave the manifest as it is: a resume could not make these again, or opening a writer mends them
+_NOT_BY_A_RESUME = ONLY_A_NEW_BUILD | {JOURNAL, WEIGHTS_LINK, METADATA_LINK}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptInfo:
+    """One prompt: ``mean_distance`` to its k nearest distinct vectors, ``weight`` in units of the mean."""
+
+    row: int
+    id: str
+    mean_distance: float
+    weight: float
+    multiplicity: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """One value of a field: its rows, their share of the rows, and their share of the weight."""
+
+    value: str
+    rows: int
+    row_share: float
+    weight_share: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreInfo:
+    """What ``embstore inspect`` prints; ``--json`` prints the same fields.
+
+    ``weights_histogram`` holds counts over ``histogram_edges``, which are weights in units of the mean weight; its last bin
+    is open upwards.
+    """
+
+    path: str
+    is_complete: bool
+    stage: str
+    committed_rows: int
+    total_rows: int
+    committed_windows: int
+    total_windows: int
+    lines: int
+    quarantined_lines: int
+    repeated_lines: int
+    failed_rows: int
+    reused_rows: int
+    stored_bytes: int
+    spec: JsonObject | None = None
+    metadata: JsonObject | None = None
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
+    weights_histogram: list[int] = dataclasses.field(default_factory=list)
+    histogram_edges: list[float] = dataclasses.field(default_factory=list)
+    rarest: list[PromptInfo] = dataclasses.field(default_factory=list)
+    most_crowded: list[PromptInfo] = dataclasses.field(default_factory=list)
+    shares: list[Share] = dataclasses.field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NeighborInfo:
+    """One neighbour of a prompt."""
+
+    id: str
+    row: int
+    distance: float
+    text: str
+
+
+def inspect(path: str | Path, *, by: str | None = None, name: str = "default", count: int = 3) -> StoreInfo:
+    """Describe a store, finished or not.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
+    by
+        A field of the input lines (such as ``src``): adds the share of rows and of weight for each of its values.
+    name
+        Which weighting to describe.
+    count
+        How many of the rarest and of the most crowded prompts.
+
+    Raises
+    ------
+    StoreNotFoundError, CorruptStoreError, IdentityMismatchError
+        No store, damage in a file that is read, or another format version.
+    """
+    root = Path(path)
+    if not os.path.lexists(root / JOURNAL) and not os.path.lexists(root / MANIFEST):
+        raise StoreNotFoundError(f"{root} holds no store", hint="run embstore build PROMPTS --model MODEL --out STORE")
+    state = read_journal(root)
+    prompts = state.prompts
+    store = open_store(root, partial=True) if state.spec is not None or os.path.lexists(root / MANIFEST) else None
+    info = StoreInfo(
+        path=str(root),
+        is_complete=store is not None and store.is_complete,
+        stage=_stage(store, prompts is not None),
+        committed_rows=state.committed_rows,
+        total_rows=prompts.rows if prompts else 0,
+        committed_windows=len(state.windows),
+        total_windows=grid_of(store.spec).num_windows if store else 0,
+        lines=prompts.lines if prompts else 0,
+        quarantined_lines=prompts.quarantined if prompts else 0,
+        repeated_lines=prompts.repeats if prompts else 0,
+        failed_rows=len(state.failed),
+        reused_rows=sum(rows.num_rows for rows in state.reused),
+        stored_bytes=sum(chunk.bytes for window in state.windows.values() for chunk in window.chunks),
+        spec=dataclasses.asdict(store.spec) if store else None,
+    )
+    if store is None or store.manifest is None:
+        return info
+    # before any array: the rows are really there, so what follows takes no more memory than the disk warrants
+    table = store.prompts
+    metadata = store.named_metadata(name)
+    weights_N = store.named_weights(name)
+    distance_N = mean_distance(store.neighbor_distances, metadata["weighting"]["k"])
+    relative_N = weights_N.astype(np.float64) * np.count_nonzero(store.groups >= 0)
+    # the last bin holds everything above it, so that a few outliers do not squeeze the rest
+    top = max(2.0, float(np.quantile(relative_N, 0.999)))
+    counts, edges = np.histogram(np.minimum(relative_N, top), bins=_HISTOGRAM_BINS, range=(0, top))
+    rarest, most_crowded = extremes(distance_N, count)
+    return dataclasses.replace(
+        info,
+        metadata=metadata,
+        names=store.manifest.names,
+        weights_histogram=[int(value) for value in counts],
+        histogram_edges=[float(value) for value in edges],
+        rarest=_describe(store, table, rarest, distance_N, relative_N),
+        most_crowded=_describe(store, table, most_crowded, distance_N, relative_N),
+        shares=_shares(table, by, weights_N) if by is not None else [],
+    )
+
+
+def neighbors_of(path: str | Path, prompt_id: str, *, count: int = 10) -> list[NeighborInfo]:
+    """Nearest distinct prompts of one prompt, nearest first (``embstore inspect --neighbors ID``)."""
+    store = open_store(path)
+    table = store.prompts  # before any array, as in inspect
+    found = store.neighbors(prompt_id)
+    rows = [int(row) for row in found.rows[:count]]
+    texts = [_excerpt(prompt.rendered) for prompt in table.sample(rows)]
+    return [
+        NeighborInfo(id=found.ids[position], row=row, distance=float(found.distances[position]), text=texts[position])
+        for position, row in enumerate(rows)
+    ]
+
+
+def verify(path: str | Path, *, repair: bool = False) -> VerifyReport:
+    """Check every checksum, finiteness, norms and strays.
+
+    Parameters
+    ----------
+    path
+        The store's folder.
+    repair
+        Unpublish a damaged store and demote its damaged windows, so that ``build --resume`` makes again what is wrong: those
+        windows and no other, neighbours, weights, small files. Never touches what only a new build can make: prompts, spec,
+        basis. Weightings under other names than ``default`` are published again if they are sound.
+
+    Returns
+    -------
+    VerifyReport
+        Findings as they were before any repair.
+
+    Raises
+    ------
+    StoreNotFoundError, CorruptStoreError, IdentityMismatchError, StoreLockedError
+    """
+    root = Path(path)
+    if not os.path.lexists(root / JOURNAL) and not os.path.lexists(root / MANIFEST):
+        raise StoreNotFoundError(f"{root} holds no store", hint="give the folder of a store")
+    if not repair:
+        return _verify_standing(root)
+    lock = lock_store(root)
+    try:
+        report = verify_store(root)  # before the writer settles what a dead one left
+        has_lost_lines = report.is_complete and not 0 < report.total_rows == report.committed_rows  # of the journal
+        mends = has_lost_lines or any(finding.path not in _NOT_BY_A_RESUME for finding in report.findings)
+    except BaseException:
+        lock.release()
+        raise
+    with StoreWriter(root, resume=True, lock=lock) as writer:
+        if mends:
+            writer.withdraw()
+        damaged = {finding.window: finding for finding in report.findings if finding.window is not None}
+        for window, finding in sorted(damaged.items()):
+            writer.commit(DemotedRecord(window=window, reason=f"{finding.path}: {finding.message}"))
+        if {ARRAY_METADATA, SPEC} & {finding.path for finding in report.findings} == {ARRAY_METADATA}:
+            writer.restore_array_metadata()
+    return report
+
+
+def _verify_standing(root: Path) -> VerifyReport:
+    """A report on one artefact: read again if a writer published another one meanwhile."""
+    while True:
+        before = _manifest_bytes(root)
+        report = verify_store(root)
+        if not report.findings or _manifest_bytes(root) == before:
+            return report
+
+
+def _manifest_bytes(root: Path) -> bytes | None:
+    with contextlib.suppress(EmbstoreError):  # missing, or no manifest: verify_store says what is wrong with it
+        return read_committed(root, MANIFEST)
+    return None
+
+
+def _stage(store: EmbeddingStore | None, has_prompts: bool) -> str:
+    if store is None:
+        return "prompts committed" if has_prompts else "empty"
+    if store.is_complete:
+        return "complete"
+    return "rows committed, weights missing" if store.journal.committed_rows == store.num_rows else "embedding"
+
+
+def _describe(
+    store: EmbeddingStore,
+    table: PromptTable,
+    rows: list[int],
+    distance_N: NDArray[np.float64],
+    relative_N: NDArray[np.float64],
+) -> list[PromptInfo]:
+    return [
+        PromptInfo(
+            row=row,
+            id=str(prompt.id),
+            mean_distance=float(distance_N[row]),
+            weight=float(relative_N[row]),
+            multiplicity=int(store.multiplicity[row]),
+            text=_excerpt(prompt.rendered),
+        )
+        for row, prompt in zip(rows, table.sample(rows), strict=True)
+    ]
+
+
+def _shares(table: PromptTable, by: str, weights_N: NDArray[np.float32]) -> list[Share]:
+    """Share of weight by value of a field, largest first; rows without the field count under "(none)"."""
+    rows: dict[str, int] = {}
+    weights: dict[str, float] = {}
+    for row, prompt in enumerate(table):
+        value = str(prompt.fields.get(by, "(none)"))
+        rows[value] = rows.get(value, 0) + 1
+        weights[value] = weights.get(value, 0.0) + float(weights_N[row])
+    if set(rows) == {"(none)"}:
+        raise EmbstoreError(f"no prompt has a field {by!r}", hint="fields are what the input lines hold beside the prompt")
+    return [
+        Share(value=value, rows=rows[value], row_share=rows[value] / len(table), weight_share=weight)
+        for value, weight in sorted(weights.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def _excerpt(text: str) -> str:
+    flat = " ".join(text[: 4 * _EXCERPT_CHARACTERS].split())
+    return flat if len(flat) <= _EXCERPT_CHARACTERS else flat[: _EXCERPT_CHARACTERS - 1] + "…"
