@@ -122,3 +122,15 @@ def chunk_rows_near(row_bytes: int, target_bytes: int, *, num_rows: int, max_row
     wanted = (target_bytes - _MARGIN_BYTES) // row_bytes // 16 * 16
     needed = -(-num_rows // 16) * 16
     return max(16, min(wanted, max_rows // 16 * 16, needed))
+
+
+def slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``step`` from ``start`` to ``stop``.
+
+    Examples
+    --------
+    >>> list(slices(0, 5, 2))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))

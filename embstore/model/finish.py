@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from embstore.core.rows import slices
 from embstore.model.backbone import AffineHead
 from embstore.model.basis import ReadBlock, project
 from embstore.model.packed import packed_product, packed_weight
@@ -92,7 +93,7 @@ class AffineFinisher:
             yield columns, packed_product(filled_BD, weight_CD)[:num_rows]
 
     def _columns(self) -> Iterator[slice]:
-        return _blocks(self._dimension, self._step)
+        return slices(0, self._dimension, self._step)
 
 
 class MeanFinisher:
@@ -109,7 +110,7 @@ class MeanFinisher:
 
     def unit_blocks(self, mean_BV: Tensor, norm_B: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """As ``Finisher``."""
-        for columns in _blocks(mean_BV.shape[1], self._step):
+        for columns in slices(0, mean_BV.shape[1], self._step):
             yield columns, mean_BV[:, columns] / norm_B[:, None]
 
     def lost(self, unit_BC: Tensor, half_BC: Tensor, coordinate_BR: Tensor, columns: slice) -> Tensor:
@@ -162,10 +163,6 @@ def spanning_columns(head: AffineHead, dimension: int) -> tuple[ReadBlock, int]:
 def identity_head(width: int, device: torch.device) -> AffineHead:
     """The head of ``--space hidden``: rows are the pooled states themselves, and a product with 1 is exact."""
     return AffineHead(weight_VD=torch.eye(width, device=device), bias_V=None, scale=1.0)
-
-
-def _blocks(dimension: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, dimension)) for start in range(0, dimension, step))
 
 
 def _part(buffer_BC: Tensor, columns: slice) -> Tensor:

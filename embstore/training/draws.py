@@ -12,7 +12,6 @@ Shapes: N rows, n draws. Price: 12 bytes a draw while a pass lasts, and blocks o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import ConfigError
+from embstore.core.rows import slices
 
 Method = Literal["systematic", "without_replacement", "iid"]
 
@@ -103,11 +103,6 @@ def check_spread(weights_N: NDArray[np.floating], num_samples: int, no_repeat_wi
         )
 
 
-def _blocks(size: int) -> Iterator[slice]:
-    for start in range(0, size, _BLOCK):
-        yield slice(start, min(start + _BLOCK, size))
-
-
 def _systematic(
     weights_N: NDArray[np.floating],
     num_samples: int,
@@ -128,7 +123,7 @@ def _systematic(
         total, factor = 1.0, scale
     low, filled, before, taken = 0.0, 0, 0, 0
     last = num_samples - certain
-    for block in _blocks(len(weights_N)):
+    for block in slices(0, len(weights_N), _BLOCK):
         weight_B = weights_N[block].astype(np.float64)
         once_B = weight_B >= ceiling if ceiling is not None else np.zeros(len(weight_B), dtype=np.bool_)
         weight_B[once_B] = 0.0
@@ -158,7 +153,7 @@ def _completed(drawn_n: Rows, filled: int, weights_N: NDArray[np.floating]) -> R
 
 def _total(weights_N: NDArray[np.floating]) -> float:
     total = 0.0
-    for block in _blocks(len(weights_N)):
+    for block in slices(0, len(weights_N), _BLOCK):
         weight_B = weights_N[block].astype(np.float64)
         weight_B[0] += total
         total = float(np.cumsum(weight_B)[-1])
@@ -174,7 +169,7 @@ def _independent(
     cumulative_N = np.cumsum(weights_N, dtype=np.float64)
     last = int(np.flatnonzero(weights_N)[-1])
     drawn_n = np.empty(num_samples, dtype=row_type)
-    for block in _blocks(num_samples):
+    for block in slices(0, num_samples, _BLOCK):
         points_B = (words_n[block] >> np.uint64(11)).astype(np.float64) * _TO_UNIT * cumulative_N[-1]
         drawn_n[block] = np.minimum(np.searchsorted(cumulative_N, points_B, side="right"), last)
     return drawn_n
@@ -189,7 +184,7 @@ def _shuffled(num_samples: int, stream: np.random.Philox) -> NDArray[np.uint64]:
     """A random order of 0..n - 1: sorted words whose low bits are the position; no two are equal, so any sort serves."""
     order_n = _words(stream, num_samples)
     mask = np.uint64((1 << max(1, (num_samples - 1).bit_length())) - 1)
-    for block in _blocks(num_samples):
+    for block in slices(0, num_samples, _BLOCK):
         order_n[block] &= ~mask
         order_n[block] |= np.arange(block.start, block.stop, dtype=np.uint64)
     order_n.sort()

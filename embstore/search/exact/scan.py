@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from embstore.core.rows import slices
 from embstore.core.sampling import shuffled
 from embstore.host.device import has_fast_bfloat16
 from embstore.host.threads import Workers, abandon, finish_all
@@ -146,7 +147,7 @@ def all_neighbors(
         is_mirrored = queries_Q is None and len(panel) == num_nodes - finished
         scan = TileScan(operand, panel, min(_num_candidates(k), num_nodes), plan.tile_rows)
         with contextlib.closing(_Jobs(scan, workers, report, first_node=finished if is_mirrored else None)) as jobs:
-            for rows in _cut(0, len(panel), plan.tile_rows):
+            for rows in slices(0, len(panel), plan.tile_rows):
                 jobs.run(rows)
                 yield _settled(coord_GR, order_G, scan, rows, k, workers)
 
@@ -175,11 +176,11 @@ class _Jobs:
     def _begin(self, rows: slice) -> None:
         num_nodes, offset = len(self._scan.operand.rows_GP), self._first_node
         step = self._scan.tile_rows
-        visits: list[tuple[slice, slice | None]] = [(nodes, None) for nodes in _cut(0, offset or 0, step)]
+        visits: list[tuple[slice, slice | None]] = [(nodes, None) for nodes in slices(0, offset or 0, step)]
         if offset is None:
-            visits = [(nodes, None) for nodes in _cut(0, num_nodes, step)]
+            visits = [(nodes, None) for nodes in slices(0, num_nodes, step)]
         else:
-            for other in _cut(rows.start, num_nodes - offset, step):
+            for other in slices(rows.start, num_nodes - offset, step):
                 nodes = slice(other.start + offset, other.stop + offset)
                 visits.append((nodes, other))
         jobs = [
@@ -220,13 +221,13 @@ def _settled(
     """The neighbours of rows whose candidates have seen every node."""
     positions_Q = scan.queries_Q[rows]
     ids_QK, distances_QK, is_doubtful_Q = _ranked(coord_GR, order_G, scan, rows, k, workers)
-    for part in _cut(0, int(is_doubtful_Q.sum()), _SETTLED_ROWS):
+    for part in slices(0, int(is_doubtful_Q.sum()), _SETTLED_ROWS):
         rows_D = np.flatnonzero(is_doubtful_Q)[part]
         # some rows twice: a product of every height would leave a kernel of nearly a MiB in memory for each
         padded = np.resize(rows_D, 1 << (len(rows_D) - 1).bit_length())
         again = TileScan(scan.operand, positions_Q[padded], min(_MOST_CANDIDATES, len(coord_GR)), scan.tile_rows)
         every_row, every_D = slice(0, len(padded)), slice(0, len(rows_D))
-        visits = [functools.partial(again.visit, every_row, nodes) for nodes in _cut(0, len(coord_GR), scan.tile_rows)]
+        visits = [functools.partial(again.visit, every_row, nodes) for nodes in slices(0, len(coord_GR), scan.tile_rows)]
         finish_all([workers.submit(visit, (0,)) for visit in visits])
         ids_QK[rows_D], distances_QK[rows_D], is_open_D = _ranked(coord_GR, order_G, again, every_D, k, workers)
         if is_open_D.any():
@@ -254,7 +255,7 @@ def _ranked(
 
         return run
 
-    finish_all([workers.submit(settle(part), (0,)) for part in _cut(0, len(positions_Q), _SETTLED_ROWS)])
+    finish_all([workers.submit(settle(part), (0,)) for part in slices(0, len(positions_Q), _SETTLED_ROWS)])
     return ids_QK, distances_QK, is_doubtful_Q
 
 
@@ -292,7 +293,3 @@ def settle_rows(
 def _num_candidates(k: int) -> int:
     """Enough that quantisation seldom hides the k-th among them, also in the crowded shells of 60 and more dimensions."""
     return 2 * k + 12
-
-
-def _cut(start: int, stop: int, step: int) -> list[slice]:
-    return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.interfaces import BlockStore
+from embstore.core.rows import slices
 from embstore.core.sampling import shuffled
 from embstore.host.scratch import large_array
 from embstore.search.distances import IntMatrix
@@ -173,7 +174,7 @@ class _Running:
         self.ids_GC = large_array(work / "candidates.npy", shape, np.int32)
         self.squared_GC = large_array(work / "squared.npy", shape, np.float32)
         self.missed_self_G = np.zeros(num_nodes, dtype=np.bool_)
-        self.blocks = _blocks(num_nodes, BLOCK_ROWS)
+        self.blocks = list(slices(0, num_nodes, BLOCK_ROWS))
         self.asked = [0] * len(self.blocks)
         # 2: in graphs of nodes in this order; a search that an earlier version began is not gone on with
         self._kept, self._name = kept, f"candidates-2-{effort.links}-{effort.ef_construction}-{effort.ef}"
@@ -258,7 +259,7 @@ def answers(
     graph.set_ef(max(ef, wanted))
     in_shard = np.zeros(len(coord_GR), dtype=np.bool_)
     in_shard[nodes] = True
-    every = _blocks(len(coord_GR), block_rows)
+    every = list(slices(0, len(coord_GR), block_rows))
     for number in blocks:
         rows = every[number]
         order_B = np.argsort(cell_G[rows], kind="stable")
@@ -267,10 +268,6 @@ def answers(
         labels[order_B], squared[order_B] = found, distances
         own = np.arange(rows.start, rows.stop)[:, None]
         yield number, labels, squared, in_shard[rows] & ~(labels == own).any(axis=1)
-
-
-def _blocks(num_nodes: int, block_rows: int) -> list[slice]:
-    return [slice(first, min(first + block_rows, num_nodes)) for first in range(0, num_nodes, block_rows)]
 
 
 def _ask(
