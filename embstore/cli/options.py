@@ -31,7 +31,7 @@ class PanelCommand(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 - typer's own click has no public name
         """Write one section per panel."""
         panels = by_panel(self.get_params(ctx))
-        hidden = panels.pop("advanced") if _SHOWS_ALL not in ctx.meta else []
+        hidden = panels.pop("advanced", []) if _SHOWS_ALL not in ctx.meta else []
         for panel, parameters in panels.items():
             with formatter.section(panel.capitalize()):
                 formatter.write_dl([each.get_help_record(ctx) for each in parameters])

@@ -118,7 +118,7 @@ def build(
     model
         Folder or hub id of a causal LM; shorthand for ``config.embedding.model``. May be None on a resume.
     config
-        Everything else; defaults suit most.
+        Everything else; ``help(embstore.core.config.BuildConfig)`` lists each option with its default and unit.
     resume
         Continue what is at ``out``; starts from nothing if nothing is there, so a job script is the same line every time.
     observer
