@@ -219,7 +219,6 @@ class EngineConfig:
         (), "Devices of this machine, one worker for each: cuda:0,cuda:1. No cluster needed.", panel="workers", separator=","
     )
     start_seconds: float = python_only(600, "Give up if no worker could start in this time.", unit="seconds")
-    max_attempts: int = python_only(3, "Give up if one task failed this often.")
 
     def __post_init__(self) -> None:
         if not self.is_remote and (self.ray_address or self.num_workers or self.gpus_per_worker):

@@ -1,6 +1,6 @@
 """Who gets which task when workers are other processes: one at a time each, lost ones replaced, nothing waited for for ever.
 
-A worker that died or raised is given up and another one is asked for; its task is tried elsewhere, ``max_attempts`` times in
+A worker that died or raised is given up and another one is asked for; its task is tried elsewhere, ``_MAX_ATTEMPTS`` in
 all, so that neither a bad machine ends a build nor a bad task repeats for ever. A task is handed out once at a time and its
 result given once. With no worker for ``start_seconds`` the build stops with an error that names what was asked for.
 """
@@ -21,6 +21,7 @@ from embstore.core.interfaces import Check, Job, Needs, Result, Task
 
 RESUME = "then run the same command with --resume: everything committed stays"
 
+_MAX_ATTEMPTS = 3
 _POLL_SECONDS = 0.5
 _SILENT_SECONDS = 300.0
 
@@ -185,7 +186,7 @@ class Dispatch(Generic[Task, Result]):
         todo, reserved = hand.todo, hand.reserved
         if reserved is not None:
             self._queue.appendleft(reserved)
-        most = self._config.max_attempts
+        most = _MAX_ATTEMPTS
         if todo is not None:
             todo.attempts += 1
             self._retries += 1

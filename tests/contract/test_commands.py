@@ -8,6 +8,7 @@ are is read from what ``embstore --help`` prints in a separate process.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import itertools
 import json
@@ -67,6 +68,7 @@ def _spellings(command: str) -> list[str]:
     return found
 
 
+@functools.cache
 def _printed(*words: str) -> str:
     """What the program prints in a terminal of 80 columns."""
     environment = {**os.environ, "COLUMNS": "80", "TERMINAL_WIDTH": "80"}
