@@ -19,18 +19,14 @@ from embstore.core.config import BuildConfig
 def build(
     prompts: Annotated[
         str | None,
-        typer.Argument(
-            help="JSONL (also gzipped, or - for stdin), Parquet, or a saved dataset. Not needed on a resume.",
-            rich_help_panel="input",
-        ),
+        typer.Argument(help="JSONL (also gzipped, or - for stdin), Parquet, or a saved dataset. Not needed on a resume."),
     ] = None,
     *,
     config: BuildConfig,
     out: Out,
     resume: Resume = False,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show what the build would do and cost. Writes nothing.", rich_help_panel="input"),
+        bool, typer.Option("--dry-run", help="Show what the build would do and cost. Writes nothing.")
     ] = False,
     as_json: AsJson = False,
     help_all: HelpAll = False,

@@ -12,11 +12,9 @@ from embstore.cli.frame import AsJson, app, print_json, reporting
 @app.command()
 @reporting
 def compare(
-    left: Annotated[str, typer.Argument(help="STORE or STORE:NAME.", show_default=False)],
-    right: Annotated[str, typer.Argument(help="STORE or STORE:NAME.", show_default=False)],
-    count: Annotated[
-        int, typer.Option("--count", help="How many prompts to show of those that rose most and fell most.")
-    ] = 5,
+    left: Annotated[str, typer.Argument(help="STORE or STORE:NAME.")],
+    right: Annotated[str, typer.Argument(help="STORE or STORE:NAME.")],
+    count: Annotated[int, typer.Option(help="How many prompts to show of those that rose most and fell most.")] = 5,
     as_json: AsJson = False,
 ) -> None:
     """Show how two weightings differ, of one store or of two.

@@ -15,12 +15,11 @@ from embstore.cli.frame import AsJson, Store, app, print_json, reporting
 @reporting
 def export(
     store: Store,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the files.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the files.")],
     format: Annotated[
         Literal["npy", "kat", "parquet"],
         typer.Option(
-            "--format",
-            help="npy: float32 rows and ids. kat: the original scripts' files. parquet: ids, texts, weights, neighbours.",
+            help="npy: float32 rows and ids. kat: the original scripts' files. parquet: ids, texts, weights, neighbours."
         ),
     ] = "npy",
     as_json: AsJson = False,

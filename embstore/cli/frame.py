@@ -31,15 +31,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Store = Annotated[Path, typer.Argument(help="Folder of the store.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder of the store.", show_default=False, rich_help_panel="input")]
-Resume = Annotated[
-    bool,
-    typer.Option(
-        "--resume", help="Continue an unfinished store. Starts a new one if there is none.", rich_help_panel="input"
-    ),
-]
+Store = Annotated[Path, typer.Argument(help="Folder of the store.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel="general")]
+Out = Annotated[Path, typer.Option("--out", help="Folder of the store.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an unfinished store, or start a new one.")]
 
 
 def stop(number: int, frame: FrameType | None) -> NoReturn:

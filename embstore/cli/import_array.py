@@ -22,22 +22,12 @@ _USED |= {"limit", "allow_drift", "trust_journal"}
 @reporting
 @takes(BuildConfig, only=_USED)
 def import_array(
-    array: Annotated[
-        Path,
-        typer.Argument(
-            help="A .npy file or the folder of a Zarr array: [N, D] floats.", show_default=False, rich_help_panel="input"
-        ),
-    ],
+    array: Annotated[Path, typer.Argument(help="A .npy file or the folder of a Zarr array: [N, D] floats.")],
     *,
     config: BuildConfig,
     out: Out,
     ids: Annotated[
-        Path | None,
-        typer.Option(
-            "--ids",
-            help="Names of the rows: one per line, a JSON list, or JSONL. Default: row numbers.",
-            rich_help_panel="input",
-        ),
+        Path | None, typer.Option(help="Names of the rows: one per line, a JSON list, or JSONL. Default: row numbers.")
     ] = None,
     resume: Resume = False,
     as_json: AsJson = False,

@@ -15,20 +15,13 @@ from embstore.core.config import format_bytes
 @reporting
 def inspect(
     store: Store,
-    neighbors: Annotated[
-        str | None, typer.Option("--neighbors", help="Show the prompts nearest to the one with this id.")
-    ] = None,
-    by: Annotated[
-        str | None, typer.Option("--by", help="Show the share of rows and weight for each value of this input field.")
-    ] = None,
-    name: Annotated[str, typer.Option("--name", help="Name of the weights to show.")] = "default",
+    neighbors: Annotated[str | None, typer.Option(help="Show the prompts nearest to the one with this id.")] = None,
+    by: Annotated[str | None, typer.Option(help="Show the share of weight for each value of this input field.")] = None,
+    name: Annotated[str, typer.Option(help="Name of the weights to show.")] = "default",
     html: Annotated[
-        Path | None,
-        typer.Option("--html", help="Write a report as one self-contained page. Needs embstore[report]."),
+        Path | None, typer.Option(help="Write a report as one self-contained page. Needs embstore[report].")
     ] = None,
-    png: Annotated[
-        Path | None, typer.Option("--png", help="Write the summary plots as a picture. Needs embstore[report].")
-    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the summary plots as a picture. Needs embstore[report].")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a store contains and what its weights say.

@@ -43,10 +43,11 @@ class PanelCommand(TyperCommand):
 
 
 def by_panel(parameters: Iterable[Any]) -> dict[str, list[Any]]:
-    """Parameters of a command by panel, in the order of ``--help``; those without one are general, before the advanced."""
+    """Parameters of a command by panel, in the order of ``--help``. Those that declare none are input."""
     panels: dict[str, list[Any]] = {panel: [] for panel in (*_PANELS[:-1], "general", _PANELS[-1])}
     for each in parameters:
-        panels[getattr(each, "rich_help_panel", None) or "general"].append(each)
+        panel = getattr(each, "rich_help_panel", None) or ("general" if "--help" in each.opts else "input")
+        panels[panel].append(each)
     return {panel: found for panel, found in panels.items() if found}
 
 
@@ -58,28 +59,25 @@ def _print_all(context: typer.Context, value: bool) -> None:
 
 
 HelpAll = Annotated[
-    bool, typer.Option("--help-all", callback=_print_all, is_eager=True, help="Show this message with all options and exit.")
+    bool,
+    typer.Option(
+        "--help-all", callback=_print_all, is_eager=True, help="Show every option and exit.", rich_help_panel="general"
+    ),
 ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Option:
-    """An option; ``path`` leads to its field, ``read`` makes the field's value of the command line's."""
-
-    path: tuple[str, ...]
+    path: tuple[str, ...]  # to its field, from the config down
+    field: dataclasses.Field[Any]
     parameter: inspect.Parameter
-    read: Callable[[Any], object]
 
 
 def takes(config: type[Any], *, only: Container[str] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a command whose parameter ``config`` is made of options.
+    """Decorate a command whose parameter ``config`` is made from options.
 
-    Parameters
-    ----------
-    config
-        A config class of core.config; the fields of classes within it are options as well.
-    only
-        Names of the fields, or of the classes' fields within it, that the command has a use for; None: all.
+    ``config`` is a class of core.config, with or without other such classes in it. ``only`` names the fields that the
+    command uses; None: all.
     """
     options = [each for each in _options(config) if only is None or any(name in only for name in each.path)]
 
@@ -90,7 +88,7 @@ def takes(config: type[Any], *, only: Container[str] | None = None) -> Callable[
 
         @functools.wraps(command)
         def run(**given: Any) -> None:  # noqa: ANN401 - each option has its own type
-            chosen = {each.path: each.read(given.pop(each.parameter.name)) for each in options}
+            chosen = {each.path: _value(each.field, given.pop(each.parameter.name)) for each in options}
             command(**given, config=_made(config, chosen))
 
         run.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
@@ -107,46 +105,37 @@ def _options(config: type[Any], path: tuple[str, ...] = ()) -> Iterator[_Option]
         if dataclasses.is_dataclass(hint):
             yield from _options(typing.cast(type[Any], hint), here)
         elif field.metadata["panel"] is not None:
-            yield _option(field, hint, here)
+            yield _Option(path=here, field=field, parameter=_parameter(field, hint))
 
 
-def _option(field: dataclasses.Field[Any], hint: Any, path: tuple[str, ...]) -> _Option:  # noqa: ANN401 - a type
-    """The option of one field: what is given differs from the field's value for sizes, tuples and "no limit"."""
+def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:  # noqa: ANN401 - a type
     flag = field.metadata["flag"] or f"--{field.name.replace('_', '-')}"
-    separator = field.metadata["separator"]
     default: Any = field.default
-    read: Callable[[Any], object] = _as_given
     metavar = f"<{unit}>" if (unit := field.metadata["unit"]) else None
     if unit == "bytes":
-        hint, default, read, metavar = str, f"{default / (1 << 30):g}GiB", parse_bytes, "<size>"
-    elif typing.get_origin(hint) is tuple:
-        hint, default, metavar = (str if separator else list[str]) | None, None, "<str>"
-        read = functools.partial(_parts, separator=separator)
-    elif hint == float | None and default is not None:
-        read = _no_limit
+        hint, default, metavar = str, f"{default / (1 << 30):g}GiB", "<size>"
+    elif isinstance(default, tuple):
+        hint, default, metavar = (str if field.metadata["separator"] else list[str]) | None, None, "<str>"
     info = typer.Option(flag, help=field.metadata["help"], metavar=metavar, rich_help_panel=field.metadata["panel"])
     name = flag.removeprefix("--").replace("-", "_")
     annotation = Annotated[hint, info]
-    parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-    return _Option(path=path, parameter=parameter, read=read)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _as_given(value: object) -> object:
-    return value
-
-
-def _parts(given: str | list[str] | None, *, separator: str | None) -> tuple[str, ...]:
-    if isinstance(given, str):
-        given = [part.strip() for part in given.split(separator)]
-    return tuple(given or ())
-
-
-def _no_limit(number: float) -> float | None:
-    return None if number == math.inf else number
+def _value(field: dataclasses.Field[Any], given: Any) -> object:  # noqa: ANN401 - each option has its own type
+    """The field's value; sizes, tuples and "no limit" are written differently on the command line."""
+    if field.metadata["unit"] == "bytes":
+        return parse_bytes(given)
+    if isinstance(field.default, tuple):
+        if isinstance(given, str):
+            return tuple(part.strip() for part in given.split(field.metadata["separator"]))
+        return tuple(given or ())
+    is_limit = field.type == "float | None" and field.default is not None
+    return None if is_limit and given == math.inf else given
 
 
 def _made(config: type[Any], chosen: dict[tuple[str, ...], object], path: tuple[str, ...] = ()) -> Any:  # noqa: ANN401
-    """A config of the values that were chosen, by path; everything else has its default."""
+    """A config of the values chosen, by path; everything else has its default."""
     values = {}
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):

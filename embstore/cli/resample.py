@@ -16,35 +16,24 @@ from embstore.cli.frame import AsJson, Store, app, print_json, reporting
 @reporting
 def resample(
     store: Store,
-    dataset: Annotated[Path, typer.Option("--dataset", help="The trainer's file, .jsonl or .parquet.", show_default=False)],
-    out: Annotated[
-        Path, typer.Option("--out", help="File to write, in the same format. Must not exist.", show_default=False)
-    ],
-    name: Annotated[str, typer.Option("--name", help="Name of the weights to use.")] = "default",
-    num_samples: Annotated[int | None, typer.Option("--num-samples", help="Number of draws. Default: one per item.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the draws.")] = 0,
-    epoch: Annotated[int, typer.Option("--epoch", help="Epoch to draw; each epoch has its own draws.")] = 0,
+    dataset: Annotated[Path, typer.Option(help="The trainer's file, .jsonl or .parquet.")],
+    out: Annotated[Path, typer.Option(help="File to write, in the same format. Must not exist.")],
+    name: Annotated[str, typer.Option(help="Name of the weights to use.")] = "default",
+    num_samples: Annotated[int | None, typer.Option(help="Number of draws. Default: one per item.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    epoch: Annotated[int, typer.Option(help="Epoch to draw; each epoch has its own draws.")] = 0,
     method: Annotated[
         Literal["systematic", "without_replacement", "iid"],
-        typer.Option("--method", help="systematic: the number of draws of an item is its quota, rounded down or up."),
+        typer.Option(help="systematic: draw each item as often as its quota says, rounded down or up."),
     ] = "systematic",
-    key_column: Annotated[
-        str | None, typer.Option("--key-column", help="Column with the prompt. Default: prompt, messages or prefix.")
-    ] = None,
-    id_column: Annotated[
-        str | None, typer.Option("--id-column", help="Column with ids to join by, instead of by content.")
-    ] = None,
+    key_column: Annotated[str | None, typer.Option(help="Column with prompts. Default: prompt, messages or prefix.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column with ids to join by, instead of by content.")] = None,
     on_missing: Annotated[
-        str,
-        typer.Option(
-            "--on-missing", help="For items that are not in the store: error, drop, mean, or a multiple of the mean weight."
-        ),
+        str, typer.Option(help="Items not in the store: error, drop, mean, or a multiple of the mean.")
     ] = "error",
     duplicates: Annotated[
         Literal["repeat", "divide"],
-        typer.Option(
-            "--duplicates", help="Several items of one row: give each its weight (repeat), or a share of it (divide)."
-        ),
+        typer.Option(help="Items of one row: give each its weight (repeat), or a share of it (divide)."),
     ] = "repeat",
     as_json: AsJson = False,
 ) -> None:

@@ -18,9 +18,7 @@ def weights(
     store: Store,
     *,
     config: WeightingConfig,
-    name: Annotated[
-        str, typer.Option("--name", help="Store the weights under this name; other names are kept.")
-    ] = "default",
+    name: Annotated[str, typer.Option(help="Store the weights under this name; other names are kept.")] = "default",
     as_json: AsJson = False,
 ) -> None:
     """Compute new weights without a new search, in seconds."""

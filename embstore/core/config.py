@@ -20,13 +20,14 @@ from embstore.core.errors import ConfigError
 
 K_MAX = 32  # neighbours kept on disk, so that `embstore weights --k` up to this needs no search
 
-DTypeName = Literal["float32", "bfloat16", "float16"]
+DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 Weighting = Literal["inverse-density", "legacy-inverse", "uniform"]
 Duplicates = Literal["collapse", "keep"]
 Compressor = Literal["lz4", "none"]
 KnnMethod = Literal["auto", "hnsw", "exact"]
 Space = Literal["logits", "hidden"]
 Pooling = Literal["mean", "last"]
+Columns = Literal["model", "tokenizer"]
 
 # What spec.json says about pooling, for each pair of options.
 _POOLING_RULES: dict[tuple[Space, Pooling], str] = {
@@ -52,42 +53,27 @@ def space_and_pooling(rule: str) -> tuple[Space, Pooling] | None:
 class EmbeddingConfig:
     """How prompts become rows. None means "choose for me" for a new store and "as stored" on a resume."""
 
-    model: str | None = option(None, "Folder or Hugging Face hub id of a causal language model.", panel="model")
+    model: str | None = option(None, "Folder or Hugging Face hub id of a causal language model.", "model")
     revision: str | None = option(None, "Revision of a model on the hub.")
-    device: str | None = option(None, "Where the model runs: auto, cpu, cuda or cuda:N.", panel="model")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = option(
+    device: str | None = option(None, "Where the model runs: auto, cpu, cuda or cuda:N.", "model")
+    dtype: DTypeChoice | None = option(
         None,
-        "Data type of the model's layers; pooling and head use float32. auto: fastest dtype that changes the weights by "
-        "TV <= 1e-3.",
-        panel="model",
+        "Type of the layers; pooling and head are float32. auto: fastest dtype that changes the weights by TV <= 1e-3.",
+        "model",
     )
-    max_tokens: int | None = option(
-        None, "Keep the first N tokens of each prompt. Default: 512.", panel="model", unit="tokens"
-    )
-    vocab: Literal["model", "tokenizer"] | None = option(
-        None, "Columns of a row: all logits of the model, or without those that only pad the vocabulary."
-    )
-    space: Space | None = option(
-        None, "What a row is made of: logits, or final hidden states (also of encoders).", panel="model"
-    )
+    max_tokens: int | None = option(None, "Keep the first N tokens of each prompt. Default: 512.", "model", unit="tokens")
+    vocab: Columns | None = option(None, "All columns of logits, or without those that only pad the vocabulary.")
+    space: Space | None = option(None, "Rows of logits, or of final hidden states (also of encoders).", "model")
     pooling: Pooling | None = option(None, "Average over all tokens of a prompt (mean), or use only the last one.")
     batch_tokens: int | None = option(
-        None,
-        "Tokens per batch, padding included. Default: 1024 on a CPU, 2048 there in 16 bits, 16384 on CUDA.",
-        unit="tokens",
+        None, "Tokens per batch, padding included. Default: 1024 on a CPU (2048 in 16 bits), 16384 on CUDA.", unit="tokens"
     )
-    window_rows: int | None = option(
-        None, "Rows per commit, the most that a kill can cost. Default: at most 4096.", unit="rows"
-    )
+    window_rows: int | None = option(None, "Rows per commit, the most a kill can cost. Default: at most 4096.", unit="rows")
     chunk_rows: int | None = option(None, "Rows per chunk file. Default: about 32 MiB of them.", unit="rows")
-    threads: int | None = option(
-        None, "CPU threads. Default: all that this process may use.", panel="resources", unit="threads"
-    )
+    threads: int | None = option(None, "CPU threads. Default: all that this process may use.", "resources")
     compressor: Compressor | None = option(None, "none: store chunks uncompressed, so they can be memory-mapped.")
     trust_remote_code: bool | None = option(None, "Run Python code that comes with the model. Recorded in the store.")
-    trust_tokenizer_pickle: bool | None = option(
-        None, "Load nanochat's tokenizer.pkl in this run. Unpickling can run any code."
-    )
+    trust_tokenizer_pickle: bool | None = option(None, "Load nanochat's tokenizer.pkl. Unpickling can run any code.")
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "batch_tokens", "window_rows", "chunk_rows", "threads"):
@@ -95,9 +81,7 @@ class EmbeddingConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if self.space == "hidden" and self.vocab is not None:
-            raise ConfigError(
-                f"vocab {self.vocab} chooses columns of logits, but space hidden has no logits", hint="leave out --vocab"
-            )
+            raise ConfigError(f"vocab {self.vocab} chooses columns of logits, but space is hidden", hint="leave out --vocab")
 
 
 @documented
@@ -106,10 +90,7 @@ class DensityConfig:
     """How neighbours are found."""
 
     knn: KnnMethod = option(
-        "auto",
-        "How neighbours are found. hnsw: an approximate graph, audited. auto: exact, unless a graph is much faster and "
-        "as good.",
-        panel="search",
+        "auto", "hnsw: an approximate graph, audited. auto: exact, unless a graph is much faster and as good.", "search"
     )
     center: bool = option(False, "Subtract the mean row before measuring distances (changes neighbours and weights).")
     shards: int | None = option(None, "HNSW graphs to split the rows into. Default: chosen from memory and cores.")
@@ -134,22 +115,16 @@ class WeightingConfig:
     """How mean neighbour distances become weights (core.density). In Python, ``max_ratio`` None sets no limit."""
 
     weighting: Weighting = option(
-        "inverse-density",
-        "inverse-density favours rare prompts. legacy-inverse favours crowds, as the original scripts did; for "
-        "comparison only.",
+        "inverse-density", "legacy-inverse favours crowds, as the original scripts did; it is for comparison only."
     )
-    k: int = option(
-        10, "Nearest distinct vectors whose mean distance measures how rare a prompt is (at most 32).", panel="weights"
-    )
-    gamma: float = option(1.0, "Exponent: a weight is proportional to mean distance ** gamma.", panel="weights")
+    k: int = option(10, "Nearest distinct vectors, at most 32, whose mean distance says how rare a prompt is.", "weights")
+    gamma: float = option(1.0, "Exponent: a weight is proportional to mean distance ** gamma.", "weights")
     target_ess: float | None = option(
-        None, "Choose gamma so that the effective sample size is this share of the rows: 0.5 for half.", panel="weights"
+        None, "Choose gamma for this effective sample size, as a share of the rows: 0.5 for half.", "weights"
     )
     uniform_mix: float = option(0.0, "Share of uniform sampling mixed in: a floor under every weight.")
     max_ratio: float | None = option(
-        10.0,
-        "Largest weight of a vector, as a multiple of the mean weight. inf: no limit.",
-        panel="weights",
+        10.0, "Largest weight of a vector, as a multiple of the mean. inf: no limit.", "weights"
     )
     duplicates: Duplicates = option(
         "collapse", "Rows with bit-equal vectors: collapse divides one weight among them, keep gives each of them all of it."
@@ -185,13 +160,10 @@ class PromptFields:
     """
 
     text: str | None = option(
-        None,
-        "Field that contains the prompt. Default: prompt, messages or prefix.",
-        panel="input",
-        flag="--text-field",
+        None, "Field with the prompt. Default: prompt, messages or prefix.", "input", flag="--text-field"
     )
-    messages: str | None = option(None, "Field that contains a list of messages.", flag="--messages-field")
-    id: str | None = option(None, "Field that contains the id. Default: id.", panel="input", flag="--id-field")
+    messages: str | None = option(None, "Field with a list of messages.", flag="--messages-field")
+    id: str | None = option(None, "Field with the id. Default: id.", "input", flag="--id-field")
 
     @property
     def names(self) -> frozenset[str]:
@@ -209,14 +181,12 @@ USUAL_FIELDS = PromptFields()
 class EngineConfig:
     """Where windows and searches are computed. The store is the same, so it may differ on every run."""
 
-    engine: Literal["local", "ray"] = option(
-        "local", "Compute in this process, or in workers on a Ray cluster.", panel="workers"
-    )
+    engine: Literal["local", "ray"] = option("local", "Compute in this process, or in workers on a Ray cluster.", "workers")
     ray_address: str | None = option(None, "Ray cluster to join: auto, or host:port. Default: a new one on this machine.")
     num_workers: int | None = option(None, "Workers, each with its own copy of the model. Default: as many as fit.")
     gpus_per_worker: float | None = option(None, "GPUs that Ray gives each worker. Default: 1, or 0 for a model on CPUs.")
     devices: tuple[str, ...] = option(
-        (), "Devices of this machine, one worker for each: cuda:0,cuda:1. No cluster needed.", panel="workers", separator=","
+        (), "Devices of this machine, one worker for each: cuda:0,cuda:1. No cluster needed.", "workers", separator=","
     )
     start_seconds: float = python_only(600, "Give up if no worker could start in this time.", unit="seconds")
 
@@ -256,26 +226,16 @@ class BuildConfig:
     density: DensityConfig = DensityConfig()
     weighting: WeightingConfig = WeightingConfig()
     memory_budget_bytes: int = option(
-        2 << 30,
-        "Memory that embstore may take besides the loaded model and mapped files.",
-        panel="resources",
-        flag="--memory-budget",
-        unit="bytes",
+        2 << 30, "Memory besides the loaded model and mapped files.", "resources", flag="--memory-budget", unit="bytes"
     )
     on_error: Literal["stop", "quarantine"] = option(
         "stop", "If a row cannot be embedded: stop, or keep its number with an empty row of weight 0 (quarantine)."
     )
     strict: bool = option(False, "Refuse the file if any line does not contain a prompt.")
-    limit: int | None = option(
-        None, "Use only the first N distinct prompts, or rows of an array.", panel="input", unit="rows"
-    )
-    allow_drift: bool = option(
-        False, "Resume on other hardware or threads, or without the --reuse stores. Recorded; the bytes may differ."
-    )
+    limit: int | None = option(None, "Use only the first N distinct prompts, or rows of an array.", "input", unit="rows")
+    allow_drift: bool = option(False, "Resume on other hardware or threads, or without --reuse stores. Bytes may differ.")
     trust_journal: bool = option(False, "Resume without reading committed rows back to check them.")
-    reuse: tuple[str, ...] = option(
-        (), "Finished store to copy rows of equal prompts from; may be given several times.", panel="input"
-    )
+    reuse: tuple[str, ...] = option((), "Finished store to copy rows of equal prompts from. Repeatable.", "input")
     fields: PromptFields = USUAL_FIELDS
     engine: EngineConfig = EngineConfig()
 

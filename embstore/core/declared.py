@@ -20,8 +20,8 @@ _Default = TypeVar("_Default")
 def option(
     default: _Default,
     help: str,
-    *,
     panel: Panel = "advanced",
+    *,
     flag: str | None = None,
     unit: str | None = None,
     separator: str | None = None,
@@ -30,18 +30,16 @@ def option(
 
     Parameters
     ----------
-    default
-        The field's default.
-    help
-        What the option does, for people.
+    default, help
+        Its default, and what it does.
     panel
-        Where ``--help`` lists it; the advanced panel is listed by ``--help-all`` only.
+        Where ``--help`` lists it; the advanced panel is shown by ``--help-all`` only.
     flag
         Its name on the command line, where that is not ``--`` and the field's name.
     unit
-        What the number counts. The command line also takes ``bytes`` as a size such as ``2GiB``.
+        What the number counts. ``bytes`` are given as a size such as ``2GiB``.
     separator
-        Splits one text into the parts of a tuple; without it, a tuple's option is repeated.
+        Splits a text into the parts of a tuple; without it, a tuple's option is repeated.
     """
     metadata = {"help": help, "panel": panel, "flag": flag, "unit": unit, "separator": separator}
     return field(default=default, metadata=metadata)

@@ -128,8 +128,9 @@ def test_every_python_snippet_runs(folder: Path, tmp_path: Path, monkeypatch: py
 
     snippets = [body for page in RUN for language, body in _blocks(ROOT / page) if language == "python"]
     assert snippets
+    dataset = [json.loads(line) for line in Path("prompts.jsonl").read_text().splitlines()]
     for body in snippets:
-        names: dict[str, object] = {"dataset": [{"row": row} for row in range(41)], "DataLoader": DataLoader}
+        names: dict[str, object] = {"dataset": dataset, "DataLoader": DataLoader}
         exec(compile(body, "snippet", "exec"), names)
         assert "weights" in names
 
