@@ -15,7 +15,7 @@ from embstore.core.errors import ConfigError
 from embstore.core.events import Observer, ignore
 from embstore.core.format import JOURNAL
 from embstore.flow.build import BuildReport, build
-from embstore.storage.import_source import RowIds, open_given
+from embstore.storage.array_source import RowIds, open_given
 from embstore.storage.journal import read_journal
 
 

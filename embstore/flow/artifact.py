@@ -27,6 +27,7 @@ from embstore.core.density import (
 )
 from embstore.core.diagnostics import concerns, hubness, rank_correlation
 from embstore.core.errors import ConfigError, CorruptStoreError
+from embstore.core.files import file_problem
 from embstore.core.format import (
     CHUNKS,
     COORDINATES,
@@ -45,10 +46,8 @@ from embstore.core.format import (
 )
 from embstore.core.records import JournalState, chunk_table
 from embstore.core.spec import StoreSpec
-from embstore.storage.arrays import save_array
-from embstore.storage.atomic import make_directory, write_durable
+from embstore.storage.atomic import make_directory, save_array, write_durable
 from embstore.storage.reader import EmbeddingStore, open_store
-from embstore.storage.verify import compare_file
 from embstore.storage.writer import StoreWriter
 
 DEFAULT_NAME = "default"
@@ -189,7 +188,7 @@ def _other_weightings(writer: StoreWriter, kept: Manifest | None, name: str) -> 
     found = {}
     for other, digest in before.names.items():
         files = {path: before.files[path] for path in weights_paths(digest)}
-        if other != name and (kept or all(compare_file(writer.root, path, files[path]) is None for path in files)):
+        if other != name and (kept or all(file_problem(writer.root, path, files[path]) is None for path in files)):
             found[other] = digest, files
     return found
 
@@ -240,7 +239,7 @@ def read_neighbors(store: EmbeddingStore) -> NeighborFiles:
         raise AssertionError("an unfinished store has no neighbours")
     paths = dataclasses.asdict(neighbors_paths(store.manifest.neighbors))
     for path in paths.values():
-        problem = compare_file(store.root, path, store.manifest.files[path])
+        problem = file_problem(store.root, path, store.manifest.files[path])
         if problem is not None:
             raise CorruptStoreError(
                 f"{path} {problem}", hint=f"run embstore verify {store.root} --repair, then embstore build --resume"

@@ -30,6 +30,7 @@ from embstore.core.events import (
     StageStarted,
     ignore,
 )
+from embstore.core.files import map_array, storage_errors
 from embstore.core.format import COORDINATES, RESIDUALS, JsonObject
 from embstore.core.interfaces import Embedder, EmbedderSource, Job
 from embstore.core.plan import plan
@@ -53,9 +54,7 @@ from embstore.flow.window_tasks import MadeWindow, WindowsElsewhere, WindowsHere
 from embstore.host.allocator import give_back
 from embstore.host.memory import MemoryMeter
 from embstore.host.signals import StopSignals
-from embstore.storage.arrays import map_array
-from embstore.storage.atomic import storage_errors
-from embstore.storage.prompt_table import PromptSource
+from embstore.storage.prompt_source import PromptSource
 from embstore.storage.reader import EmbeddingStore, open_published
 from embstore.storage.search_blocks import SearchBlocks
 from embstore.storage.writer import StoreWriter

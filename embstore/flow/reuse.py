@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from embstore.core.config import BuildConfig
 from embstore.core.errors import ConfigError, FieldMismatch, IdentityMismatchError, StoreNotFoundError
+from embstore.core.files import storage_errors
 from embstore.core.format import BASIS, CHUNKS, COORDINATES, PROMPTS, RESIDUALS, SPEC, canonical_json
 from embstore.core.interfaces import RowBlock
 from embstore.core.plan import grid_of, refuse_drift, refuse_other_input
@@ -28,7 +29,6 @@ from embstore.core.records import FailedRow, ReusedStore, ReuseRecord
 from embstore.core.rows import RowRange
 from embstore.core.spec import ModelIdentity, StoreSpec, diff_fields
 from embstore.host.scratch import map_scratch
-from embstore.storage.atomic import storage_errors
 from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import EmbeddingStore, open_store
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import EngineError, RowError
+from embstore.core.files import map_array, storage_errors
 from embstore.core.format import BASIS, PROMPTS
 from embstore.core.interfaces import Check, Embedder, EmbedderSource, Needs, RowBlock, WindowCounts
 from embstore.core.plan import as_stored, grid_of
@@ -24,8 +25,7 @@ from embstore.core.prompts import Prompt
 from embstore.core.spec import StoreSpec, diff_fields
 from embstore.flow.reuse import Reuse, RowCopier, SavedReuse, nothing_reused
 from embstore.host.memory import MemoryMeter
-from embstore.storage.arrays import map_array
-from embstore.storage.atomic import storage_errors, take_away
+from embstore.storage.atomic import take_away
 from embstore.storage.chunk_writer import WindowWriter, WrittenWindow
 from embstore.storage.prompt_table import PromptTable
 

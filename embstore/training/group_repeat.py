@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import ConfigError
-from embstore.training.epochs import Resumable
+from embstore.training.resumable import Resumable
 from embstore.training.sampler import DensitySampler
 
 

@@ -13,9 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from embstore.core.errors import ConfigError, LengthMismatchError
 from embstore.training.draws import Method
-from embstore.training.files import check_vector
 from embstore.training.sampler import DensitySampler
-from embstore.training.weights import Weights
+from embstore.training.weights import Weights, check_vector
 
 DRAW_COLUMN = "embstore_draw"
 

@@ -15,9 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from embstore.core.errors import ConfigError
 from embstore.training.draws import Method, check_spread, check_without_replacement, draw
-from embstore.training.epochs import Resumable
-from embstore.training.files import check_vector, sha256_of
-from embstore.training.weights import Weights
+from embstore.training.resumable import Resumable
+from embstore.training.weights import Weights, check_vector, sha256_of
 
 _STATE_VERSION = 1
 # names the drawing algorithm; another order needs another number

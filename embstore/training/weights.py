@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,25 +26,15 @@ from embstore.core.errors import (
     OrderMismatchError,
     StoreNotFoundError,
 )
+from embstore.core.files import check_array, map_array, map_file, storage_errors
 from embstore.core.format import (
     WEIGHTS_TOLERANCE,
-    FileDigest,
     Manifest,
     decode_manifest,
     follow_manifest,
     weights_paths,
 )
-from embstore.training.files import (
-    check_digest,
-    check_vector,
-    map_array,
-    read_aliases,
-    read_keys,
-    read_manifest,
-    read_metadata,
-    refuse_irregular,
-    sha256_of,
-)
+from embstore.training.published import read_aliases, read_keys, read_manifest, read_metadata
 
 if TYPE_CHECKING:
     from embstore.training.join import Duplicates, Join, OnMissing
@@ -231,8 +222,28 @@ class Weights:
         return _restore, (fields,)
 
 
+def check_vector(name: str, array: NDArray[np.floating]) -> float:
+    """Refuse a vector that cannot be sampled from; returns its float64 sum. Makes no copy."""
+    if array.ndim != 1 or not len(array):
+        raise InvalidWeightsError(f"{name}: weights must be a non-empty vector, got shape {array.shape}")
+    with np.errstate(invalid="ignore"):
+        is_sound = array.min() >= 0 and np.isfinite(array.max())  # NaN is never >= 0
+    if not is_sound:
+        bad = np.flatnonzero(~(np.isfinite(array) & (array >= 0)))
+        raise InvalidWeightsError(f"{name}: weight {int(bad[0])} is {array[bad[0]]}, not finite and >= 0")
+    total = float(array.sum(dtype=np.float64))
+    if total <= 0:
+        raise InvalidWeightsError(f"{name}: the weights sum to {total}")
+    return total
+
+
+def sha256_of(array: NDArray[np.generic]) -> str:
+    """sha256 of an array's values; type and shape do not count."""
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+
+
 def _restore(fields: dict[str, Any]) -> Weights:
-    return Weights(**{"array": map_array(fields["path"]), **fields} if "array" not in fields else fields)
+    return Weights(**{"array": _map_bare(fields["path"]), **fields} if "array" not in fields else fields)
 
 
 def load_weights(
@@ -275,17 +286,19 @@ def load_weights(
     if verify not in ("full", "shape", "off"):
         raise ConfigError(f"verify is 'full', 'shape' or 'off', got {verify!r}")
     root = Path(path)
-    if root.is_dir():
+    with storage_errors("reading", root):
+        is_folder, is_file = root.is_dir(), root.is_file()
+    if is_folder:
         return follow_manifest(
             lambda: read_manifest(root),
             lambda manifest: _load(root, manifest, name, expect_len=expect_len, expect_keys=expect_keys, verify=verify),
         )
-    if not root.is_file():
+    if not is_file:
         raise StoreNotFoundError(f"{root} does not exist", hint="run embstore build PROMPTS --model MODEL --out STORE")
     warnings.warn(f"{root} is a bare file: no manifest says what it belongs to", stacklevel=2)
-    array = map_array(root)
+    array = _map_bare(root)
     if verify != "off":
-        _check(root, array, None, rows=None, full=verify == "full")
+        _check_weights(root, array, full=verify == "full")
     if expect_len is not None and expect_len != len(array):
         raise LengthMismatchError(
             f"{root} has {len(array)} weights, the dataset has {expect_len} items",
@@ -312,12 +325,17 @@ def _load(
             hint=f"run embstore weights {root} --name {name}",
         )
     array_name, sidecar = weights_paths(manifest.names[name])
-    file, digest = root / array_name, manifest.files[array_name]
     metadata = read_metadata(root, sidecar, manifest)
-    refuse_irregular(root, array_name)
-    array = map_array(file)
+    file, digest = root / array_name, manifest.files[array_name]
+    array = map_array(root, array_name)
     if verify != "off":
-        _check(file, array, digest, rows=manifest.rows, full=verify == "full")
+        if array.ndim == 1 and len(array) != manifest.rows:
+            raise CorruptStoreError(
+                f"{file} has {len(array)} weights, the manifest says {manifest.rows}", hint=f"run embstore verify {root}"
+            )
+        if verify == "full":
+            check_array(root, array_name, array, digest)
+        _check_weights(file, array, full=verify == "full")
     if expect_len is not None and expect_len != len(array):
         raise LengthMismatchError(
             f"{root} has {len(array)} weights, the dataset has {expect_len} items",
@@ -328,19 +346,23 @@ def _load(
     return Weights(path=file, array=array, metadata=metadata, store=root, digest=digest.sha256)
 
 
-def _check(file: Path, array: NDArray[np.float32], digest: FileDigest | None, *, rows: int | None, full: bool) -> None:
+def _map_bare(path: Path) -> NDArray[Any]:
+    """Map a ``.npy`` file that the user named; unlike a file of a store it may be a link."""
+    with storage_errors("reading", path):
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            raise StoreNotFoundError(
+                f"{path} does not exist", hint="load the weights again: newer ones may have replaced this file"
+            ) from None
+        with file:
+            return map_file(file, str(path), hint="numpy.save(FILE, weights) writes such a file")
+
+
+def _check_weights(file: Path, array: NDArray[Any], *, full: bool) -> None:
     if array.ndim != 1 or array.dtype != np.float32:
-        raise InvalidWeightsError(f"{file} holds {array.dtype} of shape {array.shape}, not float32 of one dimension")
-    if rows is not None and len(array) != rows:
-        raise CorruptStoreError(
-            f"{file} has {len(array)} weights, the manifest says {rows}", hint="run embstore verify STORE"
-        )
-    if not full:
-        return
-    if digest is not None:
-        check_digest(file, digest)
-    total = check_vector(str(file), array)
-    if abs(total - 1) > WEIGHTS_TOLERANCE:
+        raise InvalidWeightsError(f"{file} contains {array.dtype} of shape {array.shape}, not float32 of one dimension")
+    if full and abs((total := check_vector(str(file), array)) - 1) > WEIGHTS_TOLERANCE:
         raise InvalidWeightsError(f"{file} sums to {total!r}, not 1")
 
 

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from embstore.core.density import NOISE_FLOOR, mean_distance
 from embstore.core.errors import ConfigError, StoreExistsError
+from embstore.core.files import Buffer, array_header
 from embstore.core.format import WEIGHTS_LINK, document
 from embstore.core.rows import RowRange
-from embstore.storage.arrays import array_header, save_array
-from embstore.storage.atomic import Buffer, DurableFile, make_directory, write_durable
+from embstore.storage.atomic import DurableFile, make_directory, save_array, write_durable
 from embstore.storage.reader import EmbeddingStore, open_store
 
 ExportFormat = Literal["npy", "kat", "parquet"]

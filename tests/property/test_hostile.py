@@ -25,7 +25,8 @@ from embstore.core.prompts import Prompt, decode_row, parse_line
 from embstore.core.records import decode_chunk_table, decode_journal, encode_journal_header, replay
 from embstore.core.spec import decode_spec
 from embstore.flow.admission import _model_of_last_run
-from embstore.storage.prompt_table import MAX_LINE_BYTES, ingest
+from embstore.storage.ingest import ingest
+from embstore.storage.prompt_source import MAX_LINE_BYTES
 from embstore.views.info import inspect, neighbors_of
 from embstore.views.terminal import print_info, print_neighbors
 from tests.support.forged import HEADERS, RAW, damaged, dumps, mutated

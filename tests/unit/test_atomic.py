@@ -15,15 +15,14 @@ from pathlib import Path
 import pytest
 
 from embstore.core.errors import CorruptStoreError, ExitCode, StorageError, StoreLockedError, StoreNotFoundError
+from embstore.core.files import read_committed, storage_errors
 from embstore.storage.atomic import (
     DurableFile,
     WriterLock,
     make_directory,
     pwrite_all,
-    read_committed,
     remove_temp_files,
     replace_link,
-    storage_errors,
     write_all,
     write_durable,
 )

@@ -103,7 +103,7 @@ def test_fields_of_other_names(kind: str, tmp_path: Path) -> None:
         {"uid": "q3", "prompt": "not this"},
     ]
     source = write_lines(tmp_path / "p", lines) if kind == "jsonl" else _parquet(tmp_path / "p", lines)
-    from embstore.storage.prompt_table import ingest
+    from embstore.storage.ingest import ingest
     from tests.support.stage0 import read_stage0
 
     out = tmp_path / "out"
