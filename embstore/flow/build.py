@@ -48,9 +48,10 @@ from embstore.flow.artifact import (
     write_neighbors,
     write_weights,
 )
-from embstore.flow.reuse import Reuse, RowCopier
+from embstore.flow.reuse import Reuse
+from embstore.flow.row_copier import RowCopier
 from embstore.flow.run import Run, open_engine
-from embstore.flow.window_tasks import MadeWindow, WindowsElsewhere, WindowsHere
+from embstore.flow.window_tasks import LocalWindowJob, MadeWindow, RemoteWindowJob
 from embstore.host.allocator import give_back
 from embstore.host.memory import MemoryMeter
 from embstore.host.signals import StopSignals
@@ -250,10 +251,10 @@ def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: 
 def _window_job(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: Reuse) -> Job[int, MadeWindow]:
     root, stops = run.writer.root, run.config.on_error == "stop"
     if not run.engine.is_remote:
-        return WindowsHere(
+        return LocalWindowJob(
             root=root, spec=spec, embedder=embedder, reuse=reuse, stops_at_failure=stops, work=run.writer.work
         )
-    return WindowsElsewhere.prepare(
+    return RemoteWindowJob.prepare(
         root.absolute(),
         spec,
         run.source if reuse.num_rows < spec.rows else None,

@@ -38,7 +38,7 @@ _CODECS = {
 }
 
 
-def open_given(path: str | Path) -> GivenRows:
+def open_array(path: str | Path) -> GivenRows:
     """The array at ``path``: a ``.npy`` file (version 1.0, C order), or the folder of one Zarr array (version 2 or 3).
 
     Raises

@@ -1,4 +1,4 @@
-"""Weights of a finished store: mapped read-only, validated in full, joined to a dataset, tempered. numpy only.
+"""Weights of a finished store: mapped read-only, fully validated, joined to a dataset, tempered. numpy only.
 
 Shapes: N rows, M items of a dataset.
 """
@@ -46,9 +46,9 @@ Verify = Literal["full", "shape", "off"]
 class Weights:
     """Sampling weights, of a store's rows or (after ``align``) of a dataset's items.
 
-    ``array`` is float32 [N], finite, >= 0, sum 1 (or what ``verify`` let through); as loaded it is a read-only memory map
-    and pickles by path, so that a spawned worker maps the file instead of receiving it. ``store`` is the folder to
-    join with, None for a bare file and once joined. ``steps`` says what was done to the published weights, in order.
+    ``array`` is float32 [N], finite, >= 0, with sum 1 (less is checked if ``verify`` was not "full"). As loaded it is a
+    read-only memory map and is pickled as its path, so that a spawned worker maps the file again. ``store`` is the folder to
+    join with, None for a bare file and after a join. ``steps`` lists what was done to the published weights, in order.
     """
 
     path: Path
@@ -63,7 +63,7 @@ class Weights:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256: the published file's, or for a bare file and derived weights that of the values, read when asked for."""
+        """sha256 of the published file; for a bare file or derived weights, of the values, which are then read once."""
         return self.digest or sha256_of(self.array)
 
     def ess(self) -> float:
@@ -82,22 +82,22 @@ class Weights:
         keys
             uint64 [M] row keys of the items (``prompt_keys`` makes them), or their ids as text.
         on_missing
-            What an item weighs that is no row of the store: "error" refuses it, "drop" gives 0, "mean" the mean weight of
-            the items that are rows, a number so many times that mean.
+            Weight of an item that is not in the store: "error" refuses it, "drop" gives 0, "mean" the mean weight of the
+            other items, a number that multiple of the mean.
         duplicates
-            Items that are the same row (pairs of one prompt): "repeat" gives each the row's weight, "divide" its share of
-            it, so that the prompt as a whole keeps its weight.
+            Items that are the same row (pairs of one prompt): "repeat" gives each the row's weight, "divide" an equal share,
+            so that the prompt as a whole keeps its weight.
 
         Returns
         -------
-        Weights float32 [M] of sum 1; rows of the store without an item count in nothing.
+        Weights float32 [M] of sum 1; rows of the store without an item are ignored.
 
         Raises
         ------
         KeyMismatchError
-            Items are no rows, and no policy says what they weigh; or no item has a weight.
+            Items are not in the store and ``on_missing`` is "error", or no item has a weight above 0.
         ConfigError
-            These weights are of a bare file, or joined already.
+            These weights come from a bare file, or are joined already.
         """
         from embstore.training.join import Join, is_ids  # noqa: PLC0415 - a third of the import cost
 
@@ -127,11 +127,11 @@ class Weights:
         dataset
             Mappings (a Hugging Face dataset, or records), texts, or lists of messages.
         key_column
-            The column that holds the prompt; see ``prompt_keys``. Price: about 16 us an item.
+            The column with the prompt; see ``prompt_keys``. Price: about 16 us an item.
         id_column
             Join by the ids in this column instead: any id of the prompts file or of ``ids.json``.
         on_missing, duplicates
-            See ``align``. An item that holds no prompt is a missing one.
+            See ``align``. An item without a prompt counts as missing.
 
         Raises
         ------
@@ -150,14 +150,14 @@ class Weights:
         return self._joined(Join(rows_M=rows_M, names=keys_M, reasons=reasons), on_missing, duplicates)
 
     def temper(self, alpha: float = 1.0, *, uniform_mix: float = 0.0, clip: tuple[float, float] | None = None) -> Weights:
-        """Flatter or bounded weights; a row of weight 0 keeps it, every other counts as one row of the uniform part.
+        """Flatter or bounded weights. Rows of weight 0 stay at 0; the uniform part is spread over all others.
 
         Parameters
         ----------
         alpha
             Exponent: 1 changes nothing, 0 makes the weights equal.
         uniform_mix
-            Share of the probability that is spread evenly, 0..1; applied last.
+            Share of the probability that is spread evenly, 0 to 1; applied last.
         clip
             Lowest and highest weight after the exponent, in units of the mean weight.
         """
@@ -189,9 +189,9 @@ class Weights:
 
     def _joinable(self) -> Path:
         if self.store is None:
-            reason = "are joined to a dataset already" if self.steps else "are of a bare file, which has no keys"
+            reason = "are joined to a dataset already" if self.steps else "come from a bare file, which has no keys"
             raise ConfigError(
-                f"these weights ({self.path}) {reason}", hint="load_weights(STORE) gives weights that can be joined"
+                f"these weights ({self.path}) {reason}", hint="load_weights(STORE) returns weights that can be joined"
             )
         return self.store
 
@@ -199,8 +199,8 @@ class Weights:
         manifest = decode_manifest(read_manifest(root))
         if manifest.rows != len(self.array):
             raise LengthMismatchError(
-                f"{root} has {manifest.rows} rows now, these weights have {len(self.array)}",
-                hint="the store was replaced since: load_weights again",
+                f"{root} now has {manifest.rows} rows, these weights have {len(self.array)}",
+                hint="the store was replaced since then: call load_weights again",
             )
         return manifest
 
@@ -259,16 +259,16 @@ def load_weights(
     Parameters
     ----------
     path
-        A store's folder (the manifest is followed), or a ``.npy`` of weights (no provenance: a warning says so).
+        A store's folder, or a ``.npy`` file of weights (of unknown provenance, which gives a warning).
     name
-        Which weighting of the store.
+        Name of the weighting in the store.
     expect_len
         Length of the dataset these weights are for.
     expect_keys
         uint64 [N] row keys in dataset order; they must equal the store's ``keys.npy``.
     verify
-        "full" checks digests, dtype, finiteness, sign and sum; "shape" only dtype and length, at a price that does not
-        depend on N; "off" nothing.
+        "full" checks digests, dtype, finiteness, sign and sum; "shape" only dtype and length, which takes the same time for
+        any N; "off" nothing.
 
     Returns
     -------
@@ -277,14 +277,16 @@ def load_weights(
     Raises
     ------
     StoreNotFoundError, IncompleteStoreError
-        Nothing is there, or the store is not finished.
+        There is no store or file, or the store is not finished.
+    StorageError
+        The operating system refused to read: no permission, too many open files. That is not damage.
     CorruptStoreError
-        The bytes are not those that were published.
+        The bytes differ from those that were published.
     LengthMismatchError, OrderMismatchError, KeyMismatchError, InvalidWeightsError
-        The weights do not fit the dataset, or are no weights.
+        The weights do not fit the dataset, or are not valid weights.
     """
     if verify not in ("full", "shape", "off"):
-        raise ConfigError(f"verify is 'full', 'shape' or 'off', got {verify!r}")
+        raise ConfigError(f"verify must be 'full', 'shape' or 'off', got {verify!r}")
     root = Path(path)
     with storage_errors("reading", root):
         is_folder, is_file = root.is_dir(), root.is_file()
@@ -295,7 +297,7 @@ def load_weights(
         )
     if not is_file:
         raise StoreNotFoundError(f"{root} does not exist", hint="run embstore build PROMPTS --model MODEL --out STORE")
-    warnings.warn(f"{root} is a bare file: no manifest says what it belongs to", stacklevel=2)
+    warnings.warn(f"{root} is a bare file: no manifest says which prompts it belongs to", stacklevel=2)
     array = _map_bare(root)
     if verify != "off":
         _check_weights(root, array, full=verify == "full")
@@ -318,10 +320,10 @@ def _load(
     expect_keys: ArrayLike | None,
     verify: Verify,
 ) -> Weights:
-    """The weights called ``name`` as ``manifest`` publishes them."""
+    """The weights called ``name`` as published by ``manifest``."""
     if name not in manifest.names:
         raise ConfigError(
-            f"no weights are called {name!r}; there are {', '.join(sorted(manifest.names))}",
+            f"{root} has no weights called {name!r}; it has {', '.join(sorted(manifest.names))}",
             hint=f"run embstore weights {root} --name {name}",
         )
     array_name, sidecar = weights_paths(manifest.names[name])
@@ -371,7 +373,7 @@ def _check_keys(root: Path, given_M: NDArray[np.uint64], manifest: Manifest, *, 
     hint = f"join instead of expect_keys: load_weights({str(root)!r}).align(keys), or for_dataset(dataset)"
     overlap = min(len(given_M), len(stored_N))
     different = np.flatnonzero(stored_N[:overlap] != given_M[:overlap])
-    at = "the shorter one is the start of the other"
+    at = "the shorter one is a prefix of the other"
     if len(different):
         first = int(different[0])
         at = f"first at position {first}: the store has key {int(stored_N[first]):016x}, given {int(given_M[first]):016x}"
