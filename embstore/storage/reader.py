@@ -60,8 +60,6 @@ from embstore.storage.row_files import ROW_FILES, check_rows, header_problem
 if TYPE_CHECKING:
     import zarr
 
-_HINT = "run embstore verify STORE"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Neighbors:
@@ -84,6 +82,7 @@ class EmbeddingStore:
         self.manifest = manifest
         self.journal = state
         self.spec = spec
+        self._hint = f"run embstore verify {root}"
         committed = [record.files for record in (state.prompts, state.spec) if record is not None]
         self._digests = (
             manifest.files if manifest else {name: digest for files in committed for name, digest in files.items()}
@@ -120,7 +119,7 @@ class EmbeddingStore:
 
         # the metadata of an untrusted array may name codecs that execute what they read
         if read_committed(self.root, ARRAY_METADATA) != array_metadata(self.spec):
-            raise CorruptStoreError(f"{ARRAY_METADATA} does not match the array in spec.json", hint=_HINT)
+            raise CorruptStoreError(f"{ARRAY_METADATA} does not match the array in spec.json", hint=self._hint)
         return zarr.open_array(self.root / EMBEDDINGS, mode="r", zarr_format=3)
 
     @functools.cached_property
@@ -145,7 +144,7 @@ class EmbeddingStore:
         """int64 [lines]: the row of each input line, -1 for none."""
         lines = map_array(self.root, LINE_ROWS, "<i8", (None,))
         if not len(self.prompts) <= len(lines) <= MAX_ROWS:
-            raise CorruptStoreError(f"{LINE_ROWS} has {len(lines)} lines for {self.num_rows} rows", hint=_HINT)
+            raise CorruptStoreError(f"{LINE_ROWS} has {len(lines)} lines for {self.num_rows} rows", hint=self._hint)
         return self._checked(LINE_ROWS, lines, low=-1, high=self.num_rows - 1)
 
     @functools.cached_property
@@ -158,7 +157,7 @@ class EmbeddingStore:
         """Row ids in row order."""
         ids = parse_json(self._listed(IDS, limit=None), name=IDS)
         if not isinstance(ids, list) or len(ids) != self.num_rows or not all(isinstance(row_id, str) for row_id in ids):
-            raise CorruptStoreError(f"{IDS} is not a list of {self.num_rows} ids", hint=_HINT)
+            raise CorruptStoreError(f"{IDS} is not a list of {self.num_rows} ids", hint=self._hint)
         return tuple(ids)
 
     @functools.cached_property
@@ -169,7 +168,7 @@ class EmbeddingStore:
         unlike = next((row for row in rows if type(row) is not int or not 0 <= row < self.num_rows), None)
         if not isinstance(aliases, dict) or unlike is not None:
             raise CorruptStoreError(
-                f"{ALIASES} maps an id to {shown(unlike)}, which is not one of {self.num_rows} rows", hint=_HINT
+                f"{ALIASES} maps an id to {shown(unlike)}, which is not one of {self.num_rows} rows", hint=self._hint
             )
         return aliases
 
@@ -187,7 +186,7 @@ class EmbeddingStore:
         """float32 [N], read-only memory map of the weighting called ``name``."""
         path = weights_paths(self._weights_digest(name))[0]
         if path not in self._sound and (problem := weights_problem(self._arrays[path])) is not None:
-            raise CorruptStoreError(f"{path} {problem}", hint=_HINT)
+            raise CorruptStoreError(f"{path} {problem}", hint=self._hint)
         return self._checked(path, self._arrays[path])
 
     @property
@@ -242,19 +241,16 @@ class EmbeddingStore:
 
         Raises
         ------
-        CorruptStoreError
-            A chunk's checksum fails.
-        IncompleteStoreError
-            A row is not computed yet.
+        CorruptStoreError, IncompleteStoreError
+            The checksum of a chunk fails, or a row is not computed yet.
         """
         return self.rows_at(np.array([self.row_of(prompt_id) for prompt_id in ids], dtype=np.int64))
 
     def rows_at(self, rows_B: NDArray[np.int64]) -> NDArray[np.float16]:
         """As ``rows``, by row numbers: float16 [B, V]."""
         emb_BV = np.empty((len(rows_B), self.spec.embedding.dimension), dtype=np.float16)
-        chunks = rows_B // self.spec.chunk_rows
-        for index in np.unique(chunks):
-            mine = chunks == index
+        for index in np.unique(rows_B // self.spec.chunk_rows):
+            mine = rows_B // self.spec.chunk_rows == index
             emb_BV[mine] = self.read_chunk(int(index))[rows_B[mine] - index * self.spec.chunk_rows]
         return emb_BV
 
@@ -292,7 +288,7 @@ class EmbeddingStore:
     def _weights_digest(self, name: str) -> str:
         names = self.published.names
         if name not in names:
-            raise ConfigError(f"no weights are called {name!r}; there are {', '.join(sorted(names))}")
+            raise ConfigError(f"{self.root} has no weights called {name!r}; it has {', '.join(sorted(names))}")
         return names[name]
 
     def _map_replaceable(self, name: str) -> NDArray[Any]:
@@ -323,7 +319,7 @@ class EmbeddingStore:
                 least, most = array.min(), array.max()
             if not (low <= least and most <= high):  # also refuses NaN
                 message = f"{name} has values from {least} to {most}, allowed are {low} to {high}"
-                raise CorruptStoreError(message, hint=_HINT)
+                raise CorruptStoreError(message, hint=self._hint)
         self._sound.add(name)
         return array
 

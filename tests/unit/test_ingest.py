@@ -223,7 +223,7 @@ def test_a_file_without_a_prompt_is_refused_as_seen(content: bytes, expected: st
 
 def test_a_missing_file_or_a_folder_is_refused_by_name(source: Path, tmp_path: Path) -> None:
     assert "No such file" in str(_refusal(source, tmp_path / "out"))
-    assert "directory" in str(_refusal(tmp_path / "out", tmp_path / "out"))
+    assert "neither Parquet files" in str(_refusal(tmp_path / "out", tmp_path / "out"))
 
 
 @pytest.mark.parametrize("cut", [2, 11, 200, -1])
