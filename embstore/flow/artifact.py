@@ -53,7 +53,7 @@ from embstore.storage.writer import StoreWriter
 DEFAULT_NAME = "default"
 
 
-def digest_of(value: object) -> str:
+def short_digest(value: object) -> str:
     """16 hex digits that name the files made from ``value``."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
 
@@ -129,7 +129,7 @@ def write_weights(
     result = sampling_weights(mean_distance_N, neighbors.groups_N, config, noise_floor=noise_floor)
     metadata = _metadata(spec, state, neighbors, mean_distance_N, residual_N, config, result, noise_floor)
     # named by content: any change gives new files beside those that a manifest lists
-    digest = digest_of({"weights": hashlib.sha256(result.weights.tobytes()).hexdigest(), "metadata": metadata})
+    digest = short_digest({"weights": hashlib.sha256(result.weights.tobytes()).hexdigest(), "metadata": metadata})
     array, sidecar = weights_paths(digest)
     make_directory(root / WEIGHTS)
     files = {

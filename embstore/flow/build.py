@@ -41,10 +41,10 @@ from embstore.flow.artifact import (
     DEFAULT_NAME,
     NeighborFiles,
     WeightFiles,
-    digest_of,
     extremes,
     publish,
     read_neighbors,
+    short_digest,
     write_neighbors,
     write_weights,
 )
@@ -284,7 +284,7 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
         threads=spec.embedding.threads,
         memory_bytes=run.config.memory_budget_bytes,
     )
-    digest = digest_of({"density": dataclasses.asdict(density), "shards": search.shards, "rows": commits})
+    digest = short_digest({"density": dataclasses.asdict(density), "shards": search.shards, "rows": commits})
     if finished is not None and finished.manifest is not None and finished.manifest.neighbors == digest:
         return read_neighbors(finished)
     shape = (spec.rows, spec.embedding.rank)

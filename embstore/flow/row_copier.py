@@ -44,7 +44,7 @@ class RowCopier:
         self._held_BV: NDArray[np.float16] = np.empty((0, 0), dtype=np.float16)
         self._decoded = self._held_BV  # reused: fresh memory costs more than decoding
         self._free: list[NDArray[np.float16]] = []
-        self._expected: dict[int, int] = {}  # of a store: the first chunk that the kernel was not told to read
+        self._announced: dict[int, int] = {}  # of a store: the first chunk that the kernel was not told to read
 
     @property
     def computed_chunk_rows(self) -> int:
@@ -149,18 +149,18 @@ class RowCopier:
             if self._held is None or self._held[0] != number:
                 self._held_BV = self._decoded = self._empty(0)  # never hold chunks of two stores at once
                 self._decoded = self._empty(store.spec.chunk_rows)
-            self._expect(number, index)
+            self._prefetch(number, index)
             self._held = None  # the next read may fail half-way
             self._held_BV = store.read_chunk(index, out=self._decoded)
             self._held = (number, index)
         return self._held_BV
 
-    def _expect(self, number: int, index: int) -> None:
+    def _prefetch(self, number: int, index: int) -> None:
         """Announce the chunks after this one: pools keep most of their order."""
-        begun = max(self._expected.get(number, 0), index + 1)
+        begun = max(self._announced.get(number, 0), index + 1)
         for following in range(begun, index + 1 + _CHUNKS_AHEAD):
-            self._reuse.stores[number].expect_chunk(following)
-        self._expected[number] = max(begun, index + 1 + _CHUNKS_AHEAD)
+            self._reuse.stores[number].prefetch_chunk(following)
+        self._announced[number] = max(begun, index + 1 + _CHUNKS_AHEAD)
 
     def _coordinates(self, rows: RowRange) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         coord_BR = np.empty((rows.num_rows, self._spec.embedding.rank), dtype=np.float32)

@@ -19,7 +19,7 @@ from embstore.engines.local import LocalEngine
 from embstore.engines.ray import RayEngine
 from embstore.host.memory import MemoryMeter
 from embstore.host.signals import StopSignals
-from embstore.storage.atomic import make_directory, take_away
+from embstore.storage.atomic import make_directory, remove_busy_folder
 from embstore.storage.chunk_writer import WORKER_FOLDERS
 from embstore.storage.writer import StoreWriter
 
@@ -91,4 +91,4 @@ def open_engine(run: Run, spec: StoreSpec) -> Iterator[None]:
         yield
     finally:
         engine.close()
-        take_away(run.engine_folder)
+        remove_busy_folder(run.engine_folder)

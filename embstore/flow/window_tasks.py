@@ -26,7 +26,7 @@ from embstore.core.spec import StoreSpec, diff_fields
 from embstore.flow.reuse import Reuse, SavedReuse, nothing_reused
 from embstore.flow.row_copier import RowCopier
 from embstore.host.memory import MemoryMeter
-from embstore.storage.atomic import take_away
+from embstore.storage.atomic import remove_busy_folder
 from embstore.storage.chunk_writer import WindowWriter, WrittenWindow
 from embstore.storage.prompt_table import PromptTable
 
@@ -246,7 +246,7 @@ class RemoteWindowJob:
                 try:
                     os.close(os.open(own, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
                 except FileExistsError:
-                    take_away(own)
+                    remove_busy_folder(own)
                 else:
                     return
 

@@ -240,7 +240,7 @@ def remove_folder(path: Path, *, missing_ok: bool = False) -> None:
         ) from None
 
 
-def take_away(path: Path) -> None:
+def remove_busy_folder(path: Path) -> None:
     """Delete a folder that another process may be writing into; nothing has this name when the call returns.
 
     The folder is renamed first, so that the other process can no longer reach it by its path: files that are open may still

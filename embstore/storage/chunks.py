@@ -82,7 +82,7 @@ def read_chunk(root: Path, spec: StoreSpec, record: ChunkRecord) -> bytes:
     return data
 
 
-def expect_chunk(root: Path, index: int) -> None:
+def prefetch_chunk(root: Path, index: int) -> None:
     """Ask the kernel to start reading a chunk file that will probably be needed soon; failures are ignored."""
     if not hasattr(os, "posix_fadvise"):  # macOS
         return

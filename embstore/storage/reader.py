@@ -52,7 +52,7 @@ from embstore.core.plan import grid_of, refuse_misfits
 from embstore.core.records import ChunkRecord, JournalState, decode_chunk_table
 from embstore.core.rows import RowRange
 from embstore.core.spec import StoreSpec, array_metadata, decode_spec
-from embstore.storage.chunks import decode_chunk, expect_chunk, read_chunk
+from embstore.storage.chunks import decode_chunk, prefetch_chunk, read_chunk
 from embstore.storage.journal import read_journal, require_store
 from embstore.storage.prompt_table import PromptTable
 from embstore.storage.row_files import ROW_FILES, check_rows, header_problem
@@ -267,10 +267,10 @@ class EmbeddingStore:
         rows_BV = decode_chunk(read_chunk(self.root, self.spec, record), self.spec, index, out=out)
         return rows_BV[: grid_of(self.spec).chunk(index).num_rows]
 
-    def expect_chunk(self, index: int) -> None:
+    def prefetch_chunk(self, index: int) -> None:
         """Tell the kernel that a chunk will be read soon, so that the disk works while other chunks are decoded."""
         if index in self._chunks:
-            expect_chunk(self.root, index)
+            prefetch_chunk(self.root, index)
 
     @functools.cached_property
     def _chunks(self) -> dict[int, ChunkRecord]:

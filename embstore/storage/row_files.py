@@ -51,7 +51,7 @@ def preallocate(root: Path, spec: StoreSpec, name: str, *, sync_directory: bool 
             remaining -= count
 
 
-def mend(root: Path, spec: StoreSpec, name: str) -> None:
+def repair(root: Path, spec: StoreSpec, name: str) -> None:
     """Restore a row file's existence, header and length: the rows that are left keep their bytes, missing rows become NaN.
 
     A whole file is only synced, because a killed writer may have repaired it in the page cache alone. Only for an unfinished

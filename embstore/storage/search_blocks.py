@@ -73,6 +73,6 @@ class SearchBlocks:
         path = self._folder / name
         with storage_errors("writing", path):
             self._folder.mkdir(exist_ok=True)
-            beside = path.with_name(f"{name}.tmp")
-            beside.write_bytes(crc32c(content).encode() + content)
-            os.replace(beside, path)
+            temp = path.with_name(f"{name}.tmp")
+            temp.write_bytes(crc32c(content).encode() + content)
+            os.replace(temp, path)

@@ -51,18 +51,18 @@ from embstore.storage.atomic import (
     fsync_directory,
     make_directory,
     pwrite_all,
+    remove_busy_folder,
     remove_folder,
     remove_temp_files,
     replace_link,
     save_array,
     sync_data,
-    take_away,
     write_all,
     write_durable,
 )
 from embstore.storage.chunk_writer import WORKER_FOLDERS, WrittenWindow
 from embstore.storage.journal import Journal
-from embstore.storage.row_files import ROW_FILES, check_rows, header, mend, preallocate, row_bytes
+from embstore.storage.row_files import ROW_FILES, check_rows, header, preallocate, repair, row_bytes
 from embstore.storage.search_blocks import KEPT_BLOCKS
 
 _OWN_DIGEST = re.compile(r"[0-9a-f]{16}")
@@ -277,7 +277,7 @@ class StoreWriter:
                 spec = self.read_spec()
                 fsync_directory(self.root / EMBEDDINGS)  # a repair may have died before it synced zarr.json's name
                 for name in ROW_FILES:
-                    mend(self.root, spec, name)
+                    repair(self.root, spec, name)
 
     def _settle(self, manifest: Manifest) -> None:
         """Point the links at what ``manifest`` publishes, and delete what it does not list."""
@@ -305,7 +305,7 @@ class StoreWriter:
         with storage_errors("cleaning", self.root / WORK):
             for path in _entries(self.root / WORK):
                 if path.name.startswith(WORKER_FOLDERS):  # workers of a dead driver may still write
-                    take_away(path)
+                    remove_busy_folder(path)
             for path in _entries(self.root / WORK) if kept else [self.root / WORK]:
                 if path not in kept:
                     remove_folder(path, missing_ok=True)

@@ -210,12 +210,12 @@ def verify(path: str | Path, *, repair: bool = False) -> VerifyReport:
     try:
         report = verify_store(root)  # before the writer cleans up after a dead one
         lacks_commits = report.is_complete and not 0 < report.total_rows == report.committed_rows
-        mends = lacks_commits or any(finding.path not in _NOT_BY_A_RESUME for finding in report.findings)
+        unpublishes = lacks_commits or any(finding.path not in _NOT_BY_A_RESUME for finding in report.findings)
     except BaseException:
         lock.release()
         raise
     with StoreWriter(root, resume=True, lock=lock) as writer:
-        if mends:
+        if unpublishes:
             writer.withdraw()
         damaged = {finding.window: finding for finding in report.findings if finding.window is not None}
         for window, finding in sorted(damaged.items()):

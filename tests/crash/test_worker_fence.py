@@ -13,7 +13,7 @@ from embstore.core.errors import StorageError
 from embstore.core.spec import decode_spec
 from embstore.flow.reuse import nothing_reused
 from embstore.flow.window_tasks import RemoteWindowJob
-from embstore.storage.atomic import take_away
+from embstore.storage.atomic import remove_busy_folder
 from embstore.storage.chunk_writer import WORKER_FOLDERS
 from embstore.storage.writer import StoreWriter
 from tests.support.fake import FakeEmbedder, FakeSource
@@ -50,7 +50,7 @@ def given_up(job: RemoteWindowJob) -> None:
 
 def run_over(job: RemoteWindowJob) -> None:
     """The driver's own end."""
-    take_away(job.folder)
+    remove_busy_folder(job.folder)
 
 
 def published(store: Path) -> dict[str, str]:

@@ -135,7 +135,7 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     saved.mkdir()
     for state, match in (
-        ("{", "no JSON"),
+        ("{", "not valid JSON"),
         ("[]", "does not name data files"),
         ('{"_data_files": [{"filename": "../whole.parquet"}]}', "does not name data files"),
         (

@@ -65,7 +65,7 @@ def test_what_cannot_be_resampled_leaves_nothing(finished_store: Path, tmp_path:
     source = write_lines(tmp_path / "data.jsonl", [*items()[:3], b"no JSON\n", {"prompt": "nobody"}])
     with pytest.raises(KeyMismatchError, match=r"2 of 5 items .* position 3: no text"):
         resample_file(finished_store, source, tmp_path / "out.jsonl")
-    for wrong, complaint in (((source, "out.parquet"), "both"), ((tmp_path / "none.jsonl", "o.jsonl"), "no file")):
+    for wrong, complaint in (((source, "out.parquet"), "both"), ((tmp_path / "none.jsonl", "o.jsonl"), "is not a file")):
         with pytest.raises(ConfigError, match=complaint):
             resample_file(finished_store, wrong[0], tmp_path / wrong[1])
     (tmp_path / "bad.parquet").write_bytes(b"no Parquet")

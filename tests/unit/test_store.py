@@ -193,7 +193,7 @@ def test_chunks_that_are_expected_are_begun_and_nothing_else_happens(store: Path
     monkeypatch.setattr(os, "posix_fadvise", noted)
     (store / chunk_name(2)).unlink()
     for index in (0, 1, 2, 10_000):  # the third is damage, which the read will tell; there is no last one
-        opened.expect_chunk(index)
+        opened.prefetch_chunk(index)
     assert advised == sizes
 
 
