@@ -18,9 +18,9 @@ from embstore.core.config import BuildConfig, EmbeddingConfig, WeightingConfig
 from embstore.core.decode import printable
 from embstore.core.errors import ConfigError
 from embstore.core.events import Event, Notice, RowsCommitted
+from embstore.core.files import array_header
 from embstore.core.prompts import collapse_whitespace
 from embstore.flow.build import BuildReport, build
-from embstore.storage.arrays import array_header
 from embstore.storage.atomic import DurableFile
 from embstore.storage.reader import EmbeddingStore, open_store
 from scripts.kat_files import PREFIXES, PROMPTS, STORE, data_folder, require, run

@@ -20,7 +20,7 @@ from typing import Any
 from embstore.core.errors import ConfigError, PromptError
 from embstore.core.prompts import Prompt, collapse_whitespace
 from embstore.storage.atomic import DurableFile
-from embstore.storage.prompt_table import open_prompts
+from embstore.storage.prompt_source import open_prompts
 from scripts.kat_files import PAIRS, data_folder, run
 
 Record = Mapping[str, Any]

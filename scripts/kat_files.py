@@ -17,7 +17,7 @@ from pathlib import Path
 from embstore.core.decode import printable
 from embstore.core.errors import EmbstoreError, PromptError
 from embstore.core.prompts import Message, Prompt, Rejected, collapse_whitespace, parse_line
-from embstore.storage.prompt_table import open_prompts
+from embstore.storage.prompt_source import open_prompts
 
 PAIRS = "pairs_all.jsonl"
 PREFIXES, PREFIX_MAP = "prefixes_all.jsonl", "prefix_id_map.tsv"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from embstore.core.config import K_MAX, BuildConfig, DensityConfig, EmbeddingConfig, format_bytes
 from embstore.core.errors import BudgetError, ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.events import Notice, Preflight
+from embstore.core.files import file_problem, map_array
 from embstore.core.format import BASIS, FORMAT_VERSION, MANIFEST, PROMPTS
 from embstore.core.interfaces import Embedder, EmbedderSource
 from embstore.core.plan import BuildPlan, as_stored, plan, refuse_drift, refuse_other_input
@@ -24,12 +25,13 @@ from embstore.core.rows import chunk_rows_near
 from embstore.core.spec import StoreSpec
 from embstore.flow.reuse import Reuse, match_rows, nothing_reused, open_again, open_reused, refuse_unlike
 from embstore.flow.run import Run
-from embstore.storage.arrays import map_array
 from embstore.storage.filesystem import caveat
+from embstore.storage.ingest import ingest
 from embstore.storage.journal import run_entries
-from embstore.storage.prompt_table import PromptSource, PromptTable, ingest
+from embstore.storage.prompt_source import PromptSource
+from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import open_published
-from embstore.storage.verify import check_stage0, compare_file, damaged_windows
+from embstore.storage.verify import check_stage0, damaged_windows
 
 if TYPE_CHECKING:
     from embstore.search.search_plan import SearchPlan
@@ -270,7 +272,7 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
     drifted = refuse_unlike(stores, config, model, hardware)
     # only what this run computes with: the stored spec stays what the copied rows were made with
     embedding = dataclasses.replace(old.embedding, **hardware) if hardware is not None else old.embedding  # type: ignore[arg-type]
-    problem = compare_file(stores[0].root, BASIS, stores[0].published.files[BASIS])
+    problem = file_problem(stores[0].root, BASIS, stores[0].published.files[BASIS])
     if problem is not None:
         raise CorruptStoreError(f"{stores[0].root}/{BASIS} {problem}", hint=f"run embstore verify {stores[0].root}")
     basis_VR = map_array(stores[0].root, BASIS, "<f4", (old.embedding.dimension, old.embedding.rank), mode="c")

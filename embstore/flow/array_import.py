@@ -15,7 +15,7 @@ from embstore.core.errors import ConfigError
 from embstore.core.events import Observer, ignore
 from embstore.core.format import JOURNAL
 from embstore.flow.build import BuildReport, build
-from embstore.storage.import_source import RowIds, open_given
+from embstore.storage.array_source import RowIds, open_array
 from embstore.storage.journal import read_journal
 
 
@@ -64,7 +64,7 @@ def import_array(
     if config.engine.is_remote:
         raise ConfigError("an array is imported by one process", hint="leave out the engine")
     config = dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, device="cpu"))
-    rows = open_given(array)
+    rows = open_array(array)
     has_names = os.path.lexists(Path(out) / JOURNAL) and read_journal(Path(out)).prompts is not None
     names = None if ids is None and has_names else RowIds(path=None if ids is None else Path(ids), num_rows=rows.num_rows)
     return build(names, out=out, config=config, resume=resume, observer=observer, source=ArraySource(rows))

@@ -30,6 +30,7 @@ from embstore.core.events import (
     StageStarted,
     ignore,
 )
+from embstore.core.files import map_array, storage_errors
 from embstore.core.format import COORDINATES, RESIDUALS, JsonObject
 from embstore.core.interfaces import Embedder, EmbedderSource, Job
 from embstore.core.plan import plan
@@ -40,22 +41,21 @@ from embstore.flow.artifact import (
     DEFAULT_NAME,
     NeighborFiles,
     WeightFiles,
-    digest_of,
     extremes,
     publish,
     read_neighbors,
+    short_digest,
     write_neighbors,
     write_weights,
 )
-from embstore.flow.reuse import Reuse, RowCopier
+from embstore.flow.reuse import Reuse
+from embstore.flow.row_copier import RowCopier
 from embstore.flow.run import Run, open_engine
-from embstore.flow.window_tasks import MadeWindow, WindowsElsewhere, WindowsHere
+from embstore.flow.window_tasks import LocalWindowJob, MadeWindow, RemoteWindowJob
 from embstore.host.allocator import give_back
 from embstore.host.memory import MemoryMeter
 from embstore.host.signals import StopSignals
-from embstore.storage.arrays import map_array
-from embstore.storage.atomic import storage_errors
-from embstore.storage.prompt_table import PromptSource
+from embstore.storage.prompt_source import PromptSource
 from embstore.storage.reader import EmbeddingStore, open_published
 from embstore.storage.search_blocks import SearchBlocks
 from embstore.storage.writer import StoreWriter
@@ -251,10 +251,10 @@ def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: 
 def _window_job(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: Reuse) -> Job[int, MadeWindow]:
     root, stops = run.writer.root, run.config.on_error == "stop"
     if not run.engine.is_remote:
-        return WindowsHere(
+        return LocalWindowJob(
             root=root, spec=spec, embedder=embedder, reuse=reuse, stops_at_failure=stops, work=run.writer.work
         )
-    return WindowsElsewhere.prepare(
+    return RemoteWindowJob.prepare(
         root.absolute(),
         spec,
         run.source if reuse.num_rows < spec.rows else None,
@@ -284,7 +284,7 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
         threads=spec.embedding.threads,
         memory_bytes=run.config.memory_budget_bytes,
     )
-    digest = digest_of({"density": dataclasses.asdict(density), "shards": search.shards, "rows": commits})
+    digest = short_digest({"density": dataclasses.asdict(density), "shards": search.shards, "rows": commits})
     if finished is not None and finished.manifest is not None and finished.manifest.neighbors == digest:
         return read_neighbors(finished)
     shape = (spec.rows, spec.embedding.rank)

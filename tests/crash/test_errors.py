@@ -245,7 +245,7 @@ def test_a_folder_of_somebody_elses_files_is_never_written_to(names: list[str], 
     folder.mkdir()
     for name in names:
         (folder / name).write_text("mine")
-    with pytest.raises(StoreExistsError, match="not empty and holds no store"):
+    with pytest.raises(StoreExistsError, match="not empty and is not a store"):
         build_small(small_prompts, folder)
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)
     assert {path.read_text() for path in folder.iterdir()} == {"mine"}
@@ -262,7 +262,7 @@ def test_a_journal_that_is_not_ours_is_never_cut(content: bytes, small_prompts: 
 
 def test_a_store_is_not_built_over_without_resume(store: Path, small_prompts: Path) -> None:
     before = whole_tree(store)
-    with pytest.raises(StoreExistsError, match="already holds a store") as caught:
+    with pytest.raises(StoreExistsError, match="already contains a store") as caught:
         build_small(small_prompts, store, resume=False)
     assert "--resume" in str(caught.value.hint)
     assert whole_tree(store) == before

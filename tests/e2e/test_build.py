@@ -271,7 +271,7 @@ def bad_input(case: str, model: Path, folder: Path) -> tuple[list[object], int, 
         return [file, "--model", folder / "no-model", "--out", out], 1, "is no folder"
     if case == "foreign folder":
         (out / "sub").mkdir(parents=True)
-        return [file, "--model", model, "--out", out], 1, "holds no store"
+        return [file, "--model", model, "--out", out], 1, "is not a store"
     if case == "memory":
         return [file, "--model", model, "--out", out, "--memory-budget", "1MiB"], 1, "--memory-budget"
     if case == "size":
@@ -280,7 +280,7 @@ def bad_input(case: str, model: Path, folder: Path) -> tuple[list[object], int, 
         return [file, "--model", model, "--out", out, "--device", "cuda:99"], 2, "cuda:99"
     if case == "existing store":
         assert run("build", file, "--model", model, "--out", out).exit_code == 0
-        return [file, "--model", model, "--out", out], 1, "already holds a store"
+        return [file, "--model", model, "--out", out], 1, "already contains a store"
     assert case == "format version"
     assert run("build", file, "--model", model, "--out", out).exit_code == 0
     spec = json.loads((out / "manifest.json").read_text())

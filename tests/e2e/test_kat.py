@@ -281,7 +281,7 @@ def test_a_prompt_without_a_weight_is_named(guide: Path, policy: Policy, tmp_pat
     path.write_text((guide / "pairs_all.jsonl").read_text() + json.dumps({"prompt": "new", "chosen": "a", "rejected": "b"}))
     lines = lines_of(path)
     with pytest.raises(
-        WeightsError, match=rf"1 of {len(lines)} items are no row of .*; the first at position {len(lines) - 1}: id"
+        WeightsError, match=rf"1 of {len(lines)} items are not in .*; the first is at position {len(lines) - 1}: id"
     ):
         kat_weights.find_weights(options_for("--require_density"), lines, policy)
     with pytest.raises(KeyMismatchError, match=f"{len(lines)} of {len(lines)} lines are none of the prompts embedded"):

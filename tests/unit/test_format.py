@@ -212,7 +212,7 @@ def test_windows_say_which_rows_were_copied() -> None:
 )
 def test_copied_rows_outside_their_window_or_out_of_order_are_refused(reused: list[list[int]]) -> None:
     line = encode_journal_record(3, reusing_window(1, 32, 64, reused))
-    with pytest.raises(CorruptStoreError, match="which are no rows of the window in their order"):
+    with pytest.raises(CorruptStoreError, match="are outside the window or out of order"):
         decode(b"".join(LINES[:3]) + line)
 
 

@@ -250,7 +250,7 @@ def test_what_is_no_finished_store_is_refused(small_prompts: Path, partial_store
     for path, error in ((tmp_path / "nowhere", StoreNotFoundError), (partial_store, IncompleteStoreError)):
         with pytest.raises(error):
             build_small(small_prompts, tmp_path / "new", config=reusing(path))
-    with pytest.raises(ConfigError, match="it is the store that is built"):
+    with pytest.raises(ConfigError, match="it is the store being built"):
         build_small(small_prompts, tmp_path / "new", config=reusing(tmp_path / "new"))
 
 

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from embstore.core.decode import printable
 from embstore.core.density import mean_distance
 from embstore.core.errors import CorruptStoreError, EmbstoreError, StorageError
+from embstore.core.files import file_size
 from embstore.core.format import JsonObject, chunk_name
 from embstore.core.prompts import Prompt
 from embstore.core.sampling import seeded_sample
 from embstore.flow.artifact import extremes
-from embstore.storage.atomic import file_size
 from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.views.info import StoreInfo, inspect
 from embstore.views.report import crowds, layout
