@@ -1,7 +1,7 @@
 """Refuse constructions that read as translated: ``python -m scripts.check_english [FILE ...]``, part of ``make lint``.
 
-The rules are in ``english.toml``. Of Python files only strings, docstrings and comments are read, of Markdown files everything
-but fenced code blocks. A phrase is found across line breaks and across the pieces of a string.
+The rules are in ``english.toml``. In Python files only strings, docstrings and comments are read, in Markdown files all but
+fenced code blocks. A phrase is found across line breaks and across the pieces of a string.
 """
 
 from __future__ import annotations
@@ -87,7 +87,10 @@ def python_texts(source: str) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.JoinedStr):
             pieces = [piece for piece in node.values if isinstance(piece, ast.Constant)]
             inside.update(pieces)
-            yield node.lineno, "".join(str(piece.value) if piece in inside else "{}" for piece in node.values)
+            yield (
+                node.lineno,
+                "".join(str(piece.value) if isinstance(piece, ast.Constant) else "{}" for piece in node.values),
+            )
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in inside:
             yield node.lineno, node.value
     first_line, column, lines = 0, 0, list[str]()
