@@ -174,7 +174,7 @@ def test_rows_that_remain_are_not_asked_of_a_model(tmp_path: Path) -> None:
     embstore.verify(tmp_path / "store", repair=True)
     result = run("build", "--resume", "--out", tmp_path / "store")
     assert result.exit_code == 2
-    assert "was made from an array" in result.stderr
+    assert "is made from an array" in result.stderr
     assert "embstore import ARRAY --resume" in result.stderr
     embstore.import_array(array, out=tmp_path / "store", config=CONFIG, resume=True)
     assert {name for name, digest in snapshot(tmp_path / "store").items() if whole[name] != digest} == {

@@ -82,7 +82,7 @@ def test_without_ray_the_error_says_how_to_get_it(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     config = dataclasses.replace(CONFIG, engine=EngineConfig(engine="ray"))
-    with pytest.raises(ConfigError, match="need Ray, which is not here") as caught:
+    with pytest.raises(ConfigError, match="need Ray, which is not installed") as caught:
         build(small_prompts, out=tmp_path / "store", config=config, source=FakeSource())
     assert "embstore[ray]" in str(caught.value.hint)
     assert not (tmp_path / "store").exists()
