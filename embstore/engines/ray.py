@@ -76,7 +76,7 @@ class RayEngine:
         is_stopping: Callable[[], bool],
         observer: Observer,
     ) -> Generator[tuple[Task, Result]]:
-        """As ``Engine.map``."""
+        """See ``Engine.map``."""
         if not tasks:
             return
         self._connect()
@@ -133,7 +133,7 @@ class RayEngine:
         return self._numbers, actor, actor.hello.remote(str(self._shared / "token"), visible)
 
     def wants(self, needs: Needs) -> str:
-        """As ``Pool.wants``."""
+        """See ``Pool.wants``."""
         gpus = self._config.gpus_per_worker or 1
         is_gpu = self._device == "cuda" and not self._config.devices and needs == "device"
         cpus = f"{self._threads if needs == 'device' else 1} CPUs"
@@ -159,15 +159,15 @@ class RayEngine:
         return packed
 
     def begin(self, actor: Any, job: bytes, number: int) -> Any:  # noqa: ANN401 - Ray's own types
-        """As ``Pool.begin``."""
+        """See ``Pool.begin``."""
         return actor.begin.remote(job, number)
 
     def run(self, actor: Any, tasks: bytes) -> Any:  # noqa: ANN401 - Ray's own types
-        """As ``Pool.run``."""
+        """See ``Pool.run``."""
         return actor.run.remote(tasks)
 
     def answers(self, questions: Sequence[Any], seconds: float) -> list[tuple[Any, bytes | EngineError]]:
-        """As ``Pool.answers``."""
+        """See ``Pool.answers``."""
         ray = _ray()
         found: list[tuple[Any, bytes | EngineError]] = []
         for reference in ray.wait(list(questions), num_returns=1, timeout=seconds)[0]:
@@ -178,7 +178,7 @@ class RayEngine:
         return found
 
     def kill(self, actor: Any) -> None:  # noqa: ANN401 - Ray's own types
-        """As ``Pool.kill``."""
+        """See ``Pool.kill``."""
         with contextlib.suppress(_ray().exceptions.RayError):  # the worker or its node may be gone already
             _ray().kill(actor)
 

@@ -352,7 +352,7 @@ def test_a_damaged_zarr_chunk_is_refused(tmp_path: Path) -> None:
         ("short.json", '["a", "b"]', "names 2 rows, the array has 3"),
         ("types.json", '["a", "b", null]', "line 3 names no row: the id is neither text nor a whole number"),
         ("broken.json", '["a", "b"', "is no JSON list of ids"),
-        ("broken.jsonl", '{"id": "a"}\n{"id": \n{"id": "c"}\n', "line 2 names no row: no JSON"),
+        ("broken.jsonl", '{"id": "a"}\n{"id": \n{"id": "c"}\n', "line 2 names no row: not JSON"),
         ("number.jsonl", '{"id": "2"}\n{"id": "b"}\n{"prompt": "x"}\n', "id '2' names two rows, 0 and 2"),
         ("empty.txt", "", "names 0 rows, the array has 3"),
     ],

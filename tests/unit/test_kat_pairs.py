@@ -85,7 +85,7 @@ def test_files_without_a_pair_end_with_an_error_and_leave_nothing(base: Path, tm
         kat_download_pairs.main(["--from-files", str(path)])
     assert list((base / "data").iterdir()) == []
     path.write_text("{}\nnot json\n")
-    with pytest.raises(PromptError, match=r"line 2 of .*other.jsonl is no JSON"):
+    with pytest.raises(PromptError, match=r"line 2 of .*other.jsonl is not JSON"):
         kat_download_pairs.main(["--from-files", str(path)])
 
 
