@@ -52,7 +52,7 @@ def test_a_reward_of_ones_own_is_imported(tmp_path: Path, monkeypatch: pytest.Mo
         ("no_such_module:reward", "cannot be imported"),
         ("json:no_such_function", "cannot be imported"),
         ("json:__name__", "is not a function but str"),
-        ("exact-answer", "reads the column answer, the data have chosen, src"),
+        ("exact-answer", "reads the column answer, but the data have chosen, src"),
     ],
 )
 def test_what_is_no_reward_is_refused(name: str, message: str) -> None:
