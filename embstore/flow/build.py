@@ -1,8 +1,8 @@
-"""THE main flow: prompts -> rows -> neighbours -> weights -> one published artefact. Read this first.
+"""The main flow: prompts -> rows -> neighbours -> weights -> one published artefact. Read this first.
 
-``build`` runs the stages in order; each reads what the previous one committed and writes its own files. Storage knows no
-model and compute knows no disk: they meet only here. What is committed, and when, is storage.writer's business; what a
-row is, is compute.embed's. A build killed anywhere is continued by the same command with ``resume``.
+``build`` runs the stages in order; each reads what the previous one committed and writes its own files. ``storage`` does not
+know models, and ``model`` and ``search`` do not know the disk: they meet only here. ``storage.writer`` defines what is
+committed and when, ``model.embed`` what a row is. After a kill at any point the same call with ``resume`` continues.
 """
 
 from __future__ import annotations
@@ -65,18 +65,18 @@ if TYPE_CHECKING:
     from embstore.search.remote import MappedSearch
     from embstore.search.search_plan import SearchPlan
 
-_MOST_REREADS = 3.0  # neighbouring chunks share an old one, so in the same order it is about 2
+_MOST_REREADS = 3.0  # about 2 if the order is unchanged, because neighbouring chunks share an old chunk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildReport:
-    """What a build did and found; ``metadata`` is that of the weights training maps.
+    """Result of a build; ``metadata`` describes the weights that training maps.
 
-    ``seconds`` maps stages of this run to their duration; ``embedded_rows`` counts rows this run computed, ``reused_rows``
-    those it copied from other stores, ``dropped_rows`` rows of those stores that are no prompts here. ``rarest`` and
-    ``most_crowded`` are rows. ``peak_anonymous_bytes`` is above the baseline (see host.memory), ``worker_peak_bytes`` that
-    of the largest worker process, None where there is none; ``worker_traffic_bytes`` passed between this process and
-    workers.
+    ``seconds`` maps stages of this run to their duration. ``embedded_rows`` counts rows that this run computed,
+    ``reused_rows`` those it copied from other stores, ``dropped_rows`` rows of those stores whose prompts are not in this
+    pool. ``rarest`` and ``most_crowded`` are row numbers. ``peak_anonymous_bytes`` is above the baseline (see host.memory),
+    ``worker_peak_bytes`` is the peak of the largest worker process (None without workers), ``worker_traffic_bytes`` counts
+    the bytes between this process and workers.
     """
 
     store: Path
@@ -111,8 +111,8 @@ def build(
     Parameters
     ----------
     prompts
-        JSONL file (gzip allowed) or ``-``, or the names of an array's rows. May be None on a resume: the rows are in the
-        store; if given they must match.
+        JSONL file (gzip allowed) or ``-`` for standard input, or the names of an array's rows. May be None on a resume,
+        because the store contains the rows; if given, they must match.
     out
         The store's folder; created when absent.
     model
@@ -120,11 +120,11 @@ def build(
     config
         Everything else; ``help(embstore.core.config.BuildConfig)`` lists each option with its default and unit.
     resume
-        Continue what is at ``out``; starts from nothing if nothing is there, so a job script is the same line every time.
+        Continue the store at ``out``, or start one if there is none: a job script needs only one command.
     observer
-        Called with ``core.events`` as the build goes; must return quickly.
+        Called with ``core.events`` during the build; must return quickly.
     source
-        Another embedder than the Hugging Face one.
+        Embedder to use instead of the Hugging Face one.
 
     Returns
     -------
@@ -133,7 +133,7 @@ def build(
     Raises
     ------
     EmbstoreError
-        See core.errors; whatever was committed stays committed.
+        See core.errors. Committed rows are kept.
     """
     config = (config or BuildConfig()).for_workers
     if model is not None:
@@ -153,16 +153,16 @@ def build(
         run.source = source or find_source(run)
         spec, embedder, reuse = commit_spec(run, record)
         if config.engine.is_remote:
-            embedder = None  # it was loaded to decide the settings; workers load their own
+            embedder = None  # loaded only to resolve the settings; each worker loads the model itself
             give_back()
             if spec.embedding.device == "cuda":
                 from embstore.host.device import give_back_device  # noqa: PLC0415
 
                 give_back_device()
         closing.enter_context(open_engine(run, spec))
-        meter.set_baseline()  # imports and model are not what the budget bounds
+        meter.set_baseline()  # the budget does not include imports and the model
         _embed_windows(run, spec, embedder, reuse)
-        del embedder, reuse  # the model's memory is free for the search
+        del embedder, reuse  # frees the model's memory for the search
         give_back()
         finished = open_published(root)
         neighbors = _find_neighbors(run, spec, finished)
@@ -180,14 +180,14 @@ def preflight(
     observer: Observer = ignore,
     source: EmbedderSource | None = None,
 ) -> Preflight:
-    """What ``build`` would do and cost, writing nothing to ``out`` (``--dry-run``); the events tell the same.
+    """The plan and cost of ``build``, without writing to ``out`` (``--dry-run``); observers get the same figures.
 
     The prompts are read and the model is loaded and probed, in a temporary folder.
     """
     root, config = Path(out), config.for_workers
     free_bytes = shutil.disk_usage(next(path for path in (root, *root.absolute().parents) if path.exists())).free
     if prompts is None:
-        raise ConfigError("a dry run needs the prompts file")
+        raise ConfigError("a dry run needs the prompts file", hint="give PROMPTS, the file to build from")
     with (
         tempfile.TemporaryDirectory(prefix="embstore-dry-run-") as scratch,
         StopSignals() as stop,
@@ -210,13 +210,15 @@ def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: 
         return
     if (rereads := RowCopier(reuse, spec, run.writer.work).rereads(todo.windows)) > _MOST_REREADS:
         run.observer(
-            Notice(message=f"the pool has another order than the old store: rows to copy are read {rereads:.0f} times over")
+            Notice(
+                message=f"the order of the pool differs from the old store's: rows to copy are read {rereads:.0f} times each"
+            )
         )
     job = _window_job(run, spec, embedder, reuse)
     run.observer(StageStarted(stage="embed", total=spec.rows, done=spec.rows - todo.remaining_rows))
     started = since = time.perf_counter()
     with run.stage("embed"), run.stop.deferred() as check:
-        # deferred as a whole: a window that is made is committed, what is committed is reported, nothing new is begun
+        # signals are deferred for the whole loop: a finished window is committed and reported, and no new one starts
         made_windows = run.engine.map(
             job, todo.windows, check=check, is_stopping=run.stop.is_stopping, observer=run.observer
         )
@@ -244,7 +246,7 @@ def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: 
                     )
                 )
                 for failed in record.failed:
-                    run.observer(Notice(message=f"row {failed.row} failed and is kept without a vector: {failed.reason}"))
+                    run.observer(Notice(message=f"row {failed.row} failed and has no vector: {failed.reason}"))
     run.observer(StageFinished(stage="embed", seconds=time.perf_counter() - started))
 
 
@@ -268,7 +270,7 @@ def _window_job(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: Reu
 
 
 def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) -> NeighborFiles:
-    """The neighbour graph for these rows and settings: the published one if it is the same, else a new search."""
+    """The neighbour graph for these rows and settings: the published one if the settings are equal, else a new search."""
     from embstore.search.centering import center_rows  # noqa: PLC0415 - hnswlib loads only where it is needed
     from embstore.search.graph import build_graph  # noqa: PLC0415
     from embstore.search.search_plan import plan_search  # noqa: PLC0415
@@ -288,7 +290,7 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
     if finished is not None and finished.manifest is not None and finished.manifest.neighbors == digest:
         return read_neighbors(finished)
     shape = (spec.rows, spec.embedding.rank)
-    # of a finished store nobody has read the coordinates yet: its own map compares them with the manifest
+    # the coordinates of a finished store have not been verified yet: its own map compares them with the manifest
     coord_NR = finished.coordinates if finished is not None else map_array(run.writer.root, COORDINATES, "<f4", shape)
     noise_floor = NOISE_FLOOR
     with run.stage("knn"), storage_errors("writing to", run.writer.work):
@@ -308,7 +310,7 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
             device=spec.embedding.device,
             mapped=_search_workers(run, spec, search),
         )
-        # seen from the mean, distances are not those between stored rows
+        # centred distances are not distances between stored rows
         refined = {} if density.center else {"refinement": _refine(run, spec, graph, finished)}
     found = {
         "knn": density.knn,

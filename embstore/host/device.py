@@ -1,4 +1,4 @@
-"""What the hardware computes fast, and what decides its bits."""
+"""Properties of a device: which dtypes it computes fast, and which kernels it chooses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def capability_of(device: torch.device) -> str:
-    """What decides a kernel's bits on this device, at its best; see ``core.spec.EmbeddingSpec``."""
+    """The hardware properties that determine rounding on this device; see ``core.spec.EmbeddingSpec``."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
@@ -16,7 +16,7 @@ def capability_of(device: torch.device) -> str:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is computed by the hardware, not emulated (emulated it is several times slower than float32)."""
+    """Whether the hardware computes bfloat16 itself; emulated, it is several times slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
@@ -26,6 +26,6 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def give_back_device() -> None:
-    """Return to the CUDA device what this process kept of freed memory, for other processes."""
+    """Return this process's free CUDA memory to the device, for other processes."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

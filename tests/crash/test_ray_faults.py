@@ -211,7 +211,7 @@ def test_where_no_worker_can_start_the_build_says_what_is_missing(
 ) -> None:
     config = dataclasses.replace(CONFIG, embedding=dataclasses.replace(CONFIG.embedding, threads=64))
     started = time.monotonic()
-    with pytest.raises(EngineError, match=r"no worker could start within 2 s: each asks for 64 CPUs, free are 4 CPUs"):
+    with pytest.raises(EngineError, match=r"no worker could start within 2 s: each needs 64 CPUs; 4 CPUs"):
         build_by_workers(small_prompts, tmp_path / "store", script, config=config, engine={"start_seconds": 2})
     assert time.monotonic() - started < 20
     assert script.calls == []

@@ -174,7 +174,7 @@ def test_rows_that_remain_are_not_asked_of_a_model(tmp_path: Path) -> None:
     embstore.verify(tmp_path / "store", repair=True)
     result = run("build", "--resume", "--out", tmp_path / "store")
     assert result.exit_code == 2
-    assert "was made from an array" in result.stderr
+    assert "is made from an array" in result.stderr
     assert "embstore import ARRAY --resume" in result.stderr
     embstore.import_array(array, out=tmp_path / "store", config=CONFIG, resume=True)
     assert {name for name, digest in snapshot(tmp_path / "store").items() if whole[name] != digest} == {
@@ -352,7 +352,7 @@ def test_a_damaged_zarr_chunk_is_refused(tmp_path: Path) -> None:
         ("short.json", '["a", "b"]', "names 2 rows, the array has 3"),
         ("types.json", '["a", "b", null]', "line 3 does not name a row: the id is neither text nor a whole number"),
         ("broken.json", '["a", "b"', "is not a JSON list of ids"),
-        ("broken.jsonl", '{"id": "a"}\n{"id": \n{"id": "c"}\n', "line 2 does not name a row: no JSON"),
+        ("broken.jsonl", '{"id": "a"}\n{"id": \n{"id": "c"}\n', "line 2 does not name a row: not JSON"),
         ("number.jsonl", '{"id": "2"}\n{"id": "b"}\n{"prompt": "x"}\n', "id '2' names two rows, 0 and 2"),
         ("empty.txt", "", "names 0 rows, the array has 3"),
     ],

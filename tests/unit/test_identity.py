@@ -306,7 +306,7 @@ def test_a_resume_needs_no_prompts_file_and_the_store_may_have_moved(
 
 
 def test_a_new_store_needs_prompts(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no prompts yet"):
+    with pytest.raises(ConfigError, match="no prompts file was given"):
         build_small(None, tmp_path / "store")
 
 
