@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -50,42 +49,21 @@ def _first_of_a_kind(calls: list[Call]) -> list[int]:
     return sorted(seen.values())
 
 
-@pytest.fixture(scope="module")
-def calls(small_prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Call]:
-    """Every system call of an uninterrupted build."""
-    store = tmp_path_factory.mktemp("count") / "store"
-    with SystemCalls(root=store).watching() as whole:
-        build_small(small_prompts, store)
-    return whole.calls
-
-
 def test_a_disk_error_at_any_place_ends_the_build_and_a_resume_finishes_it(
-    calls: list[Call], small_prompts: Path, finished_store: Path, tmp_path: Path, tally: Counter
+    small_prompts: Path, finished_store: Path, tmp_path: Path, tally: Counter
 ) -> None:
-    points = _first_of_a_kind(calls)
-    assert {calls[point - 1].name for point in points} == {call.name for call in calls}
-    _fail_and_resume(points, small_prompts, snapshot(finished_store), tmp_path, tally)
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("first_error", range(len(DISK_ERRORS)))
-def test_every_disk_error_at_every_system_call_ends_the_build_and_a_resume_finishes_it(
-    first_error: int, calls: list[Call], small_prompts: Path, finished_store: Path, tmp_path: Path, tally: Counter
-) -> None:
-    points = range(1, len(calls) + 1)
-    _fail_and_resume(points, small_prompts, snapshot(finished_store), tmp_path, tally, first_error=first_error)
-
-
-def _fail_and_resume(
-    points: Iterable[int], prompts: Path, reference: dict[str, str], folder: Path, tally: Counter, *, first_error: int = 0
-) -> None:
-    """At each point one of the errors a disk gives: a StorageError that says so, then a resume to the same bytes."""
-    for number, point in enumerate(points, start=first_error):
-        store = folder / f"store-{point}"
+    """Every error at every call, from the kernel, is test_system_calls's; this needs no strace."""
+    with SystemCalls(root=tmp_path / "whole").watching() as whole:
+        build_small(small_prompts, tmp_path / "whole")
+    points = _first_of_a_kind(whole.calls)
+    assert {whole.calls[point - 1].name for point in points} == {call.name for call in whole.calls}
+    reference = snapshot(finished_store)
+    for number, point in enumerate(points):
+        store = tmp_path / f"store-{point}"
         acknowledged, source = Acknowledged(), FakeSource()
         code = DISK_ERRORS[number % len(DISK_ERRORS)]
         with SystemCalls(root=store, fail_at=point, error=code).watching() as calls:
-            error = _storage_error(prompts, store, acknowledged)
+            error = _storage_error(small_prompts, store, acknowledged)
             failed = calls.calls[point - 1]
             if error is None:
                 assert failed.path.startswith("work"), f"{failed}: only scratch files are not worth failing for"
@@ -97,7 +75,7 @@ def _fail_and_resume(
                 assert error.exit_code == ExitCode.INCOMPLETE
             if failed.name in SYNCS:  # pages of a failed fsync are marked clean: a second one would lie
                 assert failed not in calls.calls[point:], f"{failed} was tried again"
-            build_small(prompts, store, source=source)
+            build_small(small_prompts, store, source=source)
         assert snapshot(store) == reference, failed
         assert not set(source.calls) & set(acknowledged.windows)
         tally("ENOSPC, EDQUOT or EIO at the n-th call, in process")
