@@ -6,8 +6,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -18,10 +16,8 @@ from embstore.core.errors import (
     ExitCode,
     StorageError,
     StoreExistsError,
-    StoreLockedError,
 )
 from embstore.storage.journal import read_journal
-from embstore.storage.writer import StoreWriter
 from embstore.views.export import export_store
 from tests.support.fake import FakeSource
 from tests.support.faults import SYNCS, Call, SystemCalls
@@ -188,33 +184,6 @@ def test_an_error_in_the_embedder_publishes_nothing(small_prompts: Path, tmp_pat
         build_small(small_prompts, tmp_path / "store", source=HookedSource(stop))
     assert not (tmp_path / "store" / "manifest.json").exists()
     assert not list((tmp_path / "store").rglob("*.tmp"))
-
-
-def test_a_second_writer_is_refused_while_the_first_builds(
-    small_prompts: Path, tmp_path: Path, finished_store: Path
-) -> None:
-    store = tmp_path / "store"
-    refused: list[StoreLockedError] = []
-
-    def build_too(row: int) -> None:
-        if row == 16:
-            with pytest.raises(StoreLockedError) as caught:
-                build_small(small_prompts, store)
-            refused.append(caught.value)
-
-    build_small(small_prompts, store, source=HookedSource(build_too))
-    assert len(refused) == 1
-    assert refused[0].exit_code == ExitCode.LOCKED
-    assert f'"pid": {os.getpid()}' in str(refused[0])
-    assert snapshot(store) == snapshot(finished_store)
-
-
-def test_a_second_process_is_refused_and_names_the_holder(unfinished: Path, small_prompts: Path) -> None:
-    with StoreWriter(unfinished, resume=True):
-        command = [sys.executable, "-m", "tests.support.build_fake", "build", str(unfinished), str(small_prompts)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == ExitCode.LOCKED
-    assert f'"pid": {os.getpid()}' in done.stdout
 
 
 @pytest.mark.parametrize("names", [["thesis.tex"], [".lock", "thesis.tex"], ["weights"]])
