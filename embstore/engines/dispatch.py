@@ -1,8 +1,8 @@
 """Hand out tasks to worker processes: each gets one task at a time, lost workers are replaced, and every wait has a limit.
 
 A worker that died or raised is given up and replaced. Its task is retried on another worker, up to ``_MAX_ATTEMPTS`` times
-in all: a bad machine does not end the build, and a bad task is not repeated forever. A task runs on one worker at a time, and
-its result is yielded once. If no worker starts within ``start_seconds``, the build stops with an error that names the
+in all: a bad machine does not end the build, and a bad task is not repeated forever. A task runs on one worker at a time,
+and its result is yielded once. If no worker starts within ``start_seconds``, the build stops with an error that names the
 resources each worker needs.
 """
 

@@ -118,7 +118,7 @@ def two_processes(folder: Path) -> Path:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tests.support.trl_runs", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *command], check=False, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
+        [sys.executable, *command], check=False, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return out

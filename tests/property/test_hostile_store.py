@@ -327,7 +327,7 @@ def _assert_bounded(stores: list[Path], tally: Counter, fault: str, *, without: 
         json.dumps([str(store) for store in stores]),
         json.dumps(without),
     ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     tally(fault, cycles=len(stores), losses=len(report["problems"]))
