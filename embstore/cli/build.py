@@ -28,9 +28,9 @@ def build(
     model: Annotated[str | None, typer.Option("--model", help="Folder or hub id of a causal LM.")] = None,
     resume: Resume = False,
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of a hub model.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"] | None,
+        Literal["auto", "float32", "bfloat16"] | None,
         typer.Option("--dtype", help="Of the backbone; pooling and head are float32. auto: fastest that moves no weight."),
     ] = None,
     max_tokens: Annotated[
