@@ -1,7 +1,7 @@
-"""A store from embeddings that exist already: the same pipeline, with an array in place of a model.
+"""A store of embeddings that exist already: the pipeline of ``build``, with an array instead of a model.
 
-Row i of the array is row i of the store, whatever it is called and however often it occurs: rows with bit-equal vectors are
-found later, and share a weight.
+Row i of the array is row i of the store, whatever its id and however often it occurs. Rows with bit-equal vectors are found
+later, and share a weight.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def import_array(
     out
         The store's folder; created when absent.
     ids
-        What the rows are called: a text file with one id a line, a JSON list, or JSONL (which may hold prompts too). None:
-        their numbers; on a resume, what they are called in the store.
+        Ids of the rows: a text file with one id a line, a JSON list, or JSONL (which may contain prompts, too). None: row
+        numbers, or on a resume the ids in the store.
     config
-        As for ``build``; of ``embedding`` only threads, rows of chunks and windows, and the compressor have a meaning.
+        As for ``build``; of ``embedding`` only threads, rows of chunks and windows, and the compressor are used.
     resume
         Continue what is at ``out``.
     observer
@@ -54,13 +54,13 @@ def import_array(
     Raises
     ------
     ArrayError, PromptError, RowError
-        The array, the ids, or a row of the array is none; and as ``build``.
+        The array or the ids cannot be read, or a row cannot be scaled to length 1; and as ``build``.
     """
     from embstore.model.array_embedder import ArraySource  # noqa: PLC0415 - torch loads once the array is known to be one
 
     config = config or BuildConfig()
     if config.embedding.model is not None or config.embedding.space is not None:
-        raise ConfigError("an imported array has no model and no space", hint="leave them out")
+        raise ConfigError("model and space do not apply to an imported array", hint="leave them out")
     if config.engine.is_remote:
         raise ConfigError("an array is imported by one process", hint="leave out the engine")
     config = dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, device="cpu"))

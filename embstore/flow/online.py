@@ -1,7 +1,7 @@
-"""Weights without a store: the offline pass run now, for these prompts, with a model that is in memory already.
+"""Weights without a store: a build runs now, for these prompts, with a model that is already in memory.
 
-The original's ``DensityAwareSampler`` under its name, over the code of ``build``: masked means, audited neighbours, rare
-prompts up. It takes what a build takes, at every start; ``embstore build`` takes it once.
+This is the original's ``DensityAwareSampler`` under its name, with the code of ``build``: masked means, audited neighbours,
+rare prompts up. It costs a whole build at every start, which ``embstore build`` costs once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class DensityAwareSampler:
     Parameters
     ----------
     prompts
-        Texts; none may be blank. Equal ones share one weight.
+        Texts, none of them blank. Equal ones share one weight.
     base_model, tokenizer
         A causal LM of transformers and its tokenizer. The model is copied in float32 and stays as it is.
     device
@@ -48,7 +48,7 @@ class DensityAwareSampler:
     Raises
     ------
     EmbstoreError
-        See core.errors; a temporary folder holds everything meanwhile, two bytes a prompt and column of the logits.
+        See core.errors. A temporary folder keeps everything meanwhile: two bytes for each prompt and column of the logits.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Threads that each run torch with its own share of the cores, the most urgent job first.
 
-One batch a thread beats all threads on one batch: nobody waits at the end of every small operation, and a worker with one
-core gives the same bits on any number of workers (docs/decisions/0012). Urgency keeps the disk fed: rows of the window that
-is being written are finished before batches of the next one go on.
+One batch a thread is faster than all threads on one batch, because no thread waits at the end of every small operation; and
+a worker with one core gives the same bits on any number of workers (docs/decisions/0012). Urgency keeps the disk fed: rows
+of the window that is being written are finished before batches of the next one go on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
 import torch
 
-# Activations of all batches in flight; above it fewer workers share the cores. A constant, because bits depend on the split.
+# Of all batches in flight; above it fewer workers share the cores. A constant, because bits depend on the split.
 _MAX_ACTIVATION_BYTES = 512 << 20
 
 Urgency = tuple[int, ...]  # smaller is sooner; jobs of one urgency start in the order given
@@ -64,14 +64,14 @@ class Workers:
         try:
             with torch.inference_mode():  # a mode of the thread, not of the process
                 job()
-        except BaseException as error:  # noqa: BLE001 - it is raised again by who waits
+        except BaseException as error:  # noqa: BLE001 - raised again where the result is awaited
             done.set_exception(error)
         else:
             done.set_result(None)
 
 
 def finish_all(jobs: Iterable[Future[None]]) -> None:
-    """Wait until all jobs are done; the first error cancels those that have not begun, and is raised when no other runs."""
+    """Wait for all jobs. On the first error, cancel those that have not started, wait for the rest, then raise it."""
     jobs = list(jobs)
     _, remaining = wait(jobs, return_when=FIRST_EXCEPTION)
     if remaining:
@@ -82,5 +82,5 @@ def finish_all(jobs: Iterable[Future[None]]) -> None:
 
 
 def abandon(jobs: Iterable[Future[None]]) -> None:
-    """Cancel jobs, and wait for those that have begun: nothing of them goes on in the background."""
+    """Cancel jobs and wait for those that have started, so that none goes on in the background."""
     wait([job for job in jobs if not job.cancel()])
