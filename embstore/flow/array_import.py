@@ -59,7 +59,7 @@ def import_array(
 
     config = config or BuildConfig()
     if config.embedding.model is not None or config.embedding.space is not None:
-        raise ConfigError("an imported array has no model and no space", hint="leave them out")
+        raise ConfigError("model and space do not apply to an imported array", hint="leave them out")
     if config.engine.is_remote:
         raise ConfigError("an array is imported by one process", hint="leave out the engine")
     config = dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, device="cpu"))

@@ -30,7 +30,7 @@ class DensityAwareSampler:
     Parameters
     ----------
     prompts
-        Texts; none may be blank. Equal ones share one weight.
+        Texts, none of them blank. Equal ones share one weight.
     base_model, tokenizer
         A causal LM of transformers and its tokenizer. The model is copied in float32 and not changed.
     device
