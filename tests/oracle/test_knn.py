@@ -310,7 +310,7 @@ def test_a_damaged_graph_fails_the_audit_and_is_searched_again(
 def test_effort_rises_to_the_exact_scan(points: Points, exact_NK: NDArray[np.float64], tmp_path: Path) -> None:
     events: list[Event] = []
     graph = graph_of(points, tmp_path, shards=1, links=2, ef_construction=4, ef=1, observer=events.append)
-    assert len(notices(events)) == 3
+    assert len(notices(events)) == 2
     assert "exactly" in notices(events)[-1]
     assert graph.effort is None
     assert graph.meets_target

@@ -14,6 +14,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from embstore.core.rows import slices
 from embstore.core.sampling import shuffled
 from embstore.host.scratch import block_rows
 
@@ -45,10 +46,9 @@ def cells(coord_GR: Coordinates, seed: int) -> NDArray[np.int32]:
     square_P = np.square(pivot_PR).sum(axis=1)
     number_P = _chained(pivot_PR)
     cell_G = np.empty(num_nodes, dtype=np.int32)
-    step = block_rows(max(rank, num_pivots))
-    for start in range(0, num_nodes, step):
-        block_BR = _whole_numbers(coord_GR[start : start + step], scale, largest)
-        cell_G[start : start + step] = number_P[(2 * (block_BR @ pivot_PR.T) - square_P).argmax(axis=1)]
+    for block in slices(0, num_nodes, block_rows(max(rank, num_pivots))):
+        block_BR = _whole_numbers(coord_GR[block], scale, largest)
+        cell_G[block] = number_P[(2 * (block_BR @ pivot_PR.T) - square_P).argmax(axis=1)]
     return cell_G
 
 
