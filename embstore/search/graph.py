@@ -2,7 +2,7 @@
 
 Distances are those between centred coordinates. HNSW graphs or the exact engine find candidates, and float64 direct
 differences with ties by row decide, whichever found them (docs/decisions/0006). Each result is audited on nodes that are
-drawn for this and never repaired. If it misses its target, the search is repeated with more effort; if it still misses, the
+drawn for this and never repaired. If graphs miss the target, the exact engine follows; if the target is still missed, the
 metadata says so.
 
 Shapes: N rows, G nodes (distinct vectors), K neighbours kept, R coordinates.
@@ -157,7 +157,7 @@ def build_graph(
 
 
 def _raise_until_met(search: NeighborSearch, config: DensityConfig, observer: Observer) -> tuple[Audit | None, bool, int]:
-    """Audit, and search again with more effort until the targets are met; then repair.
+    """Audit, and search again exactly where graphs miss the targets; then repair.
 
     Returns the last audit, whether it meets the targets, and the number of repaired nodes.
     """
@@ -167,11 +167,12 @@ def _raise_until_met(search: NeighborSearch, config: DensityConfig, observer: Ob
         if audit is None or _meets(audit, config):
             break
         seen = f"recall@{audit.k} lower bound {audit.recall_lower:.5f} (target {config.target_recall}), TV {audit.tv:.1e}"
-        if not search.has_more_effort:
-            observer(Notice(message=f"audit: {seen}: the target is NOT met at the highest effort; metadata says so"))
+        if not search.can_raise_effort:
+            advice = "" if search.effort is None else "; a higher --ef or --knn exact finds more"
+            observer(Notice(message=f"audit: {seen}: the target is NOT met, and the metadata says so{advice}"))
             break
-        rung = search.raise_effort()
-        observer(Notice(message=f"audit: {seen}; searching again, {'exactly' if rung is None else rung}"))
+        observer(Notice(message=f"audit: {seen}; searching again, exactly"))
+        search.raise_effort()
         search.run()
     search.repair(to_repair)
     return audit, audit is None or _meets(audit, config), len(to_repair)

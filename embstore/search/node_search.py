@@ -1,4 +1,4 @@
-"""One search over fixed nodes, by the engine that the plan names, with rising effort; finished blocks outlive the process.
+"""One search over fixed nodes, by the engine that the plan names; finished blocks outlive the process.
 
 Shapes: G nodes, Q queries, K neighbours kept, C candidates, R coordinates.
 """
@@ -29,9 +29,8 @@ from embstore.search.kept_blocks import has_layout
 from embstore.search.remote import RemoteSearch
 from embstore.search.search_plan import SMALL_NODES, SearchPlan
 
-# The exact engine follows a graph that fails its audit while it takes hours, not days.
-_EXACT_NODES = 4_000_000
-_MORE_EF = 4
+# Up to this many nodes the exact engine, which takes hours at most, follows graphs that were asked for and fail their audit.
+EXACT_NODES = 4_000_000
 _RANKED_ROWS = 1024
 _PILOT_NODES = 16_384
 _PILOT_QUERIES = 500
@@ -43,7 +42,8 @@ _PILOT_RECALL = 0.9995
 class NeighborSearch:
     """Neighbours of all nodes: ``ids_GK`` int32 and ``distances_GK`` float32, ascending, maps of ``work`` when large.
 
-    ``effort``: of the last run, None when it was exact. ``missed_self_G``: nodes that their own graph did not return.
+    ``effort``: of graphs, None: exact. ``level``: how often it was raised. ``missed_self_G``: nodes that their own graph did
+    not return.
     """
 
     def __init__(
@@ -68,13 +68,9 @@ class NeighborSearch:
         self.distances_GK = large_array(work / "found_distances.npy", shape, np.float32)
         self.missed_self_G = np.zeros(len(coord_GR), dtype=np.bool_)
         self.pilot_recall = self._pilot() if plan.method == "pilot" else None
-        self._ladder = self._efforts()
+        is_exact = plan.method == "exact" or (self.pilot_recall is not None and self.pilot_recall < _PILOT_RECALL)
+        self.effort = None if is_exact else self._graph_effort
         self.level = 0
-
-    @property
-    def effort(self) -> Effort | None:
-        """Effort of the present level; None: exact."""
-        return self._ladder[self.level]
 
     @property
     def total(self) -> int:
@@ -82,17 +78,17 @@ class NeighborSearch:
         return len(self.coord_GR) * (self._plan.shards + 1 if self.effort is not None else 1)
 
     @property
-    def has_more_effort(self) -> bool:
-        """Whether there is a level above this one."""
-        return self.level + 1 < len(self._ladder)
+    def can_raise_effort(self) -> bool:
+        """Whether the exact engine may follow (docs/decisions/0036)."""
+        return self.effort is not None and (self._plan.method == "pilot" or len(self.coord_GR) <= EXACT_NODES)
 
-    def raise_effort(self) -> Effort | None:
-        """Go up one level, and return its effort."""
+    def raise_effort(self) -> None:
+        """Take the exact engine from here on."""
         self.level += 1
-        return self.effort
+        self.effort = None
 
     def run(self) -> None:
-        """Search at the present level."""
+        """Search with the present effort."""
         give_back()
         if self.effort is not None:
             self._search_graphs(self.effort)
@@ -211,13 +207,13 @@ class NeighborSearch:
         )
 
     def _pilot(self) -> float:
-        """Recall of the first effort in a sample of the nodes: how hard they are for a graph."""
+        """Recall of graphs of a sample of the nodes: how hard they are for a graph."""
         size = min(_PILOT_NODES, len(self.coord_GR))
         sample_GR = self.coord_GR[seeded_sample(len(self.coord_GR), size, self._config.seed)]
         found = hnsw_candidates(
             sample_GR,
             _PILOT_K + 1,
-            effort=self._first_effort,
+            effort=self._graph_effort,
             shards=min(self._threads, 2),
             threads=self._threads,
             seed=self._config.seed,
@@ -229,19 +225,9 @@ class NeighborSearch:
         return compare(distances, brute_force(sample_GR, queries, _PILOT_K)[1], num_nodes=size).recall
 
     @property
-    def _first_effort(self) -> Effort:
+    def _graph_effort(self) -> Effort:
         config = self._config
         return Effort(links=config.links, ef_construction=config.ef_construction, ef=config.ef)
-
-    def _efforts(self) -> list[Effort | None]:
-        """Efforts to try, lowest first; None is the exact engine (docs/decisions/0036)."""
-        first = self._first_effort
-        if self._plan.method == "exact" or (self.pilot_recall is not None and self.pilot_recall < _PILOT_RECALL):
-            return [None]
-        if self._plan.method == "pilot":
-            return [first, None]
-        more = Effort(links=first.links, ef_construction=first.ef_construction, ef=_MORE_EF * first.ef)
-        return [first, more, None] if len(self.coord_GR) <= _EXACT_NODES else [first, more]
 
     # --- what was found -----------------------------------------------------------------------------------------
 
