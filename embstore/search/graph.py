@@ -168,7 +168,7 @@ def _raise_until_met(search: NeighborSearch, config: DensityConfig, observer: Ob
             break
         seen = f"recall@{audit.k} lower bound {audit.recall_lower:.5f} (target {config.target_recall}), TV {audit.tv:.1e}"
         if not search.can_raise_effort:
-            advice = "" if search.effort is None else "; a higher --ef or --knn exact finds more"
+            advice = "" if search.effort is None else "; --knn exact finds every neighbour"
             observer(Notice(message=f"audit: {seen}: the target is NOT met, and the metadata says so{advice}"))
             break
         observer(Notice(message=f"audit: {seen}; searching again, exactly"))

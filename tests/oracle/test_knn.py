@@ -327,7 +327,7 @@ def test_a_poor_graph_of_too_many_nodes_for_a_scan_is_said_to_miss(
     graph = graph_of(points, tmp_path, shards=1, links=2, ef_construction=4, ef=1, observer=events.append)
     (notice,) = notices(events)
     assert "NOT met" in notice
-    assert "--ef" in notice
+    assert "--knn exact" in notice
     assert (graph.method, graph.effort, graph.meets_target) == ("hnsw", poor, False)
     assert graph.audit is not None
     assert graph.audit.recall < 0.9
