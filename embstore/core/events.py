@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["prompts", "model", "embed", "knn", "audit", "refine", "publish"]
+Stage = Literal["prompts", "model", "embed", "knn", "audit", "rerank", "publish"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +75,6 @@ class Preflight:
     memory_budget_bytes: int
     knn: str
     num_shards: int
-    search_seconds: Mapping[str, float]  # by engine; empty for searches that take seconds
     seconds: float
     reused_rows: int = 0
     dropped_rows: int = 0

@@ -221,7 +221,14 @@ _NEIGHBORS_SHAPE: JsonObject = {
     "noise_floor": _NUMBER,
     "meets_target": bool,
     "audit": {"k": int, "num_rows": int, "recall": _NUMBER, "recall_lower": _NUMBER, "tv": _NUMBER},
-    "refinement": {
+    "rerank": {
+        "k": int,
+        "residual_floor": _NUMBER,
+        "off_basis_rows": int,
+        "reranked_rows": int,
+        "uncertain_rows": int,
+    },
+    "refinement": {  # in place of "rerank" in stores of embstore before decision 0042
         "k": int,
         "off_basis_rows": int,
         "certified_share": _NUMBER,
@@ -242,7 +249,7 @@ _METADATA_SHAPE: JsonObject = {
     "neighbors": _NEIGHBORS_SHAPE,
 }
 _MAY_BE_NULL = frozenset({"audit"})  # too few distinct vectors to have neighbours
-_MAY_BE_ABSENT = frozenset({"noise_floor", "refinement"})  # the first stores of version 1 lack them
+_MAY_BE_ABSENT = frozenset({"noise_floor", "rerank", "refinement"})  # the first stores of version 1 lack them
 
 
 def decode_metadata(content: bytes, *, name: str) -> JsonObject:

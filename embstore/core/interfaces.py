@@ -30,6 +30,10 @@ from embstore.core.spec import EmbeddingSpec, ModelIdentity
 Check = Callable[[], None]
 
 
+def no_check() -> None:
+    """The ``Check`` of a caller that abandons nothing, or whose signals raise by themselves."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowBlock:
     """Finished rows of one chunk, in row order.

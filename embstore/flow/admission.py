@@ -11,9 +11,8 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from embstore.core.config import K_MAX, BuildConfig, DensityConfig, EmbeddingConfig, format_bytes
+from embstore.core.config import K_MAX, BuildConfig, EmbeddingConfig, format_bytes
 from embstore.core.errors import BudgetError, ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.events import Notice, Preflight
 from embstore.core.files import file_problem, map_array
@@ -32,12 +31,6 @@ from embstore.storage.prompt_source import PromptSource
 from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import open_published
 from embstore.storage.verify import check_stage0, damaged_windows
-
-if TYPE_CHECKING:
-    from embstore.search.search_plan import SearchPlan
-
-# Searches of fewer rows take seconds, so an estimate is not worth its second.
-_PROBED_ROWS = 20_000
 
 CHUNK_BYTES = 32 << 20
 # A small store has smaller chunks, so that all cores work until its end and fewer new pages are touched.
@@ -396,7 +389,6 @@ def check_fits(
         memory_budget_bytes=run.config.memory_budget_bytes,
         knn=search.method,
         num_shards=search.shards,
-        search_seconds=_search_seconds(search, spec, run.config.density),
         seconds=(embedder.seconds_per_row if embedder else 0.0) * (todo.remaining_rows - reuse.num_rows)
         + reuse.num_rows * row_bytes / _COPIED_BYTES_PER_SECOND,
         reused_rows=reuse.num_rows,
@@ -409,14 +401,6 @@ def check_fits(
             hint="free some space, choose another --out, or try --limit",
         )
     return event
-
-
-def _search_seconds(search: SearchPlan, spec: StoreSpec, density: DensityConfig) -> dict[str, float]:
-    if spec.rows < _PROBED_ROWS:
-        return {}
-    from embstore.search.search_probe import estimate_seconds  # noqa: PLC0415
-
-    return estimate_seconds(search, spec.rows, spec.embedding.rank, density, threads=spec.embedding.threads)
 
 
 def _demote_damaged(run: Run, spec: StoreSpec) -> None:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from embstore.core.config import K_MAX, BuildConfig
-from embstore.core.density import NOISE_FLOOR, mean_distance
+from embstore.core.config import BuildConfig
+from embstore.core.density import mean_distance
 from embstore.core.errors import ConfigError
 from embstore.core.events import (
     Notice,
@@ -31,7 +31,7 @@ from embstore.core.events import (
     ignore,
 )
 from embstore.core.files import map_array, storage_errors
-from embstore.core.format import COORDINATES, RESIDUALS, JsonObject
+from embstore.core.format import RESIDUALS, JsonObject
 from embstore.core.interfaces import Embedder, EmbedderSource, Job
 from embstore.core.plan import plan
 from embstore.core.spec import StoreSpec
@@ -62,8 +62,9 @@ from embstore.storage.writer import StoreWriter
 
 if TYPE_CHECKING:
     from embstore.search.graph import KnnGraph
-    from embstore.search.remote import MappedSearch
+    from embstore.search.remote import RemoteSearch
     from embstore.search.search_plan import SearchPlan
+    from embstore.search.stored_rerank import Rerank
 
 _MOST_REREADS = 3.0  # about 2 if the order is unchanged, because neighbouring chunks share an old chunk
 
@@ -271,74 +272,45 @@ def _window_job(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: Reu
 
 def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) -> NeighborFiles:
     """The neighbour graph for these rows and settings: the published one if the settings are equal, else a new search."""
-    from embstore.search.centering import center_rows  # noqa: PLC0415 - hnswlib loads only where it is needed
-    from embstore.search.graph import build_graph  # noqa: PLC0415
+    from embstore.search.graph import build_graph  # noqa: PLC0415 - hnswlib loads only where it is needed
     from embstore.search.search_plan import plan_search  # noqa: PLC0415
 
-    state, density = run.writer.state, run.config.density
+    state, density, threads = run.writer.state, run.config.density, spec.embedding.threads
+    memory_bytes = run.config.memory_budget_bytes
+    search = plan_search(spec.rows, spec.embedding.rank, density, threads=threads, memory_bytes=memory_bytes)
+    commits = [[window.window, window.coordinates_crc32c] for window in state.windows.values()]
+    digest = short_digest({"density": dataclasses.asdict(density), "shards": search.shards, "rows": commits})
+    if finished is not None and finished.published.neighbors == digest:
+        return read_neighbors(finished)
+    store = finished or EmbeddingStore(run.writer.root, None, state, spec)
     failed_N = np.zeros(spec.rows, dtype=np.bool_)
     failed_N[[failed.row for failed in state.failed]] = True
-    commits = [[window.window, window.coordinates_crc32c] for window in state.windows.values()]
-    search = plan_search(
-        spec.rows,
-        spec.embedding.rank,
-        density,
-        threads=spec.embedding.threads,
-        memory_bytes=run.config.memory_budget_bytes,
-    )
-    digest = short_digest({"density": dataclasses.asdict(density), "shards": search.shards, "rows": commits})
-    if finished is not None and finished.manifest is not None and finished.manifest.neighbors == digest:
-        return read_neighbors(finished)
-    shape = (spec.rows, spec.embedding.rank)
-    # the coordinates of a finished store have not been verified yet: its own map compares them with the manifest
-    coord_NR = finished.coordinates if finished is not None else map_array(run.writer.root, COORDINATES, "<f4", shape)
-    noise_floor = NOISE_FLOOR
     with run.stage("knn"), storage_errors("writing to", run.writer.work):
-        if density.center:
-            centered = center_rows(coord_NR, failed_N, run.writer.work)
-            coord_NR, noise_floor = centered.coord_NR, NOISE_FLOOR * centered.stretch
         graph = build_graph(
-            coord_NR,
+            store.coordinates,
             failed_N,
             density,
-            threads=spec.embedding.threads,
-            memory_bytes=run.config.memory_budget_bytes,
+            threads=threads,
+            memory_bytes=memory_bytes,
             work=run.writer.work,
             observer=run.observer,
             clock=time.perf_counter,
             kept=SearchBlocks(run.writer.work, digest),
             device=spec.embedding.device,
-            mapped=_search_workers(run, spec, search),
+            remote=_search_workers(run, spec, search),
         )
-        # centred distances are not distances between stored rows
-        refined = {} if density.center else {"refinement": _refine(run, spec, graph, finished)}
-    found = {
-        "knn": density.knn,
-        "method": graph.method,
-        "pilot_recall": graph.pilot_recall,
-        "center": density.center,
-        "noise_floor": noise_floor,
-        "k_max": K_MAX,
-        "shards": graph.shards,
-        "seed": density.seed,
-        "effort": dataclasses.asdict(graph.effort) if graph.effort else None,
-        "distinct_vectors": graph.num_nodes,
-        "repaired_vectors": graph.repaired_nodes,
-        "audit": dataclasses.asdict(graph.audit) if graph.audit else None,
-        "target_recall": density.target_recall,
-        "target_tv": density.target_tv,
-        "meets_target": graph.meets_target,
-        **refined,
-    }
-    return write_neighbors(run.writer.root, digest, graph.ids_NK, graph.distances_NK, graph.groups_N, found)
+        record = graph.as_record()
+        if not density.center:  # distances seen from the mean are not those between stored rows
+            record["rerank"] = dataclasses.asdict(_rerank(run, store, graph))
+    return write_neighbors(run.writer.root, digest, graph.ids_NK, graph.distances_NK, graph.groups_N, record)
 
 
-def _search_workers(run: Run, spec: StoreSpec, search: SearchPlan) -> MappedSearch | None:
-    from embstore.search.remote import MappedSearch  # noqa: PLC0415
+def _search_workers(run: Run, spec: StoreSpec, search: SearchPlan) -> RemoteSearch | None:
+    from embstore.search.remote import RemoteSearch  # noqa: PLC0415
 
     if not run.engine.is_remote:
         return None
-    return MappedSearch(
+    return RemoteSearch(
         run.engine,
         run.engine_folder,
         threads=spec.embedding.threads,
@@ -348,27 +320,23 @@ def _search_workers(run: Run, spec: StoreSpec, search: SearchPlan) -> MappedSear
     )
 
 
-def _refine(run: Run, spec: StoreSpec, graph: KnnGraph, finished: EmbeddingStore | None) -> dict[str, object]:
-    """What the residual bound proves of the graph; pairs that it leaves open are measured between stored rows, in place."""
+def _rerank(run: Run, store: EmbeddingStore, graph: KnnGraph) -> Rerank:
+    """Where rows leave the basis, put distances between stored rows in the graph, in place."""
     from embstore.search.graph import AUDIT_K  # noqa: PLC0415
-    from embstore.search.refine import refine  # noqa: PLC0415
-    from embstore.search.stored_pairs import StoredRows  # noqa: PLC0415
+    from embstore.search.stored_rerank import StoredRows, rerank_by_stored_rows  # noqa: PLC0415
 
-    store = finished or EmbeddingStore(run.writer.root, None, run.writer.state, spec)
-    refinement, _ = refine(
+    return rerank_by_stored_rows(
         graph.ids_NK,
         graph.distances_NK,
         graph.groups_N,
         store.residuals,
-        StoredRows(read=store.rows_at, dimension=spec.embedding.dimension, chunk_rows=spec.chunk_rows),
+        StoredRows(read=store.rows_at, dimension=store.spec.embedding.dimension, chunk_rows=store.spec.chunk_rows),
         k=AUDIT_K,
-        threads=spec.embedding.threads,
+        threads=store.spec.embedding.threads,
         memory_bytes=run.config.memory_budget_bytes // 2,  # beside what the search still holds
-        work=run.writer.work,
         observer=run.observer,
         clock=time.perf_counter,
     )
-    return dataclasses.asdict(refinement)
 
 
 def _publish_weights(run: Run, spec: StoreSpec, neighbors: NeighborFiles, finished: EmbeddingStore | None) -> WeightFiles:

@@ -46,7 +46,7 @@ _TITLES = {
     "embed": "embedding",
     "knn": "neighbours",
     "audit": "audit",
-    "refine": "raw rows",
+    "rerank": "re-ranking",
     "publish": "publishing",
 }
 
@@ -77,7 +77,7 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:,.0f}/s" if speed else "")
 
 
-_COUNTED = ("embed", "knn", "audit", "refine")
+_COUNTED = ("embed", "knn", "audit", "rerank")
 
 
 class TerminalObserver:
@@ -188,14 +188,11 @@ def preflight_line(event: Preflight) -> str:
 
 
 def _search(event: Preflight) -> str:
-    """How neighbours will be found, and the estimated cost of the other engine."""
-    graphs = f"{event.num_shards} HNSW shards" if event.num_shards else "HNSW"
-    about = {engine: f", about {_duration(seconds)}" for engine, seconds in event.search_seconds.items()}
-    exact, hnsw = f"exact search{about.get('exact', '')}", f"{graphs}{about.get('hnsw', '')}"
+    """Which engine will find the neighbours."""
+    graphs = f"{event.num_shards} HNSW shard{'s' if event.num_shards > 1 else ''}"
     if event.knn == "pilot":
-        return f"{hnsw} or more if a sample shows that they find all neighbours, else {exact}"
-    chosen, other = (exact, hnsw) if event.knn == "exact" else (hnsw, exact)
-    return f"{chosen} ({other})" if about else chosen
+        return f"{graphs} if they find everything in a sample, else exact search"
+    return "exact search" if event.knn == "exact" else graphs
 
 
 def _duration(seconds: float) -> str:
@@ -364,7 +361,7 @@ def _print_density(console: Console, metadata: JsonObject) -> None:
             f"{audit['num_rows']:,} rows checked exactly), weights TV {audit['tv']:.1e}: {verdict}",
             highlight=False,
         )
-    _print_refinement(console, neighbors.get("refinement"))
+    _print_rerank(console, neighbors.get("rerank"))
     gamma = f", gamma {weighting['gamma']:.3g}" if weighting["weighting"] == "inverse-density" else ""
     centred = ", rows centred" if neighbors.get("center") is True else ""
     console.print(
@@ -391,16 +388,13 @@ def _print_density(console: Console, metadata: JsonObject) -> None:
         console.print(f"  [yellow]note[/yellow]: {plain(warning)}", highlight=False)
 
 
-def _print_refinement(console: Console, refinement: JsonObject | None) -> None:
-    """What is proven about the neighbours if coordinates do not represent the whole row."""
-    if refinement is None or not refinement["off_basis_rows"]:
+def _print_rerank(console: Console, rerank: JsonObject | None) -> None:
+    """How many rows were ranked by stored rows, where coordinates are not the whole row; stores before this do not say."""
+    if rerank is None or not rerank["off_basis_rows"]:
         return
-    left = refinement["straddling_pairs"] - refinement["read_pairs"]
-    unread = f", [yellow]{left:,} left unread[/yellow]" if left else ""
     console.print(
-        f"  {refinement['k']} nearest proven by the residual bound for {refinement['certified_share']:.2%} of rows; "
-        f"{refinement['read_pairs']:,} distances from stored rows{unread}; "
-        f"{refinement['uncertain_rows']:,} rows stay unproven",
+        f"  {rerank['reranked_rows']:,} rows leave the basis or have a neighbour that does: their neighbours are ranked by "
+        f"stored rows; {rerank['uncertain_rows']:,} of them may miss one of their {rerank['k']} nearest",
         highlight=False,
     )
 

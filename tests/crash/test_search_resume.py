@@ -34,8 +34,8 @@ from embstore.storage.search_blocks import SearchBlocks
 shards.BLOCK_ROWS = graph.BLOCK_ROWS = 500
 plan = scan.ScanPlan(tile_rows=512, panel_rows=10_000, memory_bytes=0)
 scan.plan_scan = lambda *_, **__: plan
-graphs, build = [], shards.build
-shards.build = lambda coord_GR, nodes, effort, tell: graphs.append(len(nodes)) or build(coord_GR, nodes, effort, tell)
+graphs, build = [], shards.build_index
+shards.build_index = lambda coord_GR, nodes, *rest: graphs.append(len(nodes)) or build(coord_GR, nodes, *rest)
 
 def search(method, folder, kill):
     class Blocks(SearchBlocks):

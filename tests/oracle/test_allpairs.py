@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
 from embstore.search.exact import scan, tiles
-from embstore.search.exact.reference import exact_neighbors
+from embstore.search.exact.reference import brute_force
 from embstore.search.exact.scan import NeighborBlock, all_neighbors, plan_scan
 from embstore.search.exact.tiles import TileScan, quantise
 
@@ -166,9 +166,9 @@ def test_bars_that_are_too_low_leave_rows_in_doubt_not_wrong(
     def counted(coord_GR: Points, nodes_Q: NDArray[np.int64], k: int) -> Any:
         nonlocal exact_rows
         exact_rows += len(nodes_Q)
-        return exact_neighbors(coord_GR, nodes_Q, k)
+        return brute_force(coord_GR, nodes_Q, k)
 
-    monkeypatch.setattr(scan, "exact_neighbors", counted)
+    monkeypatch.setattr(scan, "brute_force", counted)
     monkeypatch.setattr(scan, "_MOST_CANDIDATES", most_candidates)
     with_bars_too_low(monkeypatch, tile_rows=512)
     ids_GK, distances_GK = scanned(points, 10, tmp_path)
