@@ -226,7 +226,7 @@ def test_a_dataset_of_another_length_is_refused(folder: Path) -> None:
 
 def test_a_sampler_that_is_split_by_rank_is_refused(folder: Path) -> None:
     split = DensitySampler(WEIGHTS, rank=0, num_replicas=2)
-    with pytest.raises(ConfigError, match="one of 2 processes"):
+    with pytest.raises(ConfigError, match="split into 2 ranks"):
         make_grouped(folder, DensityGRPO, GRPOConfig, density_sampler=split, per_device_train_batch_size=4)
 
 
