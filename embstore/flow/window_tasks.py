@@ -149,7 +149,7 @@ class LocalWindowJob:
     needs: Needs = "device"
 
     def start(self, number: int) -> WindowWorker:
-        """As ``Job``."""
+        """See ``Job.start``."""
         return WindowWorker(
             self.root,
             self.spec,
@@ -161,7 +161,7 @@ class LocalWindowJob:
         )
 
     def name(self, task: int) -> str:
-        """As ``Job``."""
+        """See ``Job.name``."""
         return name_window(self.root, self.spec, task)
 
     def lost(self, number: int) -> None:
@@ -235,7 +235,7 @@ class RemoteWindowJob:
         )
 
     def name(self, task: int) -> str:
-        """As ``Job``."""
+        """See ``Job.name``."""
         return name_window(self.root, self.spec, task)
 
     def lost(self, number: int) -> None:

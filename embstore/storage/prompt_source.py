@@ -22,7 +22,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 class RowNames(Protocol):
-    """Names of the rows of an array, in the array's order. Each name is one row: rows are told apart by id."""
+    """Names of the rows of an array, in the array's order. Each name is one row: rows differ by id."""
 
     @property
     def name(self) -> str:
