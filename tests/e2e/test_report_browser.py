@@ -6,7 +6,6 @@ Skipped where no Chromium or Chrome is installed (on Debian: ``apt-get install c
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,15 +51,15 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> ReportData:
     return read_report(hostile_store(tmp_path_factory.mktemp("hostile")))
 
 
-def shown(browser: Page, data: ReportData, folder: Path, **options: Any) -> float:
-    """Open the page of a report; seconds until it is drawn."""
+def shown(browser: Page, data: ReportData, folder: Path, **options: Any) -> None:
+    """Open the page of a report and wait until it is drawn."""
     file = folder / "report.html"
     file.write_text(render_page(data), encoding="utf-8")
     browser.complaints.clear()
     browser.requests.clear()
     browser.emulate()
     browser.open("about:blank")
-    return browser.open(file.as_uri(), until=DRAWN, **options)
+    browser.open(file.as_uri(), until=DRAWN, **options)
 
 
 def hover(browser: Page, row: int) -> str:
@@ -144,14 +143,12 @@ def test_a_script_that_got_in_all_the_same_would_not_run(browser: Page, small: R
 
 
 def test_28k_prompts_stay_usable(browser: Page, small: ReportData, tmp_path: Path) -> None:
-    """Bounds for a slow machine without a graphics card; benchmarks/results/report.json has what was measured."""
+    """All points are drawn, found and hovered; benchmarks/results/report.json has how long that takes."""
     data = enlarged(small, 28_000)
-    assert shown(browser, data, tmp_path) < 60
+    shown(browser, data, tmp_path)
     assert browser.evaluate("document.getElementById('map').data[0].x.length") == 28_000
-    started = time.perf_counter()
     assert search(browser, "number-27999 ") == "1 of 28,000 prompts"
     assert search(browser, "word7").startswith(f"{sum('word7' in text for text in data.map.text):,} of 28,000")
-    assert time.perf_counter() - started < 10
     search(browser, "")
     assert hover(browser, 27_999) == data.map.text[27_999]
     assert browser.complaints == []

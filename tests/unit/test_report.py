@@ -30,7 +30,7 @@ from embstore.views.report import layout
 from embstore.views.report.charts import charts_of
 from embstore.views.report.crowds import components, crowded_neighbourhoods, near_distance, near_duplicates
 from embstore.views.report.data import NO_VALUE, one_line, read_report
-from embstore.views.report.page import _plotly, embedded_json, render_page
+from embstore.views.report.page import _plotly, _templates, embedded_json, render_page
 from embstore.views.report.plots import render_picture
 from embstore.views.report.write import write_report
 from tests.support.reports import HOSTILE, enlarged, hostile_store
@@ -356,11 +356,12 @@ def test_files_that_are_no_reports_stay(store: Path, tmp_path: Path, unfinished:
     assert (tmp_path / "r.html").read_bytes() == before
 
 
-@pytest.mark.parametrize(("option", "library"), [("html", "plotly"), ("png", "matplotlib")])
+@pytest.mark.parametrize(("option", "library"), [("html", "jinja2"), ("html", "plotly"), ("png", "matplotlib")])
 def test_without_the_extra_the_command_to_install_it_is_named(
     option: str, library: str, finished_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _plotly.cache_clear()
+    for cached in (_plotly, _templates):
+        cached.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] == library]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, library, None)
