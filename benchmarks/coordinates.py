@@ -18,7 +18,6 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import transformers
 from numpy.typing import NDArray
 
 from benchmarks.acceptance import RESULTS, cpu_name
+from benchmarks.methods import PromptList
 from embstore.core.config import EmbeddingConfig
 from embstore.core.density import NOISE_FLOOR, total_variation
 from embstore.core.events import ignore
@@ -66,20 +66,6 @@ CASES = (
     Case(model="Gemma2", cap=30.0, logit_std=10.0, common=4.0),
     Case(model="Llama", cap=None, logit_std=5.0, common=4.0),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptList:
-    """Prompts in memory, as an embedder samples them."""
-
-    prompts: list[Prompt]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def sample(self, rows: Sequence[int]) -> list[Prompt]:
-        """Prompts of single rows."""
-        return [self.prompts[row] for row in rows]
 
 
 def main() -> int:
@@ -165,7 +151,7 @@ def measure(case: Case, prompts: list[Prompt], tokenizer: Any, work: Path, max_t
     tokenizer.save_pretrained(work / "model")
     config = EmbeddingConfig(model=str(work / "model"), dtype="float32", device="cpu", max_tokens=max_tokens)
     source = TorchSource(locate_model(config))
-    embedder = source.create(PromptList(prompts=prompts), config, memory_bytes=4 << 30, work=work, observer=ignore)
+    embedder = source.create(PromptList(prompts), config, memory_bytes=4 << 30, work=work, observer=ignore)
     rows = embedder.tokens(prompts)
     with torch.inference_mode():
         found_std = float(model(input_ids=tokens_BT).logits.std())

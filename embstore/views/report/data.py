@@ -23,7 +23,7 @@ from embstore.flow.artifact import extremes
 from embstore.storage.atomic import file_size
 from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.views.info import StoreInfo, inspect
-from embstore.views.report import crowds, layout
+from embstore.views.report import clusters, layout
 
 MAP_ROWS = 100_000  # a browser draws more, but its file would no longer be one to send around
 _TEXT_BYTES = 7_000_000  # of texts on the map, as they lie in the page
@@ -168,9 +168,9 @@ def read_report(path: str | Path, *, by: str | None = None, name: str = "default
         texts.add(row, prompt)
     source_field, source_N, values = texts.source(by)
     view = _View(store, weight_N, distance_N, source_N, values)
-    crowded = crowds.crowded_neighbourhoods(store.neighbor_ids, groups_N, distance_N, k)
-    near = crowds.near_distance(store.neighbor_distances)
-    duplicates = crowds.near_duplicates(store.neighbor_ids, store.neighbor_distances, groups_N, near)
+    crowded = clusters.crowded_neighbourhoods(store.neighbor_ids, groups_N, distance_N, k)
+    near = clusters.near_distance(store.neighbor_distances)
+    duplicates = clusters.near_duplicates(store.neighbor_ids, store.neighbor_distances, groups_N, near)
     repeats = np.flatnonzero(np.asarray(store.multiplicity) > 1)
     most_repeated = repeats[np.argsort(-np.asarray(store.multiplicity)[repeats], kind="stable")][:_GROUPS]
     axes = layout.principal_axes(store.coordinates, shown, 2)

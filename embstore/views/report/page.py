@@ -1,9 +1,9 @@
 """One self-contained page: no network, no file beside it. Prompts are a stranger's text, here in a browser.
 
-Three walls. Jinja2 escapes every value that a template shows, its control characters spelt out before. Data for the script is
-JSON in which ``<`` is spelt out, so no text ends its element, and the script puts texts on the page as text nodes only. A
-content security policy names the page's two scripts by their digests and forbids every connection: what got past the other
-two could neither run nor call home.
+Three walls. Every value that a template shows has its control characters spelt out and is escaped by jinja2. Data for the
+script is JSON in which ``<`` is spelt out, so that no text ends its element, and the script adds texts as text nodes only.
+A content security policy names the page's two scripts by their digests and forbids every connection: whatever passed the
+other two walls could neither run nor call home.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from embstore.core.diagnostics import MILD_ESS_SHARE
 from embstore.core.errors import ConfigError
 from embstore.core.format import FORMAT_VERSION
 from embstore.views.report.charts import Charts, Histogram, charts_of
-from embstore.views.report.crowds import CROWDED_SHARE
+from embstore.views.report.clusters import CROWDED_SHARE
 from embstore.views.report.data import ReportData
 
 if TYPE_CHECKING:
