@@ -80,7 +80,8 @@ _README = """\
 | Measured on two CPU cores | | |
 |---|---|---|
 | Embedding speed, as a share of running the backbone alone | **{store[share_of_floor]:.0%}** in {default} \
-(the default here), {other_store[share_of_floor]:.0%} in {other} | {store[rows_per_second]:.0f} and {other_store[rows_per_second]:.0f} rows/s, \
+(the default here), {other_store[share_of_floor]:.0%} in {other} | {store[rows_per_second]:.0f} and \
+{other_store[rows_per_second]:.0f} rows/s, \
 {store[times_original]:.0f} and {other_store[times_original]:.0f} times the original method \
 ([performance](docs/performance.md)) |
 | Acknowledged rows lost | **{lost}** | in {processes:,} kills, signals and I/O errors, {cuts:,} power cuts of real file \
@@ -204,7 +205,7 @@ def reuse(report: Report) -> str:
     for each in builds:
         each["others"] = sum(each["stage_seconds"].values()) - each["stage_seconds"]["embed"]
     return paragraphs(
-        fill("`python -m benchmarks.reuse`, {auto[full][date]}, ", report) + f"{machine_of(report)}, with other work on the machine.",
+        fill("`python -m benchmarks.reuse`, {auto[full][date]}, ", report) + machine_of(report) + ", a busy machine.",
         table(builds, {
             "`--dtype`": "{name}", "rows": "{rows[reused]:,} copied, {rows[embedded]:,} computed",
             "whole command, s>": "{build_seconds:.0f}", "embedding stage, s>": "{stage_seconds[embed]:.1f}",

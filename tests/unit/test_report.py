@@ -168,11 +168,13 @@ def test_the_charts_count_every_prompt_once(finished_store: Path) -> None:
 
 
 def test_a_field_is_chosen_and_an_unknown_one_refused(finished_store: Path, tmp_path: Path) -> None:
-    with pytest.raises(EmbstoreError, match="no prompt has a field 'colour'"):
+    with pytest.raises(EmbstoreError, match="no prompt has a field 'colour'") as caught:
         read_report(finished_store, by="colour")
+    assert caught.value.hint is not None
+    assert "src" in caught.value.hint
     lines = [{"prompt": f"text {index}", "note": index, "kind": "xy"[index % 2]} for index in range(40)]
     build_small(write_lines(tmp_path / "p.jsonl", lines), tmp_path / "store", config=with_weighting(k=3))
-    assert read_report(tmp_path / "store").source_field == "kind"  # a field with another value on each line is no source
+    assert read_report(tmp_path / "store").source_field == "kind"  # a field that differs on each line cannot be the source
     assert len(read_report(tmp_path / "store", by="note").sources) == 40
 
 
@@ -194,7 +196,7 @@ def test_a_store_that_lost_a_chunk_is_not_called_whole(store: Path) -> None:
     data = read_report(store)
     assert [problem.partition(" ")[0] for problem in data.problems] == ["embeddings.zarr/c.2.0", "embeddings.zarr/c.3.0"]
     page = render_page(data)
-    assert "not whole" in page
+    assert "incomplete</span>" in page
     assert "embeddings.zarr/c.3.0 is missing" in page
 
 

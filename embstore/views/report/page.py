@@ -68,7 +68,7 @@ def render_page(data: ReportData) -> str:
         mild_ess_share=MILD_ESS_SHARE,
         sources=_listed_sources(data),
         crowded_share=CROWDED_SHARE,
-        # the only values that are not escaped: none of them holds a text of a prompt as it is
+        # the only values that are not escaped; prompts occur in ``values`` alone, as JSON without "<"
         style=Markup(style),
         values=Markup(embedded_json(_values(data, charts))),
         plotly=Markup(plotly),
@@ -106,7 +106,7 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"number": format, "percent": _percent}
+    templates.filters |= {"number": format, "percent": _percent, "count": _count}
     return templates
 
 
@@ -125,14 +125,11 @@ def _digest(script: str) -> str:
 
 
 def _lost_lines(data: ReportData) -> list[str]:
-    """What became of input lines that are not rows."""
+    """What became of input lines that did not become rows."""
     info = data.info
-    counts = {
-        "lines held no prompt and were set aside": info.quarantined_lines,
-        "lines repeated a prompt": info.repeated_lines,
-        "prompts failed in the model and have weight 0": info.failed_rows,
-    }
-    return [f"{count:,} {what}" for what, count in counts.items() if count]
+    lines = {"without a prompt, set aside": info.quarantined_lines, "that repeat a prompt": info.repeated_lines}
+    lost = [f"{_count(number, 'line')} {what}" for what, number in lines.items() if number]
+    return lost + ([f"{_count(info.failed_rows, 'prompt')} that failed, with weight 0"] if info.failed_rows else [])
 
 
 def _heaviest_tenth(weight_N: NDArray[np.float64]) -> float:
@@ -152,6 +149,10 @@ def _listed_sources(data: ReportData) -> dict[str, object]:
             shares = sorted([*shares, largest], key=lambda share: -share.ratio)
     reach = max([0.1, *(abs(share.ratio - 1) for share in shares)])
     return {"shares": shares, "reach": reach, "are_ends": are_ends, "ends": _ENDS, "enough_rows": _ENOUGH_ROWS}
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _percent(share: float, digits: int = 0) -> str:
@@ -204,12 +205,12 @@ def _histogram(found: Histogram) -> dict[str, object]:
 
 
 def _plane(points_M2: NDArray[np.float64]) -> list[list[float | None]]:
-    """Two columns, in units of the larger spread: three decimals place a point to less than a pixel."""
+    """Two columns in units of the larger spread; four decimals place a point to less than a pixel."""
     spread = float(np.abs(points_M2 - points_M2.mean(axis=0)).max(initial=0.0)) or 1.0
     scaled_M2 = (points_M2 - points_M2.mean(axis=0)) / spread
     return [np.round(scaled_M2[:, column], 4).tolist() for column in range(2)]
 
 
 def _rounded(values: NDArray[np.float64]) -> list[float | None]:
-    """Four significant digits, None for what is no number: a page full of digits nobody sees is twice as large."""
+    """Four significant digits, None for NaN and infinity; all digits would double the size of the page."""
     return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values.tolist()]
