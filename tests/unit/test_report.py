@@ -263,6 +263,21 @@ def test_hostile_prompts_are_text_to_a_parser(tmp_path: Path) -> None:
     )
 
 
+def test_what_a_store_says_of_itself_is_text_too(finished_store: Path) -> None:
+    """Messages, names and warnings are not prompts, but may quote a stranger's file."""
+    data = read_report(finished_store)
+    spec = {**(data.info.spec or {}), "model": {**(data.info.spec or {})["model"], "name": "m<i>\x1b[31m"}}
+    info = dataclasses.replace(data.info, spec=spec)
+    metadata = {**data.metadata, "warnings": ["w<u>\x07"]}
+    page = render_page(
+        dataclasses.replace(data, info=info, metadata=metadata, problems=["p<b>\u202e"], weights_name="n<s>\x7f")
+    )
+    parsed = Parsed(page)
+    for shown in ("m<i>\\x1b[31m (Fake)", "w<u>\\x07", "p<b>\\u202e", "n<s>\\x7f"):
+        assert shown in parsed.text
+    assert not {"i", "u", "b", "s"} & {tag for tag, _ in parsed.elements}
+
+
 def build_plain(folder: Path) -> Path:
     lines = [{"prompt": f"Plain prompt number {index}", "src": "ab"[index % 2]} for index in range(60)]
     lines += [{"prompt": f"same: vector {index}", "src": "a"} for index in range(3)]
