@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,14 +240,14 @@ def record(job: Job, part: str, figures: dict[str, Any]) -> None:
     path.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def machine() -> dict[str, Any]:
+def machine(packages: Sequence[str] = ("torch", "transformers", "zarr", "hnswlib")) -> dict[str, Any]:
     """Hardware and versions."""
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("embstore", "torch", "transformers", "zarr", "hnswlib")},
+        **{name: importlib.metadata.version(name) for name in ("embstore", *packages)},
     }
 
 

@@ -12,10 +12,7 @@ is no cap. Results go to ``benchmarks/results/coordinates.json``.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import tempfile
 import time
 from dataclasses import dataclass
@@ -27,7 +24,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from benchmarks.acceptance import RESULTS, cpu_name
+from benchmarks.acceptance import RESULTS, machine
 from benchmarks.methods import PromptList
 from embstore.core.config import EmbeddingConfig
 from embstore.core.density import NOISE_FLOOR, total_variation
@@ -81,12 +78,7 @@ def main() -> int:
         "command": f"python -m benchmarks.coordinates --prompts {options.prompts.name} --tokenizer {options.tokenizer.name} "
         f"--rows {options.rows} --max-tokens {options.max_tokens}",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {
-            "cpu": cpu_name(),
-            "cores": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("embstore", "torch", "transformers", "numpy")},
-        },
+        "machine": machine(("torch", "transformers", "numpy")),
         "k": K,
         "width": WIDTH,
         "vocabulary": VOCABULARY,

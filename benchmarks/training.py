@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -28,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.acceptance import RESULTS, cpu_name
+from benchmarks.acceptance import RESULTS, machine
 from embstore.core.format import (
     ARRAY_METADATA,
     BASIS,
@@ -336,13 +334,8 @@ def record(part: str, figures: dict[str, Any], prompts: Path, model: Path) -> No
     path = RESULTS / "training.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     results["command"] = f"python -m benchmarks.training --prompts {prompts.name} --model {model.name}"
-    results["machine"] = {
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "note": "shared with other work: times are upper bounds",
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("embstore", "numpy", "torch", "transformers")},
-    }
+    results["machine"] = machine(("numpy", "torch", "transformers"))
+    results["machine"]["note"] = "shared with other work: times are upper bounds"
     results[part] = {"date": time.strftime("%Y-%m-%d"), **figures}
     path.write_text(json.dumps(results, indent=2) + "\n")
 
