@@ -30,7 +30,7 @@ def test_a_changed_figure_block_picture_or_claim_is_a_problem(tmp_path: Path, mo
     assert [found for found in pages.problems() if not found.startswith("no longer true")] == []
     page, picture = tmp_path / "docs" / "reliability.md", tmp_path / "docs" / "density.svg"
     right = page.read_text(encoding="utf-8")
-    page.write_text(right.replace("| 17,730 |", "| 17,731 |").replace("together |", "together  |"), encoding="utf-8")
+    page.write_text(right.replace("| together |", "| altogether |"), encoding="utf-8")
     picture.write_text(re.sub("sha256 .", "sha256 x", picture.read_text(encoding="utf-8"), count=1), encoding="utf-8")
     monkeypatch.setitem(pages.result("faults"), "passed", False)
     found = "\n".join(pages.problems())
