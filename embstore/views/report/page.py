@@ -160,7 +160,7 @@ def _percent(share: float, digits: int = 0) -> str:
     shown = f"{share:.{digits}%}"
     if share < 1 and shown == f"{1:.{digits}%}":
         shown = f"{share:.{digits + 2}%}"
-        return shown if shown != f"{1:.{digits + 2}%}" else "just under 100 %"
+        return shown.replace("%", " %") if shown != f"{1:.{digits + 2}%}" else "just under 100 %"
     if share > 0 and shown == f"{0:.{digits}%}":
         return f"under {10.0**-digits:g} %"
     return shown.replace("%", " %")
