@@ -4,26 +4,38 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# a worker for each core, at most eight: each holds torch and transformers; who is idle takes tests from who is not
+PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
+QUICK_TESTS := embstore/core tests/unit tests/format tests/oracle/test_exact.py tests/crash/test_order.py tests/e2e/test_build.py
 FAULT_TESTS := tests/crash tests/property/test_hostile.py tests/property/test_hostile_store.py
 
-.PHONY: demo test test-faults check lint benchmark clean
+.PHONY: demo test test-quick test-slow test-faults check lint benchmark clean
 
 demo: $(STAMP)  ## the main job end to end, on input made on the spot
 	@$(BIN)/python -m scripts.demo
 
-test: $(STAMP) lint  ## what CI runs: lint, types, layers, tests
-	@$(BIN)/python -m pytest -m "not faults"
+test: $(STAMP) lint  ## what CI runs: lint, types, layers, tests; 8 minutes on two cores
+	@$(BIN)/python -m pytest -m "not faults and not slow" $(PARALLEL)
+
+test-quick: $(STAMP)  ## for the inner loop, a minute: units, the disk format, exact search, order of system calls, a small real build
+	@$(BIN)/python -m pytest -m "not faults and not slow" $(PARALLEL) $(QUICK_TESTS)
+
+test-slow: $(STAMP)  ## what make test leaves out, and a build with the oldest versions (6 GB in .venv-oldest); not test-faults
+	@./scripts/oldest_environment.sh "$(PYTHON)" .venv-oldest || echo "the oldest versions could not be installed: their test skips"
+	@$(BIN)/python -m pytest -m "slow and not faults" $(PARALLEL)
+	@echo "the complete fault suite, half an hour as root: make test-faults"
 
 lint: $(STAMP)
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
+	@$(BIN)/python -m scripts.check_english
 	@$(BIN)/lint-imports --no-cache > $(VENV)/layers.log || { cat $(VENV)/layers.log; exit 1; }
 	@$(BIN)/python -m benchmarks.pages --check
 
 # as root; needs strace, e2fsprogs, xfsprogs and btrfs-progs, and says what it skips without them
 test-faults: $(STAMP)  ## half an hour: kills, power cuts, full disks, bit rot, hostile files; writes benchmarks/results/faults.json
-	@$(BIN)/python -m pytest $(FAULT_TESTS) --numprocesses 2 --dist loadfile --fault-report benchmarks/results/faults.json
+	@$(BIN)/python -m pytest $(FAULT_TESTS) --numprocesses auto --maxprocesses 8 --dist loadfile --fault-report benchmarks/results/faults.json
 
 check: test
 
@@ -44,4 +56,4 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache

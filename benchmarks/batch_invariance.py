@@ -19,7 +19,8 @@ from embstore.core.config import EmbeddingConfig
 from embstore.core.events import ignore
 from embstore.model.load import locate_model
 from embstore.model.source import TorchSource
-from embstore.storage.prompt_table import PromptTable, ingest
+from embstore.storage.ingest import ingest
+from embstore.storage.prompt_table import PromptTable
 
 NUM_PROMPTS = 400
 BATCHED, ALONE = 48, 24

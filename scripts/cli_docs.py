@@ -1,20 +1,25 @@
-"""Write ``docs/cli.md`` from the command line itself, so that it cannot drift: ``python -m scripts.cli_docs``."""
+"""Write ``docs/cli.md`` from the command line itself: ``python -m scripts.cli_docs``.
+
+Names, choices and defaults are read from the commands that typer makes and users type, not from the functions behind them.
+"""
 
 from __future__ import annotations
 
-import inspect
-import typing
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from embstore.cli import app
+from embstore.cli.options import PanelCommand, by_panel
 from embstore.core.errors import ExitCode
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 
 _HEAD = """# Command line
 
-Made by `python -m scripts.cli_docs` from the commands' own help; a test compares.
+Made by `python -m scripts.cli_docs` from the commands themselves. `embstore COMMAND --help` shows the same; for `build` and
+`import`, `--help-all` adds the advanced options.
 
 Results go to stdout, progress and messages to stderr. `--json` prints results for programs.
 
@@ -23,41 +28,39 @@ Results go to stdout, progress and messages to stderr. `--json` prints results f
 """
 _MEANINGS = {
     ExitCode.OK: "done",
-    ExitCode.ERROR: "expected error: prompts, model, budget, no store there",
+    ExitCode.ERROR: "an expected error, such as unusable prompts, an unknown model, too little memory or a missing store",
     ExitCode.USAGE: "wrong use of the command line",
-    ExitCode.CORRUPT: "bytes are not what was committed",
-    ExitCode.IDENTITY: "another input than the store was made from, or another format version",
+    ExitCode.CORRUPT: "the store is damaged: bytes differ from what was committed",
+    ExitCode.IDENTITY: "the store was made from a different input, or has another format version",
     ExitCode.LOCKED: "another process is writing the store",
-    ExitCode.INCOMPLETE: "unfinished; `embstore build --resume` continues",
-    ExitCode.INTERRUPTED: "stopped by a signal after a clean commit",
+    ExitCode.INCOMPLETE: "the store is unfinished; `embstore build --resume` continues it",
+    ExitCode.INTERRUPTED: "stopped by a signal, after a clean commit",
 }
 
 
 def page() -> str:
-    """The whole page, read from the signatures of the commands."""
+    """The whole page."""
     text = _HEAD + "".join(f"| {int(code)} | {meaning} |\n" for code, meaning in _MEANINGS.items())
-    for command in app.registered_commands:
-        function = command.callback
-        if function is None:
-            raise AssertionError("every command has a function")
-        text += f"\n## embstore {function.__name__}\n\n{function.__doc__}\n\n| option | default | meaning |\n|---|---|---|\n"
-        hints = typing.get_type_hints(function, include_extras=True)
-        for name, parameter in inspect.signature(function).parameters.items():
-            text += _row(name, parameter.default, hints[name])
+    group: Any = typer.main.get_command(app)
+    context = typer.Context(group, info_name="embstore")
+    for name, command in group.commands.items():
+        text += f"\n## embstore {name}\n\n{command.help}\n"
+        panels = by_panel(command.params) if isinstance(command, PanelCommand) else {"": command.params}
+        for panel, parameters in panels.items():
+            text += f"\n**{panel.capitalize()}**\n" if panel else ""
+            text += "\n| option | default | meaning |\n|---|---|---|\n"
+            text += "".join(_row(parameter, context) for parameter in parameters)
     return text
 
 
-def _row(name: str, default: object, hint: Any) -> str:  # noqa: ANN401 - a type with its option
-    kind, info = typing.get_args(hint)
-    parts = (kind, *typing.get_args(kind))
-    choices = [choice for part in parts for choice in typing.get_args(part) if isinstance(choice, str)]
-    # inside Annotated, typer takes the first option name for a default
-    declared = [word for word in (info.default, *(info.param_decls or ())) if isinstance(word, str)]
-    names = ", ".join(f"`{option}`" for option in declared) or name.upper()
-    is_required = default is inspect.Parameter.empty or default is ...
-    shown = "required" if is_required else "" if default in (None, False) else f"`{default}`"
-    meaning = " or ".join(choices) + ". " if choices else ""
-    return f"| {names} | {shown} | {meaning}{info.help or ''} |\n"
+def _row(parameter: Any, context: typer.Context) -> str:  # noqa: ANN401 - typer's own click has no public name
+    choices = r"\|".join(item.value for item in parameter.shell_complete(context, "") if item.type == "plain")
+    names = "`, `".join([*parameter.opts, *parameter.secondary_opts])
+    name = (
+        parameter.name.upper() if parameter.param_type_name == "argument" else f"`{names}{' ' + choices if choices else ''}`"
+    )
+    default = "" if parameter.default is None or parameter.default is False else f"`{parameter.default}`"
+    return f"| {name} | {'required' if parameter.required else default} | {parameter.help} |\n"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""``make demo``: the main job end to end, on input made on the spot. No download of models or data.
+"""``make demo``: the main job end to end, on generated input. No models or data are downloaded.
 
-Makes prompts, a tokenizer and a small Llama from the standard library's docstrings; builds a store; kills the build with
-SIGKILL part-way; resumes it; inspects and verifies it; trains from its weights, first in a plain loop, then five steps of
-GRPO. Every command it runs is printed, and works the same on your own prompts and model.
+The demo makes prompts, a tokenizer and a small Llama from the standard library's docstrings; builds a store; kills the build
+with SIGKILL; resumes it; inspects and verifies the store; and trains with its weights, first in a plain loop, then for five
+steps of GRPO. It prints every command that it runs; the commands work in the same way on your own prompts and model.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from rich.rule import Rule
 
 from scripts.demo_input import DemoInput, make_demo_input
 
-_WINDOW_ROWS = 512  # small windows, so that there is something to resume in a demo of a few thousand prompts
+_WINDOW_ROWS = 512  # small windows, so that a demo of a few thousand prompts has several to resume
 _console = Console()
-# the demo needs no network; without it libraries must not try
+# the demo needs no network, so libraries must not try to use it
 _OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
 def main() -> int:
     """Run every step; returns the exit code of the first that fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("demo_output"), help="where everything goes; emptied first")
-    parser.add_argument("--prompts", type=int, default=3000, help="how many prompts")
+    parser.add_argument("--folder", type=Path, default=Path("demo_output"), help="output folder; it is emptied first")
+    parser.add_argument("--prompts", type=int, default=3000, help="number of prompts")
     parser.add_argument("--train-seconds", type=float, default=45.0, help="how long the small Llama trains")
     options = parser.parse_args()
     started = time.monotonic()
     shutil.rmtree(options.folder, ignore_errors=True)
 
-    _title("1. Real input, made here: docstrings of the standard library, a tokenizer and a small Llama")
+    _title("1. Make the input: docstrings of the standard library, a tokenizer and a small Llama")
     made = _make_input(options.folder, options.prompts, options.train_seconds)
     _console.print(
         f"{made.num_prompts:,} prompts in {made.prompts}, a model in {made.model} (loss {made.loss:.2f})", highlight=False
@@ -55,7 +55,7 @@ def main() -> int:
     _title("3. Resume: committed rows are not computed again")
     _embstore(*build, "--resume")
 
-    _title("4. What is in it, and is every byte as it was committed?")
+    _title("4. Inspect the store, and verify every byte")
     _embstore("inspect", str(store), "--by", "src", head=32)
     _embstore("verify", str(store))
 
@@ -101,7 +101,7 @@ def _kill_part_way(build: list[str], store: Path) -> None:
     code = process.wait()
     if code != -signal.SIGKILL:
         raise SystemExit(f"the build ended with {code} before it could be killed")
-    _console.print("[bold red]killed[/bold red] (SIGKILL: no handler ran, nothing was flushed)\n")
+    _console.print("[bold red]killed[/bold red] (SIGKILL: no handler ran and nothing was flushed)\n")
 
 
 def _train_grpo(folder: Path, made: DemoInput, store: Path) -> None:
@@ -128,7 +128,7 @@ def _show(arguments: list[str]) -> None:
 
 
 def _run(command: list[str], *, head: int | None = None) -> None:
-    """Run a command that must succeed; with ``head``, show only that many lines of its output (inspect may report 6)."""
+    """Run a command that must succeed; with ``head``, show only that many lines of its output."""
     sys.stdout.flush()
     process = subprocess.run(
         command, env=os.environ | _OFFLINE, check=False, text=True, stdout=subprocess.PIPE if head else None

@@ -1,6 +1,6 @@
-"""Input for the demo, made on the spot: docstrings of the standard library and a small Llama trained on them.
+"""Input for the demo: docstrings of the standard library and a small Llama trained on them.
 
-Nothing is downloaded, and no module of the library is imported: its files are parsed.
+Nothing is downloaded. Modules of the library are parsed, not imported.
 
 Shape suffixes of tensors: B batch, T tokens of a window, W windows, V vocabulary, N tokens of all texts.
 """
@@ -53,7 +53,7 @@ class Docstring(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoInput:
-    """A JSONL file, and a folder with model and tokenizer; ``loss`` is the final one, in nats a token."""
+    """A JSONL file, and a folder with model and tokenizer; ``loss`` is the final loss, in nats per token."""
 
     prompts: Path
     model: Path
@@ -64,9 +64,9 @@ class DemoInput:
 def make_demo_input(
     folder: Path, *, limit: int = 3000, seconds: float = 45.0, observer: Observer | None = None
 ) -> DemoInput:
-    """Write ``folder/prompts.jsonl`` and ``folder/model``; takes about seven seconds beyond ``seconds``.
+    """Write ``folder/prompts.jsonl`` and ``folder/model``; takes about seven seconds longer than ``seconds``.
 
-    Tokenizer and model learn from every docstring found, not only from the ``limit`` written as prompts.
+    Tokenizer and model are trained on all docstrings, not only on the ``limit`` written as prompts.
     """
     folder.mkdir(parents=True, exist_ok=True)
     prompts, model = folder / "prompts.jsonl", folder / "model"
@@ -78,9 +78,9 @@ def make_demo_input(
 
 
 def make_prompts(path: Path, *, limit: int = 3000) -> int:
-    """Write up to ``limit`` docstrings as lines ``{"prompt": text, "src": module}``; return how many.
+    """Write up to ``limit`` docstrings as lines ``{"prompt": text, "src": module}``; return their number.
 
-    The same Python release gives the same bytes.
+    The bytes are the same for the same Python release.
     """
     docstrings = list(read_docstrings())
     random.Random(_SEED).shuffle(docstrings)
@@ -92,10 +92,10 @@ def make_prompts(path: Path, *, limit: int = 3000) -> int:
 
 @functools.cache
 def read_docstrings() -> tuple[Docstring, ...]:
-    """Return the distinct docstrings of five words or more, whole, by module and file: 7,641 in 3.11.7.
+    """Return the distinct docstrings of five words or more, by module and file: 7,641 in 3.11.7.
 
-    The first call parses some 730 files, in about six seconds; later ones are free. Of docstrings that
-    differ only in whitespace the first stays. Tests and files that do not parse are left out.
+    The first call parses about 730 files in six seconds; the result is cached. If docstrings differ only in
+    whitespace, the first is kept. Tests and files that do not parse are left out.
     """
     found: dict[str, Docstring] = {}
     for module, path in _source_files():
@@ -123,9 +123,9 @@ def _source_files() -> Iterator[tuple[str, Path]]:
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int = 4096) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer and save it to ``folder`` in Hugging Face format, in about a second.
+    """Train a byte-level BPE tokenizer and save it to ``folder`` in Hugging Face format; takes about a second.
 
-    Decoding gives back every text. ``<|endoftext|>`` is the only special token; encoding does not add it.
+    Decoding is lossless. ``<|endoftext|>`` is the only special token; encoding does not add it.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -158,10 +158,10 @@ def train_model(
 ) -> float:
     """Train a small Llama in float32 for ``seconds`` of wall clock and save it to ``folder`` as safetensors.
 
-    The time includes encoding the texts, together more than 65 tokens; the last step and saving come on top,
-    well under a second. Seeds torch's global generator, yet two runs give different weights: how many steps
-    fit depends on the machine. ``seconds`` is positive. ``observer`` is called about four times a second, and
-    once at the end. Returns the mean loss of the last 50 steps, in nats a token.
+    The time includes encoding the texts, together more than 65 tokens, but not the last step and saving, which
+    take well under a second. torch's global generator is seeded, but two runs give different weights because
+    the number of steps depends on the machine. ``seconds`` must be positive. ``observer`` is called about four
+    times a second, and once at the end. Returns the mean loss of the last 50 steps, in nats per token.
     """
     start = time.monotonic()
     torch.manual_seed(_SEED)
@@ -193,14 +193,14 @@ def train_model(
 
 
 def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Put all texts in one row, each after an end-of-text token."""
+    """Concatenate all texts, each after an end-of-text token."""
     encodings = tokenizer.backend_tokenizer.encode_batch(list(texts))
     tokens = [token for encoding in encodings for token in (tokenizer.eos_token_id, *encoding.ids)]
     return torch.tensor(tokens)
 
 
 def _new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    # Four layers of width 192 do no better in as many steps, and take more than twice the time.
+    # Four layers of width 192 are no better after as many steps, and take more than twice the time.
     width = 128
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -215,8 +215,8 @@ def _new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
     )
     model: LlamaForCausalLM = LlamaForCausalLM(config)
-    # Blocks that start as the identity, and a wide initializer_range: after 1,000 steps the held-out loss is
-    # 0.3 lower than from the start Llama has by default (0.02, no zeros).
+    # Blocks start as the identity, with a wide initializer_range: after 1,000 steps the held-out loss is 0.3
+    # lower than with Llama's default initialisation (0.02, no zeros).
     for block in model.model.layers:
         torch.nn.init.zeros_(block.self_attn.o_proj.weight)
         torch.nn.init.zeros_(block.mlp.down_proj.weight)
@@ -224,7 +224,7 @@ def _new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def _learning_rate(progress: float) -> float:
-    """Warm up linearly under a cosine that falls to zero; ``progress`` is the share of the time gone."""
+    """Linear warm-up and cosine decay to zero; ``progress`` is the share of the time that has passed."""
     warmup = min(1.0, progress / _WARMUP_SHARE)
     return _PEAK_LEARNING_RATE * warmup * 0.5 * (1.0 + math.cos(math.pi * progress))
 

@@ -1,4 +1,4 @@
-"""Twenty lines of training on density weights: map them, sample by them, take steps.
+"""A minimal training loop with density weights: map them, sample prompts, take steps.
 
 Usage: ``python -m scripts.demo_train STORE MODEL``.
 """
@@ -26,9 +26,9 @@ def main(store_path: str, model_path: str, num_steps: int = 30) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_path)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
 
-    weights = load_weights(store_path, expect_len=len(texts))  # read-only memory map, fully validated
+    weights = load_weights(store_path).for_dataset(texts)  # memory-mapped, validated, joined by content
     sampler = DensitySampler(weights, num_samples=8 * num_steps, seed=0)
-    loader: DataLoader[str] = DataLoader(texts, batch_size=8, sampler=sampler)  # type: ignore[arg-type]  # a list will do
+    loader: DataLoader[str] = DataLoader(texts, batch_size=8, sampler=sampler)  # type: ignore[arg-type]  # a list is enough
     for step, batch in enumerate(loader, start=1):
         tokens = tokenizer(batch, padding=True, truncation=True, max_length=128, return_tensors="pt")
         labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)

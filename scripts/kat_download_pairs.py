@@ -1,9 +1,9 @@
 """Preference pairs as one JSONL file: ``python -m scripts.kat_download_pairs [--only hh|uf|se] [--from-files FILE ...]``.
 
-Downloads, through the ``datasets`` library, Anthropic/hh-rlhf (hh), HuggingFaceH4/ultrafeedback_binarized (uf) and
-HuggingFaceH4/stack-exchange-preferences (se), or reads local files as Anthropic publishes them. A line is ``{"id", "prefix":
-{"messages": [...]}, "chosen", "rejected", "src", "prefix_id"}``; the prefix ends with the user. Ids are functions of the
-content, so the same input gives the same file.
+Downloads Anthropic/hh-rlhf (hh), HuggingFaceH4/ultrafeedback_binarized (uf) and
+HuggingFaceH4/stack-exchange-preferences (se) with the ``datasets`` library, or reads local files in the format of hh-rlhf. A
+line is ``{"id", "prefix": {"messages": [...]}, "chosen", "rejected", "src", "prefix_id"}``; the prefix ends with a user
+message. Ids are functions of the content, so the same input gives the same file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from embstore.core.errors import ConfigError, PromptError
 from embstore.core.prompts import Prompt, collapse_whitespace
 from embstore.storage.atomic import DurableFile
-from embstore.storage.prompt_table import open_prompts
+from embstore.storage.prompt_source import open_prompts
 from scripts.kat_files import PAIRS, data_folder, run
 
 Record = Mapping[str, Any]
@@ -29,7 +29,7 @@ Pair = tuple[list[dict[str, str]], str, str]  # messages that end with the user,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Source:
-    """A data set of the hub: what lines call it, which splits are read in which order, and how a record becomes a pair."""
+    """A data set of the hub: its name in ``src``, the splits in reading order, and the function from record to pair."""
 
     name: str
     hub_id: str
@@ -42,7 +42,7 @@ _ROLES = {"Human:": "user", "Assistant:": "assistant"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the pairs, or end with an error that says why there are none."""
+    """Write the pairs, or raise an error that says why there are none."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=list(SOURCES), help="this data set alone")
     for name, source in SOURCES.items():
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="local .jsonl or .jsonl.gz as hh-rlhf has them; no download",
+        help="local .jsonl or .jsonl.gz files in the format of hh-rlhf; nothing is downloaded",
     )
     parser.add_argument("--out", type=Path, default=data_folder() / PAIRS, help="default: %(default)s")
     options = parser.parse_args(arguments)
@@ -80,11 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     print(f"{total:,} pairs")
         if not total:
             raise PromptError(
-                f"no pair found ({skipped} records, none usable)", hint="is the data as hh-rlhf has it: chosen and rejected?"
+                f"no pair was found in {skipped} records",
+                hint="records need the fields chosen and rejected, as in hh-rlhf",
             )
     if total < _FEW:
-        print(f"warning: only {total} pairs, the full data sets have tens of thousands")
-    print(f"written: {options.out}, {total:,} pairs; {skipped:,} records without a usable pair were skipped")
+        print(f"warning: only {total} pairs; the full data sets have tens of thousands")
+    print(f"written: {options.out}, {total:,} pairs; skipped {skipped:,} records without a usable pair")
     print(f"next: python -m scripts.kat_make_prefixes --pairs_path {options.out}")
 
 
@@ -95,7 +96,7 @@ def _line(messages: list[dict[str, str]], chosen: str, rejected: str, *, source:
         "rejected": rejected,
         "src": source,
     }
-    name = json.dumps([number, record], ensure_ascii=False)  # with its number: some pairs are there twice
+    name = json.dumps([number, record], ensure_ascii=False)  # with its number, because some pairs occur twice
     prompt = Prompt(id=None, messages=tuple(messages))
     record = {"id": str(uuid.uuid5(uuid.NAMESPACE_OID, name)), **record, "prefix_id": prompt.derived_id}
     return json.dumps(record, ensure_ascii=False).encode() + b"\n"
@@ -108,12 +109,14 @@ def _from_files(paths: Iterable[Path]) -> Iterator[Record]:
                 try:
                     record = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise PromptError(f"line {number} of {path} is no JSON ({error})", hint="mend or remove it") from error
+                    raise PromptError(
+                        f"line {number} of {path} is not JSON ({error})", hint="correct or remove the line"
+                    ) from error
                 yield record if isinstance(record, dict) else {}
 
 
 def _downloaded(source: _Source) -> Iterator[Record]:
-    import datasets  # noqa: PLC0415 - an extra, and local files do without
+    import datasets  # noqa: PLC0415 - an optional dependency, not needed for local files
 
     for split in source.splits:
         print(f"downloading {source.hub_id}, {split}")
@@ -127,7 +130,7 @@ def _downloaded(source: _Source) -> Iterator[Record]:
         yield from records
 
 
-# --- one function a data set ------------------------------------------------------------------------------------------
+# --- one function per data set ----------------------------------------------------------------------------------------
 
 
 def _hh_pair(record: Record) -> Pair | None:
@@ -138,7 +141,7 @@ def _hh_pair(record: Record) -> Pair | None:
 
 
 def _turns(transcript: str) -> list[dict[str, str]]:
-    """Turns of a transcript, whitespace collapsed; a marker of the same role again continues the turn."""
+    """Turns of a transcript, whitespace collapsed; a repeated marker of the same role continues the turn."""
     turns: list[dict[str, str]] = []
     for line in transcript.split("\n"):
         marker = next((marker for marker in _ROLES if line.startswith(marker)), None)
@@ -150,7 +153,7 @@ def _turns(transcript: str) -> list[dict[str, str]]:
 
 
 def _uf_pair(record: Record) -> Pair | None:
-    """Answers are texts to ``prompt``, or whole conversations, as the published data set has them."""
+    """Answers are texts to ``prompt``, or whole conversations, as in the published data set."""
     chosen, rejected = record.get("chosen"), record.get("rejected")
     if isinstance(chosen, list) and isinstance(rejected, list) and chosen and rejected:
         messages = [
@@ -177,7 +180,7 @@ def _without_html(text: str) -> str:
 
 
 def _pair(messages: list[dict[str, str]], chosen: str, rejected: str) -> Pair | None:
-    """The pair, or None where the messages do not end with a user who said something, or an answer is empty."""
+    """The pair; None if the messages do not end with a non-empty user message, or an answer is empty."""
     chosen, rejected = collapse_whitespace(chosen), collapse_whitespace(rejected)
     if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"] or not chosen or not rejected:
         return None

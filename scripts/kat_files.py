@@ -1,4 +1,4 @@
-"""What the kat scripts share: where their files lie, what a line of them means, and how an expected error ends them.
+"""Shared by the kat scripts: the places of their files, the meaning of a line, and how an expected error ends a script.
 
 A file of *pairs* has lines ``{"id", "prefix" or "prompt", "chosen", "rejected", "src", "prefix_id"}``; ``id`` names the
 pair, so its prompt's id is ``prefix_id``, or derived from the text. A file of *prompts* has lines ``{"id", "prefix" or
@@ -17,7 +17,7 @@ from pathlib import Path
 from embstore.core.decode import printable
 from embstore.core.errors import EmbstoreError, PromptError
 from embstore.core.prompts import Message, Prompt, Rejected, collapse_whitespace, parse_line
-from embstore.storage.prompt_table import open_prompts
+from embstore.storage.prompt_source import open_prompts
 
 PAIRS = "pairs_all.jsonl"
 PREFIXES, PREFIX_MAP = "prefixes_all.jsonl", "prefix_id_map.tsv"
@@ -34,12 +34,12 @@ def base_folder() -> Path:
 
 
 def data_folder() -> Path:
-    """Where the scripts' data files lie by default."""
+    """The default folder of the scripts' data files."""
     return base_folder() / "data"
 
 
 def require(path: Path, *, command: str) -> Path:
-    """``path`` if it exists; else a PromptError that names the command which makes it."""
+    """``path`` if it exists; otherwise raises a PromptError that names the command which makes it."""
     if not path.exists():
         raise PromptError(f"{path} does not exist", hint=f"run {command}")
     return path
@@ -47,19 +47,19 @@ def require(path: Path, *, command: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptLine:
-    """One line that holds a prompt. ``number`` counts from 1; ``prompt.fields`` are the line's other fields."""
+    """A line with a prompt. ``number`` counts from 1; ``prompt.fields`` are the line's other fields."""
 
     number: int
     prompt: Prompt
 
     @property
     def is_pair(self) -> bool:
-        """Whether the line is a preference pair, whose ``id`` is not that of its prompt."""
+        """Whether the line is a preference pair; its ``id`` is then not the id of its prompt."""
         return "chosen" in self.prompt.fields and "rejected" in self.prompt.fields
 
     @property
     def prompt_id(self) -> str:
-        """The id by which weights are joined: the one given for the prompt, else derived from its first user message."""
+        """The id by which weights are joined: the prompt's given id, or one derived from its first user message."""
         given = self.prompt.fields.get("prefix_id") if self.is_pair else self.prompt.id
         return given if isinstance(given, str) and given else self.prompt.derived_id
 
@@ -83,7 +83,7 @@ class PromptLine:
 
 
 def read_lines(path: Path, *, report: Callable[[str], None]) -> Iterator[PromptLine]:
-    """Every line of a JSONL file (gzip allowed) that holds a prompt; of others the first five and a count are reported."""
+    """Every line of a JSONL file (gzip allowed) with a prompt; the first five others and their count are reported."""
     skipped = 0
     with open_prompts(path) as lines:
         for number, line in enumerate(lines, start=1):
@@ -93,19 +93,19 @@ def read_lines(path: Path, *, report: Callable[[str], None]) -> Iterator[PromptL
                 continue
             skipped += 1
             if skipped <= _SHOWN_SKIPS:
-                report(f"warning: line {number} of {path.name} is skipped: {_reason(prompt)}")
+                report(f"warning: skipped line {number} of {path.name}: {_reason(prompt)}")
     if skipped > _SHOWN_SKIPS:
-        report(f"warning: {skipped} lines of {path.name} were skipped in all")
+        report(f"warning: skipped {skipped} lines of {path.name} in total")
 
 
 def _with_one_prompt(line: bytes) -> bytes:
-    """The line without its ``prompt`` where it has a ``prefix`` too: the older field counts only alone."""
+    """The line without its ``prompt`` if it also has a ``prefix``: the older field counts only if it is alone."""
     if b'"prefix"' not in line or b'"prompt"' not in line:
         return line
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
-        return line  # parse_line says what is wrong with it
+        return line  # parse_line reports what is wrong with it
     if not isinstance(record, dict) or record.get("prefix") is None:
         return line
     return json.dumps({name: value for name, value in record.items() if name != "prompt"}).encode()
@@ -116,7 +116,7 @@ def _reason(rejected: Rejected) -> str:
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a script: an expected error becomes two lines on stderr and its exit code, a bug keeps its traceback."""
+    """Run a script: an expected error prints two lines on stderr and sets its exit code; a bug keeps its traceback."""
     try:
         main()
     except EmbstoreError as error:

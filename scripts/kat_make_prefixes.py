@@ -1,8 +1,8 @@
 """Unique prompts of a file of pairs, as conversations: ``python -m scripts.kat_make_prefixes``.
 
-Reads ``pairs_all.jsonl`` and writes beside it ``prefixes_all.jsonl`` (``{"id", "prefix"}``, first-seen order),
-``prefix_id_map.tsv`` (id, tab, first user message) and ``stats.txt``. Prompts are the same if their first user messages are,
-whitespace apart; the first conversation of each is kept whole. ``kat_make_prompts`` writes the older format.
+Reads ``pairs_all.jsonl`` and writes to the same folder ``prefixes_all.jsonl`` (``{"id", "prefix"}``, in first-seen order),
+``prefix_id_map.tsv`` (id, tab, first user message) and ``stats.txt``. Prompts are the same if their first user messages are
+equal up to whitespace; the first conversation of each is kept. ``kat_make_prompts`` writes the older format.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scripts.kat_files import PAIRS, PREFIX_MAP, PREFIXES, STATS, PromptLine, da
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the three files, or end with an error that says what is missing."""
+    """Write the three files, or raise an error that names what is missing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     write_unique(parser, arguments, PREFIXES, PREFIX_MAP, _prefix)
 
@@ -38,12 +38,12 @@ def write_unique(
     id_map: str,
     content: Callable[[PromptLine], dict[str, object]],
 ) -> None:
-    """Write one line per distinct prompt of the pairs to ``prompts``; ``content`` is what stands beside the id.
+    """Write one line per distinct prompt of the pairs to ``prompts``; ``content`` gives the fields besides the id.
 
     Raises
     ------
     PromptError
-        There is no file of pairs, or no line of it has a user message.
+        There is no file of pairs, or none of its lines has a user message.
     """
     parser.add_argument("--pairs_path", type=Path, default=data_folder() / PAIRS, help="default: %(default)s")
     parser.add_argument("--output_dir", type=Path, help="default: the folder of the pairs")
@@ -61,7 +61,7 @@ def write_unique(
                 without_user += 1
                 continue
             sources[line.source] += 1
-            # from the text, whatever id the pair brings: the same words are the same prompt
+            # derived from the text, not from the pair's id: equal texts are the same prompt
             prompt_id = line.prompt.derived_id
             if prompt_id in seen:
                 continue
@@ -70,7 +70,7 @@ def write_unique(
             prompt_file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             map_file.write(f"{prompt_id}\t{line.first_user_text}\n".encode())
         if not seen:
-            raise PromptError(f"no prompt with a user message in {pairs}", hint="run python -m scripts.kat_download_pairs")
+            raise PromptError(f"{pairs} has no prompt with a user message", hint="run python -m scripts.kat_download_pairs")
     total = sources.total()
     statistics = [
         f"total_pairs: {total}",
@@ -81,7 +81,7 @@ def write_unique(
     with DurableFile(folder / STATS) as file:
         file.write("".join(f"{statistic}\n" for statistic in statistics).encode())
     if without_user:
-        print(f"warning: {without_user} pairs without a user message were skipped")
+        print(f"warning: skipped {without_user} pairs without a user message")
     print("\n".join(printable(statistic) for statistic in statistics))
     print(f"written: {folder / prompts}, {folder / id_map}, {folder / STATS}")
     print(f"next: python -m scripts.kat_compute_embeddings_offline --prompts_path {folder / prompts}")

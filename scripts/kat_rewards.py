@@ -1,7 +1,7 @@
-"""Rewards of ``kat_train_grpo --reward``: two built in, ``module:function`` of your own, or a reward model's folder.
+"""Rewards of ``kat_train_grpo --reward``: two built in, your own as ``module:function``, or a reward model's folder.
 
-A reward is called as TRL calls it: lists ``prompts`` and ``completions``, and one list for each other column of the data; it
-returns one number a completion.
+TRL calls a reward with lists ``prompts`` and ``completions`` and one list for each other column of the data; it returns one
+number per completion.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def find_reward(name: str, columns: Sequence[str]) -> Reward | str:
     Raises
     ------
     ConfigError
-        There is no such reward, or the data lack the column it reads.
+        There is no such reward, or the data lack a column that it reads.
     """
     if name == FORMAT:
         return format_reward
     if name == EXACT_ANSWER:
         if "answer" not in columns:
             raise ConfigError(
-                f"the reward {EXACT_ANSWER} reads the column answer, the data have {', '.join(sorted(columns))}",
+                f"the reward {EXACT_ANSWER} reads the column answer, but the data have {', '.join(sorted(columns))}",
                 hint='give lines such as {"prompt": "...", "answer": "... #### 42"}',
             )
         return exact_answer_reward
@@ -45,34 +45,34 @@ def find_reward(name: str, columns: Sequence[str]) -> Reward | str:
     module, _, function = name.partition(":")
     if not function:
         raise ConfigError(
-            f"no reward is called {name!r}, and it is no folder of a reward model",
+            f"there is no reward {name!r}, and this is not the folder of a reward model",
             hint=f"give --reward {EXACT_ANSWER}, {FORMAT}, module:function, or a folder with config.json",
         )
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"the reward {name} cannot be imported: {error}", hint="is the module on PYTHONPATH?") from error
+        raise ConfigError(f"the reward {name} cannot be imported: {error}", hint="put the module on PYTHONPATH") from error
     if not callable(found):
-        raise ConfigError(f"the reward {name} is no function but {type(found).__name__}")
+        raise ConfigError(f"the reward {name} is not a function but {type(found).__name__}")
     reward: Reward = found
     return reward
 
 
 def exact_answer_reward(completions: Sequence[Any], answer: Sequence[str], **_: object) -> list[float]:
-    """1 where the last number of a completion is the answer's, else 0; of an answer what follows ``####`` counts (GSM8K).
+    """1 if the last numbers of completion and answer are equal, else 0; an answer starts after ``####``, as in GSM8K.
 
-    An answer without a number must stand at the completion's end, upper and lower case alike.
+    A completion must end with an answer that has no number; case is ignored.
     """
     return [float(_is_right(text_of(each), given)) for each, given in zip(completions, answer, strict=True)]
 
 
 def format_reward(completions: Sequence[Any], **_: object) -> list[float]:
-    """The share of a completion's words that are letters alone, punctuation aside: something to learn in a few steps."""
+    """The share of a completion's words that consist of letters, without punctuation: can be learned in a few steps."""
     return [_share_of_words(text_of(each)) for each in completions]
 
 
-def text_of(completion: Any) -> str:  # noqa: ANN401 - TRL gives text, or the messages of a chat
-    """The text of a completion, whichever form TRL gives it in."""
+def text_of(completion: Any) -> str:  # noqa: ANN401 - TRL passes text, or the messages of a chat
+    """The text of a completion in either form."""
     if isinstance(completion, str):
         return completion
     return "\n".join(str(message["content"]) for message in completion)

@@ -1,9 +1,9 @@
 """GRPO on prompts drawn by density: ``python -m scripts.kat_train_grpo --model MODEL --reward REWARD``.
 
-Training is TRL's, on one process or under ``torchrun --nproc_per_node=N -m scripts.kat_train_grpo``. Prompts come from a
-file of pairs or of prompts; their weights from a store (``--use_precomputed_embeddings``), else from an online pass, else
-they are equal: each fall is announced, and ``--require_density`` forbids it. Weights are joined by prompt id, and pairs
-that share a prompt share its weight.
+TRL trains, on one process or under ``torchrun --nproc_per_node=N -m scripts.kat_train_grpo``. Prompts come from a file of
+pairs or of prompts. Their weights come from a store (``--use_precomputed_embeddings``), else from an online pass, else they
+are equal; each fallback prints a warning, and ``--require_density`` forbids it. Weights are joined by prompt id, and pairs
+with one prompt share its weight.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _COMPUTE = "scripts.kat_compute_embeddings_offline"
 
 
 def main(arguments: Sequence[str] | None = None) -> Training:
-    """Train, print loss, reward and prompts as it goes, and save the model."""
+    """Train, print loss, reward and prompts during training, and save the model."""
     options = parse(arguments)
     seconds: dict[str, float] = {}
     with _timed(seconds, "data"):
         lines = list(read_lines(_training_data(options), report=_warn))
         reward = _find_reward(options, lines)
     with _timed(seconds, "imports"):
-        # torch, transformers and trl: timed, and not loaded for --help or for a path that is not there
+        # torch, transformers and trl: imported here to be timed, and not for --help or a missing path
         from scripts import kat_trainer, kat_weights  # noqa: PLC0415
     with _timed(seconds, "model"):
         policy = kat_trainer.load_policy(options)
@@ -68,41 +68,41 @@ def main(arguments: Sequence[str] | None = None) -> Training:
 
 @contextlib.contextmanager
 def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    """Note the seconds spent inside as ``part``."""
+    """Record the seconds spent inside the context as ``part``."""
     started = time.perf_counter()
     yield
     seconds[part] = time.perf_counter() - started
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; a folder of precomputed weights that is not there ends here."""
+    """The options; raises if the folder of precomputed weights is missing."""
     data = data_folder()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--model", help="the policy: a Hugging Face folder or hub id")
     add("--sft_source", default="sft", help="without --model, nanochat's checkpoint: sft, mid, base or rl")
     add("--pairs_path", type=Path, help=f"default: {data / PAIRS}")
-    add("--prompts_path", type=Path, help="prompts instead of pairs; with --pairs_path, what the online pass embeds")
+    add("--prompts_path", type=Path, help="prompts instead of pairs; with --pairs_path, the prompts of the online pass")
     add("--out_dir", type=Path, default=base_folder() / "grpo_checkpoints" / "d20", help="default: %(default)s")
     add("--reward", help=f"{EXACT_ANSWER}, {FORMAT}, module:function, or a reward model's folder")
-    add("--rm_source", default="rm", help="without --reward, a reward model: its folder, or the name NAME_checkpoints has")
-    add("--density_aware", type=_boolean, default=True, nargs="?", const=True, help="False: every line is as likely")
+    add("--rm_source", default="rm", help="without --reward, a reward model: its folder, or NAME for NAME_checkpoints")
+    add("--density_aware", type=_boolean, default=True, nargs="?", const=True, help="False: all lines are equally likely")
     add("--density_k", type=int, default=10, help="nearest neighbours of the online pass")
     add("--use_precomputed_embeddings", action="store_true", help="map the weights of a store")
     add("--embeddings_dir", type=Path, default=data / STORE, help="the store; default: %(default)s")
-    add("--require_density", action="store_true", help="an error instead of falling back to other weights")
+    add("--require_density", action="store_true", help="fail instead of falling back to other weights")
     add("--max_steps", type=int, default=5000, help="optimizer steps")
     add("--learning_rate", "--lr", type=float, default=1e-5)
     add("--beta", type=float, default=0.1, help="weight of the KL penalty")
-    add("--device_batch_size", type=int, default=8, help="completions in a process's batch")
+    add("--device_batch_size", type=int, default=8, help="completions per batch and process")
     add("--gradient_accumulation_steps", type=int, default=1)
-    add("--num_generations", type=int, help="completions a prompt; default: up to 8, what divides the batch")
+    add("--num_generations", type=int, help="completions per prompt; default: the largest divisor of the batch up to 8")
     add("--max_prompt_tokens", type=int, default=512, help="longer prompts are left out")
     add("--max_completion_tokens", type=int, default=256)
     add("--log_interval", type=int, default=100, help="steps")
-    add("--save_steps", type=int, help="steps between checkpoints; default: only the end is saved")
+    add("--save_steps", type=int, help="steps between checkpoints; default: save only the final model")
     add("--resume", action="store_true", help="continue from the last checkpoint in --out_dir, if there is one")
-    add("--seed", type=int, default=0, help="of the order of prompts and of generation")
+    add("--seed", type=int, default=0, help="seed of the order of prompts and of generation")
     add("--trust_tokenizer_pickle", action="store_true", help="open nanochat's tokenizer.pkl: it can run code")
     options = parser.parse_args(arguments)
     if options.use_precomputed_embeddings and options.density_aware:
@@ -114,12 +114,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
-        raise argparse.ArgumentTypeError(f"True or False, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be True or False, got {text!r}")
     return text.lower() in ("true", "1", "yes")
 
 
 def _training_data(options: argparse.Namespace) -> Path:
-    """Pairs if they are named or in their usual place, else prompts."""
+    """The given file, else pairs or prompts in their usual places."""
     data = data_folder()
     usual = [data / name for name in (PAIRS, PREFIXES, PROMPTS)]
     given = options.pairs_path or options.prompts_path
@@ -128,17 +128,17 @@ def _training_data(options: argparse.Namespace) -> Path:
 
 
 def _find_reward(options: argparse.Namespace, lines: Sequence[PromptLine]) -> Reward | str:
-    """The reward asked for; the data must have some line."""
+    """The requested reward; the data must not be empty."""
     if not lines:
-        raise PromptError("no line of the data holds a prompt", hint="run python -m scripts.kat_make_prefixes")
+        raise PromptError("no line of the data contains a prompt", hint="run python -m scripts.kat_make_prefixes")
     if options.reward:
         return find_reward(options.reward, list(lines[0].prompt.fields))
     folders = [Path(options.rm_source), base_folder() / f"{options.rm_source}_checkpoints"]
     found = next((folder for folder in folders if (folder / "config.json").is_file()), None)
     if found is None:
         raise ConfigError(
-            f"no reward: neither --reward, nor a Hugging Face reward model in {folders[0]} or {folders[1]}",
-            hint=f"add --reward {EXACT_ANSWER}, {FORMAT}, module:function or a folder",
+            f"no reward was given, and there is no Hugging Face reward model in {folders[0]} or {folders[1]}",
+            hint=f"add --reward with {EXACT_ANSWER}, {FORMAT}, module:function or a folder",
         )
     return str(found)
 

@@ -1,4 +1,4 @@
-"""TRL's GRPO trainer as ``kat_train_grpo`` runs it: policy, data, sampler, and what is printed as it goes."""
+"""TRL's GRPO trainer as ``kat_train_grpo`` runs it: policy, data, sampler, and the log."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _ANSWER_STARTS, _ANSWER_ENDS = "<|assistant_start|>", "<|assistant_end|>"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """One logged step: ``drawn`` are the ids of the prompts that this process generated for since the step before."""
+    """One logged step; ``drawn`` has the ids of the prompts of this process's completions since the previous one."""
 
     number: int
     loss: float
@@ -49,7 +49,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
-    """What a run did: its lines' prompts, where their weights are from, what its start took, and its logged steps."""
+    """A training run: ids of its prompts, origin of their weights, start-up times, and logged steps."""
 
     prompt_ids: Sequence[str]
     weights_N: NDArray[np.float64]
@@ -64,7 +64,7 @@ class DensityGRPOTrainer(DensitySampling, GRPOTrainer):  # type: ignore[misc]  #
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
-    """The model to train, in float32, with its tokenizer, as this process of the run has it."""
+    """The model to train in this process, in float32, with its tokenizer."""
 
     model: Any
     tokenizer: Any
@@ -76,7 +76,7 @@ class Policy:
         return bool(self.processes.is_main_process)
 
     def prompt_of(self, line: PromptLine) -> str | list[Mapping[str, object]]:
-        """The line's prompt as TRL takes it: a chat where the tokenizer renders chats, else text to be continued."""
+        """The line's prompt in TRL's form: a chat if the tokenizer has a chat template, else text to continue."""
         if self.tokenizer.chat_template is not None:
             return list(line.messages)
         if line.prompt.text is not None:
@@ -84,41 +84,41 @@ class Policy:
         return f"{render_messages(line.messages)}\nassistant:"
 
     def fitting(self, lines: list[PromptLine], max_tokens: int) -> list[PromptLine]:
-        """The lines whose prompts have at most ``max_tokens`` tokens; how many others there are is printed.
+        """The lines whose prompts have at most ``max_tokens`` tokens; prints the number of other lines.
 
         Raises
         ------
         ConfigError
-            There is none.
+            There are none.
         """
         fitting = [line for line in lines if self._num_tokens(line, max_tokens) <= max_tokens]
         if not fitting:
             raise ConfigError(f"every prompt is longer than {max_tokens} tokens", hint="raise --max_prompt_tokens")
         if len(fitting) < len(lines) and self.is_first_process:
-            print(f"{len(lines) - len(fitting):,} of {len(lines):,} lines are left out: over {max_tokens} tokens")
+            print(f"{len(lines) - len(fitting):,} of {len(lines):,} lines are left out: longer than {max_tokens} tokens")
         return fitting
 
     def _num_tokens(self, line: PromptLine, enough: int) -> int:
         prompt = self.prompt_of(line)
         text = prompt if isinstance(prompt, str) else render_messages(prompt)
         if 2 * len(text.encode()) <= enough:
-            return 0  # no tokenizer makes more tokens than bytes, and no template doubles them
+            return 0  # tokens never outnumber bytes, and templates do not double them
         if isinstance(prompt, str):
             return len(self.tokenizer(prompt)["input_ids"])
         return len(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
 def load_policy(options: argparse.Namespace) -> Policy:
-    """The model that ``--model`` or ``--sft_source`` names, ready to be trained.
+    """The model that ``--model`` or ``--sft_source`` names, ready for training.
 
-    TRL loads its reference model by the policy's path, so what is in no Hugging Face folder is saved as one first.
+    TRL loads its reference model from the policy's path, so a model without a Hugging Face folder is saved to one first.
 
     Raises
     ------
     ModelError
-        It cannot be loaded, or cannot generate.
+        The model cannot be loaded, or cannot generate.
     """
-    # TRL 1.16 uses names that transformers 5.24 deprecates; the bars are of files that load in no time
+    # TRL 1.16 uses names that transformers 5.24 deprecates; progress bars are not useful for files that load quickly
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.disable_progress_bar()
     processes = PartialState(cpu=not torch.cuda.is_available())
@@ -131,7 +131,9 @@ def load_policy(options: argparse.Namespace) -> Policy:
     loaded = load_model(files, "cpu")
     model, tokenizer = loaded.model, loaded.tokenizer
     if not hasattr(model, "generate"):
-        raise ModelError(f"{files.name} cannot generate here", hint="convert it to a Hugging Face folder and give --model")
+        raise ModelError(
+            f"{files.name} has no generate method", hint="convert it to a Hugging Face folder and give that as --model"
+        )
     if isinstance(files, NanochatFiles):
         tokenizer.chat_template += "{% if add_generation_prompt %}{{ '" + _ANSWER_STARTS + "' }}{% endif %}"
         tokenizer.eos_token = tokenizer.pad_token = _ANSWER_ENDS
@@ -153,7 +155,7 @@ def make_trainer(
     reward: Reward | str,
     training: Training,
 ) -> DensityGRPOTrainer:
-    """The trainer that draws ``lines`` by the weights of ``training``, which collects its logged steps."""
+    """A trainer that draws ``lines`` by the weights of ``training`` and adds its logged steps to it."""
     world_size = policy.processes.num_processes
     is_on_gpu = policy.processes.device.type == "cuda"
     config = GRPOConfig(
@@ -191,7 +193,7 @@ def make_trainer(
 
 
 def as_dataset(lines: Sequence[PromptLine], policy: Policy) -> datasets.Dataset:
-    """One row a line: prompt, prompt_id, and every text field of the lines, for rewards to read."""
+    """One row per line: prompt, prompt_id, and all text fields, which rewards can read."""
     names = {name for line in lines for name, value in line.prompt.fields.items() if isinstance(value, str)}
     fields = sorted(names - _NOT_FOR_REWARDS)
     rows = (
@@ -206,7 +208,7 @@ def as_dataset(lines: Sequence[PromptLine], policy: Policy) -> datasets.Dataset:
 
 
 def num_generations(batch: int) -> int:
-    """Completions of one prompt that fit a batch of all processes whole, at most 8.
+    """Completions per prompt: the largest divisor of the batch of all processes, at most 8.
 
     Examples
     --------
@@ -216,21 +218,21 @@ def num_generations(batch: int) -> int:
     divisors = [count for count in range(2, _MOST_GENERATIONS + 1) if batch % count == 0]
     if not divisors:
         raise ConfigError(
-            f"a batch of {batch} cannot be cut into groups of 2 to {_MOST_GENERATIONS} completions",
-            hint="choose --device_batch_size so that it can, or give --num_generations",
+            f"a batch of {batch} cannot be divided into groups of 2 to {_MOST_GENERATIONS} completions",
+            hint="choose another --device_batch_size, or give --num_generations",
         )
     return divisors[-1]
 
 
 def checkpoint_of(options: argparse.Namespace) -> str | None:
-    """The checkpoint to go on from, None to start anew."""
+    """The checkpoint to continue from; None to start from the beginning."""
     is_there = options.resume and Path(options.out_dir).is_dir()
     found: str | None = get_last_checkpoint(str(options.out_dir)) if is_there else None
     return found
 
 
 def _recording(drawn: list[str]) -> Callable[..., list[float]]:
-    """A reward of weight 0 that notes which prompts the trainer generated for."""
+    """A reward of weight 0 that records the prompts of the completions."""
 
     def prompts_drawn(completions: Sequence[object], prompt_id: Sequence[str], **_: object) -> list[float]:
         drawn.extend(dict.fromkeys(prompt_id))
@@ -240,7 +242,7 @@ def _recording(drawn: list[str]) -> Callable[..., list[float]]:
 
 
 class _Log(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Keeps every logged step, and prints it where ``lines`` are given: loss, reward, and the prompts drawn."""
+    """Records every logged step; if ``lines`` are given, prints its loss, reward and prompts."""
 
     def __init__(self, training: Training, drawn: list[str], lines: Sequence[PromptLine] | None) -> None:
         self._training = training

@@ -1,6 +1,6 @@
-"""Which weights ``kat_train_grpo`` draws by: precomputed, else online, else uniform; each fall is loud, or forbidden.
+"""The weights of ``kat_train_grpo``: precomputed, else online, else uniform. Each fallback prints a prominent warning.
 
-Every process of a run takes the same weights: what one of them cannot read, none uses.
+All processes of a run use the same weights: if one process cannot read them, none uses them.
 
 Shapes: N lines of the training data.
 """
@@ -33,7 +33,7 @@ PRECOMPUTED, ONLINE, UNIFORM = "precomputed", "online", "uniform"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Failed:
-    """Why weights of one kind could not be had."""
+    """Why weights of one kind are not available."""
 
     message: str
     hint: str | None
@@ -47,20 +47,20 @@ def find_weights(
     Raises
     ------
     WeightsError
-        ``--require_density`` was given, and the first kind of weights that was asked for cannot be had.
+        ``--require_density`` was given, and the first requested kind of weights is not available.
     """
     if not options.density_aware:
         return np.ones(len(lines)), UNIFORM
     kinds: list[tuple[str, Callable[[], NDArray[np.float64]], str]] = []
     if options.use_precomputed_embeddings:
-        kinds.append((PRECOMPUTED, lambda: _precomputed(options, lines), "the online pass over all prompts, slow"))
-    kinds.append((ONLINE, lambda: _online(options, lines, policy), "uniform sampling, no density at all"))
+        kinds.append((PRECOMPUTED, lambda: _precomputed(options, lines), "the online pass over all prompts, which is slow"))
+    kinds.append((ONLINE, lambda: _online(options, lines, policy), "uniform sampling, without density"))
     for kind, compute, instead in kinds:
         found = _agreed(compute, policy.processes, is_shared=kind == ONLINE)
         if not isinstance(found, _Failed):
             return found, kind
         if options.require_density:
-            raise WeightsError(f"{kind} weights cannot be had: {found.message}", hint=found.hint)
+            raise WeightsError(f"{kind} weights are not available: {found.message}", hint=found.hint)
         if policy.is_first_process:
             _announce(kind, found, instead)
     return np.ones(len(lines)), UNIFORM
@@ -73,7 +73,7 @@ def _precomputed(options: argparse.Namespace, lines: Sequence[PromptLine]) -> Fo
 
 
 def _online(options: argparse.Namespace, lines: Sequence[PromptLine], policy: Policy) -> Found:
-    """Weights computed now, with the policy's model as it starts, over each distinct prompt once."""
+    """Weights computed now with the policy's initial model, once for each distinct prompt."""
     embedded = lines
     if options.pairs_path and options.prompts_path:
         path = require(options.prompts_path, command="python -m scripts.kat_make_prefixes")
@@ -89,7 +89,7 @@ def _online(options: argparse.Namespace, lines: Sequence[PromptLine], policy: Po
 
 
 def join(lines: Sequence[PromptLine], weight_of: Mapping[str, float]) -> Found:
-    """Weights float64 [N]: of each line that of its prompt id, divided by the number of lines with that prompt.
+    """Weights float64 [N]: for each line the weight of its prompt id, divided by the number of lines with that prompt.
 
     Raises
     ------
@@ -101,7 +101,7 @@ def join(lines: Sequence[PromptLine], weight_of: Mapping[str, float]) -> Found:
     if missing:
         first = lines[missing[0]]
         raise KeyMismatchError(
-            f"{len(missing)} of {len(lines)} lines are none of the prompts embedded; the first is line {first.number}, "
+            f"the prompts of {len(missing)} of {len(lines)} lines were not embedded; the first is line {first.number}, "
             f"prompt id {first.prompt_id!r}",
             hint="make the prompts from these pairs: python -m scripts.kat_make_prefixes",
         )
@@ -110,7 +110,7 @@ def join(lines: Sequence[PromptLine], weight_of: Mapping[str, float]) -> Found:
 
 
 def _agreed(compute: Callable[[], Found], processes: PartialState, *, is_shared: bool) -> Found | _Failed:
-    """What ``compute`` gives on every process, or why not on one of them; ``is_shared``: the first computes for all."""
+    """The result of ``compute``, or why it failed on one process; with ``is_shared`` the first process computes for all."""
     found: Found | _Failed = _Failed(message="computed by the first process", hint=None)
     if processes.is_main_process or not is_shared:
         try:
@@ -136,7 +136,7 @@ def _agreed(compute: Callable[[], Found], processes: PartialState, *, is_shared:
 
 def _announce(kind: str, failed: _Failed, instead: str) -> None:
     bar = "!" * 100
-    lines = [bar, f"{kind} weights cannot be had: {printable(failed.message)}"]
+    lines = [bar, f"{kind} weights are not available: {printable(failed.message)}"]
     lines += [f"hint: {printable(failed.hint)}"] if failed.hint else []
     lines += [f"FALLING BACK to {instead}. --require_density makes this an error.", bar]
     print("\n".join(lines), file=sys.stderr, flush=True)

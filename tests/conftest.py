@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.support.fork_server import ForkServer
@@ -18,6 +19,10 @@ from tests.support.tally import Counter, Row, Tally
 
 _TALLY = pytest.StashKey[Tally]()
 _STARTED = time.monotonic()
+
+# no test writes into the checkout: a failure prints what repeats it
+hypothesis.settings.register_profile("embstore", database=None, print_blob=True)
+hypothesis.settings.load_profile("embstore")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,7 +1,7 @@
 """The command line: options -> config -> one call of the library. Nothing is computed here.
 
-Results go to stdout, messages to stderr; ``--json`` wherever a program may read. Exit codes are core.errors.ExitCode. One
-file a command; they are listed below in the order that ``--help`` shows.
+Results go to stdout, messages to stderr; ``--json`` wherever a program may read. Exit codes are core.errors.ExitCode. Each
+command has its file; the import below lists them in the order of ``--help``.
 """
 
 import signal

@@ -1,4 +1,4 @@
-"""``embstore compare``: two weightings beside each other."""
+"""``embstore compare``: how two weightings differ."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from embstore.cli.frame import AsJson, app, print_json, reporting
 @app.command()
 @reporting
 def compare(
-    left: Annotated[str, typer.Argument(help="STORE or STORE:NAME.", show_default=False)],
-    right: Annotated[str, typer.Argument(help="STORE or STORE:NAME.", show_default=False)],
-    count: Annotated[int, typer.Option("--count", help="How many prompts that rose and that fell most.")] = 5,
+    left: Annotated[str, typer.Argument(help="STORE or STORE:NAME.")],
+    right: Annotated[str, typer.Argument(help="STORE or STORE:NAME.")],
+    count: Annotated[int, typer.Option(help="How many prompts to show of those that rose most and fell most.")] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """How far two weightings are apart, of one store or of two, and which prompts moved most."""
+    """Show how two weightings differ, of one store or of two.
+
+    Prints their distance, their rank correlation, and the prompts whose weights moved most.
+    """
     from embstore.views import comparison, terminal  # noqa: PLC0415
 
     found = comparison.compare(left, right, count=count)

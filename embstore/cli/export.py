@@ -15,17 +15,19 @@ from embstore.cli.frame import AsJson, Store, app, print_json, reporting
 @reporting
 def export(
     store: Store,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the files.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the files.")],
     format: Annotated[
         Literal["npy", "kat", "parquet"],
         typer.Option(
-            "--format",
-            help="npy: float32 rows. kat: the original scripts' files. parquet: id, text, weight, density, neighbors.",
+            help="npy: float32 rows and ids. kat: the original scripts' files. parquet: ids, texts, weights, neighbours."
         ),
     ] = "npy",
     as_json: AsJson = False,
 ) -> None:
-    """Write a finished store in another format: an entry per input line, or per distinct prompt (parquet)."""
+    """Write a finished store in another format.
+
+    npy and kat have one entry per input line, parquet one per distinct prompt.
+    """
     from embstore.views.export import export_store  # noqa: PLC0415
 
     files = export_store(store, out, format=format)

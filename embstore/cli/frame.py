@@ -1,4 +1,4 @@
-"""What all commands share: the application, errors as two lines and an exit code, signals, results as JSON."""
+"""What all commands share: the application, common options, errors and exit codes, signals, results as JSON."""
 
 from __future__ import annotations
 
@@ -31,31 +31,33 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Store = Annotated[Path, typer.Argument(help="Folder of the store.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Store = Annotated[Path, typer.Argument(help="Folder of the store.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel="general")]
+Out = Annotated[Path, typer.Option("--out", help="Folder of the store.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an unfinished store, or start a new one.")]
 
 
 def stop(number: int, frame: FrameType | None) -> NoReturn:
-    """Any signal to stop ends the process as an interrupted one."""
-    # not SIG_IGN yet: Python complains of a signal that it took before it was ignored
+    """Any signal to stop ends the process as if by Ctrl-C."""
+    # not SIG_IGN yet: Python complains if a signal that it has already caught is then ignored
     for each in STOP_SIGNALS:
         signal.signal(each, _stopping)
     raise KeyboardInterrupt
 
 
 def _stopping(number: int, frame: FrameType | None) -> None:
-    """A signal to a process that is stopping already."""
+    """Another signal while the process is stopping."""
 
 
 def _ignore_signals() -> None:
-    """On the way out: another signal would only spoil the message and the exit code. A caller's own handlers stay."""
+    """Keep a late signal from spoiling the message and the exit code. Handlers of a caller stay."""
     for number in STOP_SIGNALS:
         if signal.getsignal(number) in (stop, _stopping):
             signal.signal(number, signal.SIG_IGN)
 
 
 def reporting(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
-    """Turn an expected error into two lines and its exit code; anything else is a bug and keeps its traceback."""
+    """Print an expected error as two lines and exit with its code; anything else is a bug and keeps its traceback."""
 
     @functools.wraps(command)
     def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
@@ -96,7 +98,7 @@ def _app(
 
 
 def print_json(value: object) -> None:
-    """A result on stdout, for programs."""
+    """Print a result on stdout, for programs."""
 
     def plain(item: object) -> object:
         if dataclasses.is_dataclass(item) and not isinstance(item, type):

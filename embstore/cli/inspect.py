@@ -1,4 +1,4 @@
-"""``embstore inspect``: what a store is, on the terminal, as a page or as a picture."""
+"""``embstore inspect``: a store on the terminal, as a page or as a picture."""
 
 from __future__ import annotations
 
@@ -15,21 +15,19 @@ from embstore.core.config import format_bytes
 @reporting
 def inspect(
     store: Store,
-    neighbors: Annotated[
-        str | None, typer.Option("--neighbors", help="Show the nearest distinct prompts of this id.")
-    ] = None,
-    by: Annotated[str | None, typer.Option("--by", help="Share of weight by this field of the input lines.")] = None,
-    name: Annotated[str, typer.Option("--name", help="Which weights.")] = "default",
+    neighbors: Annotated[str | None, typer.Option(help="Show the prompts nearest to the one with this id.")] = None,
+    by: Annotated[str | None, typer.Option(help="Show the share of weight for each value of this input field.")] = None,
+    name: Annotated[str, typer.Option(help="Name of the weights to show.")] = "default",
     html: Annotated[
-        Path | None,
-        typer.Option("--html", help="Write a report as one self-contained page; needs the extra embstore[report]."),
+        Path | None, typer.Option(help="Write a report as one self-contained page. Needs embstore[report].")
     ] = None,
-    png: Annotated[
-        Path | None, typer.Option("--png", help="Write the summary plots as a picture; needs the extra embstore[report].")
-    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the summary plots as a picture. Needs embstore[report].")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a store is, how far it is, and what its weights say. Instant, also while it is being built."""
+    """Show what a store contains and what its weights say.
+
+    Reads metadata only: instant, also while the store is being built.
+    """
     from embstore.views import info, terminal  # noqa: PLC0415
 
     if html is not None or png is not None:

@@ -1,4 +1,4 @@
-"""``embstore resample``: a density-resampled copy of a prompts file."""
+"""``embstore resample``: a trainer's file, drawn by density."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ from embstore.cli.frame import AsJson, Store, app, print_json, reporting
 @reporting
 def resample(
     store: Store,
-    dataset: Annotated[Path, typer.Option("--dataset", help="The trainer's file: .jsonl or .parquet.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", help="The copy, of the same format; must not exist.", show_default=False)],
-    name: Annotated[str, typer.Option("--name", help="Which weights of the store.")] = "default",
-    num_samples: Annotated[int | None, typer.Option("--num-samples", help="Draws; default one an item.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Another seed draws other items.")] = 0,
-    epoch: Annotated[int, typer.Option("--epoch", help="Which pass; each is drawn anew.")] = 0,
+    dataset: Annotated[Path, typer.Option(help="The trainer's file, .jsonl or .parquet.")],
+    out: Annotated[Path, typer.Option(help="File to write, in the same format. Must not exist.")],
+    name: Annotated[str, typer.Option(help="Name of the weights to use.")] = "default",
+    num_samples: Annotated[int | None, typer.Option(help="Number of draws. Default: one per item.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    epoch: Annotated[int, typer.Option(help="Epoch to draw; each epoch has its own draws.")] = 0,
     method: Annotated[
         Literal["systematic", "without_replacement", "iid"],
-        typer.Option("--method", help="systematic: each item floor or ceil of its quota times."),
+        typer.Option(help="systematic: draw each item as often as its quota says, rounded down or up."),
     ] = "systematic",
-    key_column: Annotated[
-        str | None, typer.Option("--key-column", help="Holds the prompt; default prompt, messages or prefix.")
-    ] = None,
-    id_column: Annotated[str | None, typer.Option("--id-column", help="Join by this id instead of by content.")] = None,
+    key_column: Annotated[str | None, typer.Option(help="Column with prompts. Default: prompt, messages or prefix.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column with ids to join by, instead of by content.")] = None,
     on_missing: Annotated[
-        str,
-        typer.Option("--on-missing", help="Items that are no row: error, drop, mean, or a multiple of the mean weight."),
+        str, typer.Option(help="Items not in the store: error, drop, mean, or a multiple of the mean.")
     ] = "error",
     duplicates: Annotated[
-        Literal["repeat", "divide"], typer.Option("--duplicates", help="Items of one row: each its weight, or a share.")
+        Literal["repeat", "divide"],
+        typer.Option(help="Items of one row: give each its weight (repeat), or a share of it (divide)."),
     ] = "repeat",
     as_json: AsJson = False,
 ) -> None:
-    """Draw a dataset's items by density and write them in order, for trainers without a sampler hook."""
+    """Draw a dataset's items by density and write them to a file.
+
+    For trainers without a sampler hook: the trainer reads the file from front to back.
+    """
     from embstore.training.file_resampling import resample_file  # noqa: PLC0415
 
     policy: str | float = on_missing

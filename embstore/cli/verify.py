@@ -1,4 +1,4 @@
-"""``embstore verify``: read everything back."""
+"""``embstore verify``: check every stored byte."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from embstore.core.errors import ExitCode
 def verify(
     store: Store,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Demote damaged windows, so that build --resume computes them again.")
+        bool, typer.Option("--repair", help="Mark damaged windows as missing, so that build --resume computes them again.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Read everything back: every checksum, finiteness, norms, strays. Exits 3 if damaged, 6 if unfinished."""
+    """Check every stored byte.
+
+    Reads everything back: checksums, finite values, norms, stray files. Exits with 3 if the store is damaged,
+    with 6 if it is unfinished.
+    """
     from embstore.views import info, terminal  # noqa: PLC0415
 
     report = info.verify(store, repair=repair)

@@ -1,8 +1,10 @@
-"""What the user chooses, as frozen values: strings such as ``"2GiB"`` are parsed at the edge, never further in.
+"""What the user chooses, as frozen values. An option is declared here and nowhere else (core.declared).
 
-Fields are of two kinds. *Identity* fields change a byte of the rows; they are resolved once into ``spec.json`` and a resume
-with another value is refused. *Density* fields change neighbours and weights; another value redoes those, never rows.
-Runtime fields (memory budget, observer) may differ on every run.
+Text such as ``"2GiB"`` is parsed at the edge, never further in.
+
+Fields are of three kinds. *Identity* fields change a byte of the rows: they are resolved once into ``spec.json``, and a
+resume with another value is refused. *Density* fields change neighbours and weights: another value computes those again,
+never rows. *Runtime* fields (memory budget, engine) may differ on every run.
 """
 
 from __future__ import annotations
@@ -13,56 +15,61 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from embstore.core.declared import documented, option, python_only
 from embstore.core.errors import ConfigError
 
 K_MAX = 32  # neighbours kept on disk, so that `embstore weights --k` up to this needs no search
 
-DTypeName = Literal["float32", "bfloat16", "float16"]
+DTypeChoice = Literal["auto", "float32", "bfloat16"]
 Weighting = Literal["inverse-density", "legacy-inverse", "uniform"]
 Duplicates = Literal["collapse", "keep"]
 Compressor = Literal["lz4", "none"]
 KnnMethod = Literal["auto", "hnsw", "exact"]
 Space = Literal["logits", "hidden"]
 Pooling = Literal["mean", "last"]
+Columns = Literal["model", "tokenizer"]
 
-# What spec.json says about pooling, for each pair of options.
-_POOLING_RULES: dict[tuple[Space, Pooling], str] = {
+# For people: what a row is, for each pair of options.
+_POOLING_RULES = {
     ("logits", "mean"): "mean of logits over own tokens",
     ("logits", "last"): "logits of the last own token",
     ("hidden", "mean"): "mean of hidden states over own tokens",
     ("hidden", "last"): "hidden state of the last own token",
+    ("none", "none"): "rows of an array",
 }
 
 
-def pooling_rule(space: Space, pooling: Pooling) -> str:
-    """How ``EmbeddingSpec.pooling`` names this choice."""
-    return _POOLING_RULES[space, pooling]
+def pooling_rule(space: str, pooling: str) -> str:
+    """What a row of this space and pooling is, in words."""
+    return _POOLING_RULES.get((space, pooling), pooling)
 
 
-def space_and_pooling(rule: str) -> tuple[Space, Pooling] | None:
-    """The options behind a stored rule; None if it is not one of this embstore's."""
-    return next((options for options, known in _POOLING_RULES.items() if known == rule), None)
-
-
+@documented
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbeddingConfig:
-    """Identity fields as the user gave them; None means "decide for me" on a new store, "as stored" on resume."""
+    """How prompts become rows. None means "choose for me" for a new store and "as stored" on a resume."""
 
-    model: str | None = None
-    revision: str | None = None
-    device: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    max_tokens: int | None = None
-    vocab: Literal["model", "tokenizer"] | None = None
-    space: Space | None = None
-    pooling: Pooling | None = None
-    batch_tokens: int | None = None
-    window_rows: int | None = None
-    chunk_rows: int | None = None
-    threads: int | None = None
-    compressor: Compressor | None = None
-    trust_remote_code: bool | None = None
-    trust_tokenizer_pickle: bool | None = None  # a permission, for this run only
+    model: str | None = option(None, "Folder or Hugging Face hub id of a causal language model.", "model")
+    revision: str | None = option(None, "Revision of a model on the hub.")
+    device: str | None = option(None, "Where the model runs: auto, cpu, cuda or cuda:N.", "model")
+    dtype: DTypeChoice | None = option(
+        None,
+        "Type of the layers; pooling and head are float32. auto: fastest dtype that changes the weights by TV <= 1e-3.",
+        "model",
+    )
+    max_tokens: int | None = option(None, "Keep the first N tokens of each prompt. Default: 512.", "model", unit="tokens")
+    vocab: Columns | None = option(None, "All columns of logits, or without those that only pad the vocabulary.")
+    space: Space | None = option(None, "Rows of logits, or of final hidden states (also of encoders).", "model")
+    pooling: Pooling | None = option(None, "Average over all tokens of a prompt (mean), or use only the last one.")
+    batch_tokens: int | None = option(
+        None, "Tokens per batch, padding included. Default: 1024 on a CPU (2048 in 16 bits), 16384 on CUDA.", unit="tokens"
+    )
+    window_rows: int | None = option(None, "Rows per commit, the most a kill can cost. Default: at most 4096.", unit="rows")
+    chunk_rows: int | None = option(None, "Rows per chunk file. Default: about 32 MiB of them.", unit="rows")
+    threads: int | None = option(None, "CPU threads. Default: all that this process may use.", "resources")
+    compressor: Compressor | None = option(None, "none: store chunks uncompressed, so they can be memory-mapped.")
+    trust_remote_code: bool | None = option(None, "Run Python code that comes with the model. Recorded in the store.")
+    trust_tokenizer_pickle: bool | None = option(None, "Load nanochat's tokenizer.pkl. Unpickling can run any code.")
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "batch_tokens", "window_rows", "chunk_rows", "threads"):
@@ -70,26 +77,26 @@ class EmbeddingConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if self.space == "hidden" and self.vocab is not None:
-            raise ConfigError(f"vocab {self.vocab} chooses columns of logits, space hidden has none", hint="drop --vocab")
+            raise ConfigError(f"vocab {self.vocab} chooses columns of logits, but space is hidden", hint="leave out --vocab")
 
 
+@documented
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DensityConfig:
-    """How neighbours are found. ``shards`` None lets the memory budget and the cores decide.
+    """How neighbours are found."""
 
-    ``center``: distances between directions from the mean row, not between rows (compute.centering).
-    """
-
-    knn: KnnMethod = "auto"
-    center: bool = False
-    shards: int | None = None
-    links: int = 16  # hnswlib's M
-    ef_construction: int = 100
-    ef: int = 64
-    seed: int = 0
-    target_recall: float = 0.999
-    target_tv: float = 1e-3
-    audit_rows: int = 2000
+    knn: KnnMethod = option(
+        "auto", "hnsw: an approximate graph, audited. auto: exact, unless a graph is much faster and as good.", "search"
+    )
+    center: bool = option(False, "Subtract the mean row before measuring distances (changes neighbours and weights).")
+    shards: int | None = option(None, "HNSW graphs to split the rows into. Default: chosen from memory and cores.")
+    links: int = python_only(16, "Links per node of an HNSW graph (hnswlib's M).")
+    ef_construction: int = python_only(100, "Candidates considered when a node is inserted.")
+    ef: int = python_only(64, "Candidates considered per query, in the first attempt.")
+    seed: int = python_only(0, "Seed of audit samples and graphs.")
+    target_recall: float = python_only(0.999, "Recall@10 that the audit must confirm with 95 % confidence.")
+    target_tv: float = python_only(1e-3, "Largest total variation between audited weights and exact ones.")
+    audit_rows: int = python_only(2000, "Rows searched again exactly to audit a search.", unit="rows")
 
     def __post_init__(self) -> None:
         if self.shards is not None and self.shards < 1:
@@ -98,21 +105,26 @@ class DensityConfig:
             raise ConfigError(f"target_recall must lie strictly between 0 and 1, got {self.target_recall}")
 
 
+@documented
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightingConfig:
-    """How mean neighbour distances become weights.
+    """How mean neighbour distances become weights (core.density). In Python, ``max_ratio`` None sets no limit."""
 
-    ``max_ratio`` bounds a vector's weight in units of their mean, None not at all; ``duplicates`` says whether rows with
-    bit-equal vectors share one weight or have it each (core.density).
-    """
-
-    weighting: Weighting = "inverse-density"
-    k: int = 10
-    gamma: float = 1.0
-    target_ess: float | None = None
-    uniform_mix: float = 0.0
-    max_ratio: float | None = 10.0
-    duplicates: Duplicates = "collapse"
+    weighting: Weighting = option(
+        "inverse-density", "legacy-inverse favours crowds, as the original scripts did; it is for comparison only."
+    )
+    k: int = option(10, "Nearest distinct vectors, at most 32, whose mean distance says how rare a prompt is.", "weights")
+    gamma: float = option(1.0, "Exponent: a weight is proportional to mean distance ** gamma.", "weights")
+    target_ess: float | None = option(
+        None, "Choose gamma for this effective sample size, as a share of the rows: 0.5 for half.", "weights"
+    )
+    uniform_mix: float = option(0.0, "Share of uniform sampling mixed in: a floor under every weight.")
+    max_ratio: float | None = option(
+        10.0, "Largest weight of a vector, as a multiple of the mean. inf: no limit.", "weights"
+    )
+    duplicates: Duplicates = option(
+        "collapse", "Rows with bit-equal vectors: collapse divides one weight among them, keep gives each of them all of it."
+    )
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= K_MAX:
@@ -120,7 +132,7 @@ class WeightingConfig:
         if not 0 <= self.gamma <= 1024:
             raise ConfigError(f"gamma must lie in 0..1024, got {self.gamma}")
         if self.target_ess is not None and not 0 < self.target_ess <= 1:
-            raise ConfigError(f"target_ess is a share of the rows in (0, 1], got {self.target_ess}")
+            raise ConfigError(f"target_ess is a share of the rows in (0, 1], got {self.target_ess}", hint="0.5 for half")
         if not 0 <= self.uniform_mix <= 1:
             raise ConfigError(f"uniform_mix must lie in 0..1, got {self.uniform_mix}")
         if self.max_ratio is not None and not 1 <= self.max_ratio < math.inf:
@@ -135,20 +147,23 @@ class WeightingConfig:
             raise ConfigError(f"target_ess needs weighting inverse-density, got {self.weighting}")
 
 
+@documented
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptFields:
-    """Which fields of a line hold the text, the messages and the id, where they have other names than the usual ones.
+    """Names of the fields of a line, where they are not the usual ones.
 
-    With ``text`` or ``messages`` given, no other field is looked at for the prompt.
+    If ``text`` or ``messages`` is given, the prompt is taken from no other field.
     """
 
-    text: str | None = None
-    messages: str | None = None
-    id: str | None = None
+    text: str | None = option(
+        None, "Field with the prompt. Default: prompt, messages or prefix.", "input", flag="--text-field"
+    )
+    messages: str | None = option(None, "Field with a list of messages.", flag="--messages-field")
+    id: str | None = option(None, "Field with the id. Default: id.", "input", flag="--id-field")
 
     @property
     def names(self) -> frozenset[str]:
-        """Fields that are part of the prompt; others are kept beside it."""
+        """Fields that belong to the prompt; the others are kept with its row."""
         if self.text is None and self.messages is None:
             return frozenset({self.id or "id", "prompt", "messages", "prefix"})
         return frozenset({self.id or "id", *(name for name in (self.text, self.messages) if name is not None)})
@@ -157,25 +172,23 @@ class PromptFields:
 USUAL_FIELDS = PromptFields()
 
 
+@documented
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """Where windows and searches are computed; the store is the same, so it may differ on every run.
+    """Where windows and searches are computed. The store is the same, so it may differ on every run."""
 
-    ``devices`` are of this machine (``cuda:0``, ``cpu``), one worker each, and need no cluster. A build gives up when no
-    worker could start for ``start_seconds``, or when a task failed ``max_attempts`` times.
-    """
-
-    engine: Literal["local", "ray"] = "local"
-    ray_address: str | None = None
-    num_workers: int | None = None
-    gpus_per_worker: float | None = None
-    devices: tuple[str, ...] = ()
-    start_seconds: float = 600
-    max_attempts: int = 3
+    engine: Literal["local", "ray"] = option("local", "Compute in this process, or in workers on a Ray cluster.", "workers")
+    ray_address: str | None = option(None, "Ray cluster to join: auto, or host:port. Default: a new one on this machine.")
+    num_workers: int | None = option(None, "Workers, each with its own copy of the model. Default: as many as fit.")
+    gpus_per_worker: float | None = option(None, "GPUs that Ray gives each worker. Default: 1, or 0 for a model on CPUs.")
+    devices: tuple[str, ...] = option(
+        (), "Devices of this machine, one worker for each: cuda:0,cuda:1. No cluster needed.", "workers", separator=","
+    )
+    start_seconds: float = python_only(600, "Give up if no worker could start in this time.", unit="seconds")
 
     def __post_init__(self) -> None:
         if not self.is_remote and (self.ray_address or self.num_workers or self.gpus_per_worker):
-            raise ConfigError("workers are an engine's, and the engine is local", hint="add --engine ray")
+            raise ConfigError("options of workers were given, but the engine is local", hint="add --engine ray")
         if self.num_workers is not None and self.num_workers < 1:
             raise ConfigError(f"num_workers must be at least 1, got {self.num_workers}")
         address = self.ray_address
@@ -187,21 +200,20 @@ class EngineConfig:
             raise ConfigError(f"gpus_per_worker must be above 0, got {self.gpus_per_worker}")
         if self.devices and (self.ray_address or self.gpus_per_worker or self.num_workers not in (None, len(self.devices))):
             raise ConfigError(
-                f"devices {','.join(self.devices)} are one worker each, on this machine",
+                f"devices {','.join(self.devices)} get one worker each, on this machine",
                 hint="leave out --ray-address, --gpus-per-worker and --num-workers, or --devices",
             )
         strange = [name for name in self.devices if re.fullmatch(r"cpu|cuda:\d+", name) is None]
         if strange or len({name.partition(":")[0] for name in self.devices}) > 1:
-            raise ConfigError(
-                f"devices are cuda:0,cuda:1 and so on, or cpu as often as workers are wanted, got {','.join(self.devices)}"
-            )
+            raise ConfigError(f"devices must be like cuda:0,cuda:1, or cpu once per worker, got {','.join(self.devices)}")
 
     @property
     def is_remote(self) -> bool:
-        """Whether workers are processes of their own."""
+        """Whether workers are separate processes."""
         return self.engine == "ray" or bool(self.devices)
 
 
+@documented
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildConfig:
     """Everything a build needs besides prompts and the store's path."""
@@ -209,13 +221,17 @@ class BuildConfig:
     embedding: EmbeddingConfig = EmbeddingConfig()
     density: DensityConfig = DensityConfig()
     weighting: WeightingConfig = WeightingConfig()
-    memory_budget_bytes: int = 2 << 30
-    on_error: Literal["stop", "quarantine"] = "stop"
-    strict: bool = False
-    limit: int | None = None
-    allow_drift: bool = False
-    trust_journal: bool = False
-    reuse: tuple[str, ...] = ()  # folders of finished stores to copy rows from
+    memory_budget_bytes: int = option(
+        2 << 30, "Memory besides the loaded model and mapped files.", "resources", flag="--memory-budget", unit="bytes"
+    )
+    on_error: Literal["stop", "quarantine"] = option(
+        "stop", "If a row cannot be embedded: stop, or keep its number with an empty row of weight 0 (quarantine)."
+    )
+    strict: bool = option(False, "Refuse the file if any line does not contain a prompt.")
+    limit: int | None = option(None, "Use only the first N distinct prompts, or rows of an array.", "input", unit="rows")
+    allow_drift: bool = option(False, "Resume on other hardware or threads, or without --reuse stores. Bytes may differ.")
+    trust_journal: bool = option(False, "Resume without reading committed rows back to check them.")
+    reuse: tuple[str, ...] = option((), "Finished store to copy rows of equal prompts from. Repeatable.", "input")
     fields: PromptFields = USUAL_FIELDS
     engine: EngineConfig = EngineConfig()
 
@@ -226,7 +242,7 @@ class BuildConfig:
         device = self.embedding.device
         if kinds and device not in (None, "auto") and device.partition(":")[0] not in kinds:
             raise ConfigError(
-                f"device {device} is not of the kind of devices {','.join(self.engine.devices)}", hint="leave out --device"
+                f"device {device} contradicts devices {','.join(self.engine.devices)}", hint="leave out --device"
             )
 
     @property
@@ -239,11 +255,12 @@ class BuildConfig:
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+for _number, _letter in enumerate("kmgt", start=1):
+    _UNITS[_letter] = _UNITS[f"{_letter}ib"] = 1 << 10 * _number
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes from a size such as ``"2GiB"``, ``"500 MB"`` or ``"1048576"``.
+    """Bytes from a size such as ``"2GiB"``, ``"2G"`` (the same), ``"500 MB"`` or ``"1048576"``.
 
     Examples
     --------
@@ -252,7 +269,7 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
-        raise ConfigError(f"not a size: {text!r}", hint="write a number and a unit, such as 2GiB or 500MB")
+        raise ConfigError(f"not a size: {text!r}", hint="write a number and a unit, such as 2GiB, 512M or 500MB")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 

@@ -1,7 +1,7 @@
-"""Bytes from anybody to values: JSON, records, array headers. Whatever the bytes, the result is a value or a typed error.
+"""Untrusted bytes to values: JSON, records, array headers. Any bytes give either a value or a typed error.
 
-A store may come from a stranger, checksums recomputed and all, so every range, digest and size is checked here, once:
-nothing downstream has to. Pure: no files, no numpy, nothing is evaluated or unpickled.
+A store may come from a stranger, with matching checksums, so every range, digest and size is checked here, and nowhere
+downstream again. Pure: no files, no numpy, nothing is evaluated or unpickled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from embstore.core.errors import CorruptStoreError
 
-# Python's JSON gives up at a depth that depends on the caller's stack: what one run took, another could not read back.
+# Python's JSON fails at a depth that depends on the caller's stack: what one run accepted, another could not read back.
 MAX_NESTING = 100
 # every integer of the format is a count, a size or a position
 MAX_INTEGER = (1 << 63) - 1
@@ -40,7 +40,7 @@ _HINTS: dict[type, dict[str, Any]] = {}
 
 
 def printable(text: str) -> str:
-    r"""The text with every character escaped that a terminal would act on instead of showing it.
+    r"""The text, with characters escaped that a terminal would act on instead of showing.
 
     Examples
     --------
@@ -51,18 +51,18 @@ def printable(text: str) -> str:
 
 
 def printable_json(text: str) -> str:
-    """JSON of the same value with those characters escaped; only strings can hold them, and line breaks stay."""
+    """JSON of the same value, with the same characters escaped; they occur only in strings. Line breaks stay."""
     return _UNPRINTABLE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
 
 
 def shown(value: object) -> str:
-    """A foreign value as part of a message: one line, never long."""
+    """An untrusted value for use in a message: one short line."""
     text = repr(value)
     return printable(text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}...")
 
 
 def parse_json(content: bytes, *, name: str, levels: int = MAX_NESTING) -> Any:  # noqa: ANN401 - JSON
-    """JSON of a store file: UTF-8, finite numbers, no doubled key, no lone surrogate, at most ``levels`` deep.
+    """JSON of a store file: UTF-8, finite numbers, unique keys, no lone surrogates, at most ``levels`` deep.
 
     Raises
     ------
@@ -73,31 +73,31 @@ def parse_json(content: bytes, *, name: str, levels: int = MAX_NESTING) -> Any: 
         text = content.decode()
         value = json.loads(text, parse_constant=refuse_constant, parse_float=parse_finite, object_pairs_hook=_unique_keys)
     except ValueError as error:
-        raise CorruptStoreError(f"{name} is no JSON ({str(error)[:80]})", hint=_HINT) from error
+        raise CorruptStoreError(f"{name} is not valid JSON ({str(error)[:80]})", hint=_HINT) from error
     except RecursionError:
         raise CorruptStoreError(f"{name} is nested more than {levels} levels deep", hint=_HINT) from None
     if is_too_deep(text, value, levels):
         raise CorruptStoreError(f"{name} is nested more than {levels} levels deep", hint=_HINT)
     if has_lone_surrogate(text, value):
-        raise CorruptStoreError(f"{name} holds a lone surrogate, which is no Unicode text", hint=_HINT)
+        raise CorruptStoreError(f"{name} contains a lone surrogate, which is not valid Unicode", hint=_HINT)
     return value
 
 
 def refuse_constant(literal: str) -> object:
-    """``parse_constant`` for JSON: NaN and infinities are no JSON numbers."""
-    raise ValueError(f"{literal} is no JSON number")
+    """``parse_constant`` for JSON: refuses NaN and infinities."""
+    raise ValueError(f"{literal} is not a JSON number")
 
 
 def parse_finite(literal: str) -> float:
-    """``parse_float`` for JSON: a number that float64 can hold."""
+    """``parse_float`` for JSON: refuses numbers beyond float64."""
     value = float(literal)
     if math.isinf(value):
-        raise ValueError(f"{literal[:20]} is too large a number")
+        raise ValueError(f"the number {literal[:20]} is too large")
     return value
 
 
 def is_too_deep(text: str, value: object, levels: int = MAX_NESTING) -> bool:
-    """Whether parsed JSON is nested deeper than ``levels``; costs two counts for text that cannot be."""
+    """Whether parsed JSON is nested deeper than ``levels``; for most text this takes only two counts."""
     if text.count("[") + text.count("{") <= levels:
         return False
     layer: list[Any] = [value] if isinstance(value, dict | list) else []
@@ -108,7 +108,7 @@ def is_too_deep(text: str, value: object, levels: int = MAX_NESTING) -> bool:
 
 
 def has_lone_surrogate(text: str, value: object) -> bool:
-    """Whether parsed JSON spells half a character (backslash-u-d800); no tokenizer takes one, no UTF-8 file holds one."""
+    """Whether parsed JSON has half a character (backslash-u-d800), which neither tokenizers nor UTF-8 files accept."""
     if "\\ud" not in text and "\\uD" not in text:
         return False
     try:
@@ -139,7 +139,7 @@ def from_json(record_type: type[_Record], value: object, *, name: str) -> _Recor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArrayHeader:
-    """What an ``.npy`` file says it holds: ``values`` begin at byte ``offset``."""
+    """The header of an ``.npy`` file; values begin at byte ``offset``."""
 
     descr: str
     shape: tuple[int, ...]
@@ -150,19 +150,19 @@ class ArrayHeader:
 def decode_array_header(start: bytes, *, name: str) -> ArrayHeader:
     """Read the header of a plain ``.npy`` array (version 1.0) from the first ``HEADER_BYTES`` of its file.
 
-    numpy's own reader evaluates the header as Python and knows pickled arrays and archives; nothing here does.
+    numpy's own reader evaluates the header as Python, and also reads pickled arrays and archives; this one does not.
 
     Raises
     ------
     CorruptStoreError
-        The bytes are no such header.
+        The bytes are not such a header.
     """
     size = int.from_bytes(start[8:10], "little")
     found = _ARRAY_HEADER.fullmatch(start, 10, min(10 + size, len(start))) if start.startswith(_ARRAY_MAGIC) else None
     lengths = [part.strip() for part in found[3].split(b",") if part.strip()] if found else []
     is_shape = len(lengths) <= 32 and all(part.isdigit() and int(part) <= MAX_INTEGER for part in lengths)
     if found is None or len(start) < 10 + size or not is_shape:
-        raise CorruptStoreError(f"{name} cannot be mapped (no header of a plain .npy array)", hint=_HINT)
+        raise CorruptStoreError(f"{name} is not a plain .npy array", hint=_HINT)
     return ArrayHeader(
         descr=found[1].decode(),
         shape=tuple(int(part) for part in lengths),
@@ -208,5 +208,5 @@ def _plain(hint: Any) -> str:  # noqa: ANN401 - type hints are data here
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise ValueError("a key is doubled")
+        raise ValueError("a key occurs twice")
     return value

@@ -1,12 +1,12 @@
 """From neighbour distances to sampling weights, in pure numpy.
 
-The one rule of signs: *distance up, density down, weight up*. Density here is the unnormalised score 1 / r, with r the mean
-distance to the k nearest distinct vectors; the textbook k / (n V_d r^d) (Loftsgaarden & Quesenberry 1965) under- or
-overflows at these dimensions and ranks the same. A prompt's weight is its inverse density, r, raised to ``gamma``: the
-inverse-propensity form of density sampling in Sachdeva et al. 2024 (arXiv:2402.09668), with a kNN estimate of density.
+The rule of signs: *distance up, density down, weight up*. Density here is the unnormalised score 1 / r, where r is the mean
+distance to the k nearest distinct vectors. The textbook estimate k / (n V_d r^d) (Loftsgaarden & Quesenberry 1965) ranks
+rows in the same order, but under- or overflows at these dimensions. A prompt's weight is its inverse density, r, raised to
+``gamma``: the inverse-propensity form of density sampling in Sachdeva et al. 2024 (arXiv:2402.09668), with a kNN estimate.
 
-Rows with bit-equal vectors share one vector's weight (or have it each), so what follows is about vectors: a row's *share* is
-1 / copies (or 1), and its weight is share * v with v the weight of its vector. ``docs/density.md`` has the formulas.
+Rows with bit-equal vectors divide their vector's weight (or each get all of it). A row's *share* is therefore 1 / copies (or
+1), and its weight is share * v, where v is the weight of its vector. ``docs/density.md`` has the formulas.
 
 Shapes: N rows, K neighbours.
 """
@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from embstore.core.config import WeightingConfig
 from embstore.core.errors import ConfigError, CorruptStoreError
 
-# float16 rows carry about 2e-4 of rounding noise each, so distances below this say nothing (docs/decisions/0005).
+# float16 rows carry about 2e-4 of rounding noise each, so distances below this are noise (docs/decisions/0005).
 NOISE_FLOOR = 1e-3
 # The floor of the original method, kept for --weighting legacy-inverse only.
 LEGACY_FLOOR = 1e-6
-_LOG_SMALLEST = -600.0  # e to this is a number, with room for sums
+_LOG_SMALLEST = -600.0  # exp of this is a normal float64, with room for sums
 
 FloatVector = NDArray[np.float64]
 Statistic = Literal["uniform", "inverse-density", "legacy-inverse"]
@@ -35,11 +35,12 @@ Statistic = Literal["uniform", "inverse-density", "legacy-inverse"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightsResult:
-    """Weights with what was resolved on the way.
+    """Weights, and the settings that were resolved while computing them.
 
     ``weights`` is float32 [N], finite, >= 0, with a float64 sum within 1e-6 of 1. ``method`` differs from the requested one
-    only when there were too few rows. ``gamma`` is the exponent used (solved when an ESS was asked for). ``limited_rows``
-    counts rows whose weight ``max_ratio`` lowered, ``max_over_mean_vector`` is the largest v over the mean of v.
+    only when there were too few rows. ``gamma`` is the exponent used (solved for if a target ESS was given).
+    ``limited_rows`` counts rows whose weight ``max_ratio`` lowered; ``max_over_mean_vector`` is the largest v divided by the
+    mean of v.
     """
 
     weights: NDArray[np.float32]
@@ -98,12 +99,12 @@ def sampling_weights(
         float64 [N]; +inf for rows without enough neighbours.
     groups_N
         The first row with the same vector (itself for most), -1 for rows without a vector. Each member of a group gets its
-        vector's weight divided by the group's size (``duplicates`` "keep": undivided); a row without a vector gets 0 and
-        counts in nothing.
+        vector's weight divided by the group's size (``duplicates`` "keep": undivided). A row without a vector gets 0 and
+        is left out of all statistics.
     config
         Method, ``k``, ``gamma`` or ``target_ess``, ``uniform_mix``, ``max_ratio``, ``duplicates``.
     noise_floor
-        Distances below it say nothing and count as this.
+        Smaller distances are noise and are raised to this value.
 
     Returns
     -------
@@ -118,13 +119,13 @@ def sampling_weights(
     -----
     Monotone: among rows with equal group size a larger distance never gets a smaller weight. Scale-free above the noise
     floor. With fewer than k + 1 distinct vectors there is no density to estimate: weights are uniform over vectors, and a
-    warning says so. ``target_ess`` and ``max_ratio`` hold for the weights returned: gamma is solved with limit and mix in
-    place, and the limit before mixing is such that ``max_ratio`` holds after it. ``legacy-inverse`` is never limited.
+    warning says so. ``target_ess`` and ``max_ratio`` hold for the returned weights: gamma is solved for with limit and mix
+    applied, and the limit is set so that ``max_ratio`` holds after mixing. ``legacy-inverse`` is never limited.
     """
     valid_N = groups_N >= 0
     if not valid_N.any():
         raise ConfigError(
-            "no row has a vector: every prompt failed in the model", hint="see the failed rows in journal.jsonl"
+            "no row has a vector: every prompt failed in the model", hint="journal.jsonl lists the failed rows with reasons"
         )
     sizes = np.bincount(groups_N[valid_N], minlength=len(groups_N))
     copies_N = np.maximum(sizes[groups_N], 1) if config.duplicates == "collapse" else np.ones(len(groups_N))
@@ -136,13 +137,13 @@ def sampling_weights(
     if not usable:
         method = "uniform"
         if config.weighting != "uniform":
-            warnings.append(f"fewer than k + 1 = {config.k + 1} distinct vectors: weights are uniform")
+            warnings.append(f"there are fewer than k + 1 = {config.k + 1} distinct vectors: weights are uniform")
     limited_rows = 0
     if method == "uniform":
         weights_N = share_N / share_N.sum()
     elif method == "legacy-inverse":
         warnings.append(
-            "legacy-inverse is the original formula 1 / mean distance, which favours crowded prompts; for comparison only"
+            "legacy-inverse is the original formula 1 / mean distance, which favours crowded prompts: for comparison only"
         )
         weights_N = share_N / np.maximum(np.where(valid_N, mean_distance_N, 1.0), LEGACY_FLOOR)
         weights_N = _mixed(weights_N / weights_N.sum(), share_N, config.uniform_mix)
@@ -152,13 +153,11 @@ def sampling_weights(
         if config.target_ess is not None:
             gamma, reached = _solve_gamma(log_r_N[valid_N], share_N[valid_N], config, config.target_ess)
             if not reached:
-                warnings.append(f"target ESS/N {config.target_ess} is out of reach; used gamma {gamma:.4g}")
+                warnings.append(f"target ESS/N {config.target_ess} is out of reach of any gamma; used gamma {gamma:.4g}")
         weights_N = np.zeros(len(share_N))
         weights_N[valid_N], limited_rows = _power_weights(log_r_N[valid_N], share_N[valid_N], gamma, config)
     if limited_rows and config.target_ess is None:
-        warnings.append(
-            f"max_ratio {config.max_ratio:g} lowered the weights of {limited_rows} rows: they rise less than r ** gamma"
-        )
+        warnings.append(f"max_ratio {config.max_ratio:g} lowered the weights of {limited_rows} rows below r ** gamma")
     return WeightsResult(
         weights=normalise_float32(weights_N),
         method=method,
@@ -175,7 +174,7 @@ def normalise_float32(weights_N: FloatVector) -> NDArray[np.float32]:
     Raises
     ------
     CorruptStoreError
-        A value is not finite or is negative, or the sum cannot be brought to 1: a fault upstream, never silently saved.
+        A value is negative or not finite, or the sum cannot be brought to 1. Such weights are a fault upstream.
     """
     if not np.isfinite(weights_N).all() or (weights_N < 0).any():
         raise CorruptStoreError("weights are not finite and non-negative", hint="run embstore verify")
@@ -214,7 +213,7 @@ def total_variation(first_N: NDArray[np.floating], second_N: NDArray[np.floating
 def _power_weights(
     log_r_N: FloatVector, share_N: FloatVector, gamma: float, config: WeightingConfig
 ) -> tuple[FloatVector, int]:
-    """Normalised ``share * r ** gamma``, limited, then mixed; and how many rows were limited. All shares are positive."""
+    """Normalised ``share * r ** gamma``, limited, then mixed, and the number of limited rows. All shares are positive."""
     weights_N = share_N * np.exp(gamma * log_r_N)
     weights_N /= weights_N.sum()
     limited_rows, mix = 0, config.uniform_mix
@@ -230,23 +229,23 @@ def _mixed(weights_N: FloatVector, share_N: FloatVector, mix: float) -> FloatVec
 
 
 def _limited(log_v_N: FloatVector, share_N: FloatVector, max_ratio: float) -> tuple[FloatVector, int]:
-    """Weights of min(v, c) with the one c at which c over the mean of min(v, c) is ``max_ratio``; and the rows above c.
+    """Normalised min(v, c), where c is ``max_ratio`` times the mean of min(v, c), and the number of rows above c.
 
-    With the m largest v at c, their shares adding up to C of S in all, and W the weight of the others, the condition is
-    c S = max_ratio (c C + W); the right m is the first whose c is not below the next v. In logarithms: under a large gamma
-    all but the largest v are 0 as numbers, and must not stay so.
+    Let the m largest v be lowered to c, let C of all shares S be theirs, and let W be the weight of the other rows. Then
+    c S = max_ratio (c C + W). The right m is the first whose c is not below the next v. The computation is in logarithms,
+    because under a large gamma all but the largest v underflow to 0.
     """
     order_N = np.argsort(-log_v_N, kind="stable")
     sorted_N, shares_N = log_v_N[order_N], share_N[order_N]
     if sorted_N[-1] > _LOG_SMALLEST:
         log_rest_N = np.log(np.cumsum((shares_N * np.exp(sorted_N))[::-1])[::-1])  # row m and all after it
     else:
-        log_rest_N = np.logaddexp.accumulate((sorted_N + np.log(shares_N))[::-1])[::-1]  # the same, ten times slower
+        log_rest_N = np.logaddexp.accumulate((sorted_N + np.log(shares_N))[::-1])[::-1]  # equal, but ten times slower
     free_N = shares_N.sum() - max_ratio * np.concatenate([[0.0], np.cumsum(shares_N)[:-1]])
     with np.errstate(invalid="ignore", divide="ignore"):
         log_cap_N = np.where(free_N > 0, np.log(max_ratio) + log_rest_N - np.log(free_N), np.inf)
     m = int(np.argmax(log_cap_N >= sorted_N))
-    # where no cap lies above (max_ratio 1), all come down to the smallest
+    # if no cap qualifies (max_ratio 1), all weights are lowered to the smallest
     log_cap = log_cap_N[m] if np.isfinite(log_cap_N[m]) and log_cap_N[m] >= sorted_N[m] else sorted_N[-1]
     weights_N = share_N * np.exp(np.minimum(log_v_N - log_cap, 0.0))
     return weights_N / weights_N.sum(), int(np.count_nonzero(log_v_N > log_cap))
@@ -254,7 +253,7 @@ def _limited(log_v_N: FloatVector, share_N: FloatVector, max_ratio: float) -> tu
 
 def _solve_gamma(log_r_N: FloatVector, share_N: FloatVector, config: WeightingConfig, target: float) -> tuple[float, bool]:
     """The gamma in [0, 1024] at which ESS/N of the finished weights falls to ``target``, by bisection."""
-    order_N = np.argsort(-log_r_N, kind="stable")  # once: a limit sorts, which costs little on what is sorted
+    order_N = np.argsort(-log_r_N, kind="stable")  # once: _limited sorts on every call, and sorted input is cheap to sort
     log_r_N, share_N = log_r_N[order_N], share_N[order_N]
 
     def ess(gamma: float) -> float:

@@ -1,4 +1,4 @@
-"""What weights and neighbours give away about themselves: figures for the metadata, and plain warnings beyond a limit.
+"""Diagnostics of weights and neighbours: figures for the metadata, and the limits beyond which a build warns.
 
 Shapes: N rows, K neighbours.
 """
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 # Fewer than a tenth of the prompts would then carry the training (docs/density.md).
 MIN_ESS_SHARE = 0.1
-# Above this the statement is printed that the weighting hardly differs from uniform sampling.
+# Above this, reports state that the weighting hardly differs from uniform sampling.
 MILD_ESS_SHARE = 0.9
-# Where unclustered points have as much, a tenth are nobody's neighbour and one is that of hundreds (docs/density.md).
+# At this skewness of unclustered points, a tenth are in no neighbour list and one is in hundreds (docs/density.md).
 MAX_HUBNESS = 3.0
-# Share of rows below the noise floor, whose weights the floor decides.
+# Share of rows below the noise floor: the floor decides their weights, not their distances.
 MAX_FLOORED_SHARE = 0.01
 _BLOCK_ROWS = 1 << 16
 

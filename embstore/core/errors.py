@@ -4,26 +4,27 @@
 
     EmbstoreError                    .kind (stable code)  .hint (next step)  .exit_code (command line)
     ├── ConfigError                  also ValueError        an option is wrong: change the command            2
-    ├── PromptError                  also ValueError        the prompts file is wrong: mend it                1
-    ├── ArrayError                   also ValueError        the array to import is wrong: mend it             1
-    ├── ModelError                                          the model cannot be used: pick or mend it         1
+    ├── PromptError                  also ValueError        the prompts file is wrong: correct it             1
+    ├── ArrayError                   also ValueError        the array to import is wrong: correct it          1
+    ├── ModelError                                          the model cannot be used: fix or replace it       1
     ├── RowError                     also ValueError        one prompt failed in the model                    1
-    ├── BudgetError                                         memory or disk cannot fit: nothing was written    1
-    ├── StoreNotFoundError           also FileNotFoundError no store there                                    1
-    ├── StoreExistsError             also FileExistsError   a store is there: --resume, or another path       1
+    ├── BudgetError                                         too little memory or disk: no row was computed    1
+    ├── StoreNotFoundError           also FileNotFoundError there is no store at this path                    1
+    ├── StoreExistsError             also FileExistsError   the path is taken: --resume, or another path      1
     ├── WeightsError                 also ValueError        weights do not fit what training asked for        1
     │   ├── LengthMismatchError      weights and dataset have different lengths
-    │   ├── KeyMismatchError         other prompts; its OrderMismatchError: the same ones in another order
+    │   ├── KeyMismatchError         different prompts; its OrderMismatchError: the same ones in another order
     │   └── InvalidWeightsError      not a finite, non-negative, normalised float32 vector
     ├── CorruptStoreError                                   bytes are not what was committed: verify          3
-    ├── IdentityMismatchError        also ValueError        a different input than the store's                4
+    ├── IdentityMismatchError        also ValueError        the input differs from the store's                4
     ├── StoreLockedError                                    another writer is alive: wait                     5
     ├── IncompleteStoreError                                unfinished: build --resume                        6
-    ├── StorageError                 also OSError           the file system said no: free space, --resume     6
-    ├── EngineError                                         workers are gone, or fail at one task: --resume   6
+    ├── StorageError                 also OSError           the file system failed: free space, --resume      6
+    ├── EngineError                                         workers are lost, or one task fails: --resume     6
     └── BuildInterruptedError                               stopped after a clean commit: --resume          130
 
-``kind`` is append-only: programs may compare it. Messages say what, where and both values; ``hint`` is the next command.
+Programs may compare ``kind``: values are added, never changed. A message says what happened, where, and both values; the
+hint is the next command.
 """
 
 from __future__ import annotations
@@ -78,25 +79,25 @@ class ConfigError(EmbstoreError, ValueError):
 
 
 class PromptError(EmbstoreError, ValueError):
-    """The prompts file cannot be read, or breaks a rule that no line may break."""
+    """The prompts file cannot be read, or breaks a rule that holds for the whole file."""
 
     kind = "prompts"
 
 
 class ArrayError(EmbstoreError, ValueError):
-    """The array to import cannot be read, or holds no rows that can be."""
+    """The array to import cannot be read, or has no usable rows."""
 
     kind = "array"
 
 
 class ModelError(EmbstoreError):
-    """The model or tokenizer is missing, unsafe to load, or of a shape embstore cannot pool."""
+    """The model or tokenizer is missing, unsafe to load, or of a kind that embstore does not support."""
 
     kind = "model"
 
 
 class RowError(EmbstoreError, ValueError):
-    """A prompt gave no usable row (no tokens, a non-finite value, or a zero norm)."""
+    """A prompt has no usable row (no tokens, a non-finite value, or a zero norm)."""
 
     kind = "row"
 
@@ -108,13 +109,13 @@ class BudgetError(EmbstoreError):
 
 
 class StoreNotFoundError(EmbstoreError, FileNotFoundError):
-    """The path holds no store."""
+    """There is no store at the path."""
 
     kind = "store-not-found"
 
 
 class StoreExistsError(EmbstoreError, FileExistsError):
-    """The path holds a store (or other files) already."""
+    """The path already contains a store (or other files)."""
 
     kind = "store-exists"
 
@@ -145,7 +146,7 @@ class IdentityMismatchError(EmbstoreError, ValueError):
     exit_code = ExitCode.IDENTITY
 
     def __init__(self, mismatches: Sequence[FieldMismatch], *, hint: str | None = None, reused: str | None = None) -> None:
-        """``reused`` is the store whose rows were to be taken over, where it is that one's input that differs."""
+        """``reused`` names the store given to ``--reuse``, if its settings differ and not those of the store itself."""
         self.mismatches = tuple(mismatches)
         lines = "; ".join(str(mismatch) for mismatch in self.mismatches)
         refused = "this store was made from a different input" if reused is None else f"rows of {reused} cannot be reused"
@@ -184,14 +185,14 @@ class EngineError(EmbstoreError):
 
 
 class BuildInterruptedError(EmbstoreError):
-    """The build was asked to stop and did so between two commits."""
+    """The build received a stop signal and ended between two commits."""
 
     kind = "interrupted"
     exit_code = ExitCode.INTERRUPTED
 
 
 class WeightsError(EmbstoreError, ValueError):
-    """The weights cannot be used as asked."""
+    """The weights cannot be used as requested."""
 
     kind = "weights"
 
@@ -203,13 +204,13 @@ class LengthMismatchError(WeightsError):
 
 
 class KeyMismatchError(WeightsError):
-    """Weights and dataset are about other prompts."""
+    """Weights and dataset contain different prompts."""
 
     kind = "weights-keys"
 
 
 class OrderMismatchError(KeyMismatchError):
-    """Weights and dataset are about the same prompts, in another order."""
+    """Weights and dataset contain the same prompts in different orders."""
 
     kind = "weights-order"
 

@@ -1,20 +1,20 @@
-"""What a build tells its observers. The library never prints: the command line turns these into lines and bars.
+"""Events that a build sends to its observer. The library never prints; the command line turns events into lines and bars.
 
-``RowsCommitted`` is only sent after the window's journal line is durable, so progress never shows work a crash would lose.
+``RowsCommitted`` is sent after the window's journal line is durable, so progress never shows work that a crash would lose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["prompts", "model", "embed", "knn", "audit", "refine", "publish"]
+Stage = Literal["prompts", "model", "embed", "knn", "audit", "rerank", "publish"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageStarted:
-    """A stage begins; ``total`` counts ``unit`` items, ``done`` of them were committed by earlier runs."""
+    """A stage begins; it has ``total`` items called ``unit``, of which earlier runs committed ``done``."""
 
     stage: Stage
     total: int
@@ -24,7 +24,7 @@ class StageStarted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageAdvanced:
-    """``count`` more items of a stage are finished (for the embedding stage: see RowsCommitted)."""
+    """``count`` more items of a stage are finished (the embedding stage sends RowsCommitted instead)."""
 
     stage: Stage
     count: int
@@ -32,7 +32,7 @@ class StageAdvanced:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowsCommitted:
-    """One window is durable: rows ``start <= row < stop``, its stored bytes, tokens and seconds since the last commit.
+    """One window is durable: rows ``start <= row < stop``, its tokens and stored bytes, and seconds since the last commit.
 
     ``num_reused`` of the rows were copied from another store.
     """
@@ -47,7 +47,7 @@ class RowsCommitted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageFinished:
-    """A stage ended after ``seconds`` of this run."""
+    """A stage has ended; it took ``seconds`` in this run."""
 
     stage: Stage
     seconds: float
@@ -55,9 +55,10 @@ class StageFinished:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preflight:
-    """What the build is about to do and cost, known before the first row is computed.
+    """The plan of a build and its estimated cost, before the first row is computed.
 
-    Of ``remaining_rows``, ``reused_rows`` are copied from other stores; ``dropped_rows`` of them are no prompts here.
+    Of ``remaining_rows``, ``reused_rows`` are copied from other stores; ``dropped_rows`` counts rows of those stores whose
+    prompts are not in this pool.
     """
 
     num_rows: int
@@ -74,7 +75,6 @@ class Preflight:
     memory_budget_bytes: int
     knn: str
     num_shards: int
-    search_seconds: Mapping[str, float]  # by engine; empty for searches of seconds
     seconds: float
     reused_rows: int = 0
     dropped_rows: int = 0
@@ -82,14 +82,14 @@ class Preflight:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Notice:
-    """Something a person should know: a warning with what was seen and what follows."""
+    """A warning or note for a person: what was observed and what follows from it."""
 
     message: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkersChanged:
-    """Workers of an engine that are ready, of those wanted; ``retries`` of tasks and ``lost`` workers are of this stage."""
+    """How many of the wanted workers are ready, and how many ``retries`` of tasks and ``lost`` workers this stage had."""
 
     alive: int
     wanted: int
@@ -102,4 +102,4 @@ Observer = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """The observer of a caller that wants no progress."""
+    """Observe nothing: the default observer."""

@@ -1,6 +1,6 @@
 """The on-disk contract, format version 1: names, JSON records, journal lines. Pure: bytes in, values out, no files.
 
-``docs/format.md`` states the same in MUST and MAY sentences. Who writes what, and in which order, is storage's concern.
+``docs/format.md`` says the same in MUST and MAY sentences. ``storage`` decides who writes what, and in which order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FORMAT_VERSION = 1
 
 SPEC = "spec.json"
 MANIFEST = "manifest.json"
-WITHDRAWN = "manifest.withdrawn.json"  # what a repair took back, until the next publication
+WITHDRAWN = "manifest.withdrawn.json"  # the manifest that a repair took back, until the next publication
 JOURNAL = "journal.jsonl"
 RUNS = "runs.jsonl"
 LOCK = ".lock"
@@ -48,13 +48,13 @@ METADATA_LINK = "embeddings_metadata.json"
 
 STAGE0_FILES = (PROMPTS, IDS, ALIASES, PROMPTS_LIST, QUARANTINE, LINE_ROWS, MULTIPLICITY, KEYS)
 
-# Limits: what a store may ask of a reader before anything of it is believed. A spec within them fits its journal.
+# Limits on what an untrusted store may ask of a reader. A spec within them fits its journal.
 MAX_ROWS = (1 << 31) - 1  # rows are int32 in the neighbour graph
 MAX_COLUMNS = 1 << 24
 MAX_WINDOWS = 1 << 18
 MAX_CHUNKS = 1 << 20
-MAX_CHUNK_BYTES = (1 << 31) - 32  # decoded, blosc takes no more; also of one window's coordinates
-LARGEST_COORDINATE = 2.0  # in size, of any coordinate or residual of a unit row, rounding included
+MAX_CHUNK_BYTES = (1 << 31) - 32  # decoded: the limit of blosc; also for the coordinates of one window
+LARGEST_COORDINATE = 2.0  # absolute value of a coordinate or residual of a unit row, with a margin for rounding
 DOCUMENT_BYTES = 16 << 20  # spec, manifest, metadata, zarr.json
 TABLE_BYTES = 64 << 20  # chunks.json
 JOURNAL_BYTES = 256 << 20
@@ -62,7 +62,7 @@ JOURNAL_LINE_BYTES = 16 << 20
 WEIGHTS_TOLERANCE = 1e-6  # of their float64 sum
 
 JsonObject = dict[str, Any]
-# names files made from the same content: never part of a path but as one plain word
+# names files that were made from the same content; in a path it is always one plain word
 Digest = Annotated[str, re.compile(r"[0-9a-f]{16}")]
 _Result = TypeVar("_Result")
 
@@ -73,7 +73,7 @@ def chunk_name(index: int) -> str:
 
 
 def canonical_json(value: object) -> str:
-    r"""One spelling per value: sorted keys, no spaces, ASCII. Digests are taken over this.
+    r"""JSON with one spelling per value: sorted keys, no spaces, ASCII. Digests are computed over it.
 
     Examples
     --------
@@ -103,7 +103,7 @@ def check_format_version(found: object, *, name: str) -> None:
     if found != FORMAT_VERSION:
         raise IdentityMismatchError(
             [FieldMismatch(field=f"format_version in {name}", stored=found, given=FORMAT_VERSION)],
-            hint="use the embstore release that wrote this store, or build it anew",
+            hint="use the embstore release that wrote this store, or build it again",
         )
 
 
@@ -111,7 +111,7 @@ def parse_document(content: bytes, *, name: str) -> JsonObject:
     """A JSON object from a store file; damage is a CorruptStoreError, another version an IdentityMismatchError."""
     value = parse_json(content, name=name)
     if not isinstance(value, dict):
-        raise CorruptStoreError(f"{name} holds no JSON object", hint="run embstore verify STORE")
+        raise CorruptStoreError(f"{name} is not a JSON object", hint="run embstore verify STORE")
     if "format_version" in value:
         check_format_version(value["format_version"], name=name)
     return value
@@ -149,10 +149,10 @@ def neighbors_paths(digest: str) -> NeighborsPaths:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """``manifest.json``: the artefact's only flip. Readers follow it and nothing else.
+    """``manifest.json``: its rename publishes everything at once, and readers follow nothing else.
 
-    ``files`` covers every listed file; ``neighbors`` and ``weights`` are digests that name files under those folders;
-    ``names`` maps a weighting's name to its digest ("default" is what ``density_weights.npy`` links to).
+    ``files`` has the digest of every listed file; ``neighbors`` is the digest that names the folder of the neighbour graph;
+    ``names`` maps the name of a weighting to its digest (``density_weights.npy`` links to "default").
     """
 
     format_version: int
@@ -171,7 +171,7 @@ class Manifest:
 
 
 def decode_manifest(content: bytes) -> Manifest:
-    """Read ``manifest.json``; one that lists less or more than what it publishes is a CorruptStoreError."""
+    """Read ``manifest.json``; a manifest that lists fewer or more files than it publishes is a CorruptStoreError."""
     manifest = from_json(Manifest, parse_document(content, name=MANIFEST), name=MANIFEST)
     problem = _manifest_problem(manifest)
     if problem is not None:
@@ -183,7 +183,7 @@ def _manifest_problem(manifest: Manifest) -> str | None:
     if not (0 < manifest.rows <= MAX_ROWS and manifest.dimension > 0):
         return f"publishes {manifest.rows} x {manifest.dimension}"
     if (unusable := next((name for name in manifest.names if not is_weights_name(name)), None)) is not None:
-        return f"gives weights the name {shown(unusable)}"
+        return f"gives weights the invalid name {shown(unusable)}"
     published = {*STAGE0_FILES, SPEC, BASIS, ARRAY_METADATA, COORDINATES, RESIDUALS, CHUNKS}
     published |= set(dataclasses.asdict(neighbors_paths(manifest.neighbors)).values())
     published |= {path for digest in manifest.names.values() for path in weights_paths(digest)}
@@ -191,19 +191,19 @@ def _manifest_problem(manifest: Manifest) -> str | None:
     if missing:
         return f"does not list {', '.join(missing[:10])}"
     unlike = sorted(set(manifest.files) - published)
-    return f"lists {shown(unlike[0])}, which is no file of this store" if unlike else None
+    return f"lists {shown(unlike[0])}, which is not a file of this store" if unlike else None
 
 
 def is_weights_name(name: str) -> bool:
-    """Whether a weighting may be called so: one line, no slash."""
+    """Whether a weighting may have this name: one line, without a slash."""
     return 0 < len(name) <= 200 and "/" not in name and printable(name) == name
 
 
 def follow_manifest(read: Callable[[], bytes], use: Callable[[Manifest], _Result]) -> _Result:
-    """What ``use`` makes of the manifest that ``read`` gives: the old set or the new one, if a writer replaces it meanwhile.
+    """Call ``use`` with the manifest that ``read`` returns, and again if a writer replaced the manifest meanwhile.
 
-    Files that only the old manifest lists are deleted after the flip, so damage counts only under a manifest that still
-    stands.
+    A writer deletes files that only the old manifest lists after it published the new one, so a missing file is damage only
+    if the manifest is still the same.
     """
     content = read()
     while True:
@@ -221,7 +221,14 @@ _NEIGHBORS_SHAPE: JsonObject = {
     "noise_floor": _NUMBER,
     "meets_target": bool,
     "audit": {"k": int, "num_rows": int, "recall": _NUMBER, "recall_lower": _NUMBER, "tv": _NUMBER},
-    "refinement": {
+    "rerank": {
+        "k": int,
+        "residual_floor": _NUMBER,
+        "off_basis_rows": int,
+        "reranked_rows": int,
+        "uncertain_rows": int,
+    },
+    "refinement": {  # in place of "rerank" in stores of embstore before decision 0042
         "k": int,
         "off_basis_rows": int,
         "certified_share": _NUMBER,
@@ -242,11 +249,11 @@ _METADATA_SHAPE: JsonObject = {
     "neighbors": _NEIGHBORS_SHAPE,
 }
 _MAY_BE_NULL = frozenset({"audit"})  # too few distinct vectors to have neighbours
-_MAY_BE_ABSENT = frozenset({"noise_floor", "refinement"})  # the first stores of version 1 do not say
+_MAY_BE_ABSENT = frozenset({"noise_floor", "rerank", "refinement"})  # the first stores of version 1 lack them
 
 
 def decode_metadata(content: bytes, *, name: str) -> JsonObject:
-    """Metadata of weights: whatever else it holds, what readers show of it is there and of its type."""
+    """Metadata of weights; the fields that readers show are present and of the right type, others are not checked."""
     value = parse_document(content, name=name)
     _check_shape(value, _METADATA_SHAPE, name)
     if not all(isinstance(warning, str) for warning in value["warnings"]):
@@ -255,7 +262,7 @@ def decode_metadata(content: bytes, *, name: str) -> JsonObject:
 
 
 def decode_neighbors_spec(content: bytes, *, name: str) -> JsonObject:
-    """How a neighbour graph was found, as it becomes part of the metadata of weights."""
+    """How a neighbour graph was found; becomes part of the metadata of weights."""
     value = parse_document(content, name=name)
     _check_shape(value, _NEIGHBORS_SHAPE, name)
     return value
@@ -279,9 +286,9 @@ def _check_shape(value: object, shape: Mapping[str, Any], name: str) -> None:
 
 
 def weights_problem(weights_N: NDArray[np.float32]) -> str | None:
-    """Why an array is no weights, or None; makes no copy."""
+    """Why an array cannot be weights, or None; makes no copy."""
     with np.errstate(invalid="ignore"):
         low, high, total = weights_N.min(), weights_N.max(), weights_N.sum(dtype=np.float64)
     if low >= 0 and np.isfinite(high) and abs(total - 1) <= WEIGHTS_TOLERANCE:  # NaN is never >= 0
         return None
-    return f"holds values from {low} to {high} of sum {total}, not finite values >= 0 of sum 1"
+    return f"has values from {low} to {high} with sum {total}, expected finite values >= 0 with sum 1"

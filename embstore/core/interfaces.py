@@ -1,11 +1,11 @@
-"""The protocols between layers: what the flow asks of models, of given arrays, of engines, and of kept blocks.
+"""The protocols between layers: embedders, imported arrays, engines, and stored blocks of a search.
 
-``Embedder`` and ``EmbedderSource`` turn prompts into rows (the torch embedder and the test double both fit). ``Engine`` runs
-tasks, in this process, on several GPUs, or on a cluster: a *job* says what is to be done and starts *workers*; a worker has
-what is expensive (a loaded model, a mapped array) and gets one *task* after the other: windows of rows, shards, blocks of
-nodes. Results arrive in the order in which tasks finish; the caller of ``map`` restores the order. Jobs, tasks and results
-travel between processes where an engine has several: they are small and can be pickled, and large arrays go by files
-that every worker sees. ``BlockStore`` keeps what a long search has finished; with or without it, the result is the same.
+``Embedder`` and ``EmbedderSource`` turn prompts into rows (the torch embedder and the test double implement them). An engine
+runs tasks in this process, on several GPUs, or on a cluster. A *job* describes the work and starts *workers*. A worker owns
+what is expensive (a loaded model, a mapped array) and runs one *task* at a time: a window of rows, a shard, or a block of
+nodes. Results arrive in the order in which tasks finish; the caller of ``map`` restores the order. With several processes,
+jobs, tasks and results are pickled, so they must be small; large arrays are passed as files that every worker can read.
+``BlockStore`` saves finished parts of a long search; the result is the same without it.
 
 Shapes: B rows of a block, V vocabulary columns, R coordinates.
 """
@@ -30,14 +30,18 @@ from embstore.core.spec import EmbeddingSpec, ModelIdentity
 Check = Callable[[], None]
 
 
+def no_check() -> None:
+    """The ``Check`` of a caller that abandons nothing, or whose signals raise by themselves."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowBlock:
     """Finished rows of one chunk, in row order.
 
     ``emb_BV`` float16, unit L2 norm before rounding; ``coord_BR`` float32; ``residual_B`` float32, the distance from a
-    stored row to its coordinates. A failed row is NaN in all three and named in ``failed`` (global row numbers). Its memory
-    is the taker's until ``release`` is called: it is read after the next block was asked for, so an embedder that uses it
-    again earlier is refused.
+    stored row to its coordinates. A failed row is NaN in all three and named in ``failed`` (global row numbers). The caller
+    owns the memory until it calls ``release``: it reads a block after requesting the next one, so an embedder must not
+    reuse the memory before.
     """
 
     emb_BV: NDArray[np.float16]
@@ -49,7 +53,7 @@ class RowBlock:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowCounts:
-    """What a window cost: pooled tokens, prompts cut at max_tokens, batches split for lack of device memory."""
+    """Counts of a window: pooled tokens, prompts truncated at max_tokens, batches split for lack of device memory."""
 
     tokens: int
     truncated: int
@@ -57,7 +61,7 @@ class WindowCounts:
 
 
 class Embedder(Protocol):
-    """A model that is loaded and resolved: its rows are a pure function of prompts, row numbers and ``spec``."""
+    """A loaded model with resolved settings: its rows are a pure function of prompts, row numbers and ``spec``."""
 
     @property
     def spec(self) -> EmbeddingSpec:
@@ -65,7 +69,7 @@ class Embedder(Protocol):
 
     @property
     def max_window_rows(self) -> int:
-        """Rows of one window that the embedder can hold and that take it a minute or less."""
+        """Most rows of one window: they fit the embedder's memory and take a minute or less."""
 
     @property
     def truncated_share(self) -> float:
@@ -73,14 +77,14 @@ class Embedder(Protocol):
 
     @property
     def seconds_per_row(self) -> float:
-        """Measured on a few sampled prompts, for the preflight's estimate only."""
+        """Seconds per row, measured on a few sampled prompts for the preflight's estimate."""
 
     @property
     def basis_VR(self) -> NDArray[np.float32]:
         """Orthonormal basis of the coordinates, float32 [V, R]."""
 
     def memory_bytes(self, chunk_rows: int) -> int:
-        """Upper estimate of anonymous memory one window takes above the loaded model."""
+        """Upper estimate of the anonymous memory that one window takes above the loaded model."""
 
     def embed(
         self,
@@ -93,12 +97,12 @@ class Embedder(Protocol):
     ) -> Iterator[RowBlock]:
         """Rows of one window, chunk by chunk; ``counts`` are valid once the iterator is exhausted.
 
-        ``following`` are the prompts that will be asked for next, as the same object: they may be begun in the background.
-        An error of theirs is raised when they are asked for.
+        ``following`` is the prompts object that the next call will pass: the embedder may start on it in the background.
+        If that work fails, the error is raised by the next call.
         """
 
     def close(self) -> None:
-        """Abandon whatever was begun in the background."""
+        """Abandon all background work."""
 
     @property
     def counts(self) -> WindowCounts:
@@ -106,11 +110,11 @@ class Embedder(Protocol):
 
 
 class GivenRows(Protocol):
-    """Rows that exist already: an array [N, D] of floats, of which some are in memory at a time."""
+    """Rows that exist already: a float array [N, D] that is read in parts."""
 
     @property
     def name(self) -> str:
-        """For people: the file's own name, no path."""
+        """The file's name without its path, for messages."""
 
     @property
     def num_rows(self) -> int:
@@ -126,13 +130,13 @@ class GivenRows(Protocol):
 
     @property
     def held_bytes(self) -> int:
-        """Anonymous memory that reading takes, besides what is returned."""
+        """Anonymous memory that reading takes in addition to the returned array."""
 
     def read(self, start: int, stop: int) -> NDArray[np.floating]:
         """Rows ``start <= row < stop``; may be a view of mapped memory."""
 
     def fingerprint(self) -> str:
-        """Sha256 of shape, dtype and every value; price: one read of all."""
+        """Sha256 of shape, dtype and every value; reads the whole array."""
 
 
 class PromptReader(Protocol):
@@ -146,7 +150,7 @@ class PromptReader(Protocol):
 
 
 class EmbedderSource(Protocol):
-    """A model that is located and identified but not loaded: a resume that needs no row never loads it."""
+    """A model that is located and identified but not loaded: a resume that computes no rows never loads it."""
 
     def identity(self) -> ModelIdentity:
         """Digests of weights, configuration and tokenizer."""
@@ -162,20 +166,20 @@ class EmbedderSource(Protocol):
     def take_over(
         self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
     ) -> Embedder:
-        """Load with another store's settings for a new store: only what its plan needs is probed, on a seeded sample."""
+        """Load with another store's settings for a new store; probe only what the plan needs, on a seeded sample."""
 
     def hardware(self, config: EmbeddingConfig) -> dict[str, object]:
         """Device, capability and threads this run would use, under their names in EmbeddingSpec."""
 
 
-# --- engines: who runs tasks ------------------------------------------------------------------------------------------
+# --- engines ----------------------------------------------------------------------------------------------------------
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Task_contra = TypeVar("Task_contra", contravariant=True)
 Result_co = TypeVar("Result_co", covariant=True)
 
-# What a worker takes for itself: a device and the threads pinned in the spec, or one core.
+# What a worker occupies: a device and the threads pinned in the spec, or one core.
 Needs = Literal["device", "core"]
 
 
@@ -183,27 +187,27 @@ class Worker(Protocol[Task_contra, Result_co]):
     """Runs one task at a time."""
 
     def run(self, task: Task_contra, *, following: Task_contra | None, check: Check) -> Result_co:
-        """The result of a task; ``following`` is probably the next one, and may be begun in the background."""
+        """The result of a task; ``following`` is probably the next one: the worker may start on it in the background."""
 
     def close(self) -> None:
-        """Nothing goes on in the background when this returns."""
+        """Stop; no background work is left when this returns."""
 
 
 class Job(Protocol[Task_contra, Result_co]):
-    """What is to be done; one job is started on every worker."""
+    """The work; every worker starts the same job."""
 
     @property
     def needs(self) -> Needs:
-        """What each worker takes."""
+        """What each worker occupies."""
 
     def start(self, number: int) -> Worker[Task_contra, Result_co]:
-        """A worker. ``number`` is its own: no other of this job has it, nor one that takes the place of a lost one."""
+        """A worker. ``number`` is unique within this job, also when a worker replaces a lost one."""
 
     def name(self, task: Task_contra) -> str:
-        """A task for a message: what it is, which rows, which prompts."""
+        """A description of a task for messages: its kind, rows and prompts."""
 
     def lost(self, number: int) -> None:
-        """Called where the job was made: this worker was given up, and nothing that it may still write counts."""
+        """Called in the driver when a worker is given up: whatever it still writes must be ignored."""
 
 
 class Engine(Protocol):
@@ -211,14 +215,14 @@ class Engine(Protocol):
 
     @property
     def is_remote(self) -> bool:
-        """Whether workers are other processes, so that jobs must travel."""
+        """Whether workers are other processes, to which jobs are sent."""
 
     @property
     def traffic_bytes(self) -> int:
         """Bytes of tasks and results that passed between this process and workers."""
 
     def num_workers(self, needs: Needs) -> int:
-        """How many workers there would be for enough tasks."""
+        """Most workers that would run at the same time."""
 
     def map(
         self,
@@ -229,44 +233,44 @@ class Engine(Protocol):
         is_stopping: Callable[[], bool],
         observer: Observer,
     ) -> Generator[tuple[Task, Result]]:
-        """Run every task, and give each once, as it finishes.
+        """Run every task and yield each with its result, once, in the order in which they finish.
 
-        Closing the iterator abandons what is under way. ``check`` is called every second or so and raises to abandon all;
-        once ``is_stopping`` says so no further task is begun, and the iterator ends when those under way have finished.
+        Closing the iterator abandons running tasks. ``check`` is called about once a second and raises to abandon all.
+        When ``is_stopping`` returns True no further task starts, and the iterator ends after the running ones.
 
         Raises
         ------
         EngineError
-            A task failed on every try, no worker can start, or one does not see the store.
+            A task failed on every attempt, no worker can start, or a worker does not see the store.
         EmbstoreError
-            As a task raised it.
+            Raised by a task.
         """
 
     def close(self) -> None:
-        """End what the engine started."""
+        """End everything that the engine started."""
 
 
-# --- blocks that a long search keeps between runs -----------------------------------------------------------------------
+# --- blocks that a long search saves between runs -----------------------------------------------------------------------
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
 
 class BlockStore(Protocol):
-    """Keeps blocks for the next run; a damaged or missing one is None, never wrong."""
+    """Saves blocks for the next run."""
 
     def load(self, name: str) -> dict[str, NDArray[Any]] | None:
-        """The arrays kept under ``name``."""
+        """The arrays saved under ``name``; None if they are missing or damaged."""
 
     def save(self, name: str, arrays: Arrays) -> None:
-        """Keep arrays under ``name``, in place of what was there."""
+        """Save arrays under ``name``, replacing earlier ones."""
 
 
 class NothingKept:
-    """For searches that take seconds."""
+    """A ``BlockStore`` that saves nothing, for searches that take seconds."""
 
     def load(self, name: str) -> dict[str, NDArray[Any]] | None:
-        """As ``BlockStore``."""
+        """None."""
         return None
 
     def save(self, name: str, arrays: Arrays) -> None:
-        """As ``BlockStore``."""
+        """Do nothing."""

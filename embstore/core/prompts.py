@@ -1,4 +1,4 @@
-"""One prompt: how an input line becomes a canonical row, and what identifies it. Pure functions on bytes and values.
+"""One prompt: how an input line becomes a canonical row, and how a row is identified. Pure functions on bytes and values.
 
 Identity is content, never position: rows with the same whitespace-collapsed text, or the same messages, are one row.
 """
@@ -26,13 +26,14 @@ from embstore.core.format import PROMPTS, canonical_json
 Message = Mapping[str, object]
 
 _TOO_DEEP = f"nested more than {MAX_NESTING} levels deep"
+_LONE_SURROGATE = "contains a lone surrogate, which is not valid Unicode"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
     """A prompt as written: either ``text`` or ``messages`` is set; ``fields`` are the line's other fields (such as src).
 
-    ``text`` is empty only for a row of an imported array that came without one.
+    ``text`` is empty only for a row of an imported array that was given without a text.
     """
 
     id: str | None
@@ -49,18 +50,18 @@ class Prompt:
 
     @property
     def id_digest(self) -> bytes:
-        """Row identity where an array is imported: sha256 of the id (32 bytes), since a row may come without a text."""
+        """Row identity where an array is imported: sha256 of the id (32 bytes), since a row may have no text."""
         return hashlib.sha256(b"id\0" + (self.id or "").encode()).digest()
 
     @property
     def verbatim_digest(self) -> bytes:
-        """sha256 of exactly what the model is given (32 bytes): prompts that are one row may differ in it, by whitespace."""
+        """sha256 of exactly what the model reads (32 bytes); prompts of equal ``digest`` may differ in it by whitespace."""
         content = list(self.messages) if self.messages is not None else self.text
         return hashlib.sha256(json.dumps(content).encode()).digest()
 
     @property
     def derived_id(self) -> str:
-        """md5-16 of the whitespace-collapsed first user message (or of the text), as existing artefacts have it."""
+        """First 16 hex digits of md5 of the whitespace-collapsed first user message or text, as in existing artefacts."""
         return hashlib.md5(collapse_whitespace(self._first_user_text()).encode(), usedforsecurity=False).hexdigest()[:16]
 
     @property
@@ -79,7 +80,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rejected:
-    """A line that holds no prompt, with the reason a person reads in ``quarantine.jsonl``."""
+    """A line without a usable prompt, with the reason that ``quarantine.jsonl`` states."""
 
     reason: str
 
@@ -119,7 +120,7 @@ def parse_line(line: bytes, names: PromptFields = USUAL_FIELDS) -> Prompt | Reje
 
 
 def parse_named_row(line: bytes) -> Prompt | Rejected:
-    """Read one JSONL line that names a row of an array: as ``parse_line``, but it may hold no text, or be a bare id.
+    """Read one JSONL line that names a row of an array: as ``parse_line``, but it may have no text, or be a bare id.
 
     Examples
     --------
@@ -145,7 +146,7 @@ def parse_named_row(line: bytes) -> Prompt | Rejected:
 
 
 def named_row(value: object) -> Prompt | Rejected:
-    """A row that has an id and no text.
+    """A row with an id and without a text.
 
     Examples
     --------
@@ -155,13 +156,13 @@ def named_row(value: object) -> Prompt | Rejected:
     if isinstance(value, bool) or not isinstance(value, str | int):
         return Rejected(reason=f"the id is neither text nor a whole number but {type(value).__name__}")
     if value == "" or has_lone_surrogate(str(value), value):
-        return Rejected(reason="the id is empty" if value == "" else "holds a lone surrogate, which is no Unicode text")
+        return Rejected(reason="the id is empty" if value == "" else _LONE_SURROGATE)
     return Prompt(id=str(value), text="")
 
 
 def _content(record: Mapping[str, Any], names: PromptFields) -> object:
     """Text or messages of a line, None if it has neither."""
-    # tables exported as JSONL have every field on every line, null where it does not apply
+    # in tables exported as JSONL every line has every field, null where it does not apply
     if names.text is not None or names.messages is not None:
         chosen = [record.get(name) for name in (names.text, names.messages) if name is not None]
         return next((value for value in chosen if value is not None), None)
@@ -202,8 +203,8 @@ def encode_row(prompt: Prompt) -> bytes:
 
 
 def decode_row(line: bytes) -> Prompt:
-    """A row of ``prompts.jsonl``, as ``encode_row`` wrote it; any other line is a CorruptStoreError."""
-    # the line's own fields lie one level deeper than they did in the input
+    """A row of ``prompts.jsonl`` that ``encode_row`` wrote; any other line raises CorruptStoreError."""
+    # the line's own fields are nested one level deeper than in the input
     record = parse_json(line, name=PROMPTS, levels=MAX_NESTING + 1)
     if isinstance(record, dict) and isinstance(record.get("id"), str | None) and isinstance(record.get("fields", {}), dict):
         content = record.get("prompt", record.get("messages"))
@@ -212,10 +213,10 @@ def decode_row(line: bytes) -> Prompt:
         prompt = _chat(record.get("id"), content, record.get("fields", {}))
         if isinstance(prompt, Prompt):
             return prompt
-    raise CorruptStoreError(f"{PROMPTS}: a row is no prompt ({_start(line)})", hint="run embstore verify STORE")
+    raise CorruptStoreError(f"{PROMPTS}: a row is not a prompt ({_start(line)})", hint="run embstore verify STORE")
 
 
-def _decode_object(line: bytes) -> dict[str, Any] | Rejected:  # noqa: PLR0911 - one return a reason
+def _decode_object(line: bytes) -> dict[str, Any] | Rejected:  # noqa: PLR0911 - one return per reason
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -225,7 +226,7 @@ def _decode_object(line: bytes) -> dict[str, Any] | Rejected:  # noqa: PLR0911 -
     try:
         record = json.loads(text, parse_constant=refuse_constant, parse_float=parse_finite)
     except ValueError as error:
-        return Rejected(reason=f"no JSON ({str(error)[:80]})")
+        return Rejected(reason=f"not JSON ({str(error)[:80]})")
     except RecursionError:
         return Rejected(reason=_TOO_DEEP)
     if not isinstance(record, dict):
@@ -233,7 +234,7 @@ def _decode_object(line: bytes) -> dict[str, Any] | Rejected:  # noqa: PLR0911 -
     if is_too_deep(text, record):
         return Rejected(reason=_TOO_DEEP)
     if has_lone_surrogate(text, record):
-        return Rejected(reason="holds a lone surrogate, which is no Unicode text")
+        return Rejected(reason=_LONE_SURROGATE)
     return record
 
 
@@ -244,9 +245,9 @@ def _chat(row_id: str | None, content: object, fields: Mapping[str, object]) -> 
         return Rejected(reason="the list of messages is empty")
     for position, message in enumerate(content):
         if not isinstance(message, dict):
-            return Rejected(reason=f"message {position} is no object")
+            return Rejected(reason=f"message {position} is not an object")
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            return Rejected(reason=f"message {position} lacks a text role or a text content")
+            return Rejected(reason=f"message {position} lacks a text role or text content")
     if not any(message["content"].strip() for message in content):
         return Rejected(reason="every message is empty")
     return Prompt(id=row_id, messages=tuple(content), fields=fields)

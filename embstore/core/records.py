@@ -1,6 +1,6 @@
-"""Records of the journal and of the chunk table, and the lines they are written as. Pure: bytes in, values out.
+"""Records of the journal and of the chunk table, and their lines on disk. Pure: bytes in, values out.
 
-A journal is folded into the committed state by ``replay``; what makes a line durable is storage.journal's concern.
+``replay`` folds a journal into the committed state; ``storage.journal`` makes lines durable.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class SpecRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReusedStore:
-    """A store whose rows are taken over, and the ``digest`` of those rows.
+    """A store whose rows are reused, and the ``digest`` of those rows.
 
-    ``found`` of its ``rows`` are prompts of the new store; ``reused`` are copied: not those that failed in the model, nor
-    those that a store named before it gives.
+    ``found`` of its ``rows`` are prompts of the new store; ``reused`` of them are copied. Rows that failed in the model, or
+    that an earlier store supplies, are not.
     """
 
     digest: Sha256
@@ -66,7 +66,7 @@ class ReusedStore:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReuseRecord:
-    """Journal, before the spec: rows are copied from these stores, each from the first that has its prompt."""
+    """Journal, before the spec: rows are copied from these stores; the first store that has a prompt supplies its row."""
 
     stores: list[ReusedStore]
 
@@ -106,9 +106,9 @@ class WindowRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReusingWindowRecord(WindowRecord):
-    """Journal: the commit of a window some of whose rows were copied: ``reused`` are ranges [start, stop) of rows.
+    """Journal: the commit of a window with copied rows; ``reused`` are ranges [start, stop) of those rows.
 
-    ``tokens``, ``truncated`` and ``splits`` are about the rows that were computed.
+    ``tokens``, ``truncated`` and ``splits`` count computed rows only.
     """
 
     reused: list[list[int]]
@@ -116,7 +116,7 @@ class ReusingWindowRecord(WindowRecord):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemotedRecord:
-    """Journal: ``verify --repair`` found window ``window`` damaged; a resume computes it again."""
+    """Journal: ``verify --repair`` found window ``window`` damaged; a resume recomputes it."""
 
     window: int
     reason: str
@@ -124,7 +124,7 @@ class DemotedRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DriftRecord:
-    """Journal: rows after this line were made with other hardware or threads (``--allow-drift``)."""
+    """Journal: rows after this line were computed on other hardware or threads (``--allow-drift``)."""
 
     fields: list[str]
 
@@ -145,7 +145,7 @@ _RECORD_NAMES = {record_type: name for name, record_type in _RECORDS.items()}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JournalState:
-    """What a journal says is committed: the fold of its records, in order."""
+    """The committed state: the fold of the records of a journal, in order."""
 
     prompts: PromptsRecord | None = None
     reuse: ReuseRecord | None = None
@@ -165,7 +165,7 @@ class JournalState:
 
     @property
     def reused(self) -> list[RowRange]:
-        """Rows that were copied from other stores, as ranges in row order; neighbouring ranges are one."""
+        """Rows that were copied from other stores, as ranges in row order; adjacent ranges are joined."""
         joined: list[RowRange] = []
         for window in self.windows.values():
             for start, stop in window.reused if isinstance(window, ReusingWindowRecord) else ():
@@ -177,7 +177,7 @@ class JournalState:
 
     @property
     def voids_identity(self) -> bool:
-        """Whether a drift or an out-of-memory split voided byte identity with an uninterrupted build."""
+        """Whether drift or an out-of-memory split means that the bytes may differ from an uninterrupted build."""
         return bool(self.drifts) or any(window.splits for window in self.windows.values())
 
 
@@ -226,25 +226,25 @@ def decode_journal(content: bytes, *, name: str) -> tuple[list[JournalRecord], i
     Returns
     -------
     records, valid_bytes
-        ``valid_bytes < len(content)`` means that the last line is torn, as a crash leaves it: it was never acknowledged.
+        ``valid_bytes < len(content)`` means that the last line is torn, as after a crash; it was never acknowledged.
 
     Raises
     ------
     CorruptStoreError
-        A line before the last one is damaged, a line is missing, doubled or out of order, or says what no store can hold.
+        A line before the last one is damaged, lines are missing, repeated or out of order, or a record is impossible.
     IdentityMismatchError
         Another format version.
     """
     records: list[JournalRecord] = []
     offset = 0
     seq = 0
-    hint = "restore this file from a copy of the store, or build into another --out: nothing else says what was committed"
+    hint = "restore this file from a copy of the store, or build into another --out: only this file lists what was committed"
     while offset < len(content):
         end = content.find(b"\n", offset)
         value = None if end < 0 else _parse_journal_line(content[offset:end], f"{name} line {seq + 1}")
         if value is None:
             if seq == 0 and not encode_journal_header().startswith(content.rstrip(b"\0")):
-                # cutting a torn tail must never empty a file of somebody else's
+                # removing a torn tail must never empty a file that is not a journal
                 raise CorruptStoreError(f"{name} does not begin with a journal header", hint="is this a store?")
             if 0 <= end < len(content) - 1:
                 raise CorruptStoreError(f"{name}: line {seq + 1} (byte {offset}) fails its checksum", hint=hint)
@@ -264,7 +264,7 @@ def decode_journal(content: bytes, *, name: str) -> tuple[list[JournalRecord], i
 
 
 def chunk_table(chunks: Sequence[ChunkRecord]) -> bytes:
-    """``chunks.json``: the committed chunks by index, one line each so that a diff of two tables can be read."""
+    """``chunks.json``: the committed chunks by index, one per line so that two tables can be compared with diff."""
     rows = ",\n".join(canonical_json([chunk.index, chunk.bytes, chunk.crc32c]) for chunk in chunks)
     return f'{{"format_version":{FORMAT_VERSION},"columns":["index","bytes","crc32c"],"chunks":[\n{rows}\n]}}\n'.encode()
 
@@ -273,7 +273,7 @@ def decode_chunk_table(content: bytes) -> list[ChunkRecord]:
     """Read ``chunks.json``."""
     rows = parse_document(content, name=CHUNKS).get("chunks")
     if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == 3 for row in rows):
-        raise CorruptStoreError(f"{CHUNKS}: no table of chunks", hint="run embstore verify STORE")
+        raise CorruptStoreError(f"{CHUNKS} is not a table of chunks", hint="run embstore verify STORE")
     fields = ("index", "bytes", "crc32c")
     return [
         from_json(ChunkRecord, dict(zip(fields, row, strict=True)), name=f"{CHUNKS} row {position}")
@@ -287,9 +287,9 @@ def _journal_line(value: JsonObject) -> bytes:
 
 
 def _parse_journal_line(line: bytes, name: str) -> JsonObject | None:
-    """The object on a line, None if the line is damaged; a sealed line that is no object is not from any writer."""
+    """The object on a line, None if the line is damaged; a line with a valid checksum but no object is an error."""
     if len(line) > JOURNAL_LINE_BYTES:
-        raise CorruptStoreError(f"{name} has {len(line)} bytes, at most are {JOURNAL_LINE_BYTES}", hint="is this a store?")
+        raise CorruptStoreError(f"{name} has {len(line)} bytes, the limit is {JOURNAL_LINE_BYTES}", hint="is this a store?")
     body, _, crc = line.rpartition(b"\t")
     if b"%08x" % zlib.crc32(body) != crc:
         return None
@@ -307,8 +307,8 @@ def _decode_record(record_type: type[JournalRecord], value: JsonObject, name: st
     return record
 
 
-def _problem(record: JournalRecord) -> str | None:  # noqa: PLR0911 - one return a reason
-    """What a record says that no store can hold, or None; how windows fit their spec is core.plan's concern."""
+def _problem(record: JournalRecord) -> str | None:  # noqa: PLR0911 - one return per reason
+    """What is impossible in a record, or None; ``core.plan`` checks windows against their spec."""
     match record:
         case PromptsRecord():
             if not 0 < record.rows <= min(record.lines, MAX_ROWS):
@@ -334,7 +334,7 @@ def _ranges_problem(record: ReusingWindowRecord) -> str | None:
     end = record.start
     for bounds in record.reused:
         if len(bounds) != 2 or not end <= bounds[0] < bounds[1] <= record.stop:
-            return f"rows {shown(bounds)} reused, which are no rows of the window in their order"
+            return f"reused rows {shown(bounds)} are outside the window or out of order"
         end = bounds[1]
     return None
 
@@ -345,4 +345,4 @@ def _is_reuse(store: ReusedStore) -> bool:
 
 def _foreign_file(files: Mapping[str, FileDigest], known: Iterable[str]) -> str | None:
     foreign = sorted(set(files) - set(known))
-    return f"commits {shown(foreign[0])}, which is no file of it" if foreign else None
+    return f"commits {shown(foreign[0])}, which does not belong to it" if foreign else None

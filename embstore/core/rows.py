@@ -1,7 +1,7 @@
 """Row algebra: half-open row ranges, and the grid that cuts rows into windows and chunks.
 
-Pure values, no I/O. A *chunk* is one file of the embedding array; a *window* is the run of chunks that commits as one
-journal line. A window holds a whole number of chunks, so a commit never leaves a chunk half owned.
+Pure values, no I/O. A *chunk* is one file of the embedding array; a *window* is a run of chunks that one journal line
+commits. A window has a whole number of chunks, so a commit never covers part of a chunk.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class RowRange:
 
     def split(self, rows: int) -> Iterator[RowRange]:
         """Cut the range into consecutive pieces of at most ``rows`` rows."""
-        for start in range(self.start, self.stop, rows):
-            yield RowRange(start, min(start + rows, self.stop))
+        for piece in slices(self.start, self.stop, rows):
+            yield RowRange(piece.start, piece.stop)
 
     def as_slice(self) -> slice:
         """The range as a slice over global rows."""
@@ -78,7 +78,7 @@ class RowGrid:
 
     @property
     def num_chunks(self) -> int:
-        """Number of chunk files; the last may hold fewer than ``chunk_rows`` rows."""
+        """Number of chunk files; the last may have fewer than ``chunk_rows`` rows."""
         return -(-self.num_rows // self.chunk_rows)
 
     def window(self, index: int) -> RowRange:
@@ -107,10 +107,10 @@ _MARGIN_BYTES = 4096  # headers of a compressed frame and of the allocator
 
 
 def chunk_rows_near(row_bytes: int, target_bytes: int, *, num_rows: int, max_rows: int = 4096) -> int:
-    """The largest multiple of 16 rows whose chunk stays below ``target_bytes``, never more than the array needs.
+    """The largest multiple of 16 rows whose chunk stays below ``target_bytes``, and not more than the array needs.
 
-    16 rows of 50,304 float16 columns are exactly 393 pages, so an uncompressed chunk maps page-aligned. Below, because glibc
-    hands blocks above 32 MiB back to the kernel each time they are freed, and fresh pages cost more than compression.
+    16 rows of 50,304 float16 columns are exactly 393 pages, so an uncompressed chunk maps page-aligned. A chunk stays below
+    32 MiB because glibc returns larger blocks to the kernel when they are freed, and fresh pages cost more than compression.
 
     Examples
     --------

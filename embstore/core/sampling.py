@@ -1,7 +1,7 @@
-"""Seeded orders and samples that never change: the same number and key give the same rows, on any machine, for ever.
+"""Seeded orders and samples that never change: the same count and key give the same rows on any machine and release.
 
-They are made of raw Philox words (Salmon et al. 2011), whose stream numpy promises to keep (NEP 19); what numpy's
-``Generator`` makes of them carries no such promise. Draws for training have their own rules (``training.draws``).
+They are computed from raw Philox words (Salmon et al. 2011), whose stream numpy promises to keep (NEP 19). numpy makes no
+such promise for its ``Generator`` methods. Draws for training have their own rules (``training.draws``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 
 def shuffled(count: int, key: int | Sequence[int]) -> NDArray[np.int64]:
-    """The numbers 0 to ``count`` - 1 in a fixed random order, int64. Price: 16 bytes a number while it sorts.
+    """The numbers 0 to ``count`` - 1 in a fixed random order, int64. Sorting takes 16 bytes of memory per number.
 
     Examples
     --------

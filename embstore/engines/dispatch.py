@@ -1,8 +1,9 @@
-"""Who gets which task when workers are other processes: one at a time each, lost ones replaced, nothing waited for for ever.
+"""Hand out tasks to worker processes: each gets one task at a time, lost workers are replaced, and every wait has a limit.
 
-A worker that died or raised is given up and another one is asked for; its task is tried elsewhere, ``max_attempts`` times in
-all, so that neither a bad machine ends a build nor a bad task repeats for ever. A task is handed out once at a time and its
-result given once. With no worker for ``start_seconds`` the build stops with an error that names what was asked for.
+A worker that died or raised is given up and replaced. Its task is retried on another worker, up to ``_MAX_ATTEMPTS`` times
+in all: a bad machine does not end the build, and a bad task is not repeated forever. A task runs on one worker at a time,
+and its result is yielded once. If no worker starts within ``start_seconds``, the build stops with an error that names the
+resources each worker needs.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from embstore.core.errors import EmbstoreError, EngineError, StorageError
 from embstore.core.events import Notice, Observer, WorkersChanged
 from embstore.core.interfaces import Check, Job, Needs, Result, Task
 
-RESUME = "then run the same command with --resume: everything committed stays"
+RESUME = "then run the same command with --resume: committed rows are kept"
 
+_MAX_ATTEMPTS = 3
 _POLL_SECONDS = 0.5
 _SILENT_SECONDS = 300.0
 
 
 class Pool(Protocol):
-    """Processes that can be asked for, asked, and ended. An actor and a question are whatever the pool takes them for.
+    """Starts worker processes, calls them and ends them. Actors and pending calls (questions) are types of the pool.
 
     An answer is a pickled tuple: ``("hello", node, version, token found)``, then ``("done", result)``, ``("refused", name of
     the EmbstoreError, message, hint)`` or ``("failed", name of the error, message)``.
@@ -35,31 +37,31 @@ class Pool(Protocol):
     traffic_bytes: int
 
     def num_workers(self, needs: Needs) -> int:
-        """As ``core.engine.Engine``."""
+        """Most workers that would run at the same time."""
 
     def wants(self, needs: Needs) -> str:
-        """What a worker asks for, and what is free, for messages."""
+        """The resources a worker needs and those that are free, for messages."""
 
     def hire(self, needs: Needs, slot: int) -> tuple[int, Any, Any]:
-        """Ask for a worker: its number, the actor, and the question who it is; ``slot`` is below the workers wanted."""
+        """Request a worker: its number, the actor, and the pending greeting. Slots run from 0 to the workers wanted - 1."""
 
     def refuse_stranger(self, node: str, version: str | None, found: str | None) -> None:
-        """Raise an EngineError if a worker that said this of itself is none of ours."""
+        """Raise EngineError if the worker's greeting shows another embstore version or another store."""
 
     def pack(self, value: object) -> bytes:
-        """A job, or a task and the one that follows, as it travels."""
+        """Serialise a job, or a task with the one that follows."""
 
     def begin(self, actor: Any, job: bytes, number: int) -> Any:  # noqa: ANN401 - the pool's own
-        """Start a job there: the question whether it is ready."""
+        """Start a job on a worker; the returned question is answered when the worker is ready."""
 
     def run(self, actor: Any, tasks: bytes) -> Any:  # noqa: ANN401 - the pool's own
-        """Run a task there: the question for its result."""
+        """Run a task on a worker; the returned question is answered with its result."""
 
     def answers(self, questions: Sequence[Any], seconds: float) -> list[tuple[Any, bytes | EngineError]]:
-        """Some question that is answered, after ``seconds`` none; an error if who was asked is dead or out of reach."""
+        """Answered questions, or none after ``seconds``; the answer is an error if the worker is dead or unreachable."""
 
     def kill(self, actor: Any) -> None:  # noqa: ANN401 - the pool's own
-        """End a worker, whatever state it is in."""
+        """End a worker in any state."""
 
 
 @dataclass(slots=True)
@@ -70,19 +72,19 @@ class _Todo(Generic[Task]):
 
 @dataclass(slots=True, eq=False)
 class _Hand(Generic[Task]):
-    """A worker as the driver sees it: ``todo`` is under way, ``reserved`` is what it was told will follow."""
+    """A worker as the driver sees it: ``todo`` is its running task, ``reserved`` the announced next one."""
 
     number: int
-    slot: int  # below the workers wanted; names its device where devices are given
+    slot: int  # 0 to the workers wanted - 1; selects the device if devices were given
     actor: Any
-    node: str = "a node that is not known yet"
+    node: str = "an unknown node"
     is_ready: bool = False
     todo: _Todo[Task] | None = None
     reserved: _Todo[Task] | None = None
 
 
 class Dispatch(Generic[Task, Result]):
-    """One map: its tasks, and the workers it asked for."""
+    """One call of ``map``: its tasks and its workers."""
 
     def __init__(
         self, pool: Pool, config: EngineConfig, job: Job[Task, Result], tasks: Sequence[Task], observer: Observer
@@ -98,7 +100,7 @@ class Dispatch(Generic[Task, Result]):
         self._ready_since = self._finished_since = time.monotonic()
 
     def results(self, check: Check, is_stopping: Callable[[], bool]) -> Generator[tuple[Task, Result]]:
-        """Every task with its result, as ``core.engine.Engine.map`` gives them."""
+        """Every task with its result, as ``Engine.map`` yields them."""
         while self._queue or any(hand.todo or hand.reserved for hand in self._hands):
             if is_stopping():
                 self._queue.clear()
@@ -108,7 +110,7 @@ class Dispatch(Generic[Task, Result]):
                     return
             for hand in self._hands:
                 if hand.is_ready and hand.todo is None:
-                    self._give(hand)  # what a lost worker left
+                    self._give(hand)  # tasks of lost workers
             self._hire()
             answered = self._pool.answers(list(self._pending), _POLL_SECONDS)
             check()
@@ -123,7 +125,7 @@ class Dispatch(Generic[Task, Result]):
             self._refuse_to_wait()
 
     def close(self) -> None:
-        """Give up every worker, and what it is doing."""
+        """Give up all workers and their tasks."""
         for hand in self._hands:
             self._give_up(hand)
         self._hands.clear()
@@ -131,7 +133,7 @@ class Dispatch(Generic[Task, Result]):
     # --- tasks -------------------------------------------------------------------------------------------------------
 
     def _take(self, hand: _Hand[Task], answer: tuple[Any, ...]) -> Generator[tuple[Task, Result]]:
-        """What a worker answered; gives the result, if it is one, when the worker has its next task."""
+        """Process a worker's answer; a result is yielded after the worker has received its next task."""
         kind, *said = answer
         if kind == "hello":
             hand.node = said[0]
@@ -151,17 +153,17 @@ class Dispatch(Generic[Task, Result]):
             yield finished.task, said[0]
 
     def _give(self, hand: _Hand[Task]) -> None:
-        """Hand out the next task, and say which one will probably follow."""
+        """Hand out the next task and announce the one that will probably follow."""
         lenders = [other for other in self._hands if other.reserved is not None]
         if hand.reserved is not None:
             hand.todo, hand.reserved = hand.reserved, None
         elif self._queue:
             hand.todo = self._queue.popleft()
-        elif lenders:  # of who is slow: what it began of it was in vain
+        elif lenders:  # take it from a slower worker, which may have started on it in the background
             hand.todo, lenders[0].reserved = lenders[0].reserved, None
         if hand.todo is None:
             return
-        if len(self._queue) >= self._wanted:  # at the end nobody keeps a task that another one could begin
+        if len(self._queue) >= self._wanted:  # near the end no worker reserves a task that another could start
             hand.reserved = self._queue.popleft()
         following = hand.reserved.task if hand.reserved is not None else None
         packed = self._pool.pack((hand.todo.task, following))
@@ -172,12 +174,12 @@ class Dispatch(Generic[Task, Result]):
         self._pending[question] = hand
 
     def _lose(self, hand: _Hand[Task], reason: str) -> None:
-        """Give a worker up and its task to another one, unless it was tried often enough.
+        """Give up a worker and requeue its task.
 
         Raises
         ------
         EngineError
-            This was the task's last try, or no worker has started in as many.
+            The task, or starting a worker, has failed ``max_attempts`` times.
         """
         self._hands.remove(hand)
         self._give_up(hand)
@@ -185,14 +187,14 @@ class Dispatch(Generic[Task, Result]):
         todo, reserved = hand.todo, hand.reserved
         if reserved is not None:
             self._queue.appendleft(reserved)
-        most = self._config.max_attempts
+        most = _MAX_ATTEMPTS
         if todo is not None:
             todo.attempts += 1
             self._retries += 1
             if todo.attempts >= most:
                 raise EngineError(
                     f"{self._job.name(todo.task)} failed {todo.attempts} times, last on {hand.node}: {reason}",
-                    hint=f"look into that prompt or machine, {RESUME}",
+                    hint=f"check that prompt and that machine, {RESUME}",
                 )
             self._queue.appendleft(todo)
         elif not hand.is_ready:
@@ -200,13 +202,13 @@ class Dispatch(Generic[Task, Result]):
             if self._failed_starts >= most:
                 raise EngineError(
                     f"{self._failed_starts} workers in a row could not start, last on {hand.node}: {reason}",
-                    hint=f"make room for the model there or ask for fewer --num-workers, {RESUME}",
+                    hint=f"free memory for the model there or set a smaller --num-workers, {RESUME}",
                 )
 
     # --- workers -----------------------------------------------------------------------------------------------------
 
     def _hire(self) -> None:
-        """Ask for workers until there are as many as wanted, or as tasks."""
+        """Request workers until there are as many as wanted, but not more than open tasks."""
         open_tasks = len(self._queue) + sum(bool(hand.todo) + bool(hand.reserved) for hand in self._hands)
         while len(self._hands) < min(self._wanted, open_tasks):
             slot = min(set(range(self._wanted)) - {hand.slot for hand in self._hands})
@@ -228,24 +230,24 @@ class Dispatch(Generic[Task, Result]):
             self._observer(now)
 
     def _refuse_to_wait(self) -> None:
-        """Nothing waits for ever: not for a first worker, and not in silence for a task."""
+        """Raise if no worker starts in time; report if no task finishes for a long time."""
         now = time.monotonic()
         if any(hand.is_ready for hand in self._hands):
             self._ready_since = now
         elif now - self._ready_since > self._config.start_seconds:
             raise EngineError(
-                f"no worker could start within {self._config.start_seconds:g} s: each asks for "
+                f"no worker could start within {self._config.start_seconds:g} s: each needs "
                 f"{self._pool.wants(self._job.needs)}",
-                hint=f"add machines or free some, or ask for less with --gpus-per-worker and --threads, {RESUME}",
+                hint=f"add or free machines, or reduce --gpus-per-worker or --threads, {RESUME}",
             )
         if now - self._finished_since > _SILENT_SECONDS:
             self._finished_since = now
             busy = [f"{self._job.name(hand.todo.task)} on {hand.node}" for hand in self._hands if hand.todo is not None]
-            self._observer(Notice(message=f"no task has finished for {_SILENT_SECONDS:g} s; at work: {'; '.join(busy)}"))
+            self._observer(Notice(message=f"no task has finished for {_SILENT_SECONDS:g} s; running: {'; '.join(busy)}"))
 
 
 def _as_raised(name: str, message: str, hint: str | None) -> EmbstoreError:
-    """A worker's refusal as the error it was there."""
+    """The error that a worker raised, as an exception of the same class."""
     kinds = [EmbstoreError]
     for kind in kinds:
         kinds += kind.__subclasses__()

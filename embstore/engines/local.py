@@ -1,4 +1,4 @@
-"""The engine of one process: one worker, tasks in the order given, the next one begun while the present one is written."""
+"""The engine of one process: one worker runs tasks in order and starts on the next one while the last one is written."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from embstore.core.interfaces import Check, Job, Needs, Result, Task
 
 
 class LocalEngine:
-    """As ``core.engine.Engine``."""
+    """An ``Engine`` in this process."""
 
     is_remote = False
     traffic_bytes = 0
 
     def num_workers(self, needs: Needs) -> int:
-        """As ``core.engine.Engine``."""
+        """One."""
         return 1
 
     def map(
@@ -29,7 +29,7 @@ class LocalEngine:
         is_stopping: Callable[[], bool],
         observer: Observer,
     ) -> Generator[tuple[Task, Result]]:
-        """As ``core.engine.Engine``; nothing is retried: what fails here fails again."""
+        """As ``Engine.map``, without retries: a task that fails in this process would fail again."""
         if not tasks:
             return
         with contextlib.closing(job.start(0)) as worker:
@@ -39,4 +39,4 @@ class LocalEngine:
                 yield task, worker.run(task, following=following, check=check)
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Do nothing: no worker outlives ``map``."""

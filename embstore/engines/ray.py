@@ -1,6 +1,7 @@
-"""Ray as the engine: workers are actors that hold one device each; the driver hands out tasks one by one and takes results.
+"""The engine on Ray: each worker is an actor with one device; the driver hands out tasks one by one and collects results.
 
-Ray places actors, finds dead ones and carries bytes. Who gets which task, and what follows from a death, is ``dispatch``'s.
+Ray places actors, detects dead ones and transfers bytes. ``dispatch`` decides which worker gets which task and what happens
+after a failure.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from embstore.core.interfaces import Check, Job, Needs, Result, Task
 from embstore.engines.dispatch import RESUME, Dispatch
 
 _DIAL_SECONDS = 10.0
-_OBJECT_STORE_BYTES = 256 << 20  # results are a few MiB and taken at once
+_OBJECT_STORE_BYTES = 256 << 20  # results are a few MiB and fetched immediately
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -34,9 +35,9 @@ _QUIET = {
 
 
 class RayEngine:
-    """As ``core.engine.Engine``; a Ray that runs already in this process is used, else one is joined or started.
+    """An ``Engine`` on Ray: uses the Ray instance of this process, or joins or starts one.
 
-    ``threads`` and ``device`` are those pinned in the spec, what each worker needs; ``shared`` is a folder in the store.
+    ``threads`` and ``device`` are pinned in the spec: the resources of each worker. ``shared`` is a folder in the store.
     """
 
     is_remote = True
@@ -50,14 +51,14 @@ class RayEngine:
         self.traffic_bytes = 0
 
     def close(self) -> None:
-        """End the Ray that was started here."""
+        """Shut Ray down if it was started here."""
         if self._is_ours:
             with _kept_handlers():
                 _ray().shutdown()
             self._is_ours = False
 
     def num_workers(self, needs: Needs) -> int:
-        """As ``core.engine.Engine``: as told, or what the cluster has room for."""
+        """The configured number of workers, or as many as fit the cluster."""
         self._connect()
         config, resources = self._config, _ray().cluster_resources()
         count = config.num_workers or len(config.devices)
@@ -75,7 +76,7 @@ class RayEngine:
         is_stopping: Callable[[], bool],
         observer: Observer,
     ) -> Generator[tuple[Task, Result]]:
-        """As ``core.engine.Engine``."""
+        """See ``Engine.map``."""
         if not tasks:
             return
         self._connect()
@@ -89,7 +90,7 @@ class RayEngine:
 
     def _connect(self) -> None:
         ray, config = _ray(), self._config
-        (self._shared / "token").write_text(self._token)  # what a worker must find under the same path
+        (self._shared / "token").write_text(self._token)  # every worker must find this token at the same path
         if ray.is_initialized():
             return
         options: dict[str, Any] = {"address": config.ray_address}
@@ -108,20 +109,20 @@ class RayEngine:
                 socket.create_connection((host, int(port)), timeout=_DIAL_SECONDS).close()  # Ray tries for minutes
             with _kept_handlers():
                 ray.init(log_to_driver=False, logging_level=logging.CRITICAL, **options)
-        except Exception as error:  # Ray raises a dozen kinds here
+        except Exception as error:  # Ray raises a dozen kinds of errors here
             where = config.ray_address or "this machine"
             raise EngineError(
-                f"Ray on {where} gave: {_first_line(error)}",
-                hint="is a cluster up (ray status), and is its Ray this one's version? Then run the command again",
+                f"connecting to Ray on {where} failed: {_first_line(error)}",
+                hint="check with `ray status` that the cluster runs this version of Ray, then run the command again",
             ) from error
         self._is_ours = True
-        # what Ray says of dead workers goes to stdout, where results are, and no option turns it off
+        # Ray prints messages about dead workers to stdout, where results go, and no option turns that off
         internals: Any = sys.modules.get("ray._private.worker")
         if hasattr(internals, "print_to_stdstream"):
             internals.print_to_stdstream = lambda *_, **__: None
 
     def hire(self, needs: Needs, slot: int) -> tuple[int, Any, Any]:
-        """As ``dispatch.Pool``: an actor that starts when there is room for it."""
+        """As ``Pool.hire``; the actor starts when its resources are free."""
         config = self._config
         is_core = needs == "core"
         gpus = (config.gpus_per_worker or 1) if self._device == "cuda" and not config.devices and not is_core else 0
@@ -132,41 +133,41 @@ class RayEngine:
         return self._numbers, actor, actor.hello.remote(str(self._shared / "token"), visible)
 
     def wants(self, needs: Needs) -> str:
-        """As ``dispatch.Pool``."""
+        """See ``Pool.wants``."""
         gpus = self._config.gpus_per_worker or 1
         is_gpu = self._device == "cuda" and not self._config.devices and needs == "device"
         cpus = f"{self._threads if needs == 'device' else 1} CPUs"
-        return f"{cpus}{f' and {gpus:g} GPUs' if is_gpu else ''}, free are {_free_resources()}"
+        return f"{cpus}{f' and {gpus:g} GPUs' if is_gpu else ''}; {_free_resources()} are free"
 
     def refuse_stranger(self, node: str, version: str | None, found: str | None) -> None:
-        """As ``dispatch.Pool``: another embstore, or another file system under the same path."""
+        """As ``Pool.refuse_stranger``: the version differs, or the path is on another file system there."""
         if version != embstore.__version__:
             raise EngineError(
-                f"the worker on {node} has embstore {version or 'not installed'}, here is {embstore.__version__}",
+                f"the worker on {node} has embstore {version or 'not installed'}, this process {embstore.__version__}",
                 hint=f"install embstore {embstore.__version__} on every machine, {RESUME}",
             )
         if found != self._token:
             raise EngineError(
-                f"the worker on {node} does not see the store: {self._shared}/token holds "
+                f"the worker on {node} does not see the store: {self._shared}/token contains "
                 f"{found or 'nothing'} there, {self._token} here",
                 hint=f"put --out on a file system that every machine mounts under the same path, {RESUME}",
             )
 
     def pack(self, value: object) -> bytes:
-        """As ``dispatch.Pool``: also what was defined where no other process can import it."""
+        """Pickle by value what another process cannot import."""
         packed: bytes = _ray().cloudpickle.dumps(value)
         return packed
 
     def begin(self, actor: Any, job: bytes, number: int) -> Any:  # noqa: ANN401 - Ray's own types
-        """As ``dispatch.Pool``."""
+        """See ``Pool.begin``."""
         return actor.begin.remote(job, number)
 
     def run(self, actor: Any, tasks: bytes) -> Any:  # noqa: ANN401 - Ray's own types
-        """As ``dispatch.Pool``."""
+        """See ``Pool.run``."""
         return actor.run.remote(tasks)
 
     def answers(self, questions: Sequence[Any], seconds: float) -> list[tuple[Any, bytes | EngineError]]:
-        """As ``dispatch.Pool``."""
+        """See ``Pool.answers``."""
         ray = _ray()
         found: list[tuple[Any, bytes | EngineError]] = []
         for reference in ray.wait(list(questions), num_returns=1, timeout=seconds)[0]:
@@ -177,25 +178,25 @@ class RayEngine:
         return found
 
     def kill(self, actor: Any) -> None:  # noqa: ANN401 - Ray's own types
-        """As ``dispatch.Pool``."""
-        with contextlib.suppress(_ray().exceptions.RayError):  # it may be dead, or its node gone
+        """See ``Pool.kill``."""
+        with contextlib.suppress(_ray().exceptions.RayError):  # the worker or its node may be gone already
             _ray().kill(actor)
 
 
 def _worker_class() -> type:
-    """The actor. Local, so that it travels by value: it must be able to say that another embstore is installed there."""
+    """The actor class. It is local, so it is pickled by value and can report that another embstore version is installed."""
 
     class EmbstoreWorker:
-        """Answers with pickled tuples, as ``dispatch.Pool`` has them, and never with an exception: Ray would wrap it."""
+        """Answers with the pickled tuples that ``Pool`` describes; it never raises, because Ray would wrap the exception."""
 
         def hello(self, token: str, visible: str | None) -> bytes:
-            """Who this is, and whether it sees the store."""
-            import os  # noqa: PLC0415 - by value, nothing of this module is there
+            """The worker's node, its embstore version, and the token it finds in the store."""
+            import os  # noqa: PLC0415 - pickled by value, the class cannot use this module's imports
             import pickle  # noqa: PLC0415
             import socket  # noqa: PLC0415
 
             if visible is not None:
-                os.environ["CUDA_VISIBLE_DEVICES"] = visible  # nothing has asked for a device yet
+                os.environ["CUDA_VISIBLE_DEVICES"] = visible  # CUDA is not initialised yet
             version = found = None
             try:
                 import embstore  # noqa: PLC0415
@@ -208,7 +209,7 @@ def _worker_class() -> type:
             return pickle.dumps(("hello", f"{socket.gethostname()} (process {os.getpid()})", version, found))
 
         def begin(self, job: bytes, number: int) -> bytes:
-            """Start a job's worker, which loads what it needs."""
+            """Start the job's worker, which loads its model or arrays."""
             import pickle  # noqa: PLC0415
 
             def start() -> None:
@@ -217,14 +218,14 @@ def _worker_class() -> type:
             return self.answer(start)
 
         def run(self, packed: bytes) -> bytes:
-            """The result of a task; the one that follows comes with it."""
+            """The result of a task; ``packed`` also contains the task that follows."""
             import pickle  # noqa: PLC0415
 
             task, following = pickle.loads(packed)
             return self.answer(lambda: self.worker.run(task, following=following, check=lambda: None))
 
         def answer(self, do: Callable[[], object]) -> bytes:
-            """What a call gave, or how it failed."""
+            """The result of a call, or how it failed."""
             import pickle  # noqa: PLC0415
 
             from embstore.core.errors import EmbstoreError  # noqa: PLC0415
@@ -240,7 +241,7 @@ def _worker_class() -> type:
 
 
 def refuse_missing() -> None:
-    """Say that Ray is missing before anything is done for it."""
+    """Raise ConfigError if Ray is not installed."""
     _ray()
 
 
@@ -253,7 +254,7 @@ def _ray() -> Any:  # noqa: ANN401 - untyped where it is not installed
         import ray.exceptions  # noqa: PLC0415
     except ImportError as error:
         raise ConfigError(
-            f"workers of their own need Ray, which is not here ({error})",
+            f"worker processes need Ray, which is not installed ({error})",
             hint="pip install 'embstore[ray]', or --engine local",
         ) from error
     return ray
@@ -261,7 +262,7 @@ def _ray() -> Any:  # noqa: ANN401 - untyped where it is not installed
 
 @contextlib.contextmanager
 def _kept_handlers() -> Iterator[None]:
-    """Ray puts its own handler of SIGTERM in place of whoever has one."""
+    """Restore the signal handlers that Ray replaces."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -274,7 +275,7 @@ def _kept_handlers() -> Iterator[None]:
 
 
 def _visible_device(name: str) -> str | None:
-    """What a worker's CUDA_VISIBLE_DEVICES must be for this device of this machine; None leaves it."""
+    """The value of a worker's CUDA_VISIBLE_DEVICES for this device of this machine; None leaves it unchanged."""
     kind, _, index = name.partition(":")
     if kind == "cpu":
         return None
@@ -282,7 +283,10 @@ def _visible_device(name: str) -> str | None:
     if not visible:
         return index
     if int(index) >= len(visible):
-        raise ConfigError(f"device {name} is not among the {len(visible)} that CUDA_VISIBLE_DEVICES lets through")
+        raise ConfigError(
+            f"device {name} does not exist: CUDA_VISIBLE_DEVICES shows {len(visible)} devices",
+            hint=f"use cuda:0 to cuda:{len(visible) - 1}, or change CUDA_VISIBLE_DEVICES",
+        )
     return visible[int(index)]
 
 
@@ -293,4 +297,4 @@ def _free_resources() -> str:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no reason given'}"
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'without a message'}"

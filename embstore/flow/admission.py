@@ -1,7 +1,7 @@
-"""What may be built here: prompts and identity committed or compared, cost stated, everything else refused.
+"""Checks before the first row: commit or compare prompts and settings, estimate the cost, refuse what cannot work.
 
-Nothing in this module computes a row. A different input is refused before anything is written; what cannot fit on the disk
-or in the memory budget is refused before the first row.
+Nothing in this module computes a row. A different input is refused before anything is written. A build that does not fit on
+the disk or in the memory budget is refused before the first row.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from embstore.core.config import K_MAX, BuildConfig, DensityConfig, EmbeddingConfig, format_bytes
+from embstore.core.config import K_MAX, BuildConfig, EmbeddingConfig, format_bytes
 from embstore.core.errors import BudgetError, ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.events import Notice, Preflight
+from embstore.core.files import file_problem, map_array
 from embstore.core.format import BASIS, FORMAT_VERSION, MANIFEST, PROMPTS
 from embstore.core.interfaces import Embedder, EmbedderSource
 from embstore.core.plan import BuildPlan, as_stored, plan, refuse_drift, refuse_other_input
@@ -24,27 +24,22 @@ from embstore.core.rows import chunk_rows_near
 from embstore.core.spec import StoreSpec
 from embstore.flow.reuse import Reuse, match_rows, nothing_reused, open_again, open_reused, refuse_unlike
 from embstore.flow.run import Run
-from embstore.storage.arrays import map_array
 from embstore.storage.filesystem import caveat
+from embstore.storage.ingest import ingest
 from embstore.storage.journal import run_entries
-from embstore.storage.prompt_table import PromptSource, PromptTable, ingest
+from embstore.storage.prompt_source import PromptSource
+from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import open_published
-from embstore.storage.verify import check_stage0, compare_file, damaged_windows
-
-if TYPE_CHECKING:
-    from embstore.search.search_plan import SearchPlan
-
-# Searches of fewer rows take seconds: not worth a second to foretell.
-_PROBED_ROWS = 20_000
+from embstore.storage.verify import check_stage0, damaged_windows
 
 CHUNK_BYTES = 32 << 20
-# A small store has smaller chunks, so that all cores share its end and less memory is touched for the first time.
+# A small store has smaller chunks, so that all cores work until its end and fewer new pages are touched.
 _LEAST_CHUNKS, _SMALL_CHUNK_BYTES = 8, 4 << 20
 _COPIED_BYTES_PER_SECOND = 300e6  # for the estimate: read, checked, decoded, encoded, written
 
 
 def warn_of_place(run: Run) -> None:
-    """Say what the file system below the store does not promise, if it is no local disk."""
+    """Warn if the store is not on a local disk: the message states what its file system does not guarantee."""
     message = caveat(run.writer.root)
     if message is not None:
         run.observer(Notice(message=message))
@@ -54,14 +49,17 @@ def warn_of_place(run: Run) -> None:
 
 
 def commit_prompts(run: Run, source: PromptSource | None) -> PromptsRecord:
-    """Canonical rows in the store; on a resume, the given file must still give the same rows."""
+    """Commit the canonical rows; on a resume, check that the given file still contains the same rows."""
     writer, config = run.writer, run.config
     _refuse_lost_journal(run)
     committed = writer.state.prompts
     with run.stage("prompts"):
         if committed is None:
             if source is None:
-                raise ConfigError(f"{writer.root} holds no prompts yet", hint="give the prompts file")
+                raise ConfigError(
+                    f"no prompts file was given, and {writer.root} has no prompts yet",
+                    hint="give PROMPTS, the file to build from",
+                )
             record = ingest(source, writer.root, writer.work, strict=config.strict, limit=config.limit, fields=config.fields)
             writer.commit(record)
         else:
@@ -73,26 +71,27 @@ def commit_prompts(run: Run, source: PromptSource | None) -> PromptsRecord:
     if record.quarantined:
         run.observer(
             Notice(
-                message=f"{record.quarantined} of {record.lines} lines hold no prompt; see {writer.root}/quarantine.jsonl"
+                message=f"{record.quarantined} of {record.lines} lines contain no usable prompt and were left out; "
+                f"{writer.root}/quarantine.jsonl has the reasons"
             )
         )
     return record
 
 
 def _refuse_lost_journal(run: Run) -> None:
-    """A manifest stands only over a whole journal: nothing is computed again under what readers still follow."""
+    """Refuse a manifest without a complete journal: rows that readers use must not be computed again under it."""
     finished = open_published(run.writer.root)
     committed = run.writer.state.committed_rows
     if finished is not None and committed != finished.num_rows:
         raise CorruptStoreError(
-            f"{MANIFEST} publishes {finished.num_rows} rows, the journal commits {committed}: it lost its end",
+            f"{MANIFEST} publishes {finished.num_rows} rows, but the journal commits {committed}: its end is missing",
             hint="restore journal.jsonl from a copy of the store, or run embstore verify STORE --repair and then "
-            "embstore build PROMPTS --resume, which computes again what the journal lost; readers are served until then",
+            "embstore build PROMPTS --resume to compute the missing rows again; readers can use the store until then",
         )
 
 
 def _refuse_other_prompts(root: Path, record: PromptsRecord, source: PromptSource, config: BuildConfig) -> None:
-    """Ingest the given file aside and compare; names the first row that differs."""
+    """Ingest the given file in a temporary folder and compare; the error names the first row that differs."""
     with tempfile.TemporaryDirectory(prefix="embstore-compare-") as scratch:
         folder = Path(scratch)
         given = ingest(source, folder, folder, strict=config.strict, limit=config.limit or None, fields=config.fields)
@@ -114,20 +113,20 @@ def _refuse_other_prompts(root: Path, record: PromptsRecord, source: PromptSourc
 
 
 def find_source(run: Run) -> EmbedderSource | None:
-    """The model named by the options, or by the last run; None when every row is committed and none was named."""
+    """The model named by the options or the last run; None if no model was named and every row is committed."""
     embedding = run.config.embedding
     state = run.writer.state
     if embedding.model is None and (run.config.reuse or state.reuse) and not _knows_model(run.writer.root):
-        return None  # perhaps every row is in an old store
+        return None  # the old stores may contain every row
     from embstore.model.load import locate_model  # noqa: PLC0415 - torch loads only where rows may be computed
     from embstore.model.source import TorchSource  # noqa: PLC0415
 
     if embedding.model is None:
         if state.spec is not None and not plan(run.writer.read_spec(), state).windows:
             return None
-        if state.spec is not None and run.writer.read_spec().embedding.head == "imported":
+        if state.spec is not None and run.writer.read_spec().embedding.head.kind == "imported":
             raise ConfigError(
-                f"{run.writer.root} was made from an array, and some of its rows remain",
+                f"{run.writer.root} is made from an array and has rows left to import",
                 hint="run embstore import ARRAY --resume with the same --out",
             )
         model, revision = _model_of_last_run(run.writer.root)
@@ -148,9 +147,9 @@ def _model_of_last_run(root: Path) -> tuple[str, str | None]:
 
 
 def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | None, Reuse]:
-    """The pinned spec, an embedder if rows are to be computed, and where others are copied from.
+    """The pinned spec, an embedder if rows must be computed, and the stores from which others are copied.
 
-    A different input is refused here, nothing written.
+    A different input is refused here, before anything is written.
     """
     writer, config = run.writer, run.config
     if writer.state.spec is None:
@@ -168,7 +167,7 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
         )
     model = run.source.identity() if run.source is not None else None
     remaining = plan(spec, writer.state).windows
-    # an explicit device or thread count is compared even when no row is left
+    # an explicit device or thread count is compared even if no rows are left
     asked = config.embedding.device not in (None, "auto") or config.embedding.threads is not None
     hardware = None
     if run.source is not None and (remaining or asked):
@@ -183,9 +182,9 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
         if not config.allow_drift:
             refuse_drift(spec, drifted, hardware)
         if remaining:
-            run.observer(Notice(message=f"drift allowed in {', '.join(drifted)}: rows may differ in low bits from here on"))
+            run.observer(Notice(message=f"drift allowed in {', '.join(drifted)}: the remaining rows may differ in low bits"))
             writer.commit(DriftRecord(fields=drifted))
-        # only this run's copy: the stored spec stays what the first rows were made with
+        # only in this run: the stored spec still describes the first rows
         spec = dataclasses.replace(spec, embedding=dataclasses.replace(spec.embedding, **hardware))  # type: ignore[arg-type]
     reuse = _open_reused_again(run, spec) if remaining else None
     run.log_start()
@@ -196,13 +195,13 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
     reuse = reuse or _open_reused_again(run, spec)
     if all(reuse.count(todo.grid.window(window)) == todo.grid.window(window).num_rows for window in todo.windows):
         return spec, None, reuse
-    run.source = run.source or find_source(run)  # every row was committed, then some were found damaged
+    run.source = run.source or find_source(run)  # all rows were committed, but some were found damaged
     if run.source is None:
-        raise ConfigError("rows are to be computed, and no model was given", hint="add --model")
+        raise ConfigError("rows must be computed, but no model was given", hint="add --model, a folder or a hub id")
     if config.engine.is_remote:
         return spec, None, reuse  # workers load it
     with run.stage("model"):
-        # copy-on-write mapping: torch takes no read-only array, and nothing writes to it
+        # copy-on-write mapping: torch does not accept read-only arrays, and nothing writes to it
         shape = (spec.embedding.dimension, spec.embedding.rank)
         return spec, run.source.reopen(spec.embedding, map_array(writer.root, BASIS, "<f4", shape, mode="c")), reuse
 
@@ -238,7 +237,7 @@ def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tup
 
 
 def _shared_cores(config: BuildConfig, source: EmbedderSource) -> EmbeddingConfig:
-    """The embedding's options; workers of one machine share its cores where no thread count was given."""
+    """The embedding's options; workers of one machine share its cores if no thread count was given."""
     engine, embedding = config.engine, config.embedding
     workers = engine.num_workers or len(engine.devices)
     if embedding.threads is not None or engine.ray_address is not None or workers < 2:
@@ -248,7 +247,7 @@ def _shared_cores(config: BuildConfig, source: EmbedderSource) -> EmbeddingConfi
 
 
 def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tuple[StoreSpec, Embedder | None, Reuse]:
-    """A new store under the settings of old ones: nothing is decided anew but the sizes of windows and chunks."""
+    """A new store with the settings of old ones; only the sizes of windows and chunks are chosen again."""
     writer, config = run.writer, run.config
     prompts = PromptTable(writer.root / PROMPTS, record.rows)
     stores = open_reused(paths, writer.root)
@@ -257,7 +256,10 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
     old = stores[0].spec
     num_computed = record.rows - reuse.num_rows
     if num_computed and run.source is None:
-        raise ConfigError(f"{num_computed} prompts are in no store to reuse, and no model was given", hint="add --model")
+        raise ConfigError(
+            f"{num_computed} prompts are not in the stores to reuse, and no model was given",
+            hint="add --model, a folder or a hub id",
+        )
     model = run.source.identity() if run.source is not None else None
     hardware = None
     if run.source is not None and num_computed:
@@ -268,9 +270,9 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
         )
         hardware = as_stored(run.source.hardware(asked), old.embedding)
     drifted = refuse_unlike(stores, config, model, hardware)
-    # only what this run computes with: the stored spec stays what the copied rows were made with
+    # only in this run: the stored spec describes the copied rows
     embedding = dataclasses.replace(old.embedding, **hardware) if hardware is not None else old.embedding  # type: ignore[arg-type]
-    problem = compare_file(stores[0].root, BASIS, stores[0].published.files[BASIS])
+    problem = file_problem(stores[0].root, BASIS, stores[0].published.files[BASIS])
     if problem is not None:
         raise CorruptStoreError(f"{stores[0].root}/{BASIS} {problem}", hint=f"run embstore verify {stores[0].root}")
     basis_VR = map_array(stores[0].root, BASIS, "<f4", (old.embedding.dimension, old.embedding.rank), mode="c")
@@ -294,7 +296,7 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
     check_fits(run, spec, embedder, plan(spec, writer.state), shutil.disk_usage(writer.root).free, reuse)
     run.log_start()
     if writer.state.reuse != reuse.record:
-        writer.commit(reuse.record)  # before the spec: a store with a spec says whether rows of it are copied
+        writer.commit(reuse.record)  # before the spec, so that a store with a spec always shows whether rows are copied
     spec = writer.create(spec, basis_VR)
     if drifted:
         run.observer(Notice(message=f"drift allowed in {', '.join(drifted)}: computed rows may differ in low bits"))
@@ -303,7 +305,7 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
 
 
 def _open_reused_again(run: Run, spec: StoreSpec) -> Reuse:
-    """Where the rows that are left come from, on a resume; without the old stores they are computed if drift is allowed."""
+    """On a resume, the sources of the remaining rows; without the old stores they are computed if drift is allowed."""
     record = run.writer.state.reuse
     if record is None:
         return nothing_reused(spec.rows)
@@ -314,7 +316,7 @@ def _open_reused_again(run: Run, spec: StoreSpec) -> Reuse:
         if not run.config.allow_drift:
             raise
         message = "; ".join(str(mismatch) for mismatch in error.mismatches)
-        run.observer(Notice(message=f"drift allowed: rows are computed that were to be copied ({message})"))
+        run.observer(Notice(message=f"drift allowed: rows that should be copied are computed instead ({message})"))
         run.writer.commit(DriftRecord(fields=["reuse"]))
         return nothing_reused(spec.rows)
     with run.stage("reuse"):
@@ -330,7 +332,7 @@ def _reuse_of_last_run(root: Path) -> tuple[str, ...]:
 
 
 def _fit_rows(config: BuildConfig, embedder: Embedder, num_rows: int, reuse: Reuse) -> tuple[int, int]:
-    """Rows of a chunk and of a window: near 32 MiB and about a minute, less for few rows or a small memory budget."""
+    """Rows per chunk and per window: near 32 MiB and about a minute, less for few rows or a small memory budget."""
     embedding = config.embedding
     row_bytes = 2 * embedder.spec.dimension
     chunk_bytes = min(CHUNK_BYTES, max(_SMALL_CHUNK_BYTES, num_rows * row_bytes // _LEAST_CHUNKS))
@@ -346,7 +348,7 @@ def _fit_rows(config: BuildConfig, embedder: Embedder, num_rows: int, reuse: Reu
     needed = needs(chunk_rows)
     if needed > config.memory_budget_bytes:
         raise BudgetError(
-            f"embedding needs {format_bytes(needed)}, --memory-budget is {format_bytes(config.memory_budget_bytes)}",
+            f"embedding needs {format_bytes(needed)}, but --memory-budget is {format_bytes(config.memory_budget_bytes)}",
             hint=f"give --memory-budget {-(-needed // (1 << 20))}MiB or more",
         )
     whole = -(-num_rows // chunk_rows) * chunk_rows
@@ -357,7 +359,7 @@ def _fit_rows(config: BuildConfig, embedder: Embedder, num_rows: int, reuse: Reu
 def check_fits(
     run: Run, spec: StoreSpec, embedder: Embedder | None, todo: BuildPlan, free_bytes: int, reuse: Reuse
 ) -> Preflight:
-    """Say what is about to happen; refuse what cannot fit on the disk or in the budget."""
+    """Report the plan; refuse it if it does not fit on the disk or in the budget."""
     from embstore.search.search_plan import plan_search  # noqa: PLC0415 - hnswlib loads only where it is needed
 
     search = plan_search(
@@ -369,8 +371,8 @@ def check_fits(
     )
     row_bytes = 2 * spec.embedding.dimension
     copies = 4 if run.config.density.center else 3  # coordinates, their centred copies, neighbours
-    beside = spec.rows * (copies * 4 * spec.embedding.rank + 16 * K_MAX)
-    remaining_bytes = todo.remaining_rows * row_bytes + beside
+    search_bytes = spec.rows * (copies * 4 * spec.embedding.rank + 16 * K_MAX)
+    remaining_bytes = todo.remaining_rows * row_bytes + search_bytes
     record = run.writer.state.prompts
     event = Preflight(
         num_rows=spec.rows,
@@ -378,7 +380,7 @@ def check_fits(
         quarantined_lines=record.quarantined if record else 0,
         truncated_share=embedder.truncated_share if embedder else 0.0,
         dimension=spec.embedding.dimension,
-        head=spec.embedding.head,
+        head=spec.embedding.head.kind,
         dtype=spec.embedding.dtype,
         device=spec.embedding.device,
         remaining_bytes=remaining_bytes,
@@ -387,7 +389,6 @@ def check_fits(
         memory_budget_bytes=run.config.memory_budget_bytes,
         knn=search.method,
         num_shards=search.shards,
-        search_seconds=_search_seconds(search, spec, run.config.density),
         seconds=(embedder.seconds_per_row if embedder else 0.0) * (todo.remaining_rows - reuse.num_rows)
         + reuse.num_rows * row_bytes / _COPIED_BYTES_PER_SECOND,
         reused_rows=reuse.num_rows,
@@ -396,24 +397,16 @@ def check_fits(
     run.observer(event)
     if remaining_bytes > free_bytes:
         raise BudgetError(
-            f"the store may need {format_bytes(remaining_bytes)}, {run.writer.root} has {format_bytes(free_bytes)} free",
+            f"the store may need {format_bytes(remaining_bytes)}, but {run.writer.root} has {format_bytes(free_bytes)} free",
             hint="free some space, choose another --out, or try --limit",
         )
     return event
 
 
-def _search_seconds(search: SearchPlan, spec: StoreSpec, density: DensityConfig) -> dict[str, float]:
-    if spec.rows < _PROBED_ROWS:
-        return {}
-    from embstore.search.search_probe import estimate_seconds  # noqa: PLC0415
-
-    return estimate_seconds(search, spec.rows, spec.embedding.rank, density, threads=spec.embedding.threads)
-
-
 def _demote_damaged(run: Run, spec: StoreSpec) -> None:
-    """Committed windows must still be what was committed before anything is added to them."""
+    """Read committed windows back before anything is added; damaged ones are computed again."""
     if run.config.trust_journal or open_published(run.writer.root) is not None:
-        return  # a finished store is verify's business
+        return  # finished stores are checked by verify
     for window, finding in damaged_windows(run.writer.root, spec, run.writer.state):
-        run.observer(Notice(message=f"{finding}; window {window} is computed again"))
+        run.observer(Notice(message=f"{finding}; window {window} will be computed again"))
         run.writer.commit(DemotedRecord(window=window, reason=finding))

@@ -1,7 +1,6 @@
-"""A store from embeddings that exist already: the same pipeline, with an array in place of a model.
+"""Build a store from existing embeddings: the same pipeline, with an array in place of a model.
 
-Row i of the array is row i of the store, whatever it is called and however often it occurs: rows with bit-equal vectors are
-found later, and share a weight.
+Row i of the array is row i of the store; rows are never merged. Rows with bit-equal vectors share a weight.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from embstore.core.errors import ConfigError
 from embstore.core.events import Observer, ignore
 from embstore.core.format import JOURNAL
 from embstore.flow.build import BuildReport, build
-from embstore.storage.import_source import RowIds, open_given
+from embstore.storage.array_source import RowIds, open_array
 from embstore.storage.journal import read_journal
 
 
@@ -34,14 +33,14 @@ def import_array(
     ----------
     array
         ``.npy`` file or folder of a Zarr array, [N, D] of float16, float32 or float64. It is read in pieces, and its rows
-        are scaled to length 1: distances are those between directions, as cosine similarity has them.
+        are scaled to length 1, so distances order rows as cosine similarity does.
     out
         The store's folder; created when absent.
     ids
-        What the rows are called: a text file with one id a line, a JSON list, or JSONL (which may hold prompts too). None:
-        their numbers; on a resume, what they are called in the store.
+        Ids of the rows: a text file with one id per line, a JSON list, or JSONL (which may also contain prompts). None: the
+        row numbers, or on a resume the ids in the store.
     config
-        As for ``build``; of ``embedding`` only threads, rows of chunks and windows, and the compressor have a meaning.
+        As for ``build``; of ``embedding`` only threads, chunk_rows, window_rows and compressor are used.
     resume
         Continue what is at ``out``.
     observer
@@ -54,17 +53,17 @@ def import_array(
     Raises
     ------
     ArrayError, PromptError, RowError
-        The array, the ids, or a row of the array is none; and as ``build``.
+        The array, the ids, or a row of the array is not usable; and as ``build``.
     """
-    from embstore.model.array_embedder import ArraySource  # noqa: PLC0415 - torch loads once the array is known to be one
+    from embstore.model.array_embedder import ArraySource  # noqa: PLC0415 - imports torch
 
     config = config or BuildConfig()
     if config.embedding.model is not None or config.embedding.space is not None:
-        raise ConfigError("an imported array has no model and no space", hint="leave them out")
+        raise ConfigError("model and space do not apply to an imported array", hint="leave them out")
     if config.engine.is_remote:
         raise ConfigError("an array is imported by one process", hint="leave out the engine")
     config = dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, device="cpu"))
-    rows = open_given(array)
+    rows = open_array(array)
     has_names = os.path.lexists(Path(out) / JOURNAL) and read_journal(Path(out)).prompts is not None
     names = None if ids is None and has_names else RowIds(path=None if ids is None else Path(ids), num_rows=rows.num_rows)
     return build(names, out=out, config=config, resume=resume, observer=observer, source=ArraySource(rows))

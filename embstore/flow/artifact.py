@@ -1,7 +1,7 @@
-"""What a finished store publishes: neighbours, weights, their metadata, and the manifest that flips it all at once.
+"""Publishing a store: neighbours, weights, their metadata, and the manifest that makes them current all at once.
 
-No torch and no search here: ``recompute_weights`` turns stored distances into new weights in seconds. Every file is named
-by the digest of what it was made from, so a new version never touches a file that a published manifest lists.
+There is no torch and no search here: ``recompute_weights`` turns stored distances into new weights in seconds. Files are
+named by the digest of what they were made from, so a new version never touches a file that a published manifest lists.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from embstore.core.density import (
 )
 from embstore.core.diagnostics import concerns, hubness, rank_correlation
 from embstore.core.errors import ConfigError, CorruptStoreError
+from embstore.core.files import file_problem
 from embstore.core.format import (
     CHUNKS,
     COORDINATES,
@@ -45,23 +46,21 @@ from embstore.core.format import (
 )
 from embstore.core.records import JournalState, chunk_table
 from embstore.core.spec import StoreSpec
-from embstore.storage.arrays import save_array
-from embstore.storage.atomic import make_directory, write_durable
+from embstore.storage.atomic import make_directory, save_array, write_durable
 from embstore.storage.reader import EmbeddingStore, open_store
-from embstore.storage.verify import compare_file
 from embstore.storage.writer import StoreWriter
 
 DEFAULT_NAME = "default"
 
 
-def digest_of(value: object) -> str:
-    """16 hex digits that name files made from ``value``."""
+def short_digest(value: object) -> str:
+    """16 hex digits that name the files made from ``value``."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NeighborFiles:
-    """A written neighbour graph: its digest, its arrays (as they lie on disk), its spec, and the digests of its files."""
+    """A written neighbour graph: its digest, arrays and spec, and the digests of its files."""
 
     digest: str
     ids_NK: NDArray[np.int32]
@@ -79,20 +78,20 @@ def write_neighbors(
     groups_N: NDArray[np.int32],
     spec: JsonObject,
 ) -> NeighborFiles:
-    """Write one neighbour graph durably under its digest; nothing refers to it before a manifest does."""
+    """Write a neighbour graph durably under its digest; it is unused until a manifest lists it."""
     try:
         found = document(spec)
-    except ValueError:  # recall or weights that are no number: NaN among the coordinates, under checksums that fit
+    except ValueError:  # NaN in the spec: the coordinates contain NaN although their checksums match
         found = b""
     if not found or np.isnan(distances_NK).any():
         raise CorruptStoreError(
-            f"{COORDINATES} gives distances that are no numbers",
+            f"{COORDINATES} yields distances that are NaN",
             hint=f"run embstore verify {root} --repair, then embstore build --resume",
         )
     paths = neighbors_paths(digest)
     make_directory(root / NEIGHBORS / digest, resync=True)
     files = {
-        # one folder, synced once by its last file
+        # one folder, synced once by the last file
         paths.ids: save_array(root / paths.ids, ids_NK, sync_directory=False),
         paths.distances: save_array(root / paths.distances, distances_NK, sync_directory=False),
         paths.groups: save_array(root / paths.groups, groups_N, sync_directory=False),
@@ -124,13 +123,13 @@ def write_weights(
     with_vector = neighbors.groups_N >= 0
     if np.isnan(mean_distance_N).any() or not np.isfinite(residual_N[with_vector]).all():
         raise CorruptStoreError(
-            "a row with a vector has a distance or residual that is no number", hint=f"run embstore verify {root}"
+            "a row with a vector has a distance or residual that is not finite", hint=f"run embstore verify {root}"
         )
-    noise_floor = float(neighbors.spec.get("noise_floor", NOISE_FLOOR))  # stores before --center do not say
+    noise_floor = float(neighbors.spec.get("noise_floor", NOISE_FLOOR))  # stores from before --center lack it
     result = sampling_weights(mean_distance_N, neighbors.groups_N, config, noise_floor=noise_floor)
     metadata = _metadata(spec, state, neighbors, mean_distance_N, residual_N, config, result, noise_floor)
-    # named by content: whatever changes a byte of either file gives new files beside those a manifest lists
-    digest = digest_of({"weights": hashlib.sha256(result.weights.tobytes()).hexdigest(), "metadata": metadata})
+    # named by content: any change gives new files beside those that a manifest lists
+    digest = short_digest({"weights": hashlib.sha256(result.weights.tobytes()).hexdigest(), "metadata": metadata})
     array, sidecar = weights_paths(digest)
     make_directory(root / WEIGHTS)
     files = {
@@ -149,10 +148,10 @@ def publish(
     name: str,
     kept: Manifest | None,
 ) -> Manifest:
-    """Seal the row files, write the chunk table, and flip the manifest.
+    """Seal the row files, write the chunk table, and publish the manifest.
 
-    ``kept`` is the manifest so far, None after a repair took it back; its other named weights stay listed, everything it
-    alone listed goes.
+    ``kept`` is the current manifest, None if there is none (a repair takes it back). Its other named weights stay listed;
+    files that only it lists are deleted.
     """
     state = writer.state
     if state.prompts is None or state.spec is None:
@@ -182,20 +181,20 @@ def publish(
 
 
 def _other_weightings(writer: StoreWriter, kept: Manifest | None, name: str) -> dict[str, tuple[str, dict[str, FileDigest]]]:
-    """Weightings that stay: by name, their digest and files. After a repair only those whose files are sound."""
+    """Weightings that stay: digest and files by name. After a repair, only those with sound files."""
     before = kept or writer.withdrawn()
     if before is None:
         return {}
     found = {}
     for other, digest in before.names.items():
         files = {path: before.files[path] for path in weights_paths(digest)}
-        if other != name and (kept or all(compare_file(writer.root, path, files[path]) is None for path in files)):
+        if other != name and (kept or all(file_problem(writer.root, path, files[path]) is None for path in files)):
             found[other] = digest, files
     return found
 
 
 def recompute_weights(path: str | Path, config: WeightingConfig, *, name: str = DEFAULT_NAME) -> JsonObject:
-    """New weights from the neighbours a store already has; takes seconds, searches nothing.
+    """New weights from the neighbours that a store already has, in seconds and without a search.
 
     Parameters
     ----------
@@ -204,7 +203,7 @@ def recompute_weights(path: str | Path, config: WeightingConfig, *, name: str = 
     config
         Method, k (at most the neighbours kept), gamma or target_ess, uniform_mix, max_ratio, duplicates.
     name
-        ``default`` replaces what training maps; another name is kept beside it.
+        ``default`` replaces the weights that training uses; another name is kept beside them.
 
     Returns
     -------
@@ -217,14 +216,14 @@ def recompute_weights(path: str | Path, config: WeightingConfig, *, name: str = 
     """
     if not is_weights_name(name):  # a manifest with such a name would be refused by every reader
         raise ConfigError(
-            f"a name for weights is one line of 1 to 200 characters without a slash, got {shown(name)}",
+            f"the name of weights must be one line of 1 to 200 characters without a slash, got {shown(name)}",
             hint="give another --name",
         )
     store = open_store(path)
     with StoreWriter(store.root, resume=True) as writer:
-        store = open_store(path)  # again: now nobody else can replace it
+        store = open_store(path)  # again: under the lock it cannot be replaced
         if store.manifest is None:
-            raise AssertionError("open_store gave an unfinished store")
+            raise AssertionError("open_store returned an unfinished store")
         neighbors = read_neighbors(store)
         weights = write_weights(store.root, store.spec, writer.state, neighbors, store.residuals, config)
         publish(writer, store.spec, neighbors, weights, name=name, kept=store.manifest)
@@ -232,7 +231,7 @@ def recompute_weights(path: str | Path, config: WeightingConfig, *, name: str = 
 
 
 def read_neighbors(store: EmbeddingStore) -> NeighborFiles:
-    """The published neighbour graph of a store, checked against the manifest: new weights never come from damaged distances.
+    """The published neighbour graph, checked against the manifest, so that weights never come from damaged distances.
 
     Price: one read and sha256 of 264 bytes a row.
     """
@@ -240,7 +239,7 @@ def read_neighbors(store: EmbeddingStore) -> NeighborFiles:
         raise AssertionError("an unfinished store has no neighbours")
     paths = dataclasses.asdict(neighbors_paths(store.manifest.neighbors))
     for path in paths.values():
-        problem = compare_file(store.root, path, store.manifest.files[path])
+        problem = file_problem(store.root, path, store.manifest.files[path])
         if problem is not None:
             raise CorruptStoreError(
                 f"{path} {problem}", hint=f"run embstore verify {store.root} --repair, then embstore build --resume"
@@ -335,7 +334,7 @@ def _metadata(
 
 
 def _reuse(state: JournalState) -> JsonObject:
-    """Where rows were copied from: how many, how many old rows were dropped, and the digest of each old store's rows."""
+    """Origin of reused rows: how many were copied, how many old rows were dropped, and the digest of each store's rows."""
     stores = state.reuse.stores if state.reuse is not None else []
     return {
         "rows": sum(rows.num_rows for rows in state.reused),

@@ -1,8 +1,8 @@
-"""THE main flow: prompts -> rows -> neighbours -> weights -> one published artefact. Read this first.
+"""The main flow: prompts -> rows -> neighbours -> weights -> one published artefact. Read this first.
 
-``build`` runs the stages in order; each reads what the previous one committed and writes its own files. Storage knows no
-model and compute knows no disk: they meet only here. What is committed, and when, is storage.writer's business; what a
-row is, is compute.embed's. A build killed anywhere is continued by the same command with ``resume``.
+``build`` runs the stages in order; each reads what the previous one committed and writes its own files. ``storage`` does not
+know models, and ``model`` and ``search`` do not know the disk: they meet only here. ``storage.writer`` defines what is
+committed and when, ``model.embed`` what a row is. After a kill at any point the same call with ``resume`` continues.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from embstore.core.config import K_MAX, BuildConfig
-from embstore.core.density import NOISE_FLOOR, mean_distance
+from embstore.core.config import BuildConfig
+from embstore.core.density import mean_distance
 from embstore.core.errors import ConfigError
 from embstore.core.events import (
     Notice,
@@ -30,7 +30,8 @@ from embstore.core.events import (
     StageStarted,
     ignore,
 )
-from embstore.core.format import COORDINATES, RESIDUALS, JsonObject
+from embstore.core.files import map_array, storage_errors
+from embstore.core.format import RESIDUALS, JsonObject
 from embstore.core.interfaces import Embedder, EmbedderSource, Job
 from embstore.core.plan import plan
 from embstore.core.spec import StoreSpec
@@ -40,43 +41,43 @@ from embstore.flow.artifact import (
     DEFAULT_NAME,
     NeighborFiles,
     WeightFiles,
-    digest_of,
     extremes,
     publish,
     read_neighbors,
+    short_digest,
     write_neighbors,
     write_weights,
 )
-from embstore.flow.reuse import Reuse, RowCopier
+from embstore.flow.reuse import Reuse
+from embstore.flow.row_copier import RowCopier
 from embstore.flow.run import Run, open_engine
-from embstore.flow.window_tasks import MadeWindow, WindowsElsewhere, WindowsHere
+from embstore.flow.window_tasks import LocalWindowJob, MadeWindow, RemoteWindowJob
 from embstore.host.allocator import give_back
 from embstore.host.memory import MemoryMeter
 from embstore.host.signals import StopSignals
-from embstore.storage.arrays import map_array
-from embstore.storage.atomic import storage_errors
-from embstore.storage.prompt_table import PromptSource
+from embstore.storage.prompt_source import PromptSource
 from embstore.storage.reader import EmbeddingStore, open_published
 from embstore.storage.search_blocks import SearchBlocks
 from embstore.storage.writer import StoreWriter
 
 if TYPE_CHECKING:
     from embstore.search.graph import KnnGraph
-    from embstore.search.remote import MappedSearch
+    from embstore.search.remote import RemoteSearch
     from embstore.search.search_plan import SearchPlan
+    from embstore.search.stored_rerank import Rerank
 
-_MOST_REREADS = 3.0  # neighbouring chunks share an old one, so in the same order it is about 2
+_MOST_REREADS = 3.0  # about 2 if the order is unchanged, because neighbouring chunks share an old chunk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildReport:
-    """What a build did and found; ``metadata`` is that of the weights training maps.
+    """Result of a build; ``metadata`` describes the weights that training maps.
 
-    ``seconds`` maps stages of this run to their duration; ``embedded_rows`` counts rows this run computed, ``reused_rows``
-    those it copied from other stores, ``dropped_rows`` rows of those stores that are no prompts here. ``rarest`` and
-    ``most_crowded`` are rows. ``peak_anonymous_bytes`` is above the baseline (see host.memory), ``worker_peak_bytes`` that
-    of the largest worker process, None where there is none; ``worker_traffic_bytes`` passed between this process and
-    workers.
+    ``seconds`` maps stages of this run to their duration. ``embedded_rows`` counts rows that this run computed,
+    ``reused_rows`` those it copied from other stores, ``dropped_rows`` rows of those stores whose prompts are not in this
+    pool. ``rarest`` and ``most_crowded`` are row numbers. ``peak_anonymous_bytes`` is above the baseline (see host.memory),
+    ``worker_peak_bytes`` is the peak of the largest worker process (None without workers), ``worker_traffic_bytes`` counts
+    the bytes between this process and workers.
     """
 
     store: Path
@@ -111,20 +112,20 @@ def build(
     Parameters
     ----------
     prompts
-        JSONL file (gzip allowed) or ``-``, or the names of an array's rows. May be None on a resume: the rows are in the
-        store; if given they must match.
+        JSONL file (gzip allowed) or ``-`` for standard input, or the names of an array's rows. May be None on a resume,
+        because the store contains the rows; if given, they must match.
     out
         The store's folder; created when absent.
     model
         Folder or hub id of a causal LM; shorthand for ``config.embedding.model``. May be None on a resume.
     config
-        Everything else; defaults suit most.
+        Everything else; ``help(embstore.core.config.BuildConfig)`` lists each option with its default and unit.
     resume
-        Continue what is at ``out``; starts from nothing if nothing is there, so a job script is the same line every time.
+        Continue the store at ``out``, or start one if there is none: a job script needs only one command.
     observer
-        Called with ``core.events`` as the build goes; must return quickly.
+        Called with ``core.events`` during the build; must return quickly.
     source
-        Another embedder than the Hugging Face one.
+        Embedder to use instead of the Hugging Face one.
 
     Returns
     -------
@@ -133,7 +134,7 @@ def build(
     Raises
     ------
     EmbstoreError
-        See core.errors; whatever was committed stays committed.
+        See core.errors. Committed rows are kept.
     """
     config = (config or BuildConfig()).for_workers
     if model is not None:
@@ -153,16 +154,16 @@ def build(
         run.source = source or find_source(run)
         spec, embedder, reuse = commit_spec(run, record)
         if config.engine.is_remote:
-            embedder = None  # it was loaded to decide the settings; workers load their own
+            embedder = None  # loaded only to resolve the settings; each worker loads the model itself
             give_back()
             if spec.embedding.device == "cuda":
                 from embstore.host.device import give_back_device  # noqa: PLC0415
 
                 give_back_device()
         closing.enter_context(open_engine(run, spec))
-        meter.set_baseline()  # imports and model are not what the budget bounds
+        meter.set_baseline()  # the budget does not include imports and the model
         _embed_windows(run, spec, embedder, reuse)
-        del embedder, reuse  # the model's memory is free for the search
+        del embedder, reuse  # frees the model's memory for the search
         give_back()
         finished = open_published(root)
         neighbors = _find_neighbors(run, spec, finished)
@@ -180,14 +181,14 @@ def preflight(
     observer: Observer = ignore,
     source: EmbedderSource | None = None,
 ) -> Preflight:
-    """What ``build`` would do and cost, writing nothing to ``out`` (``--dry-run``); the events tell the same.
+    """The plan and cost of ``build``, without writing to ``out`` (``--dry-run``); observers get the same figures.
 
     The prompts are read and the model is loaded and probed, in a temporary folder.
     """
     root, config = Path(out), config.for_workers
     free_bytes = shutil.disk_usage(next(path for path in (root, *root.absolute().parents) if path.exists())).free
     if prompts is None:
-        raise ConfigError("a dry run needs the prompts file")
+        raise ConfigError("a dry run needs the prompts file", hint="give PROMPTS, the file to build from")
     with (
         tempfile.TemporaryDirectory(prefix="embstore-dry-run-") as scratch,
         StopSignals() as stop,
@@ -210,13 +211,15 @@ def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: 
         return
     if (rereads := RowCopier(reuse, spec, run.writer.work).rereads(todo.windows)) > _MOST_REREADS:
         run.observer(
-            Notice(message=f"the pool has another order than the old store: rows to copy are read {rereads:.0f} times over")
+            Notice(
+                message=f"the order of the pool differs from the old store's: rows to copy are read {rereads:.0f} times each"
+            )
         )
     job = _window_job(run, spec, embedder, reuse)
     run.observer(StageStarted(stage="embed", total=spec.rows, done=spec.rows - todo.remaining_rows))
     started = since = time.perf_counter()
     with run.stage("embed"), run.stop.deferred() as check:
-        # deferred as a whole: a window that is made is committed, what is committed is reported, nothing new is begun
+        # signals are deferred for the whole loop: a finished window is committed and reported, and no new one starts
         made_windows = run.engine.map(
             job, todo.windows, check=check, is_stopping=run.stop.is_stopping, observer=run.observer
         )
@@ -244,17 +247,17 @@ def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: 
                     )
                 )
                 for failed in record.failed:
-                    run.observer(Notice(message=f"row {failed.row} failed and is kept without a vector: {failed.reason}"))
+                    run.observer(Notice(message=f"row {failed.row} failed and has no vector: {failed.reason}"))
     run.observer(StageFinished(stage="embed", seconds=time.perf_counter() - started))
 
 
 def _window_job(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: Reuse) -> Job[int, MadeWindow]:
     root, stops = run.writer.root, run.config.on_error == "stop"
     if not run.engine.is_remote:
-        return WindowsHere(
+        return LocalWindowJob(
             root=root, spec=spec, embedder=embedder, reuse=reuse, stops_at_failure=stops, work=run.writer.work
         )
-    return WindowsElsewhere.prepare(
+    return RemoteWindowJob.prepare(
         root.absolute(),
         spec,
         run.source if reuse.num_rows < spec.rows else None,
@@ -268,75 +271,46 @@ def _window_job(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: Reu
 
 
 def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) -> NeighborFiles:
-    """The neighbour graph for these rows and settings: the published one if it is the same, else a new search."""
-    from embstore.search.centering import center_rows  # noqa: PLC0415 - hnswlib loads only where it is needed
-    from embstore.search.graph import build_graph  # noqa: PLC0415
+    """The neighbour graph for these rows and settings: the published one if the settings are equal, else a new search."""
+    from embstore.search.graph import build_graph  # noqa: PLC0415 - hnswlib loads only where it is needed
     from embstore.search.search_plan import plan_search  # noqa: PLC0415
 
-    state, density = run.writer.state, run.config.density
+    state, density, threads = run.writer.state, run.config.density, spec.embedding.threads
+    memory_bytes = run.config.memory_budget_bytes
+    search = plan_search(spec.rows, spec.embedding.rank, density, threads=threads, memory_bytes=memory_bytes)
+    commits = [[window.window, window.coordinates_crc32c] for window in state.windows.values()]
+    digest = short_digest({"density": dataclasses.asdict(density), "shards": search.shards, "rows": commits})
+    if finished is not None and finished.published.neighbors == digest:
+        return read_neighbors(finished)
+    store = finished or EmbeddingStore(run.writer.root, None, state, spec)
     failed_N = np.zeros(spec.rows, dtype=np.bool_)
     failed_N[[failed.row for failed in state.failed]] = True
-    commits = [[window.window, window.coordinates_crc32c] for window in state.windows.values()]
-    search = plan_search(
-        spec.rows,
-        spec.embedding.rank,
-        density,
-        threads=spec.embedding.threads,
-        memory_bytes=run.config.memory_budget_bytes,
-    )
-    digest = digest_of({"density": dataclasses.asdict(density), "shards": search.shards, "rows": commits})
-    if finished is not None and finished.manifest is not None and finished.manifest.neighbors == digest:
-        return read_neighbors(finished)
-    shape = (spec.rows, spec.embedding.rank)
-    # of a finished store nobody has read the coordinates yet: its own map compares them with the manifest
-    coord_NR = finished.coordinates if finished is not None else map_array(run.writer.root, COORDINATES, "<f4", shape)
-    noise_floor = NOISE_FLOOR
     with run.stage("knn"), storage_errors("writing to", run.writer.work):
-        if density.center:
-            centered = center_rows(coord_NR, failed_N, run.writer.work)
-            coord_NR, noise_floor = centered.coord_NR, NOISE_FLOOR * centered.stretch
         graph = build_graph(
-            coord_NR,
+            store.coordinates,
             failed_N,
             density,
-            threads=spec.embedding.threads,
-            memory_bytes=run.config.memory_budget_bytes,
+            threads=threads,
+            memory_bytes=memory_bytes,
             work=run.writer.work,
             observer=run.observer,
             clock=time.perf_counter,
             kept=SearchBlocks(run.writer.work, digest),
             device=spec.embedding.device,
-            mapped=_search_workers(run, spec, search),
+            remote=_search_workers(run, spec, search),
         )
-        # seen from the mean, distances are not those between stored rows
-        refined = {} if density.center else {"refinement": _refine(run, spec, graph, finished)}
-    found = {
-        "knn": density.knn,
-        "method": graph.method,
-        "pilot_recall": graph.pilot_recall,
-        "center": density.center,
-        "noise_floor": noise_floor,
-        "k_max": K_MAX,
-        "shards": graph.shards,
-        "seed": density.seed,
-        "effort": dataclasses.asdict(graph.effort) if graph.effort else None,
-        "distinct_vectors": graph.num_nodes,
-        "repaired_vectors": graph.repaired_nodes,
-        "audit": dataclasses.asdict(graph.audit) if graph.audit else None,
-        "target_recall": density.target_recall,
-        "target_tv": density.target_tv,
-        "meets_target": graph.meets_target,
-        **refined,
-    }
-    return write_neighbors(run.writer.root, digest, graph.ids_NK, graph.distances_NK, graph.groups_N, found)
+        record = graph.as_record()
+        if not density.center:  # distances seen from the mean are not those between stored rows
+            record["rerank"] = dataclasses.asdict(_rerank(run, store, graph))
+    return write_neighbors(run.writer.root, digest, graph.ids_NK, graph.distances_NK, graph.groups_N, record)
 
 
-def _search_workers(run: Run, spec: StoreSpec, search: SearchPlan) -> MappedSearch | None:
-    from embstore.search.remote import MappedSearch  # noqa: PLC0415
+def _search_workers(run: Run, spec: StoreSpec, search: SearchPlan) -> RemoteSearch | None:
+    from embstore.search.remote import RemoteSearch  # noqa: PLC0415
 
     if not run.engine.is_remote:
         return None
-    return MappedSearch(
+    return RemoteSearch(
         run.engine,
         run.engine_folder,
         threads=spec.embedding.threads,
@@ -346,27 +320,23 @@ def _search_workers(run: Run, spec: StoreSpec, search: SearchPlan) -> MappedSear
     )
 
 
-def _refine(run: Run, spec: StoreSpec, graph: KnnGraph, finished: EmbeddingStore | None) -> dict[str, object]:
-    """What the residual bound proves of the graph; pairs that it leaves open are measured between stored rows, in place."""
+def _rerank(run: Run, store: EmbeddingStore, graph: KnnGraph) -> Rerank:
+    """Where rows leave the basis, put distances between stored rows in the graph, in place."""
     from embstore.search.graph import AUDIT_K  # noqa: PLC0415
-    from embstore.search.refine import refine  # noqa: PLC0415
-    from embstore.search.stored_pairs import StoredRows  # noqa: PLC0415
+    from embstore.search.stored_rerank import StoredRows, rerank_by_stored_rows  # noqa: PLC0415
 
-    store = finished or EmbeddingStore(run.writer.root, None, run.writer.state, spec)
-    refinement, _ = refine(
+    return rerank_by_stored_rows(
         graph.ids_NK,
         graph.distances_NK,
         graph.groups_N,
         store.residuals,
-        StoredRows(read=store.rows_at, dimension=spec.embedding.dimension, chunk_rows=spec.chunk_rows),
+        StoredRows(read=store.rows_at, dimension=store.spec.embedding.dimension, chunk_rows=store.spec.chunk_rows),
         k=AUDIT_K,
-        threads=spec.embedding.threads,
+        threads=store.spec.embedding.threads,
         memory_bytes=run.config.memory_budget_bytes // 2,  # beside what the search still holds
-        work=run.writer.work,
         observer=run.observer,
         clock=time.perf_counter,
     )
-    return dataclasses.asdict(refinement)
 
 
 def _publish_weights(run: Run, spec: StoreSpec, neighbors: NeighborFiles, finished: EmbeddingStore | None) -> WeightFiles:

@@ -1,7 +1,7 @@
-"""Weights without a store: the offline pass run now, for these prompts, with a model that is in memory already.
+"""Weights without a store: the offline pass at training start, for given prompts and a model that is already loaded.
 
-The original's ``DensityAwareSampler`` under its name, over the code of ``build``: masked means, audited neighbours, rare
-prompts up. It takes what a build takes, at every start; ``embstore build`` takes it once.
+This is the original ``DensityAwareSampler`` on top of ``build``: masked means, audited neighbours, larger weights for
+rare prompts. It costs as much as a build at every start; ``embstore build`` pays once.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 
 class DensityAwareSampler:
-    """Sampling weights of prompts, computed where the object is made.
+    """Sampling weights of prompts, computed by the constructor.
 
     Parameters
     ----------
     prompts
-        Texts; none may be blank. Equal ones share one weight.
+        Texts, none of them blank. Equal ones share one weight.
     base_model, tokenizer
-        A causal LM of transformers and its tokenizer. The model is copied in float32 and stays as it is.
+        A causal LM of transformers and its tokenizer. The model is copied in float32 and not changed.
     device
-        Where the copy computes.
+        Device of the copy.
     k
-        Nearest distinct prompts whose mean distance is a prompt's rarity, at most 32.
+        Number of nearest distinct prompts whose mean distance is a prompt's rarity, at most 32.
     observer
-        Called with ``core.events`` as it goes.
+        Called with ``core.events`` during the build.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class DensityAwareSampler:
     Raises
     ------
     EmbstoreError
-        See core.errors; a temporary folder holds everything meanwhile, two bytes a prompt and column of the logits.
+        See core.errors. A temporary folder holds the rows: two bytes per prompt and column of the logits.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class DensityAwareSampler:
         *,
         observer: Observer = ignore,
     ) -> None:
-        import torch  # noqa: PLC0415 - whoever has a model has it
+        import torch  # noqa: PLC0415 - the caller has a model, so it is loaded
 
         from embstore.model.source import InMemorySource  # noqa: PLC0415
 
-        threads = torch.get_num_threads()  # a build sets its own, and training goes on with these
+        threads = torch.get_num_threads()  # a build sets torch's thread count: pass the process's own, so it stays
         config = BuildConfig(
             embedding=EmbeddingConfig(device=str(device), threads=threads),
             weighting=WeightingConfig(k=k),

@@ -1,4 +1,4 @@
-"""One run of a build: what every stage needs at hand, and what the closing report is made of."""
+"""One run of a build: what every stage needs, and the figures of the final report."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from embstore.engines.local import LocalEngine
 from embstore.engines.ray import RayEngine
 from embstore.host.memory import MemoryMeter
 from embstore.host.signals import StopSignals
-from embstore.storage.atomic import make_directory, take_away
+from embstore.storage.atomic import make_directory, remove_busy_folder
 from embstore.storage.chunk_writer import WORKER_FOLDERS
 from embstore.storage.writer import StoreWriter
 
 
 @dataclass(kw_only=True, slots=True)
 class Run:
-    """One run of a build: what every stage needs, and what the report is made of."""
+    """State of one run of a build, shared by its stages, and the figures of the final report."""
 
     writer: StoreWriter
     config: BuildConfig
@@ -41,7 +41,7 @@ class Run:
     stored_bytes: int = 0
     worker_peak_bytes: int | None = None
     engine: Engine = field(default_factory=LocalEngine)
-    engine_folder: Path = Path()  # of a remote engine, in the store: what workers of this run share
+    engine_folder: Path = Path()  # of a remote engine, in the store: shared by the workers of this run
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -53,7 +53,7 @@ class Run:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def log_start(self) -> None:
-        """Note when, where and with which model this run works; a later resume finds the model here."""
+        """Log when, where and with which model this run started; a later resume finds the model here."""
         embedding = self.config.embedding
         local = embedding.model is not None and Path(embedding.model).exists()
         self.writer.log_run(
@@ -75,8 +75,8 @@ class Run:
 def open_engine(run: Run, spec: StoreSpec) -> Iterator[None]:
     """Give the run its engine, and the engine a folder in the store, until the build ends.
 
-    The folder is new in every run, and the next writer takes it away: whatever a worker of a driver that died still writes
-    lies in it, and is never taken for anything.
+    The folder is new in every run, and the next writer removes it: files that workers of a dead driver still write end up
+    there and are never used.
     """
     if not run.config.engine.is_remote:
         yield
@@ -91,4 +91,4 @@ def open_engine(run: Run, spec: StoreSpec) -> Iterator[None]:
         yield
     finally:
         engine.close()
-        take_away(run.engine_folder)
+        remove_busy_folder(run.engine_folder)

@@ -1,7 +1,7 @@
-"""Windows as tasks: prompts in, chunks on the disk, and what the commit needs out, wherever the model is loaded.
+"""Windows as tasks: prompts in, chunks on disk, and the data of the commit out, wherever the model is loaded.
 
-In this process a worker takes the embedder that is there. In others it loads the model once, under the settings pinned in
-the spec, after it compared model and hardware with it: a window has the same bytes whoever makes it.
+In this process a worker uses the embedder that is loaded. Workers in other processes load the model once, under the settings
+pinned in the spec, after comparing model and hardware with it: a window has the same bytes wherever it is computed.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import numpy as np
 
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import EngineError, RowError
+from embstore.core.files import map_array, storage_errors
 from embstore.core.format import BASIS, PROMPTS
 from embstore.core.interfaces import Check, Embedder, EmbedderSource, Needs, RowBlock, WindowCounts
 from embstore.core.plan import as_stored, grid_of
 from embstore.core.prompts import Prompt
 from embstore.core.spec import StoreSpec, diff_fields
-from embstore.flow.reuse import Reuse, RowCopier, SavedReuse, nothing_reused
+from embstore.flow.reuse import Reuse, SavedReuse, nothing_reused
+from embstore.flow.row_copier import RowCopier
 from embstore.host.memory import MemoryMeter
-from embstore.storage.arrays import map_array
-from embstore.storage.atomic import storage_errors, take_away
+from embstore.storage.atomic import remove_busy_folder
 from embstore.storage.chunk_writer import WindowWriter, WrittenWindow
 from embstore.storage.prompt_table import PromptTable
 
@@ -35,14 +36,14 @@ _NAMED_PROMPTS = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class MadeWindow:
-    """A window to commit, and the anonymous memory its worker took above the loaded model so far (None: unknown)."""
+    """A window to commit, and the peak of anonymous memory of its worker beyond the loaded model (None: unknown)."""
 
     written: WrittenWindow
     peak_anonymous_bytes: int | None
 
 
 class WindowWorker:
-    """Makes one window after the other: computed, copied, or both."""
+    """Computes or copies the rows of one window after the other, and writes their chunks."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class WindowWorker:
         temps: Path | None = None,
         meter: MemoryMeter | None = None,
     ) -> None:
-        """``work`` is for scratch, ``temps`` for temp files of chunks (default beside them)."""
+        """``work`` is for scratch, ``temps`` for temp files of chunks (default: the folder of the chunks)."""
         self._spec, self._embedder, self._reuse, self._prompts = spec, embedder, reuse, prompts
         self._stops_at_failure = stops_at_failure
         self._writer = WindowWriter(root, spec, folder=temps)
@@ -71,12 +72,12 @@ class WindowWorker:
             meter.set_baseline()
 
     def run(self, task: int, *, following: int | None, check: Check) -> MadeWindow:
-        """Write the window's chunks; see ``storage.windows``.
+        """Write the window's chunks; see ``storage.chunk_writer``.
 
         Raises
         ------
         RowError
-            A prompt failed in the model, and failed rows are not kept.
+            A prompt failed in the model, and failed rows are not quarantined.
         """
         given = self._missing(task)
         self._upcoming = (following, self._missing(following)) if following is not None else None
@@ -88,7 +89,7 @@ class WindowWorker:
         return MadeWindow(written=written, peak_anonymous_bytes=self._meter.peak_anonymous_bytes if self._meter else None)
 
     def close(self) -> None:
-        """Stop what was begun in the background, and delete scratch."""
+        """Stop background work and delete scratch files."""
         with self._resources:
             if self._embedder is not None:
                 self._embedder.close()
@@ -96,7 +97,7 @@ class WindowWorker:
             self._writer.close()
 
     def _missing(self, window: int) -> list[Prompt]:
-        """Prompts of a window that the model is asked for: the same objects that it was told were to follow."""
+        """Prompts of a window for the model: the same objects that were announced to it as ``following``."""
         if self._upcoming is not None and self._upcoming[0] == window:
             return self._upcoming[1]
         rows = grid_of(self._spec).window(window)
@@ -123,7 +124,7 @@ class WindowWorker:
             self._counts = self._embedder.counts
 
     def _refuse_failed(self, blocks: Iterator[RowBlock]) -> Iterator[RowBlock]:
-        """Pass blocks on; without quarantine a failed row stops the run before anything of its chunk is written."""
+        """Pass blocks on; without quarantine, a failed row stops the run before its chunk is written."""
         for block in blocks:
             if block.failed and self._stops_at_failure:
                 failed = block.failed[0]
@@ -136,8 +137,8 @@ class WindowWorker:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WindowsHere:
-    """The job of a build in one process: its worker takes the embedder that is loaded."""
+class LocalWindowJob:
+    """The windows of a build in one process: the worker uses the embedder that is loaded."""
 
     root: Path
     spec: StoreSpec
@@ -148,7 +149,7 @@ class WindowsHere:
     needs: Needs = "device"
 
     def start(self, number: int) -> WindowWorker:
-        """As ``core.engine.Job``."""
+        """As ``Job``."""
         return WindowWorker(
             self.root,
             self.spec,
@@ -160,20 +161,20 @@ class WindowsHere:
         )
 
     def name(self, task: int) -> str:
-        """As ``core.engine.Job``."""
+        """As ``Job``."""
         return name_window(self.root, self.spec, task)
 
     def lost(self, number: int) -> None:
-        """Never: the worker is this process."""
+        """Does nothing: the worker is this process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WindowsElsewhere:
-    """The job of workers in other processes, on machines that see the store and the model under the same paths.
+class RemoteWindowJob:
+    """The windows of workers in other processes, on machines that see the store and the model under the same paths.
 
-    ``folder`` is the driver's, in the store: it holds what workers map, and a folder for each worker's temp files. Without
-    that folder a worker cannot publish a chunk, and it makes it once: one that was given up, whatever it was doing, cannot
-    put a chunk over a committed one.
+    ``folder`` belongs to the driver and lies in the store: it contains the files that workers map, and a folder for the temp
+    files of each worker. A worker creates that folder once and cannot publish a chunk without it, so a worker that was given
+    up can never overwrite a committed chunk.
     """
 
     root: Path
@@ -194,26 +195,26 @@ class WindowsElsewhere:
         *,
         stops_at_failure: bool,
         folder: Path,
-    ) -> WindowsElsewhere:
-        """Write what workers map into ``folder``: where rows lie in ``prompts.jsonl``, and where copied ones come from."""
+    ) -> RemoteWindowJob:
+        """Write the files that workers map: offsets of rows in ``prompts.jsonl``, and origins of copied rows."""
         with storage_errors("writing to", folder):
             np.save(folder / "offsets.npy", PromptTable(root / PROMPTS, spec.rows).offsets)
         saved = SavedReuse.save(reuse, folder) if reuse.stores else None
         return cls(root=root, spec=spec, source=source, reuse=saved, stops_at_failure=stops_at_failure, folder=folder)
 
     def start(self, number: int) -> WindowWorker:
-        """As ``core.engine.Job``: load the model, in the process that will use it.
+        """As ``Job``: load the model in the process that will use it.
 
         Raises
         ------
         EngineError
-            Model or hardware are not what the spec pins: rows would have other bytes.
+            Model or hardware differ from the spec, so rows would have other bytes.
         StorageError
-            This worker was given up before it began, or its driver is gone.
+            This worker was given up before it started, or its driver is gone.
         """
         own = self.folder / str(number)
         with storage_errors("creating folder", own):
-            own.mkdir()  # no parents: a driver's folder that was taken away stays away
+            own.mkdir()  # without parents: a removed driver's folder must not come back
         embedder = None
         if self.source is not None:
             self._refuse_other(self.source)
@@ -234,18 +235,18 @@ class WindowsElsewhere:
         )
 
     def name(self, task: int) -> str:
-        """As ``core.engine.Job``."""
+        """As ``Job``."""
         return name_window(self.root, self.spec, task)
 
     def lost(self, number: int) -> None:
-        """As ``core.engine.Job``: a file takes the place of its folder, so that it cannot begin either."""
+        """As ``Job``: a file takes the place of the worker's folder, so that the worker can never start."""
         own = self.folder / str(number)
-        with storage_errors("removing", own), contextlib.suppress(FileNotFoundError):  # then the driver's is gone
+        with storage_errors("removing", own), contextlib.suppress(FileNotFoundError):  # the driver's folder is gone
             while True:
                 try:
                     os.close(os.open(own, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
                 except FileExistsError:
-                    take_away(own)
+                    remove_busy_folder(own)
                 else:
                     return
 
@@ -266,13 +267,13 @@ class WindowsElsewhere:
         ]
         if unlike:
             raise EngineError(
-                f"this worker would make other rows: {'; '.join(unlike)}",
-                hint="use machines of one kind that see the same model, then run the command again with --resume",
+                f"this worker would compute different rows: {'; '.join(unlike)}",
+                hint="use identical machines that see the same model, then run the command again with --resume",
             )
 
 
 def name_window(root: Path, spec: StoreSpec, window: int) -> str:
-    """A window for people: its rows and the ids of its first prompts and its last."""
+    """A window as people read it: its rows, and the ids of its first and last prompts."""
     rows = grid_of(spec).window(window)
     wanted = range(rows.start, rows.stop)
     shown = list(wanted) if len(wanted) <= _NAMED_PROMPTS + 1 else [*wanted[:_NAMED_PROMPTS], wanted[-1]]

@@ -1,8 +1,8 @@
-"""Memory that is freed and taken again chunk by chunk stays with the process while a store is written; then it goes back.
+"""Keep freed memory in the process while chunks are written, and return it to the kernel afterwards (glibc only).
 
-glibc gives a freed block of 30 MB back to the kernel; every page of the next one is faulted in and zeroed anew: a quarter
-of the cost of encoding a chunk (docs/decisions/0015). The steps of a search take unlike blocks, so what one freed would lie
-beside what the next takes, and count twice against the memory budget. Elsewhere nothing is done, and nothing is needed.
+glibc returns a freed block of 30 MB to the kernel, so every page of the next block is faulted in and zeroed again: a quarter
+of the cost of encoding a chunk (docs/decisions/0015). The steps of a search need blocks of different sizes: kept blocks
+would not be reused and would count against the memory budget, so they are returned before a search.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _LARGEST_KEPT_BYTES = 1 << 28
 
 
 def keep_large_blocks() -> None:
-    """From here on freed blocks of up to 256 MiB are kept for the next ones. A setting of the process."""
+    """Keep freed blocks of up to 256 MiB for later allocations. This is a setting of the whole process."""
     mallopt = _glibc("mallopt")
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
@@ -23,13 +23,13 @@ def keep_large_blocks() -> None:
 
 
 def give_back() -> None:
-    """Return to the kernel what was kept and is free."""
+    """Return free memory to the kernel."""
     malloc_trim = _glibc("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
 
 
 def _glibc(name: str) -> Callable[..., int] | None:
-    """A function of the C library, None where it has no such."""
+    """A function of the C library, None if the library lacks it."""
     function: Callable[..., int] | None = getattr(ctypes.CDLL(None), name, None)
     return function

@@ -1,7 +1,7 @@
 """How much anonymous memory a build takes above the loaded model: the figure that ``--memory-budget`` bounds.
 
-Anonymous is VmRSS - RssFile: mapped file pages are the kernel's to drop, so they are reported apart. ru_maxrss counts them
-and is no measure. Sampled 20 times a second, so a shorter peak can be missed.
+Anonymous memory is VmRSS - RssFile. Mapped file pages are reported separately, because the kernel can drop them at any time;
+ru_maxrss includes them and is therefore not used. Memory is sampled 20 times a second, so a shorter peak can be missed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Memory:
 
 
 def read_memory() -> Memory | None:
-    """Memory of this process now; None where the kernel does not tell (not Linux)."""
+    """Memory of this process now; None where the kernel does not report it (not Linux)."""
     try:
         lines = _STATUS.read_text().splitlines()
     except OSError:
@@ -37,7 +37,7 @@ def read_memory() -> Memory | None:
 
 
 class MemoryMeter:
-    """Samples memory in a thread while it is entered; ``set_baseline`` marks what was there before the work."""
+    """Samples memory in a thread while the context is open; ``set_baseline`` marks the memory in use before the work."""
 
     def __init__(self) -> None:
         self._peak: Memory | None = read_memory()
@@ -56,19 +56,19 @@ class MemoryMeter:
             self._thread.join()
 
     def set_baseline(self) -> None:
-        """Count from here: what imports and the model take is not the build's."""
+        """Measure from here: memory of the imports and the model does not count towards the build."""
         self._peak = self._baseline = read_memory()
 
     @property
     def peak_anonymous_bytes(self) -> int | None:
-        """Most anonymous memory above the baseline seen so far; None where it cannot be read."""
+        """Peak of anonymous memory above the baseline so far; None where it cannot be read."""
         if self._peak is None or self._baseline is None:
             return None
         return max(0, self._peak.anonymous_bytes - self._baseline.anonymous_bytes)
 
     @property
     def peak_file_bytes(self) -> int | None:
-        """Most mapped file pages seen so far."""
+        """Peak of mapped file pages so far."""
         return self._peak.file_bytes if self._peak is not None else None
 
     def _run(self) -> None:

@@ -1,4 +1,4 @@
-"""Scratch arrays in mapped files: their pages are not anonymous memory, and a full disk is an error, never a bus error."""
+"""Scratch arrays in mapped files: their pages are not anonymous memory, and a full disk raises an error, not SIGBUS."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _BLOCK_VALUES = 1 << 17
 
 
 def block_rows(rank: int) -> int:
-    """Rows of R coordinates that are worked on at once: 1 MiB as float64, whatever R is."""
+    """Rows of R coordinates to process at a time: 1 MiB as float64 for any R."""
     return max(1, _BLOCK_VALUES // max(1, rank))
 
 
 def large_array(path: Path, shape: tuple[int, ...], dtype: type[Scalar]) -> NDArray[Scalar]:
-    """Zeros that a caller fills: below 4 MiB in anonymous memory, else as ``map_scratch``."""
+    """Zeros for the caller to fill: up to 4 MiB in anonymous memory, larger arrays as in ``map_scratch``."""
     if math.prod(shape) * np.dtype(dtype).itemsize <= _SMALL_BYTES:
         return np.zeros(shape, dtype=dtype)
     return map_scratch(path, shape, dtype)
@@ -39,13 +39,13 @@ def large_array(path: Path, shape: tuple[int, ...], dtype: type[Scalar]) -> NDAr
 def map_scratch(path: Path, shape: tuple[int, ...], dtype: type[Scalar]) -> NDArray[Scalar]:
     """A writable map of zeros in a new .npy file whose blocks are all reserved.
 
-    A page of a sparse file that finds no free block when it is written kills the process (SIGBUS); here the disk is asked
-    before anything is mapped.
+    Writing to a page of a sparse file when the disk is full kills the process (SIGBUS), so all blocks are reserved before
+    the file is mapped.
 
     Raises
     ------
     StorageError
-        The disk has no room, or fails.
+        The disk is full, or fails.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     try:
@@ -66,13 +66,13 @@ def map_scratch(path: Path, shape: tuple[int, ...], dtype: type[Scalar]) -> NDAr
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Extend ``file`` by ``size`` bytes that have a place on the disk."""
+    """Extend ``file`` by ``size`` bytes and reserve their blocks on the disk."""
     file.flush()
-    if hasattr(os, "posix_fallocate"):  # macOS has none
+    if hasattr(os, "posix_fallocate"):  # missing on macOS
         try:
             os.posix_fallocate(file.fileno(), 0, file.tell() + size)
         except OSError as error:
-            if error.errno not in _NO_FALLOCATE:  # some C libraries do not emulate it where a file system has none
+            if error.errno not in _NO_FALLOCATE:  # some C libraries do not emulate it on file systems that lack it
                 raise
         else:
             return

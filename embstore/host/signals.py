@@ -1,7 +1,7 @@
 """SIGINT and SIGTERM during a build: the window in flight is finished and committed first.
 
-A second signal abandons the window in flight at the next batch. Outside a window a signal stops at once: everything there is
-either durable or rewritten by the next run. Nothing is written after the exception left ``deferred``.
+A second signal abandons the window in flight at the next batch. Outside a window a signal stops the build immediately: all
+files are then durable or will be rewritten by the next run. Nothing is written after the exception has left ``deferred``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HINT = "run the same command with --resume to continue"
 
 
 class StopSignals:
-    """Handlers for the time of a build; the previous ones come back on exit. Does nothing outside the main thread."""
+    """Signal handlers during a build; the previous ones are restored on exit. Does nothing outside the main thread."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -37,24 +37,24 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        # code that a signal fell into may answer with an error of its own: an extension module says "initialization failed"
+        # interrupted code may raise a different error: an extension module raises "initialization failed", for example
         if self._stopped is not None and isinstance(error, Exception) and not isinstance(error, BuildInterruptedError):
             raise self._stopped from None
 
     def is_stopping(self) -> bool:
-        """Whether a signal came: nothing new is to be begun."""
+        """Whether a signal has arrived: start nothing new."""
         return self._count > 0
 
     @contextlib.contextmanager
     def deferred(self, what: str = "committing the window in flight") -> Iterator[Check]:
-        """One commit: a signal is acted on when it ends; yields what abandons a window after a second one.
+        """Delay signals until the end of one commit; yields a check that abandons the window after a second signal.
 
         Raises
         ------
         BuildInterruptedError
             A signal arrived.
         """
-        if self._stopped is not None:  # whatever the signal fell into swallowed it: nothing new is begun
+        if self._stopped is not None:  # the interrupted code swallowed the exception: start nothing new
             raise self._stopped
         self._is_deferred = True
         try:
@@ -70,7 +70,7 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
-        # a build that is stopping already must not be stopped from tidying up
+        # a build that is already stopping must be able to clean up
         if not (self._is_deferred or self._stopped):
             raise self._stop(f"stopped by {signal.Signals(number).name}")
 

@@ -1,8 +1,8 @@
-"""Threads that each run torch with its own share of the cores, the most urgent job first.
+"""Threads that each run torch on a share of the cores, the most urgent job first.
 
-One batch a thread beats all threads on one batch: nobody waits at the end of every small operation, and a worker with one
-core gives the same bits on any number of workers (docs/decisions/0012). Urgency keeps the disk fed: rows of the window that
-is being written are finished before batches of the next one go on.
+One batch per thread is faster than all threads on one batch, because threads do not wait for each other after every small
+operation; and a worker with one core computes the same bits whatever the number of workers (docs/decisions/0012). Urgency
+keeps the disk busy: rows of the window that is being written are finished before batches of the next window.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
 import torch
 
-# Activations of all batches in flight; above it fewer workers share the cores. A constant, because bits depend on the split.
+# Limit for the activations of all batches in flight; above it, fewer workers share the cores. It is a constant because the
+# rounding of rows depends on the split.
 _MAX_ACTIVATION_BYTES = 512 << 20
 
 Urgency = tuple[int, ...]  # smaller is sooner; jobs of one urgency start in the order given
@@ -24,18 +25,18 @@ _Waiting = tuple[Urgency, int, Callable[[], None], Future[None]]
 
 
 def num_cores() -> int:
-    """Cores this process may use: the affinity mask, not the machine's count."""
+    """Number of cores this process may use, from the affinity mask where the system has one."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def workers_for(threads: int, activation_bytes: int) -> int:
-    """How many batches are computed at once: one a thread while their activations stay below 512 MiB in all."""
+    """How many batches to compute at the same time: one per thread while all activations together stay below 512 MiB."""
     return max(1, min(threads, _MAX_ACTIVATION_BYTES // max(1, activation_bytes)))
 
 
 class Workers:
-    """``num_workers`` threads with ``threads // num_workers`` torch threads each, started when first used."""
+    """``num_workers`` threads with ``threads // num_workers`` torch threads each, started on first use."""
 
     def __init__(self, threads: int, num_workers: int) -> None:
         self.num_workers = num_workers
@@ -49,11 +50,11 @@ class Workers:
         self._numbers = itertools.count()  # also keeps jobs themselves from being compared
 
     def submit(self, job: Callable[[], None], urgency: Urgency = ()) -> Future[None]:
-        """Run ``job`` under inference mode on the next free worker that finds nothing more urgent."""
+        """Run ``job`` in inference mode on the next free worker, after all more urgent jobs."""
         done: Future[None] = Future()
         with self._lock:
             heapq.heappush(self._waiting, (urgency, next(self._numbers), job, done))
-        self._executor.submit(self._run_most_urgent)  # as many calls as jobs: each takes one, whichever it is then
+        self._executor.submit(self._run_most_urgent)  # one call per job, but each takes the job that is then most urgent
         return done
 
     def _run_most_urgent(self) -> None:
@@ -64,14 +65,14 @@ class Workers:
         try:
             with torch.inference_mode():  # a mode of the thread, not of the process
                 job()
-        except BaseException as error:  # noqa: BLE001 - it is raised again by who waits
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
             done.set_exception(error)
         else:
             done.set_result(None)
 
 
 def finish_all(jobs: Iterable[Future[None]]) -> None:
-    """Wait until all jobs are done; the first error cancels those that have not begun, and is raised when no other runs."""
+    """Wait for all jobs. On the first error, cancel those that have not started, wait for the rest, then raise it."""
     jobs = list(jobs)
     _, remaining = wait(jobs, return_when=FIRST_EXCEPTION)
     if remaining:
@@ -82,5 +83,5 @@ def finish_all(jobs: Iterable[Future[None]]) -> None:
 
 
 def abandon(jobs: Iterable[Future[None]]) -> None:
-    """Cancel jobs, and wait for those that have begun: nothing of them goes on in the background."""
+    """Cancel jobs, and wait for those that have started; no background work is left."""
     wait([job for job in jobs if not job.cancel()])

@@ -1,10 +1,10 @@
-"""How right a neighbour graph is: recall and weight error on fresh sampled nodes, with a bound, against the exact scan.
+"""How right a neighbour graph is: recall and weight error on freshly sampled nodes, with a bound, against brute force.
 
-A neighbour counts as found when its distance is at most d_k (1 + 1e-4), d_k being the exact k-th distance: ties and
-distances that float16 storage cannot tell apart are no misses. The bound is one-sided 95 % (Wilson score on pairs, with the
-number of pairs reduced by the design effect, because the pairs of one node hit or miss together); an audit of every node
-leaves nothing to chance, and its bound is the recall. Where almost nothing was missed the design effect is itself a guess:
-if the pairs of a node always missed together, 13 of 100 audits of 2000 nodes put the bound above a true recall of
+A neighbour counts as found when its distance is at most d_k (1 + 1e-4), d_k being the exact k-th distance: ties, and
+distances that float16 storage cannot tell apart, do not count as misses. The bound is one-sided 95 %: Wilson's score on
+pairs, with the number of pairs reduced by the design effect, because the pairs of one node hit or miss together. An audit of
+every node leaves nothing to chance, so its bound is the recall. Where almost nothing was missed the design effect itself is
+a guess: if the pairs of a node always missed together, 13 of 100 audits of 2000 nodes put the bound above a true recall of
 0.999.
 """
 

@@ -1,9 +1,9 @@
 """``--center``: rows seen from their mean. Another geometry on purpose, not a matter of numerics.
 
-Rows of logits share one direction that carries nearly all of their norm, so distances between them are short and say as
-much about how far a row leans towards that direction as about what sets it apart. Here every row is replaced by its
-direction from the mean row, y = (x - m) / |x - m|, and distances are taken between those (docs/decisions/0033). The search
-centres again, as it always does, which changes no distance (docs/decisions/0006).
+Rows of logits share one direction that carries nearly all of their norm. So distances between them are short, and depend as
+much on how far a row leans towards that direction as on what sets it apart. Here every row is replaced by its direction from
+the mean row, y = (x - m) / |x - m|, and distances are those between directions (docs/decisions/0033). The search centres
+again, as it always does, which changes no distance (docs/decisions/0006).
 
 Shapes: N rows, G distinct vectors, R coordinates.
 """
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.density import NOISE_FLOOR
+from embstore.core.rows import slices
 from embstore.host.scratch import block_rows, map_scratch
 from embstore.search.nodes import group_rows
 
@@ -47,7 +48,7 @@ def center_rows(coord_NR: NDArray[np.float32], failed_N: NDArray[np.bool_], work
     Returns
     -------
     CenteredRows
-        Bit-equal vectors stay bit-equal. The mean is that of distinct vectors, so copies move nobody. A row within the
+        Bit-equal vectors stay bit-equal. The mean is that of distinct vectors, so copies move no row. A row within the
         noise floor of the mean has no direction: it becomes the zero vector, at distance 1 from every other. An error e of
         a row is at most 2 e / |x - m| of its direction.
 
@@ -57,7 +58,7 @@ def center_rows(coord_NR: NDArray[np.float32], failed_N: NDArray[np.bool_], work
     """
     rows_G, node_N = group_rows(coord_NR, failed_N)
     step = block_rows(coord_NR.shape[1])
-    blocks = [slice(start, start + step) for start in range(0, len(rows_G), step)]
+    blocks = list(slices(0, len(rows_G), step))
     total_R = np.zeros(coord_NR.shape[1])
     for block in blocks:
         total_R += coord_NR[rows_G[block]].sum(axis=0, dtype=np.float64)
@@ -70,10 +71,10 @@ def center_rows(coord_NR: NDArray[np.float32], failed_N: NDArray[np.bool_], work
         square += float(np.square(norm_B).sum())
         scale_B = np.where(norm_B > NOISE_FLOOR, 1.0 / np.maximum(norm_B, NOISE_FLOOR), 0.0)
         centered_NR[rows_G[block]] = difference_BR * scale_B[:, None]
-    for start in range(0, len(coord_NR), step):
-        node_B = node_N[start : start + step]
+    for block in slices(0, len(coord_NR), step):
+        node_B = node_N[block]
         first_B = rows_G[node_B] if len(rows_G) else node_B
-        rows_B = np.arange(start, start + len(node_B))
+        rows_B = np.arange(block.start, block.stop)
         copies = (node_B >= 0) & (first_B != rows_B)
         centered_NR[rows_B[copies]] = centered_NR[first_B[copies]]
         centered_NR[rows_B[node_B < 0]] = np.nan

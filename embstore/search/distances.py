@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from embstore.core.rows import slices
+
 IntMatrix = NDArray[np.int32]
 FloatMatrix = NDArray[np.float64]
 
@@ -35,19 +37,16 @@ def rerank(
 def direct_distances(coord_GR: NDArray[np.float32], queries_Q: NDArray[np.integer], candidates_QC: IntMatrix) -> FloatMatrix:
     """Distances float64 [Q, C] by direct differences; +inf for self and -1."""
     distance_QC = np.empty(candidates_QC.shape)
-    step = _rerank_rows(coord_GR.shape[1], candidates_QC.shape[1])
-    for start in range(0, len(queries_Q), step):
-        queries = queries_Q[start : start + step]
-        candidates = candidates_QC[start : start + step]
-        difference = coord_GR[candidates].astype(np.float64)
-        difference -= coord_GR[queries][:, None]
-        np.sqrt(np.einsum("qcr,qcr->qc", difference, difference), out=distance_QC[start : start + step])
+    for part in slices(0, len(queries_Q), _rerank_rows(coord_GR.shape[1], candidates_QC.shape[1])):
+        difference = coord_GR[candidates_QC[part]].astype(np.float64)
+        difference -= coord_GR[queries_Q[part]][:, None]
+        np.sqrt(np.einsum("qcr,qcr->qc", difference, difference), out=distance_QC[part])
     distance_QC[(candidates_QC < 0) | (candidates_QC == queries_Q[:, None])] = np.inf
     return distance_QC
 
 
 def ranked(distance_QC: FloatMatrix, candidates_QC: IntMatrix, k: int) -> tuple[IntMatrix, FloatMatrix]:
-    """The ``k`` nearest candidates of each row, ties by index; +inf is none. Returns as ``rerank`` does."""
+    """The ``k`` nearest candidates of each row, ties by index; +inf means none. Returns what ``rerank`` returns."""
     ids_QK = np.full((len(distance_QC), k), -1, dtype=np.int32)
     distances_QK = np.full((len(distance_QC), k), np.inf)
     order = np.lexsort((candidates_QC, distance_QC), axis=1)[:, :k]
@@ -59,15 +58,15 @@ def ranked(distance_QC: FloatMatrix, candidates_QC: IntMatrix, k: int) -> tuple[
 
 
 def direct_neighbors(coord_GR: NDArray[np.float32], node: int, k: int) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """The ``k`` nearest of all other nodes, no candidates asked: for rows whose ties no scan can tell apart.
+    """The ``k`` nearest of all other nodes, without candidates: for rows whose ties no scan can tell apart.
 
     Price: G * R differences, 8 bytes a node.
     """
     distance_G = np.empty(len(coord_GR))
     own_R = coord_GR[node].astype(np.float64)
-    for start in range(0, len(coord_GR), _DIRECT_ROWS):
-        difference = coord_GR[start : start + _DIRECT_ROWS] - own_R
-        distance_G[start : start + _DIRECT_ROWS] = np.sqrt(np.einsum("gr,gr->g", difference, difference))
+    for part in slices(0, len(coord_GR), _DIRECT_ROWS):
+        difference = coord_GR[part] - own_R
+        distance_G[part] = np.sqrt(np.einsum("gr,gr->g", difference, difference))
     distance_G[node] = np.inf
     nearest = np.argsort(distance_G, kind="stable")[:k]
     ids_K = np.full(k, -1, dtype=np.int32)

@@ -1,7 +1,7 @@
 """Nodes of a search: rows with bit-equal vectors are one, and all are centred.
 
-k neighbours then means k *distinct vectors*, and copies cannot sink a graph. Centring removes the direction that all logit
-rows share, which carries nearly all of their norm (docs/decisions/0006).
+So k neighbours are k *distinct vectors*, and copies cannot wreck a graph. Centring removes the direction that all logit rows
+share, which carries nearly all of their norm (docs/decisions/0006).
 
 Shapes: N rows, G nodes (distinct vectors), K neighbours kept, R coordinates.
 """
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import CorruptStoreError
+from embstore.core.rows import slices
 from embstore.host.scratch import block_rows, large_array
 
 _BLOCK_ROWS = 8192
@@ -55,11 +56,11 @@ def centred(coord_NR: NDArray[np.float32], rows_G: Rows, work: Path) -> NDArray[
     """
     rank = coord_NR.shape[1]
     total_R = np.zeros(rank)
-    step = block_rows(rank)
-    for start in range(0, len(rows_G), step):
-        block = coord_NR[rows_G[start : start + step]]
+    blocks = list(slices(0, len(rows_G), block_rows(rank)))
+    for part in blocks:
+        block = coord_NR[rows_G[part]]
         if not np.isfinite(block).all():
-            row = int(rows_G[start + np.flatnonzero(~np.isfinite(block).all(axis=1))[0]])
+            row = int(rows_G[part][~np.isfinite(block).all(axis=1)][0])
             raise CorruptStoreError(
                 f"the coordinates of row {row} are not finite, though no failure was committed for it",
                 hint="run embstore verify STORE --repair, then embstore build --resume",
@@ -70,8 +71,8 @@ def centred(coord_NR: NDArray[np.float32], rows_G: Rows, work: Path) -> NDArray[
     shape = (len(rows_G), rank)
     with (work / "centred.npy").open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        for start in range(0, len(rows_G), step):
-            centred_BR = coord_NR[rows_G[start : start + step]].astype(np.float64) - mean_R
+        for part in blocks:
+            centred_BR = coord_NR[rows_G[part]].astype(np.float64) - mean_R
             file.write(centred_BR.astype("<f4").data.cast("B"))
     if not len(rows_G):
         return np.empty(shape, dtype=np.float32)
@@ -86,10 +87,10 @@ def expand(
     shape = (len(node_N), ids_GK.shape[1])
     ids_NK = large_array(work / "ids.npy", shape, np.int32)
     distances_NK = large_array(work / "distances.npy", shape, np.float32)
-    for start in range(0, len(node_N), _BLOCK_ROWS):
-        node_B = node_N[start : start + _BLOCK_ROWS]
+    for block in slices(0, len(node_N), _BLOCK_ROWS):
+        node_B = node_N[block]
         valid = node_B >= 0
-        ids, distances = ids_NK[start : start + len(node_B)], distances_NK[start : start + len(node_B)]
+        ids, distances = ids_NK[block], distances_NK[block]
         ids[:], distances[:] = -1, np.inf
         if valid.any():
             nearest = ids_GK[node_B[valid]]
@@ -99,22 +100,20 @@ def expand(
 
 
 def _hashes(coord_NR: NDArray[np.float32]) -> NDArray[np.uint64]:
-    """A 64-bit hash of each row's bits: a sum of words times odd constants; equal rows have equal hashes."""
+    """A 64-bit hash of each row's bits: a sum of words times odd constants. Equal rows have equal hashes."""
     words = np.random.Philox(key=1).random_raw(coord_NR.shape[1]) | np.uint64(1)
     hash_N = np.empty(len(coord_NR), dtype=np.uint64)
-    step = block_rows(coord_NR.shape[1])
-    for start in range(0, len(coord_NR), step):
-        block = np.ascontiguousarray(coord_NR[start : start + step]) + np.float32(0)  # -0.0 becomes 0.0
-        hash_N[start : start + len(block)] = (block.view(np.uint32) * words).sum(axis=1, dtype=np.uint64)
+    for part in slices(0, len(coord_NR), block_rows(coord_NR.shape[1])):
+        block = np.ascontiguousarray(coord_NR[part]) + np.float32(0)  # -0.0 becomes 0.0
+        hash_N[part] = (block.view(np.uint32) * words).sum(axis=1, dtype=np.uint64)
     return hash_N
 
 
 def _group_run(coord_NR: NDArray[np.float32], rows: Rows, first_of_N: Rows) -> None:
-    """Rows of one hash, ascending: point each at the first row with its vector (one hash may be shared by several)."""
+    """Rows of one hash, ascending: point each at the first row with its vector (several vectors may have one hash)."""
     firsts: list[int] = []
-    step = block_rows(coord_NR.shape[1])
-    for start in range(0, len(rows), step):
-        rows_B = rows[start : start + step]
+    for part in slices(0, len(rows), block_rows(coord_NR.shape[1])):
+        rows_B = rows[part]
         block = coord_NR[rows_B]
         is_open = np.ones(len(rows_B), dtype=np.bool_)
         while is_open.any():

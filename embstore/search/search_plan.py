@@ -13,15 +13,15 @@ from typing import Literal
 from embstore.core.config import K_MAX, DensityConfig, format_bytes
 from embstore.core.errors import BudgetError
 from embstore.search.distances import rerank_bytes
-from embstore.search.exact.reference import scan_bytes
+from embstore.search.exact.reference import brute_force_bytes
 from embstore.search.hnsw.shards import graph_bytes, num_shards, query_bytes
 
 Method = Literal["hnsw", "exact", "pilot"]
 
-# Up to this many nodes the float64 scan takes less time than torch takes to load.
+# Up to this many nodes float64 brute force takes less time than torch takes to load.
 SMALL_NODES = 4096
-# Multiply-adds (N^2 R) up to which `auto` scans without asking: half an hour of two cores. Graphs of a million easy points
-# took five minutes, missed two neighbours in a hundred, and would have been followed by the scan (docs/decisions/0036).
+# Multiply-adds (N^2 R) up to which `auto` takes the exact engine without a pilot: half an hour on two cores, for a million
+# rows of 256 coordinates or 270,000 of 4,097 (docs/decisions/0036).
 AUTO_EXACT_WORK = 3.0e14
 # Anonymous bytes a row: node numbers, hashes and their order, half norms, flags.
 _ROW_BYTES = 72
@@ -31,12 +31,15 @@ _SMALL_ARRAYS_BYTES = 24 << 20  # six arrays a row that are mapped files only wh
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchPlan:
-    """What the search will do. ``pilot``: HNSW if it finds nearly everything in a sample, else exact."""
+    """What the search will do. ``pilot``: HNSW if it finds nearly everything in a sample, else exact.
+
+    ``scan_memory_bytes``: the part of the budget that is available to an exact scan.
+    """
 
     method: Method
     shards: int
     memory_bytes: int
-    scan_memory_bytes: int  # of which a scan may have this much
+    scan_memory_bytes: int
 
 
 def plan_search(num_rows: int, rank: int, config: DensityConfig, *, threads: int, memory_bytes: int) -> SearchPlan:
@@ -45,7 +48,7 @@ def plan_search(num_rows: int, rank: int, config: DensityConfig, *, threads: int
     Raises
     ------
     BudgetError
-        The budget holds neither a graph of 64 rows nor the buffers around it; names the least that would do.
+        The budget is too small for a graph of 64 rows and the buffers beside it; the message has the least that suffices.
     """
     held_bytes = _held_bytes(num_rows)
     scan_memory = max(0, memory_bytes - held_bytes)
@@ -53,7 +56,7 @@ def plan_search(num_rows: int, rank: int, config: DensityConfig, *, threads: int
     method = _method(num_rows, rank, config)
     shards = 0
     if method != "exact":
-        shards = hnsw_shards(num_rows, rank, config, threads=threads, memory_bytes=memory_bytes)
+        shards = _hnsw_shards(num_rows, rank, config, threads=threads, memory_bytes=memory_bytes)
         graphs = min(threads, shards) * graph_bytes(-(-num_rows // shards), rank, config.links)
         needed = max(needed, graphs + _hnsw_buffers(num_rows, rank, threads))
     if needed > memory_bytes:
@@ -64,15 +67,15 @@ def plan_search(num_rows: int, rank: int, config: DensityConfig, *, threads: int
     return SearchPlan(method=method, shards=shards, memory_bytes=needed, scan_memory_bytes=scan_memory)
 
 
-def hnsw_shards(num_rows: int, rank: int, config: DensityConfig, *, threads: int, memory_bytes: int) -> int:
-    """Graphs to cut the rows into: as asked, else what memory and cores ask for."""
+def _hnsw_shards(num_rows: int, rank: int, config: DensityConfig, *, threads: int, memory_bytes: int) -> int:
+    """Graphs to cut the rows into: as configured, else as few as memory and cores allow."""
     smallest = threads * graph_bytes(64, rank, config.links)
     memory_bytes = max(smallest, memory_bytes - _hnsw_buffers(num_rows, rank, threads))
     return config.shards or num_shards(num_rows, rank, config.links, threads=threads, memory_bytes=memory_bytes)
 
 
 def _held_bytes(num_rows: int) -> int:
-    """Memory that any search holds."""
+    """Memory that every search takes."""
     return num_rows * _ROW_BYTES + min(_SMALL_ARRAYS_BYTES, 6 * 132 * num_rows) + _FIXED_BYTES
 
 
@@ -88,9 +91,9 @@ def _method(num_rows: int, rank: int, config: DensityConfig) -> Method:
 
 
 def _scan_needs(num_rows: int, rank: int, *, threads: int, memory_bytes: int) -> int:
-    """Memory of the exact engine, which every search ends with: as oracle, for repairs, or as the search itself."""
+    """Memory of the exact engine or of brute force: every search may end with one of them, for repairs or as a whole."""
     if num_rows <= SMALL_NODES:
-        return scan_bytes(rank, K_MAX)
+        return brute_force_bytes(rank, K_MAX)
     from embstore.search.exact.scan import plan_scan  # noqa: PLC0415 - torch, which small searches do not need
 
     return plan_scan(num_rows, rank, K_MAX, threads=threads, memory_bytes=memory_bytes).memory_bytes

@@ -1,8 +1,8 @@
 """Durable files, directories and the writer lock: the only module that syncs, renames or locks.
 
 Every published file goes temp -> write -> fsync -> rename -> fsync(directory). A failed fsync is never retried on the same
-file: Linux marks the pages clean, so a second fsync would lie. Shared rule: temp files live beside their target, named
-``.<target>.<pid>.tmp``, and belong to nobody once the writer that made them is gone.
+file: Linux marks the pages clean, so a second fsync would report success for data that was never written. Temp files are
+named ``.<target>.<pid>.tmp`` in the target's folder; once their writer is gone, the next writer deletes them.
 """
 
 from __future__ import annotations
@@ -17,168 +17,22 @@ import re
 import secrets
 import shutil
 import socket
-import stat
 import time
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from embstore.core.errors import CorruptStoreError, EmbstoreError, ExitCode, StorageError, StoreLockedError
-from embstore.core.format import DOCUMENT_BYTES, FileDigest
+import numpy as np
+from numpy.typing import NDArray
+
+from embstore.core.errors import CorruptStoreError, StorageError, StoreLockedError
+from embstore.core.files import Buffer, array_header, storage_errors
+from embstore.core.format import FileDigest
 from embstore.storage.direct import DirectBuffer, drop_cache, open_direct
 
-Buffer = bytes | bytearray | memoryview
-
 _TEMP_NAME = re.compile(r"\..+\.\d+\.tmp")
-_BUFFER_BYTES = 1 << 20  # rows of a JSONL file are small: one write call a MiB, not one a row
-_READ_BYTES = 8 << 20
-# what open says of links (with O_NOFOLLOW), folders (for writing), sockets and FIFOs, and files in place of folders
-_IRREGULAR = (errno.ELOOP, errno.EMLINK, errno.EISDIR, errno.ENXIO, errno.ENOTDIR)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_WRONG_PLACE = (*_NOT_ALLOWED, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
-
-
-@contextlib.contextmanager
-def storage_errors(doing: str, path: Path, *, opening: bool = False) -> Iterator[None]:
-    """Turn an OSError into a StorageError that says what was being done, where, and what to do next.
-
-    ``opening``: the store is not open yet, so a place that cannot be written is a wrong --out, not an unfinished build.
-    """
-    try:
-        yield
-    except EmbstoreError:  # some are OSErrors too, and say more than their errno
-        raise
-    except OSError as error:
-        if isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(path):
-            path = Path(error.filename)  # a file below the folder that is being worked on
-        hint = "mend the file system, then run the command again (a build: with --resume)"
-        if error.errno in _FULL:
-            hint = "free some space, then run the command again (a build: with --resume)"
-        elif error.errno in _NOT_ALLOWED or (opening and error.errno in _WRONG_PLACE):
-            hint = "make the folder writable, or choose another --out"
-        failure = StorageError(f"{doing} {path} failed: {error.strerror or error}", hint=hint)
-        failure.errno = error.errno
-        if opening and error.errno in _WRONG_PLACE:
-            failure.exit_code = ExitCode.ERROR
-        raise failure from error
-
-
-def open_regular(root: Path, name: str, flags: int = os.O_RDONLY) -> int:
-    """Descriptor of the file ``name`` of a store, which may be anybody's: no link is followed, no FIFO waited for.
-
-    Raises
-    ------
-    CorruptStoreError
-        It is no regular file, or lies behind a link: whoever made the store could have pointed it anywhere.
-    """
-    folders = Path(name).parents[:-1]  # without "."
-    linked = next((folder for folder in folders if (root / folder).is_symlink()), None)
-    if linked is not None:
-        raise irregular(linked.as_posix())
-    try:
-        handle = os.open(root / name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        if error.errno in _IRREGULAR:
-            raise irregular(name) from None
-        raise
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise irregular(name)
-    return handle
-
-
-def file_size(root: Path, name: str) -> int | None:
-    """Bytes of the file ``name`` of a store, None if it is missing; anything but a regular file is a CorruptStoreError."""
-    with storage_errors("reading", root / name):
-        try:
-            handle = open_regular(root, name)
-        except FileNotFoundError:
-            return None
-        size = os.fstat(handle).st_size
-        os.close(handle)
-        return size
-
-
-def reading_problem(root: Path, name: str, error: OSError) -> str:
-    """What an error of reading says about the file: that it is gone, or that the disk cannot read it.
-
-    Raises
-    ------
-    StorageError
-        It says nothing about the file: out of descriptors or memory, not permitted. Nothing may be called damaged for that.
-    """
-    if isinstance(error, FileNotFoundError):
-        return "is missing"
-    if error.errno == errno.EIO:
-        return f"cannot be read ({os.strerror(errno.EIO)})"
-    with storage_errors("reading", root / name):
-        raise error
-
-
-def irregular(name: str) -> CorruptStoreError:
-    """The error for a link, device or folder where a store has a file of its own."""
-    return CorruptStoreError(
-        f"{name} is a link or no regular file; a store holds its files and folders itself",
-        hint="if you moved it to another disk, move it back or mount the disk there",
-    )
-
-
-def read_blocks(root: Path, name: str) -> Iterator[bytes]:
-    """The file ``name`` of a store, a few MiB at a time."""
-    handle = open_regular(root, name)
-    try:
-        offset = 0
-        while block := os.pread(handle, _READ_BYTES, offset):
-            yield block
-            offset += len(block)
-    finally:
-        os.close(handle)
-
-
-def read_all(handle: int, name: str, limit: int) -> bytes:
-    """Every byte of an open file; a larger one than ``limit`` is refused unread, however little of it is on the disk."""
-    size = os.fstat(handle).st_size
-    if size > limit:
-        raise CorruptStoreError(f"{name} has {size} bytes, at most are {limit}", hint="is this a store?")
-    return pread_all(handle, size, 0)
-
-
-def pread_all(handle: int, size: int, offset: int) -> bytes:
-    """``size`` bytes from ``offset``, fewer where the file ends; one call of the kernel gives at most 2 GiB."""
-    blocks = []
-    while size and (block := os.pread(handle, min(_READ_BYTES, size), offset)):
-        blocks.append(block)
-        size, offset = size - len(block), offset + len(block)
-    return b"".join(blocks)
-
-
-def read_committed(root: Path, name: str, *, limit: int | None = DOCUMENT_BYTES) -> bytes:
-    """Bytes of a JSON file that a commit promised; that it is missing is damage (CorruptStoreError), not a wrong path.
-
-    A larger file than ``limit`` is refused. None is for files that grow with the rows: they are read up to the first zero
-    byte, which JSON never holds and every hole of a sparse file gives.
-    """
-    with storage_errors("reading", root / name):
-        try:
-            if limit is None:
-                return b"".join(_text_blocks(root, name))
-            handle = open_regular(root, name)
-            try:
-                return read_all(handle, name, limit)
-            finally:
-                os.close(handle)
-        except FileNotFoundError:
-            raise CorruptStoreError(f"{name} is missing", hint=f"run embstore verify {root}") from None
-
-
-def _text_blocks(root: Path, name: str) -> Iterator[bytes]:
-    for block in read_blocks(root, name):
-        if b"\0" in block:
-            raise CorruptStoreError(f"{name} holds a zero byte", hint=f"run embstore verify {root}")
-        yield block
+_BUFFER_BYTES = 1 << 20  # rows of a JSONL file are small: one write per MiB, not one per row
 
 
 def fsync_directory(path: Path) -> None:
@@ -194,8 +48,8 @@ def fsync_directory(path: Path) -> None:
 def make_directory(path: Path, *, opening: bool = False, resync: bool = False) -> None:
     """Create ``path`` and missing parents, each made durable in its own parent.
 
-    A writer that died may have made a folder and not lived to sync its name. ``resync`` syncs that of ``path`` if it is
-    there, ``opening`` that of the last folder that is. At the root of a store the journal does it.
+    A writer that died may have created a folder without syncing its name. ``resync`` syncs the name of ``path`` if it exists
+    already, ``opening`` that of the last folder that does. For the files at the root of a store, the journal does this.
     """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
@@ -207,12 +61,12 @@ def make_directory(path: Path, *, opening: bool = False, resync: bool = False) -
         try:
             fsync_directory(existing.parent)
         except StorageError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM):  # what may not be opened was not made by us
+            if error.errno not in (errno.EACCES, errno.EPERM):  # a folder that we may not open was not created by us
                 raise
 
 
 def write_all(handle: int, data: Buffer) -> None:
-    """Write every byte; the kernel may take fewer than asked."""
+    """Write every byte; one call may write fewer than it was given."""
     view = memoryview(data).cast("B")
     while view:
         view = view[os.write(handle, view) :]
@@ -234,11 +88,11 @@ def pwrite_all(handle: int, data: Buffer, offset: int) -> None:
 class DurableFile:
     """A new file that appears under its name complete and synced, or not at all.
 
-    Use as a context manager: leaving it normally publishes, an exception leaves no trace. ``digest`` is valid afterwards.
-    ``sync_directory=False`` leaves the directory fsync to the caller, who may group many renames under one.
-    ``direct`` writes past the page cache where the file system can, for large files that nobody is about to read. The temp
-    file lies in ``folder`` on the same file system, default beside the target: whoever removes that folder keeps it from
-    ever being published.
+    Use it as a context manager: leaving it normally publishes the file, an exception deletes it. ``digest`` is valid
+    afterwards. ``sync_directory=False`` leaves the fsync of the directory to the caller, who may group many renames under
+    one. ``direct`` writes past the page cache where the file system can, for large files that nobody is about to read. The
+    temp file lies in ``folder``, which must be on the same file system (default: the target's folder); if that folder is
+    removed, the file can no longer be published.
     """
 
     def __init__(
@@ -296,7 +150,7 @@ class DurableFile:
     def digest(self) -> FileDigest:
         """Size and sha256 of what was written."""
         if self._sha256 is None:
-            raise AssertionError("this file was opened without a digest")
+            raise AssertionError("this file was opened with sha256=False")
         return FileDigest(bytes=self._size, sha256=self._sha256.hexdigest())
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -341,6 +195,14 @@ def write_durable(path: Path, data: Buffer) -> FileDigest:
     return file.digest
 
 
+def save_array(path: Path, array: NDArray[np.generic], *, sync_directory: bool = True) -> FileDigest:
+    """Publish ``array`` as a ``.npy`` file, never pickled."""
+    with DurableFile(path, sync_directory=sync_directory) as file:
+        file.write(array_header(array.dtype, array.shape))
+        file.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+    return file.digest
+
+
 def replace_link(link: Path, target: str) -> bool:
     """Point the symbolic link ``link`` at ``target`` (relative), atomically; True asks the caller to sync the folder."""
     if link.is_symlink() and os.readlink(link) == target:
@@ -353,7 +215,7 @@ def replace_link(link: Path, target: str) -> bool:
 
 
 def remove_temp_files(folder: Path) -> None:
-    """Delete temp files of writers that are gone; only the lock holder may call this. Other people's files stay."""
+    """Delete temp files of writers that are gone; only the holder of the lock may call this. Other files stay."""
     with storage_errors("reading folder", folder), os.scandir(folder) as entries:
         stale = [entry.path for entry in entries if _TEMP_NAME.fullmatch(entry.name)]
     for path in stale:
@@ -362,9 +224,10 @@ def remove_temp_files(folder: Path) -> None:
 
 
 def remove_folder(path: Path, *, missing_ok: bool = False) -> None:
-    """Delete a folder and what is in it, or whatever lies in its place, never what a link leads to.
+    """Delete a folder with its contents, or whatever has taken its place; links are deleted, not followed.
 
-    One nested deeper than Python can go stays, and a FIFO is not opened: ``rmtree`` would wait for its writer.
+    Anything but a folder is unlinked, because ``rmtree`` would wait for the writer of a FIFO. A folder that is nested deeper
+    than Python can recurse is a CorruptStoreError.
     """
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=missing_ok)
@@ -373,14 +236,15 @@ def remove_folder(path: Path, *, missing_ok: bool = False) -> None:
         shutil.rmtree(path, ignore_errors=missing_ok)
     except RecursionError:
         raise CorruptStoreError(
-            f"{path} is nested too deep to be deleted", hint=f"delete {path}, then run it again"
+            f"{path} is nested too deep to be deleted", hint=f"delete {path} yourself, then run the command again"
         ) from None
 
 
-def take_away(path: Path) -> None:
-    """Delete a folder that another process may be writing into: it is renamed first, so that no path of theirs leads on.
+def remove_busy_folder(path: Path) -> None:
+    """Delete a folder that another process may be writing into; nothing has this name when the call returns.
 
-    What it has open it may still write, but never rename to anywhere. Nothing is there when this returns, or before.
+    The folder is renamed first, so that the other process can no longer reach it by its path: files that are open may still
+    be written, but not renamed to anywhere.
     """
     gone = path.with_name(f"gone-{secrets.token_hex(8)}")
     with contextlib.suppress(FileNotFoundError):
@@ -391,8 +255,8 @@ def take_away(path: Path) -> None:
 class WriterLock:
     """One writer per store: flock on a permanent file. The kernel drops it when the process dies, so it is never stale.
 
-    A forked child shares the parent's lock and would keep it after the parent's death, so it closes its copy at once. What a
-    child starts by ``exec`` never has it.
+    A forked child shares the parent's lock and would keep it after the parent's death, so it closes its copy at once.
+    Programs that are started by ``exec`` do not inherit it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -419,7 +283,7 @@ class WriterLock:
                 f"the file system of {path.parent} cannot lock files ({error.strerror})",
                 hint="build on a local disk, then copy the finished store",
             ) from error
-        # for the message above only: nobody decides anything by this text
+        # only for the message above: nothing depends on this text
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         with storage_errors("writing", path, opening=True):
             os.ftruncate(self._handle, 0)
@@ -429,12 +293,12 @@ class WriterLock:
         """Let the next writer in; the file stays."""
         _held.discard(self)
         if self._handle >= 0:
-            with contextlib.suppress(OSError):  # it is closed all the same, and no data of ours waits in it
+            with contextlib.suppress(OSError):  # the descriptor is closed all the same, and the file has no data of ours
                 os.close(self._handle)
         self._handle = -1
 
 
-# writers of this process, for the one moment when there are two processes that have their locks
+# locks of this process: a fork must release them in the child
 _held: weakref.WeakSet[WriterLock] = weakref.WeakSet()
 
 

@@ -1,7 +1,7 @@
-"""The chunks of one window, durable, by whoever computes them: no lock is held here and nothing is committed.
+"""Makes the chunks of one window durable, in whichever process computes them: it takes no lock and commits nothing.
 
-Per chunk: temp -> write -> fsync -> rename; per window: fsync(folder). What a commit needs beside the chunks (their sizes
-and checksums, coordinates, residuals, failed rows: about 4 R bytes a row) is returned, and may travel to the one process
+Per chunk: temp -> write -> fsync -> rename; per window: fsync(folder). What a commit needs besides the chunks (their sizes
+and checksums, coordinates, residuals, failed rows: about 4 R bytes a row) is returned. It may travel to the one process
 that has the lock and the journal (``storage.writer.StoreWriter.commit_window``).
 """
 
@@ -30,14 +30,14 @@ from embstore.storage.atomic import DurableFile, fsync_directory
 from embstore.storage.chunks import Encoded, crc32c, encode_chunk
 from embstore.storage.direct import DirectBuffer
 
-WORKER_FOLDERS = "engine-"  # how folders begin, in work/, in which workers of a driver have their temp files
+WORKER_FOLDERS = "engine-"  # folders in work/ that begin like this contain temp files of a driver's workers
 # Chunks that are compressed while another one is written. Compression takes as long as a write to a fast disk.
 ENCODED_AHEAD = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class WrittenWindow:
-    """A window whose chunks are durable and that is not committed: its record, and float32 [W, R] and [W] to enter."""
+    """A window with durable chunks that is not committed yet: its record, coordinates [W, R] and residuals [W], float32."""
 
     record: WindowRecord
     coord_WR: NDArray[np.float32]
@@ -45,15 +45,15 @@ class WrittenWindow:
 
 
 class WindowWriter:
-    """Writes chunks of the store at ``root``; ``folder`` is where temp files lie, default beside the chunks."""
+    """Writes chunks of the store at ``root``; ``folder`` is for temp files (default: the folder of the chunks)."""
 
     def __init__(self, root: Path, spec: StoreSpec, *, folder: Path | None = None) -> None:
         self._root, self._spec, self._folder = root, spec, folder
-        self._direct = DirectBuffer()  # of one chunk after the other
+        self._direct = DirectBuffer()  # shared by all chunks
         self._encoders = ThreadPoolExecutor(ENCODED_AHEAD, thread_name_prefix="embstore-encode")  # started when first used
 
     def close(self) -> None:
-        """End the threads; chunks that were written stay."""
+        """Stop the threads; written chunks stay."""
         self._encoders.shutdown(cancel_futures=True)
 
     def write(
@@ -66,7 +66,7 @@ class WindowWriter:
     ) -> WrittenWindow:
         """Write the chunks of one window.
 
-        ``blocks`` yields one RowBlock per chunk; ``counts`` is asked once they are exhausted; ``reused`` are the rows that
+        ``blocks`` yields one RowBlock per chunk; ``counts`` is called once they are exhausted; ``reused`` are the rows that
         were copied from other stores, in row order.
         """
         keep_large_blocks()
@@ -105,7 +105,7 @@ class WindowWriter:
     def _encoding_ahead(
         self, chunks: Iterable[tuple[int, RowRange]], blocks: Iterator[RowBlock]
     ) -> Iterator[tuple[int, RowRange, RowBlock, Future[Encoded]]]:
-        """Chunks in order, each being encoded while those before it are written: the disk waits for no compressor."""
+        """Chunks in order, each encoded while earlier ones are written, so that the disk does not wait for compression."""
         spec = self._spec
         waiting: deque[tuple[int, RowRange, RowBlock, Future[Encoded]]] = deque()
         for (index, rows), block in zip(chunks, blocks, strict=True):
@@ -113,7 +113,7 @@ class WindowWriter:
             if block.emb_BV.shape != expected:
                 raise AssertionError(f"chunk {index} needs {expected}, the embedder gave {block.emb_BV.shape}")
             if any(np.may_share_memory(block.emb_BV, other.emb_BV) for _, _, other, _ in waiting):
-                raise AssertionError(f"chunk {index} lies in the memory of a block that is not yet written")
+                raise AssertionError(f"chunk {index} shares memory with a block that is not written yet")
             encode = functools.partial(encode_chunk, chunk_rows=spec.chunk_rows, compressor=spec.compressor)
             waiting.append((index, rows, block, self._encoders.submit(encode, block.emb_BV)))
             if len(waiting) > ENCODED_AHEAD:
@@ -131,12 +131,12 @@ class WindowWriter:
 def _refuse_unlisted(
     rows: RowRange, coord_WR: NDArray[np.float32], residual_W: NDArray[np.float32], failed: list[FailedRow]
 ) -> None:
-    """A value that is not finite in a row that nobody said failed would be committed as damage."""
+    """Refuse a value that is not finite in a row that is not listed as failed: it would be committed as damage."""
     is_finite_W = np.isfinite(coord_WR).all(axis=1) & np.isfinite(residual_W)
     is_finite_W[[each.row - rows.start for each in failed]] = True
     if not is_finite_W.all():
         row = rows.start + int(np.argmin(is_finite_W))
         raise RowError(
-            f"row {row} has a coordinate or residual that is not finite, and the embedder did not say that it failed",
-            hint="this is a fault of the embedder, not of the prompt: please report it with the prompt and the model",
+            f"row {row} has a coordinate or residual that is not finite, but the embedder did not report it as failed",
+            hint="this is a bug in the embedder, not in the prompt: please report it with the prompt and the model",
         )

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import CorruptStoreError
+from embstore.core.files import open_regular, read_all, storage_errors
 from embstore.core.format import chunk_name
 from embstore.core.records import ChunkRecord
 from embstore.core.spec import StoreSpec
-from embstore.storage.atomic import open_regular, read_all, storage_errors
 
 numcodecs.blosc.use_threads = False
 
@@ -34,7 +34,7 @@ _REPAIR = "run embstore verify STORE --repair, then embstore build --resume"
 
 def crc32c(data: bytes | memoryview) -> str:
     """CRC-32C (Castagnoli) as 8 hex digits; 5 to 7 GB/s, so checks are bound by the disk."""
-    # the extension takes bytes and arrays, but no memoryview
+    # the extension accepts bytes and arrays, but not memoryviews
     return f"{google_crc32c.value(np.frombuffer(data, dtype=np.uint8)):08x}"
 
 
@@ -56,17 +56,17 @@ def encode_chunk(emb_BV: NDArray[np.float16], *, chunk_rows: int, compressor: st
 
 
 def read_chunk(root: Path, spec: StoreSpec, record: ChunkRecord) -> bytes:
-    """Bytes of a chunk file as they were committed; a size that no chunk of this spec can have is refused unread.
+    """Bytes of a chunk file as they were committed; a size that is impossible under this spec is refused unread.
 
     Raises
     ------
     CorruptStoreError
-        The file is missing, is no regular file, or differs from its record in size or checksum.
+        The file is missing, is not a regular file, or differs from its record in size or checksum.
     """
     name = chunk_name(record.index)
     most = 2 * spec.chunk_rows * spec.embedding.dimension + _BLOSC_HEADER_BYTES + _TRAILER_BYTES
     if record.bytes > most:
-        raise CorruptStoreError(f"{name}: committed were {record.bytes} bytes, a chunk has at most {most}", hint=_REPAIR)
+        raise CorruptStoreError(f"{name}: the journal says {record.bytes} bytes, a chunk has at most {most}", hint=_REPAIR)
     with storage_errors("reading", root / name):
         try:
             handle = open_regular(root, name)
@@ -82,8 +82,8 @@ def read_chunk(root: Path, spec: StoreSpec, record: ChunkRecord) -> bytes:
     return data
 
 
-def expect_chunk(root: Path, index: int) -> None:
-    """Let the kernel begin to read a chunk file that will probably be wanted soon; advice, so nothing fails here."""
+def prefetch_chunk(root: Path, index: int) -> None:
+    """Ask the kernel to start reading a chunk file that will probably be needed soon; failures are ignored."""
     if not hasattr(os, "posix_fadvise"):  # macOS
         return
     with contextlib.suppress(OSError, CorruptStoreError):
@@ -116,12 +116,12 @@ def check_chunk(data: bytes, record: ChunkRecord) -> None:
 def decode_chunk(data: bytes, spec: StoreSpec, index: int, *, out: NDArray[np.float16] | None = None) -> NDArray[np.float16]:
     """Rows of a checked chunk file, float16 [chunk_rows, V], padding rows included.
 
-    ``out``, contiguous and of that shape, takes rows that are decompressed: fresh memory costs more than decoding into it.
+    Compressed rows are decoded into ``out``, contiguous and of that shape, if given: fresh memory costs more than decoding.
 
     Raises
     ------
     CorruptStoreError
-        The body is no chunk of this spec, whatever its checksum: sizes are compared before anything is allocated.
+        The body is not a chunk of this spec, whatever its checksum: sizes are compared before anything is allocated.
     """
     body = memoryview(data)[:-_TRAILER_BYTES]
     size = 2 * spec.chunk_rows * spec.embedding.dimension
@@ -130,11 +130,11 @@ def decode_chunk(data: bytes, spec: StoreSpec, index: int, *, out: NDArray[np.fl
         header = bytes(body[:_BLOSC_HEADER_BYTES])
         claimed = tuple(int.from_bytes(header[start : start + 4], "little") for start in (4, 12))
         if len(header) < _BLOSC_HEADER_BYTES or header[3] != 2 or claimed != (size, len(body)):
-            raise CorruptStoreError(f"{name} is no blosc frame of {size} bytes in {len(body)}", hint=_REPAIR)
+            raise CorruptStoreError(f"{name} is not a blosc frame of {size} bytes in {len(body)}", hint=_REPAIR)
         try:
             body = memoryview(_BLOSC.decode(body, out=out)).cast("B")
         except RuntimeError as error:
             raise CorruptStoreError(f"{name} cannot be decoded ({error})", hint=_REPAIR) from error
     if len(body) != size:
-        raise CorruptStoreError(f"{name} holds {len(body)} bytes of rows, not {size}", hint=_REPAIR)
+        raise CorruptStoreError(f"{name} contains {len(body)} bytes of rows, not {size}", hint=_REPAIR)
     return np.frombuffer(body, dtype="<f2").reshape(spec.chunk_rows, spec.embedding.dimension)

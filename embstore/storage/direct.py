@@ -1,8 +1,8 @@
 """Writes past the page cache, for large files that nobody is about to read.
 
-Through the cache the kernel copies every byte into fresh pages, writes them back, and drops them again. Past it the disk
-reads our own buffer (docs/decisions/0016). File systems that cannot (some network and memory ones) get the same bytes
-through the cache.
+Through the cache, the kernel copies every byte into fresh pages, writes them back, and drops them again. Past it, the disk
+reads our own buffer (docs/decisions/0016). File systems without direct writes (some network and memory ones) get the same
+bytes through the cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 
 
 def open_direct(path: Path, flags: int, mode: int) -> tuple[int, bool]:
-    """Open a file for direct writes where its file system takes them; returns the descriptor and whether it does."""
+    """Open a file for direct writes if its file system supports them; returns the descriptor and whether it does."""
     if _DIRECT:
         try:
             return os.open(path, flags | _DIRECT, mode), True
@@ -35,27 +35,27 @@ def open_direct(path: Path, flags: int, mode: int) -> tuple[int, bool]:
 
 
 def drop_cache(handle: int) -> None:
-    """Let the kernel use a synced file's pages for the next one, instead of the memory of whoever else is running."""
+    """Let the kernel reuse a synced file's pages for the next one, instead of taking memory from other processes."""
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):  # advice
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class DirectBuffer:
-    """Bytes on their way to one file, in aligned parts; ``finish`` writes the rest and gives the file its length.
+    """Collects bytes for one file and writes them in aligned parts; ``finish`` writes the rest and sets the file's length.
 
-    Price: 4 MiB for the last file it was used for, which the next one uses again.
+    Price: 4 MiB, which the next file reuses.
     """
 
     def __init__(self) -> None:
-        self._memory = memoryview(mmap.mmap(-1, _BUFFER_BYTES))  # a map is aligned; other memory need not be
+        self._memory = memoryview(mmap.mmap(-1, _BUFFER_BYTES))  # a map is page-aligned; other memory may not be
         self._bytes = np.frombuffer(self._memory, dtype=np.uint8)
         self._handle = -1
         self._filled = 0
         self._size = 0
 
     def begin(self, handle: int) -> None:
-        """Start over, for an empty file that ``open_direct`` gave."""
+        """Start again, for an empty file from ``open_direct``."""
         self._handle, self._filled, self._size = handle, 0, 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -64,7 +64,7 @@ class DirectBuffer:
         self._size += len(view)
         while view:
             part = view[: _BUFFER_BYTES - self._filled]
-            # numpy copies without the interpreter's lock, which the model's threads want all the time
+            # numpy copies without the interpreter's lock, which the model's threads need
             np.copyto(self._bytes[self._filled : self._filled + len(part)], np.frombuffer(part, dtype=np.uint8))
             self._filled += len(part)
             view = view[len(part) :]
@@ -72,7 +72,7 @@ class DirectBuffer:
                 self._flush()
 
     def finish(self) -> None:
-        """Everything is written (not synced), and the file ends after the last byte."""
+        """Write the rest (without a sync) and cut the file after its last byte."""
         padded = -(-self._filled // _ALIGNMENT) * _ALIGNMENT
         self._memory[self._filled : padded] = bytes(padded - self._filled)
         self._filled = padded
@@ -86,7 +86,7 @@ class DirectBuffer:
             try:
                 view = view[os.write(self._handle, view) :]
             except OSError as error:
-                # the file system takes no such write after all, or the one before ended inside a block on a full disk
+                # the file system refuses direct writes after all, or a full disk cut the last write inside a block
                 flags = fcntl.fcntl(self._handle, fcntl.F_GETFL)
                 if error.errno != errno.EINVAL or not flags & _DIRECT:
                     raise

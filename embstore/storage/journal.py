@@ -1,7 +1,7 @@
 """The journal: an append-only file whose durable lines are the only commits of a build.
 
-A line counts once ``fdatasync`` returned. The last line may be torn after a crash: it was never acknowledged, so opening
-for writing cuts it off. Damage anywhere else is refused. Rationale: docs/decisions/0002-journal-is-the-commit-log.md.
+A line counts once ``fdatasync`` has returned. After a crash the last line may be torn: it was never acknowledged, so opening
+for writing removes it. Damage anywhere else is refused. Rationale: docs/decisions/0002-journal-is-the-commit-log.md.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import os
 from pathlib import Path
 
 from embstore.core.decode import parse_json
-from embstore.core.errors import CorruptStoreError, StorageError
-from embstore.core.format import JOURNAL, JOURNAL_BYTES, JOURNAL_LINE_BYTES, RUNS, JsonObject
+from embstore.core.errors import CorruptStoreError, StorageError, StoreNotFoundError
+from embstore.core.files import open_regular, pread_all, read_all, storage_errors
+from embstore.core.format import JOURNAL, JOURNAL_BYTES, JOURNAL_LINE_BYTES, MANIFEST, RUNS, JsonObject
 from embstore.core.records import (
     JournalRecord,
     JournalState,
@@ -21,19 +22,30 @@ from embstore.core.records import (
     encode_journal_record,
     replay,
 )
-from embstore.storage.atomic import fsync_directory, open_regular, pread_all, read_all, storage_errors, sync_data, write_all
+from embstore.storage.atomic import fsync_directory, sync_data, write_all
 
 _RUNS_BYTES = 1 << 20
 
 
 def read_journal(root: Path) -> JournalState:
-    """What is committed in the store at ``root``, without touching anything; an absent journal is an empty state."""
+    """What is committed in the store at ``root``; reads only. Without a journal the state is empty."""
     records, _ = decode_journal(journal_bytes(root), name=JOURNAL)
     return replay(records)
 
 
+def require_store(root: Path) -> None:
+    """Refuse a folder that has neither a journal nor a manifest.
+
+    Raises
+    ------
+    StoreNotFoundError
+    """
+    if not os.path.lexists(root / JOURNAL) and not os.path.lexists(root / MANIFEST):
+        raise StoreNotFoundError(f"{root} is not a store", hint="run embstore build PROMPTS --model MODEL --out STORE")
+
+
 def journal_bytes(root: Path) -> bytes:
-    """The journal as it lies on the disk, a torn tail included; nothing if it is absent."""
+    """All bytes of the journal, a torn tail included; empty if there is no journal."""
     with storage_errors("reading", root / JOURNAL):
         try:
             handle = open_regular(root, JOURNAL)
@@ -46,9 +58,9 @@ def journal_bytes(root: Path) -> bytes:
 
 
 def run_entries(root: Path) -> list[JsonObject]:
-    """Entries of ``runs.jsonl``, oldest first, as far as its last MiB holds them; a line that is no entry is left out.
+    """Entries in the last MiB of ``runs.jsonl``, oldest first; lines that are not entries are left out.
 
-    The file is not synced, so a crash may have torn it; and nothing in it is more than a hint.
+    The file is not synced, so a crash may have torn it; its entries are only hints.
     """
     try:
         handle = open_regular(root, RUNS)
@@ -68,8 +80,8 @@ def run_entries(root: Path) -> list[JsonObject]:
 class Journal:
     """The journal opened by the one writer.
 
-    Opening cuts a torn tail and syncs file and folder before anything read is trusted: a killed process may have left lines
-    that only the page cache holds.
+    Opening removes a torn tail and syncs file and folder before anything that was read is trusted: lines that a killed
+    process left may be in the page cache only.
     """
 
     def __init__(self, root: Path) -> None:
@@ -108,15 +120,17 @@ class Journal:
         Raises
         ------
         StorageError
-            The line may or may not be on disk. The journal accepts nothing more in this process; the next one looks.
+            The line may or may not be on disk. This process writes nothing more; the next one reads what is there.
         """
         if self._broken:
-            raise StorageError(f"{self._path} failed before; nothing more is written", hint="run the command with --resume")
+            raise StorageError(
+                f"{self._path}: an earlier write failed, nothing more is written", hint="run the command with --resume"
+            )
         line = encode_journal_record(len(self._records) + 1, record)
         if len(line) > JOURNAL_LINE_BYTES or self._size + len(line) > JOURNAL_BYTES:
             raise StorageError(
-                f"{self._path} has {self._size} bytes and cannot take a line of {len(line)}: at most are "
-                f"{JOURNAL_LINE_BYTES} in a line and {JOURNAL_BYTES} in all",
+                f"{self._path} has {self._size} bytes and cannot take a line of {len(line)}: the limits are "
+                f"{JOURNAL_LINE_BYTES} bytes a line and {JOURNAL_BYTES} in all",
                 hint="build into another --out, with --window-rows nearer the default",
             )
         self._broken = True
@@ -128,6 +142,6 @@ class Journal:
         self._records.append(record)
 
     def close(self) -> None:
-        """Close the file. Every line in it was synced, so an error that comes now says nothing about them."""
+        """Close the file. Every line in it was synced, so an error on closing does not matter."""
         with contextlib.suppress(OSError):
             os.close(self._handle)

@@ -1,9 +1,9 @@
-"""Prompts in Parquet files and in Hugging Face datasets saved on disk, as the JSON lines they would be.
+"""Prompts in Parquet files and in Hugging Face datasets saved on disk, converted to JSON lines.
 
-Every row becomes one line, so what a prompt is, what is quarantined and how lines count is decided in one place, whatever
-the file. Read batch by batch with pyarrow alone: no ``datasets``, no pandas, nothing unpickled. A null, or a number that
-JSON cannot hold, is a field that is not there: a table has every field on every row, and inside every message. Columns of
-bytes are left out; dates and decimals are text.
+Every row becomes one line, so one parser decides what a prompt is, what is quarantined and how lines are counted. Files are
+read batch by batch with pyarrow alone: no ``datasets``, no pandas, nothing unpickled. Nulls, and numbers that JSON cannot
+express, count as absent fields, because a table has every field on every row and in every message. Binary columns are left
+out; dates and decimals become text.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _PARQUET_MAGIC = b"PAR1"
 _STATE = "state.json"
 _SPLITS = "dataset_dict.json"
 _BATCH_ROWS = 256
-_BUFFER_BYTES = 1 << 20  # of each column of a Parquet file; without it pyarrow reads a whole row group
+_BUFFER_BYTES = 1 << 20  # per column of a Parquet file; without it pyarrow reads a whole row group
 _INSTALL = "pip install 'embstore[parquet]'"
 
 
 def is_table(source: Path) -> bool:
     """Whether ``source`` is a folder or a Parquet file, by content."""
-    with contextlib.suppress(OSError, ValueError):  # whoever opens it as a file says what is wrong with it
+    with contextlib.suppress(OSError, ValueError):  # the caller opens it as a file and reports the problem
         if source.is_dir():
             return True
         with source.open("rb") as file:
@@ -42,7 +42,7 @@ def table_lines(source: Path) -> Iterator[bytes]:
     Raises
     ------
     PromptError
-        pyarrow is missing, or this is no such file or folder, or a damaged one.
+        pyarrow is missing, or the file or folder is damaged or of another kind.
     """
     if source.is_dir() and not (source / _STATE).is_file() and not _parquet_files(source):
         raise _no_table(source)
@@ -86,22 +86,23 @@ def _arrow_batches(path: Path) -> Iterator[Any]:
 
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
         for batch in stream:
-            batch.validate(full=True)  # offsets of a damaged file lead anywhere
+            batch.validate(full=True)  # offsets in a damaged file may point anywhere
             texts = batch.select([field.name for field in batch.schema if not _is_binary(field.type)])
             for start in range(0, texts.num_rows, _BATCH_ROWS):
                 yield texts.slice(start, _BATCH_ROWS)
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """Data files of a dataset that ``save_to_disk`` wrote, in their order."""
+    """Data files of a dataset that ``save_to_disk`` wrote, in order."""
     state = _document(folder / _STATE)
     listed = state.get("_data_files") if isinstance(state, dict) else None
     names = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed or ()]
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise PromptError(f"{folder / _STATE} names no data files", hint="save the dataset again with save_to_disk")
+        raise PromptError(f"{folder / _STATE} does not name data files", hint="save the dataset again with save_to_disk")
     if state.get("_indices_files") or state.get("_indices_data_files"):
         raise PromptError(
-            f"{folder} is a selection of rows by an index file", hint="call flatten_indices() on it, then save_to_disk"
+            f"{folder} is a dataset with an index file that selects rows",
+            hint="call flatten_indices() on it, then save_to_disk",
         )
     return [folder / str(name) for name in names]
 
@@ -111,10 +112,10 @@ def _no_table(folder: Path) -> PromptError:
         splits = _document(folder / _SPLITS)
         names = splits.get("splits") if isinstance(splits, dict) else None
         first = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "train"
-        return PromptError(f"{folder} holds several splits: {shown(names)}", hint=f"give one of them: {folder}/{first}")
+        return PromptError(f"{folder} contains several splits: {shown(names)}", hint=f"give one of them: {folder}/{first}")
     return PromptError(
-        f"{folder} is a directory without Parquet files or a saved dataset",
-        hint="give a JSONL or Parquet file, or a folder that save_to_disk of the datasets library wrote",
+        f"{folder} contains neither Parquet files nor a saved dataset",
+        hint="give a JSONL or Parquet file, or a folder written by save_to_disk of the datasets library",
     )
 
 
@@ -132,7 +133,7 @@ def _is_binary(kind: Any) -> bool:  # noqa: ANN401 - a pyarrow type
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - any value of a table
-    """The value as JSON has it."""
+    """The value as JSON can express it."""
     if isinstance(value, dict):
         plain = {str(name): _plain(item) for name, item in value.items()}
         return {name: item for name, item in plain.items() if item is not None}

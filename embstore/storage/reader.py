@@ -1,7 +1,7 @@
 """The read side: a finished store as arrays, ids and neighbours. Reads only; follows the manifest, never a fixed name.
 
-Guarantee: what is served was committed. Opening checks the manifest, the size of every listed file and the digests of the
-small ones it reads; chunk checksums are checked at each read of rows; ``embstore verify`` reads everything.
+Guarantee: only committed bytes are served. Opening checks the manifest, the size of every listed file, and the digests of
+the small files it reads; each read of rows checks the checksums of its chunks; ``embstore verify`` reads everything.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from embstore.core.config import K_MAX
 from embstore.core.decode import parse_json, shown
 from embstore.core.errors import ConfigError, CorruptStoreError, IncompleteStoreError, StoreNotFoundError
+from embstore.core.files import check_array, check_content, file_size, map_array, read_committed
 from embstore.core.format import (
     ALIASES,
     ARRAY_METADATA,
@@ -27,7 +28,6 @@ from embstore.core.format import (
     DOCUMENT_BYTES,
     EMBEDDINGS,
     IDS,
-    JOURNAL,
     KEYS,
     LINE_ROWS,
     MANIFEST,
@@ -52,18 +52,13 @@ from embstore.core.plan import grid_of, refuse_misfits
 from embstore.core.records import ChunkRecord, JournalState, decode_chunk_table
 from embstore.core.rows import RowRange
 from embstore.core.spec import StoreSpec, array_metadata, decode_spec
-from embstore.storage.arrays import check_array, map_array
-from embstore.storage.atomic import file_size, read_committed
-from embstore.storage.chunks import decode_chunk, expect_chunk, read_chunk
-from embstore.storage.journal import read_journal
+from embstore.storage.chunks import decode_chunk, prefetch_chunk, read_chunk
+from embstore.storage.journal import read_journal, require_store
 from embstore.storage.prompt_table import PromptTable
-from embstore.storage.rowfiles import ROW_FILES, check_rows, header_problem
-from embstore.storage.writer import check_digest
+from embstore.storage.row_files import ROW_FILES, check_rows, header_problem
 
 if TYPE_CHECKING:
     import zarr
-
-_HINT = "run embstore verify STORE"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,8 +73,8 @@ class Neighbors:
 class EmbeddingStore:
     """A store opened for reading; see ``open_store``.
 
-    Neighbours and weights are mapped when it is opened: it serves that set for as long as it lives, also after a writer
-    replaced it. Every array is compared with its commit when it is first used, at the price of one read of its file.
+    Neighbours and weights are mapped on opening, so they stay the same even if a writer replaces them meanwhile. Every array
+    is compared with its commit when it is first used, which reads its file once.
     """
 
     def __init__(self, root: Path, manifest: Manifest | None, state: JournalState, spec: StoreSpec) -> None:
@@ -87,6 +82,7 @@ class EmbeddingStore:
         self.manifest = manifest
         self.journal = state
         self.spec = spec
+        self._hint = f"run embstore verify {root}"
         committed = [record.files for record in (state.prompts, state.spec) if record is not None]
         self._digests = (
             manifest.files if manifest else {name: digest for files in committed for name, digest in files.items()}
@@ -108,7 +104,7 @@ class EmbeddingStore:
 
     @property
     def committed_rows(self) -> list[RowRange]:
-        """Rows that may be read, as ranges; one range over everything for a finished store."""
+        """Rows that may be read, as ranges; a finished store has one range over all rows."""
         if self.is_complete:
             return [RowRange(0, self.num_rows)]
         return [RowRange(window.start, window.stop) for window in self.journal.windows.values()]
@@ -117,13 +113,13 @@ class EmbeddingStore:
     def embeddings(self) -> zarr.Array[Any]:
         """The Zarr v3 array, float16 [N, V], read-only; rows never written read as NaN.
 
-        zarr reads the chunk files itself: their checksums and sizes, but not that they are no links. ``rows`` checks all.
+        zarr reads the chunk files itself and checks sizes and checksums, but follows links. ``rows`` refuses links, too.
         """
         import zarr  # noqa: PLC0415 - a third of what inspect would spend on imports
 
-        # an array of anybody's making may name codecs that run what they read
+        # the metadata of an untrusted array may name codecs that execute what they read
         if read_committed(self.root, ARRAY_METADATA) != array_metadata(self.spec):
-            raise CorruptStoreError(f"{ARRAY_METADATA} does not describe the array of spec.json", hint=_HINT)
+            raise CorruptStoreError(f"{ARRAY_METADATA} does not match the array in spec.json", hint=self._hint)
         return zarr.open_array(self.root / EMBEDDINGS, mode="r", zarr_format=3)
 
     @functools.cached_property
@@ -140,7 +136,7 @@ class EmbeddingStore:
 
     @functools.cached_property
     def multiplicity(self) -> NDArray[np.int32]:
-        """int32 [N]: how many input lines hold this prompt."""
+        """int32 [N]: how many input lines have this prompt."""
         return self._checked(MULTIPLICITY, map_array(self.root, MULTIPLICITY, "<i4", (self.num_rows,)), low=1)
 
     @functools.cached_property
@@ -148,7 +144,7 @@ class EmbeddingStore:
         """int64 [lines]: the row of each input line, -1 for none."""
         lines = map_array(self.root, LINE_ROWS, "<i8", (None,))
         if not len(self.prompts) <= len(lines) <= MAX_ROWS:
-            raise CorruptStoreError(f"{LINE_ROWS} has {len(lines)} lines for {self.num_rows} rows", hint=_HINT)
+            raise CorruptStoreError(f"{LINE_ROWS} has {len(lines)} lines for {self.num_rows} rows", hint=self._hint)
         return self._checked(LINE_ROWS, lines, low=-1, high=self.num_rows - 1)
 
     @functools.cached_property
@@ -161,7 +157,7 @@ class EmbeddingStore:
         """Row ids in row order."""
         ids = parse_json(self._listed(IDS, limit=None), name=IDS)
         if not isinstance(ids, list) or len(ids) != self.num_rows or not all(isinstance(row_id, str) for row_id in ids):
-            raise CorruptStoreError(f"{IDS} is no list of {self.num_rows} ids", hint=_HINT)
+            raise CorruptStoreError(f"{IDS} is not a list of {self.num_rows} ids", hint=self._hint)
         return tuple(ids)
 
     @functools.cached_property
@@ -171,7 +167,9 @@ class EmbeddingStore:
         rows = aliases.values() if isinstance(aliases, dict) else [None]
         unlike = next((row for row in rows if type(row) is not int or not 0 <= row < self.num_rows), None)
         if not isinstance(aliases, dict) or unlike is not None:
-            raise CorruptStoreError(f"{ALIASES} gives {shown(unlike)} as a row of {self.num_rows}", hint=_HINT)
+            raise CorruptStoreError(
+                f"{ALIASES} maps an id to {shown(unlike)}, which is not one of {self.num_rows} rows", hint=self._hint
+            )
         return aliases
 
     @functools.cached_property
@@ -188,7 +186,7 @@ class EmbeddingStore:
         """float32 [N], read-only memory map of the weighting called ``name``."""
         path = weights_paths(self._weights_digest(name))[0]
         if path not in self._sound and (problem := weights_problem(self._arrays[path])) is not None:
-            raise CorruptStoreError(f"{path} {problem}", hint=_HINT)
+            raise CorruptStoreError(f"{path} {problem}", hint=self._hint)
         return self._checked(path, self._arrays[path])
 
     @property
@@ -243,19 +241,16 @@ class EmbeddingStore:
 
         Raises
         ------
-        CorruptStoreError
-            A chunk's checksum fails.
-        IncompleteStoreError
-            A row is not computed yet.
+        CorruptStoreError, IncompleteStoreError
+            The checksum of a chunk fails, or a row is not computed yet.
         """
         return self.rows_at(np.array([self.row_of(prompt_id) for prompt_id in ids], dtype=np.int64))
 
     def rows_at(self, rows_B: NDArray[np.int64]) -> NDArray[np.float16]:
         """As ``rows``, by row numbers: float16 [B, V]."""
         emb_BV = np.empty((len(rows_B), self.spec.embedding.dimension), dtype=np.float16)
-        chunks = rows_B // self.spec.chunk_rows
-        for index in np.unique(chunks):
-            mine = chunks == index
+        for index in np.unique(rows_B // self.spec.chunk_rows):
+            mine = rows_B // self.spec.chunk_rows == index
             emb_BV[mine] = self.read_chunk(int(index))[rows_B[mine] - index * self.spec.chunk_rows]
         return emb_BV
 
@@ -265,17 +260,17 @@ class EmbeddingStore:
             yield grid_of(self.spec).chunk(index), self.read_chunk(index)
 
     def read_chunk(self, index: int, *, out: NDArray[np.float16] | None = None) -> NDArray[np.float16]:
-        """Checked rows of one chunk, padding removed; in ``out`` [chunk_rows, V] if it is given and rows are compressed."""
+        """Checked rows of one chunk, without padding; in ``out`` [chunk_rows, V] if it is given and rows are compressed."""
         record = self._chunks.get(index)
         if record is None:
             raise IncompleteStoreError(f"rows of chunk {index} are not computed yet", hint="run embstore build --resume")
         rows_BV = decode_chunk(read_chunk(self.root, self.spec, record), self.spec, index, out=out)
         return rows_BV[: grid_of(self.spec).chunk(index).num_rows]
 
-    def expect_chunk(self, index: int) -> None:
-        """Say that a chunk, if there is one, is read soon: the disk then works while others are decoded."""
+    def prefetch_chunk(self, index: int) -> None:
+        """Tell the kernel that a chunk will be read soon, so that the disk works while other chunks are decoded."""
         if index in self._chunks:
-            expect_chunk(self.root, index)
+            prefetch_chunk(self.root, index)
 
     @functools.cached_property
     def _chunks(self) -> dict[int, ChunkRecord]:
@@ -285,7 +280,7 @@ class EmbeddingStore:
 
     @property
     def published(self) -> Manifest:
-        """The manifest of a finished store; of any other an IncompleteStoreError."""
+        """The manifest; an unfinished store raises an IncompleteStoreError."""
         if self.manifest is None:
             raise _incomplete(self.root, self.journal)
         return self.manifest
@@ -293,11 +288,11 @@ class EmbeddingStore:
     def _weights_digest(self, name: str) -> str:
         names = self.published.names
         if name not in names:
-            raise ConfigError(f"no weights are called {name!r}; there are {', '.join(sorted(names))}")
+            raise ConfigError(f"{self.root} has no weights called {name!r}; it has {', '.join(sorted(names))}")
         return names[name]
 
     def _map_replaceable(self, name: str) -> NDArray[Any]:
-        """An array of the neighbour graph or of weights, in the only shape it can have."""
+        """An array of the neighbour graph or of weights; it has one possible shape."""
         paths = neighbors_paths(self.published.neighbors)
         layouts = {
             paths.ids: ("<i4", (self.num_rows, K_MAX)),
@@ -311,20 +306,20 @@ class EmbeddingStore:
         return decode(self._listed(name), name=name)
 
     def _checked(self, name: str, array: NDArray[Any], *, low: float | None = None, high: float = np.inf) -> NDArray[Any]:
-        """A mapped array as it was committed, with values in ``low`` to ``high``; read once, when it is first used."""
+        """A mapped array, once it equals its commit and its values are in ``low`` to ``high``; read once, at first use."""
         if name in self._sound:
             return array
         if name in self._digests:
-            check_array(name, array, self._digests[name])
-        else:  # a row file while rows are still to come: each committed window has its own checksum
+            check_array(self.root, name, array, self._digests[name])
+        else:  # a row file of an unfinished store: each committed window has its own checksum
             for window in self.journal.windows.values():
                 check_rows(name, array[window.start : window.stop].tobytes(), window)
         if low is not None:
             with np.errstate(invalid="ignore"):
                 least, most = array.min(), array.max()
-            if not (low <= least and most <= high):  # NaN lies nowhere
-                message = f"{name} holds values from {least} to {most}, allowed are {low} to {high}"
-                raise CorruptStoreError(message, hint=_HINT)
+            if not (low <= least and most <= high):  # also refuses NaN
+                message = f"{name} has values from {least} to {most}, allowed are {low} to {high}"
+                raise CorruptStoreError(message, hint=self._hint)
         self._sound.add(name)
         return array
 
@@ -332,7 +327,7 @@ class EmbeddingStore:
         """Bytes of a small file, checked against the manifest, or against the journal while unfinished."""
         content = read_committed(self.root, name, limit=limit)
         if name in self._digests:
-            check_digest(name, content, self._digests[name])
+            check_content(self.root, name, [content], self._digests[name])
         return content
 
 
@@ -344,12 +339,12 @@ def open_store(path: str | Path, *, partial: bool = False) -> EmbeddingStore:
     path
         The store's folder.
     partial
-        Also open a store that is not finished; only committed rows may be used, and there are no weights.
+        Also open a store that is not finished: only committed rows can be read, and there are no weights.
 
     Raises
     ------
     StoreNotFoundError
-        There is no store, or no row of it was planned yet.
+        There is no store, or it has no spec yet.
     IncompleteStoreError
         The store is not finished and ``partial`` is off.
     CorruptStoreError
@@ -358,16 +353,15 @@ def open_store(path: str | Path, *, partial: bool = False) -> EmbeddingStore:
         Another format version.
     """
     root = Path(path)
-    if not os.path.lexists(root / JOURNAL) and not os.path.lexists(root / MANIFEST):
-        raise StoreNotFoundError(f"{root} holds no store", hint="run embstore build PROMPTS --model MODEL --out STORE")
+    require_store(root)
     state = read_journal(root)
     if not os.path.lexists(root / MANIFEST):
         if not partial:
             raise _incomplete(root, state)
         if state.spec is None:
-            raise StoreNotFoundError(f"{root} has no planned rows yet", hint="run embstore build --resume")
+            raise StoreNotFoundError(f"{root} has no spec yet", hint=f"run embstore build --resume --out {root}")
         content = read_committed(root, SPEC)
-        check_digest(SPEC, content, state.spec.files[SPEC])
+        check_content(root, SPEC, [content], state.spec.files[SPEC])
         spec = decode_spec(content)
         refuse_misfits(spec, state)
         return EmbeddingStore(root, None, state, spec)
@@ -375,7 +369,7 @@ def open_store(path: str | Path, *, partial: bool = False) -> EmbeddingStore:
 
 
 def open_published(root: Path) -> EmbeddingStore | None:
-    """The store at ``root`` if it is published, None if it is not there or unfinished."""
+    """The store at ``root`` if it is published, None if it is missing or unfinished."""
     return open_store(root) if os.path.lexists(root / MANIFEST) else None
 
 
@@ -386,7 +380,7 @@ def _open(root: Path, manifest: Manifest, state: JournalState) -> EmbeddingStore
             found = "is missing" if size is None else f"has {size} bytes"
             raise CorruptStoreError(f"{name} {found}, committed were {digest.bytes}", hint=f"run embstore verify {root}")
     content = read_committed(root, SPEC)
-    check_digest(SPEC, content, manifest.files[SPEC])
+    check_content(root, SPEC, [content], manifest.files[SPEC])
     spec = decode_spec(content)
     if (manifest.rows, manifest.dimension) != (spec.rows, spec.embedding.dimension):
         raise CorruptStoreError(

@@ -1,9 +1,8 @@
-"""The one writer of a store: creation, window commits, publication. Order on disk is the promise, so it is all here.
+"""The one writer of a store: creation, window commits, publication. The order on disk is the promise, so it is all here.
 
 Per chunk: temp -> write -> fsync -> rename. Per window: fsync(folder), coordinates and residuals pwritten and fdatasynced,
-then ONE journal line. Everything before that line may be lost and is then computed again; nothing after it ever is.
-``manifest.json`` is renamed into place last and is the artefact's only flip. Leaving this writer by an exception publishes
-nothing.
+then ONE journal line. Work before that line may be lost and is then recomputed; work after it is never lost. Last of all,
+the rename of ``manifest.json`` publishes everything at once. Leaving this writer by an exception publishes nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import ConfigError, CorruptStoreError, StoreExistsError, StoreNotFoundError
+from embstore.core.files import check_content, irregular, map_array, open_regular, read_committed, storage_errors
 from embstore.core.format import (
     ARRAY_METADATA,
     BASIS,
@@ -46,27 +46,23 @@ from embstore.core.plan import grid_of, misfit, refuse_misfits
 from embstore.core.records import JournalRecord, JournalState, SpecRecord, WindowRecord
 from embstore.core.rows import RowRange
 from embstore.core.spec import StoreSpec, array_metadata, decode_spec, spec_problem
-from embstore.storage.arrays import map_array, save_array
 from embstore.storage.atomic import (
     WriterLock,
     fsync_directory,
-    irregular,
     make_directory,
-    open_regular,
     pwrite_all,
-    read_committed,
+    remove_busy_folder,
     remove_folder,
     remove_temp_files,
     replace_link,
-    storage_errors,
+    save_array,
     sync_data,
-    take_away,
     write_all,
     write_durable,
 )
 from embstore.storage.chunk_writer import WORKER_FOLDERS, WrittenWindow
 from embstore.storage.journal import Journal
-from embstore.storage.rowfiles import ROW_FILES, check_rows, header, mend, preallocate, row_bytes
+from embstore.storage.row_files import ROW_FILES, check_rows, header, preallocate, repair, row_bytes
 from embstore.storage.search_blocks import KEPT_BLOCKS
 
 _OWN_DIGEST = re.compile(r"[0-9a-f]{16}")
@@ -83,12 +79,12 @@ class StoreWriter:
     resume
         Whether an existing store may be continued. Without it any store with committed prompts is refused.
     lock
-        The store's lock, for who looked at the store under it before a writer tidies up; the writer releases it.
+        The store's lock, if the caller has taken it to read the store before a writer cleans up; the writer releases it.
 
     Raises
     ------
     StoreExistsError
-        ``root`` holds a store and ``resume`` is off, or holds files that are no store.
+        ``root`` contains a store and ``resume`` is off, or contains other files.
     StoreLockedError
         Another process is writing.
     CorruptStoreError
@@ -109,7 +105,7 @@ class StoreWriter:
         try:
             if self.state.prompts is not None and not resume:
                 raise StoreExistsError(
-                    f"{root} already holds a store", hint="add --resume to continue it, or choose another --out"
+                    f"{root} already contains a store", hint="add --resume to continue it, or choose another --out"
                 )
             self._recover()
         except BaseException:
@@ -125,7 +121,7 @@ class StoreWriter:
     def close(self) -> None:
         """Release the store; whatever is not committed is abandoned."""
         for handle in self._handles.values():
-            with contextlib.suppress(OSError):  # every row in it was synced
+            with contextlib.suppress(OSError):  # every row in the file was synced
                 os.close(handle)
         self._handles.clear()
         self._journal.close()
@@ -149,7 +145,7 @@ class StoreWriter:
         self._journal.append(record)
 
     def log_run(self, entry: dict[str, object]) -> None:
-        """Append to ``runs.jsonl``: times, hosts, versions. For people; nothing depends on it, so it is not synced."""
+        """Append to ``runs.jsonl``: times, hosts, versions. Only people read it, so it is not synced."""
         with storage_errors("writing", self.root / RUNS):
             handle = open_regular(self.root, RUNS, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             try:
@@ -160,11 +156,11 @@ class StoreWriter:
     def create(self, spec: StoreSpec, basis_VR: NDArray[np.float32]) -> StoreSpec:
         """Write basis, array metadata, empty coordinate files and spec, then commit them as one record.
 
-        Returns the spec with the basis digest filled in, as it now stands in ``spec.json``. One beyond the limits of the
-        format is a ConfigError: no reader would take it.
+        Returns the spec as written to ``spec.json``, with the digest of the basis. A spec beyond the limits of the format is
+        a ConfigError: every reader would refuse it.
         """
         if (problem := spec_problem(spec)) is not None:
-            raise ConfigError(f"this store cannot be: {problem}", hint="choose other --chunk-rows or --window-rows")
+            raise ConfigError(f"no such store is possible: {problem}", hint="choose other --chunk-rows or --window-rows")
         make_directory(self.root / EMBEDDINGS)
         basis = save_array(self.root / BASIS, basis_VR, sync_directory=False)  # spec.json comes last and syncs for all
         spec = dataclasses.replace(spec, basis_sha256=basis.sha256)
@@ -177,12 +173,12 @@ class StoreWriter:
         return spec
 
     def read_spec(self) -> StoreSpec:
-        """The committed spec, checked against its digest in the journal; basis and windows are those it describes."""
+        """The committed spec, checked against its digest in the journal and against the basis and the committed windows."""
         record = self.state.spec
         if record is None:
             raise StoreNotFoundError(f"{self.root} has no spec yet", hint="run embstore build")
         content = read_committed(self.root, SPEC)
-        check_digest(SPEC, content, record.files[SPEC])
+        check_content(self.root, SPEC, [content], record.files[SPEC])
         spec = decode_spec(content)
         refuse_misfits(spec, self.state)
         map_array(self.root, BASIS, "<f4", (spec.embedding.dimension, spec.embedding.rank))
@@ -193,14 +189,14 @@ class StoreWriter:
         write_durable(self.root / ARRAY_METADATA, array_metadata(self.read_spec()))
 
     def commit_window(self, spec: StoreSpec, written: WrittenWindow) -> WindowRecord:
-        """Enter a window's coordinates and residuals and commit it, in any order of windows; durable when this returns.
+        """Write a window's coordinates and residuals and commit it; durable when this returns. Windows come in any order.
 
-        Its chunks are durable already (storage.windows), whoever wrote them.
+        Its chunks are durable already (``storage.chunk_writer``), whichever process wrote them.
 
         Raises
         ------
         CorruptStoreError
-            Coordinates or residuals are not those that were sent.
+            Coordinates or residuals changed on their way here.
         """
         record = written.record
         if misfit(grid_of(spec), record):
@@ -213,12 +209,12 @@ class StoreWriter:
         return record
 
     def seal_rows(self, spec: StoreSpec) -> dict[str, FileDigest]:
-        """Digests of coordinates and residuals, made in one read that checks every window against its commit.
+        """Digests of coordinates and residuals, from one read that checks every window against its commit.
 
         Raises
         ------
         CorruptStoreError
-            A window's bytes are not those that were committed.
+            The bytes of a window differ from its commit.
         """
         digests = {}
         for name in ROW_FILES:
@@ -235,18 +231,18 @@ class StoreWriter:
         return digests
 
     def publish(self, manifest: Manifest) -> None:
-        """Flip the artefact to ``manifest``; afterwards refresh the links and drop what nothing lists."""
+        """Publish ``manifest``; then refresh the links and delete files that no manifest lists."""
         write_durable(self.root / MANIFEST, manifest.encode())
         self._settle(manifest)
 
     def withdraw(self) -> None:
-        """Take the manifest back, durably: the store is unfinished again, and a resume publishes it anew.
+        """Take the manifest back, durably: the store is unfinished again until a resume publishes it.
 
-        It is kept under another name: weightings that a new build would not make are found by it.
+        It is kept under another name, because it lists named weightings that a resume would not make again.
         """
         if os.path.lexists(self.root / MANIFEST):
             with storage_errors("withdrawing", self.root / MANIFEST):
-                os.close(open_regular(self.root, MANIFEST))  # a folder of that name is not ours to move
+                os.close(open_regular(self.root, MANIFEST))  # refuses a folder of that name, which embstore did not write
                 os.rename(self.root / MANIFEST, self.root / WITHDRAWN)
             fsync_directory(self.root)
 
@@ -268,10 +264,10 @@ class StoreWriter:
             sync_data(self._handles[name])
 
     def _recover(self) -> None:
-        """Take up after a writer that died; a sound store is not touched.
+        """Finish what a dead writer left; a sound store is not touched.
 
-        A published store is settled as its writer would have done after the flip. An unfinished one gets row files that can
-        be written to. Damage that only a new build mends is left for verify to name.
+        In a published store, links and unlisted files are settled as its writer would have done. In an unfinished store, row
+        files are repaired so that they can be written to. Damage that only a new build repairs is left for verify to name.
         """
         self._remove_leftovers()
         with contextlib.suppress(CorruptStoreError):
@@ -281,10 +277,10 @@ class StoreWriter:
                 spec = self.read_spec()
                 fsync_directory(self.root / EMBEDDINGS)  # a repair may have died before it synced zarr.json's name
                 for name in ROW_FILES:
-                    mend(self.root, spec, name)
+                    repair(self.root, spec, name)
 
     def _settle(self, manifest: Manifest) -> None:
-        """Point the links at what ``manifest`` publishes, and drop what it does not list."""
+        """Point the links at what ``manifest`` publishes, and delete what it does not list."""
         array, sidecar = weights_paths(manifest.names["default"])
         links = {self.root / WEIGHTS_LINK: array, self.root / METADATA_LINK: sidecar}
         replaced = [link for link, target in links.items() if replace_link(link, target)]
@@ -293,7 +289,7 @@ class StoreWriter:
         with storage_errors("cleaning", self.root):
             remove_folder(self.root / WORK, missing_ok=True)
             (self.root / WITHDRAWN).unlink(missing_ok=True)
-            # only what is named as a writer names it: strays are the business of whoever put them there
+            # only files with names that a writer gives; other strays belong to whoever put them there
             for path in _entries(self.root / WEIGHTS):
                 if _OWN_WEIGHTS.fullmatch(path.name) and f"{WEIGHTS}/{path.name}" not in manifest.files:
                     path.unlink()
@@ -309,44 +305,35 @@ class StoreWriter:
         with storage_errors("cleaning", self.root / WORK):
             for path in _entries(self.root / WORK):
                 if path.name.startswith(WORKER_FOLDERS):  # workers of a dead driver may still write
-                    take_away(path)
+                    remove_busy_folder(path)
             for path in _entries(self.root / WORK) if kept else [self.root / WORK]:
                 if path not in kept:
                     remove_folder(path, missing_ok=True)
 
 
 def lock_store(root: Path) -> WriterLock:
-    """The writer's lock of the store at ``root``, once it is one that may be written to; errors as of ``StoreWriter``."""
+    """Lock the store at ``root`` for writing, once it is known to be a store or a new folder; errors as ``StoreWriter``."""
     _refuse_foreign(root)
     _refuse_links(root)
     make_directory(root, opening=True)
     return WriterLock(root / LOCK)
 
 
-def check_digest(name: str, content: bytes, digest: FileDigest) -> None:
-    """Compare a file's bytes with the digest made when it was written; a difference is a CorruptStoreError."""
-    found = hashlib.sha256(content).hexdigest()
-    if found != digest.sha256:
-        raise CorruptStoreError(
-            f"{name} has sha256 {found[:16]} ({len(content)} bytes), "
-            f"committed was {digest.sha256[:16]} ({digest.bytes} bytes)",
-            hint="run embstore verify STORE",
-        )
-
-
 def _refuse_foreign(root: Path) -> None:
-    """Never write into a folder of somebody else's files."""
+    """Never write into a folder of other files."""
     with storage_errors("opening", root, opening=True):
         if not root.exists():
             return
         names = {entry.name for entry in root.iterdir()}
-    if JOURNAL not in names and names - {LOCK}:  # a writer that died at once leaves only its lock
+    if JOURNAL not in names and names - {LOCK}:  # a writer that died at its start leaves only its lock
         example = sorted(names - {LOCK})[0]
-        raise StoreExistsError(f"{root} is not empty and holds no store (it has {example})", hint="choose another --out")
+        raise StoreExistsError(
+            f"{root} is not empty and is not a store (it contains {example})", hint="choose another --out"
+        )
 
 
 def _refuse_links(root: Path) -> None:
-    """Never write, and above all never delete, through a link that somebody put in the place of a file or folder of ours."""
+    """Never write or delete through a link in place of a file or folder of the store."""
     folders = [EMBEDDINGS, WEIGHTS, WORK, NEIGHBORS]
     if not (root / NEIGHBORS).is_symlink():
         folders += [f"{NEIGHBORS}/{folder.name}" for folder in _entries(root / NEIGHBORS)]

@@ -1,7 +1,7 @@
 """What a training run imports: map the weights of a finished store, validate them fully, draw prompts. numpy only.
 
-Import cost is numpy's; mapping and validating a million weights takes milliseconds, so nothing is left unchecked by default.
-The map is read-only and shared through the page cache by every rank on a node.
+Importing costs little more than numpy; mapping and validating a million weights takes milliseconds, so everything is checked
+by default. The map is read-only, and all ranks on a node share it through the page cache.
 
     weights = load_weights("STORE").for_dataset(dataset)
     loader = DataLoader(dataset, batch_size=32, sampler=DensitySampler(weights, seed=0))
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from embstore.training.join import prompt_keys
     from embstore.training.resample import IndexedView, importance_weights, resample_dataset, resample_indices
 
-# what few runs use is imported when it is used
+# rarely used names are imported on first use
 _HOMES = {
     "IndexedView": "embstore.training.resample",
     "importance_weights": "embstore.training.resample",

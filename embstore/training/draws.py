@@ -1,13 +1,13 @@
-"""One pass of draws: which rows, how often, in which order. Pure functions of weights, seed and epoch.
+"""The draws of one epoch: which rows, how often, in which order. Pure functions of weights, seed and epoch.
 
 Randomness is raw Philox words (Salmon et al. 2011), which numpy promises not to change; everything after them is IEEE
-arithmetic in a fixed order, so a pass is the same on every machine. No library function that samples or shuffles is used:
+arithmetic in a fixed order, so an epoch is the same on every machine. Library functions that sample or shuffle are not used:
 their streams may change between versions.
 
 Systematic resampling (Kitagawa 1996): one uniform offset, then evenly spaced points through the cumulative weights, so each
-row is drawn floor or ceil of its quota. Nothing here has the 2^24 limit of a multinomial draw.
+row is drawn floor or ceil of its quota. There is no limit of 2^24 rows, as ``torch.multinomial`` has.
 
-Shapes: N rows, n draws. Price: 12 bytes a draw while a pass lasts, and blocks of fixed size on the way.
+Shapes: N rows, n draws, B values of a block. Price: 12 bytes a draw while an epoch lasts, and blocks of fixed size.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ _SWAP_TRIES = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pass:
-    """The draws of one pass: draw i is row ``drawn_n[order_n[i]]``."""
+class EpochDraws:
+    """The draws of one epoch: draw i is row ``drawn_n[order_n[i]]``."""
 
     drawn_n: Rows
     order_n: NDArray[np.uint64]
 
     def rows(self, positions: NDArray[np.int64] | slice) -> NDArray[np.int64]:
-        """Rows at these positions of the pass, int64."""
+        """Rows at these positions of the epoch, int64."""
         rows: NDArray[np.int64] = self.drawn_n[self.order_n[positions]].astype(np.int64)
         return rows
 
 
 def draw(
     weights_N: NDArray[np.floating], num_samples: int, *, method: Method, seed: int, epoch: int, no_repeat_within: int
-) -> tuple[Pass, int]:
-    """The pass of this seed and epoch, and how many repeats are nearer than ``no_repeat_within`` because nothing helped."""
+) -> tuple[EpochDraws, int]:
+    """The draws of this seed and epoch, and how many repeats could not be kept ``no_repeat_within`` draws apart."""
     stream = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
     row_type = np.uint32 if len(weights_N) <= 1 << 32 else np.int64
     if method == "iid":
@@ -57,14 +57,14 @@ def draw(
         ceiling, scale = (None, None) if method == "systematic" else inclusion(weights_N, num_samples)
         drawn_n = _systematic(weights_N, num_samples, int(offset), row_type, ceiling=ceiling, scale=scale)
     order_n = _shuffled(num_samples, stream)
-    found = Pass(drawn_n=drawn_n, order_n=order_n)
+    found = EpochDraws(drawn_n=drawn_n, order_n=order_n)
     return found, _spread(found, no_repeat_within, stream) if no_repeat_within else 0
 
 
 def inclusion(weights_N: NDArray[np.floating], num_samples: int) -> tuple[float, float]:
-    """Draws without replacement: rows of at least ``ceiling`` are certain, any other has probability ``scale`` x weight.
+    """Draws without replacement: weights of at least ``ceiling`` are certain, others have probability ``scale`` x weight.
 
-    Probabilities are proportional to the weights as far as a probability can be (n p_i <= 1); above, they are compressed.
+    Probabilities are proportional to the weights where n p_i <= 1; above, they are compressed to 1.
     """
     ceiling, certain = np.inf, 0
     while True:
@@ -80,11 +80,11 @@ def inclusion(weights_N: NDArray[np.floating], num_samples: int) -> tuple[float,
 
 
 def check_without_replacement(weights_N: NDArray[np.floating], num_samples: int) -> int:
-    """Refuse what is no choice; returns how many rows are certain to be drawn, whatever their weight."""
+    """Refuse a draw of every row; returns how many rows are certain to be drawn."""
     positive = int(np.count_nonzero(weights_N))
     if num_samples >= positive:
         raise ConfigError(
-            f"without_replacement draws fewer than the {positive} rows of weight above 0, got num_samples {num_samples}: "
+            f"without_replacement needs num_samples below {positive}, the rows with weight above 0, got {num_samples}: "
             "every row would be drawn once, whatever its weight",
             hint="give a smaller num_samples, or use method='systematic'",
         )
@@ -92,13 +92,13 @@ def check_without_replacement(weights_N: NDArray[np.floating], num_samples: int)
 
 
 def check_spread(weights_N: NDArray[np.floating], num_samples: int, no_repeat_within: int) -> None:
-    """Refuse a distance that the largest quota cannot keep."""
+    """Refuse a distance that the largest quota makes impossible."""
     share = float(weights_N.max()) / float(weights_N.sum(dtype=np.float64))
     copies = int(np.ceil(num_samples * share))
     if (copies - 1) * no_repeat_within >= num_samples:
         raise ConfigError(
             f"no_repeat_within {no_repeat_within} cannot hold: row {int(weights_N.argmax())} is drawn up to {copies} times "
-            f"in a pass of {num_samples}",
+            f"in an epoch of {num_samples}",
             hint=f"give at most {(num_samples - 1) // max(1, copies - 1)}, or temper the weights",
         )
 
@@ -112,11 +112,11 @@ def _systematic(
     ceiling: float | None,
     scale: float | None,
 ) -> Rows:
-    """Each row floor or ceil of its quota times, in row order; with a ceiling, rows of at least that once, for certain."""
+    """Each row floor or ceil of its quota times, in row order; with a ceiling, weights of at least that exactly once."""
     drawn_n = np.empty(num_samples, dtype=row_type)
     unit = (offset >> 11) * _TO_UNIT
     if ceiling is None or scale is None:
-        # a running total in a fixed order: the last one is exactly the total that it is divided by
+        # summed in the same fixed order as below, so that the last running total equals the total exactly
         total, certain, factor = _total(weights_N), 0, float(num_samples)
     else:
         certain = int(np.count_nonzero(weights_N >= ceiling))
@@ -134,18 +134,18 @@ def _systematic(
         counts_B = np.diff(edges_B, prepend=before)
         before = int(edges_B[-1])
         if ceiling is not None:
-            counts_B = np.minimum(counts_B, 1)  # two edges may differ by a rounding error more than a probability below 1
+            counts_B = np.minimum(counts_B, 1)  # rounding can make two edges differ by 2 although the probability is below 1
             counts_B[once_B] = 1
         taken = filled + int(counts_B.sum())
         drawn_n[filled:taken] = np.repeat(np.arange(block.start, block.stop, dtype=row_type), counts_B)
         filled = taken
-    if filled < num_samples:  # without replacement only, and only where a rounding error lost a draw
+    if filled < num_samples:  # only without replacement, if a rounding error lost a draw
         drawn_n = _completed(drawn_n, filled, weights_N)
     return drawn_n
 
 
 def _completed(drawn_n: Rows, filled: int, weights_N: NDArray[np.floating]) -> Rows:
-    """The last rows not drawn yet that have a weight, where a rounding error lost a draw."""
+    """Fill draws lost to rounding with the last rows of weight above 0 that are not drawn yet."""
     free = np.setdiff1d(np.flatnonzero(weights_N), drawn_n[:filled])[filled - len(drawn_n) :]
     drawn_n[filled:] = free
     return drawn_n
@@ -163,7 +163,7 @@ def _total(weights_N: NDArray[np.floating]) -> float:
 def _independent(
     weights_N: NDArray[np.floating], num_samples: int, stream: np.random.Philox, row_type: type[np.uint32 | np.int64]
 ) -> Rows:
-    """Rows of independent draws, in row order: sorted points meet the cumulative weights in one sweep."""
+    """Rows of independent draws, in row order: sorted points and cumulative weights are merged in one sweep."""
     words_n = _words(stream, num_samples)
     words_n.sort()
     cumulative_N = np.cumsum(weights_N, dtype=np.float64)
@@ -181,7 +181,7 @@ def _words(stream: np.random.Philox, count: int) -> NDArray[np.uint64]:
 
 
 def _shuffled(num_samples: int, stream: np.random.Philox) -> NDArray[np.uint64]:
-    """A random order of 0..n - 1: sorted words whose low bits are the position; no two are equal, so any sort serves."""
+    """A random order of 0..n - 1: sorts words whose low bits are the position, so no two are equal and any sort will do."""
     order_n = _words(stream, num_samples)
     mask = np.uint64((1 << max(1, (num_samples - 1).bit_length())) - 1)
     for block in slices(0, num_samples, _BLOCK):
@@ -192,10 +192,10 @@ def _shuffled(num_samples: int, stream: np.random.Philox) -> NDArray[np.uint64]:
     return order_n
 
 
-def _spread(found: Pass, distance: int, stream: np.random.Philox) -> int:
-    """Move repeats of a row apart, in place, by exchanging them with draws elsewhere; returns how many stay too near.
+def _spread(found: EpochDraws, distance: int, stream: np.random.Philox) -> int:
+    """Move repeats of a row apart, in place, by swapping them with other draws; returns how many stay too near.
 
-    Only repeats that the shuffle put too near are touched. A draw moves only to where neither row is near its own copies.
+    Only repeats that the shuffle put too near move, and only to places where neither swapped row is near its own copies.
     """
     order_n, drawn_n = found.order_n, found.drawn_n
     row_n = drawn_n[order_n]
@@ -222,7 +222,7 @@ def _spread(found: Pass, distance: int, stream: np.random.Philox) -> int:
 
 
 def _near_repeats(row_n: Rows, distance: int) -> NDArray[np.int64]:
-    """Positions whose row was drawn less than ``distance`` before."""
+    """Positions whose row was also drawn less than ``distance`` earlier."""
     by_row = np.argsort(row_n, kind="stable")
     same = row_n[by_row[1:]] == row_n[by_row[:-1]]
     near = same & (np.diff(by_row) < distance)

@@ -1,7 +1,7 @@
 """A density-resampled copy of a prompts file, for trainers that take a file and no sampler. JSONL, and Parquet with pyarrow.
 
-Items are joined to the store by content or id; memory is a few words an item and one block of rows at a time.
-The copy appears under its name when it is complete.
+Items are joined to the store by content or id. Memory is a few words per item, plus one block of rows at a time. The copy
+appears under its name when it is complete.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import ConfigError, StoreExistsError
+from embstore.core.rows import slices
 from embstore.training.draws import Method
 from embstore.training.join import Duplicates, OnMissing
 from embstore.training.resample import DRAW_COLUMN, resample_indices
@@ -29,7 +30,7 @@ _JSONL = (".jsonl", ".json", ".ndjson")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResampleReport:
-    """What was written: items of the dataset, draws, different items among them, and the effective sample size in items."""
+    """What was written: items of the dataset, draws, distinct drawn items, and the effective sample size in items."""
 
     out: Path
     num_items: int
@@ -53,27 +54,27 @@ def resample_file(
     on_missing: OnMissing = "error",
     duplicates: Duplicates = "repeat",
 ) -> ResampleReport:
-    """Write the drawn items of a dataset, in order, each with its number as ``embstore_draw``.
+    """Write the drawn items of a dataset, in order, each with the number of its draw as ``embstore_draw``.
 
     Parameters
     ----------
     store, name
-        A finished store, and which of its weights.
+        A finished store, and the name of its weighting.
     dataset, out
         Files of one format: ``.jsonl`` or ``.parquet``. ``out`` must not exist.
     num_samples, seed, epoch, method
-        See ``DensitySampler``; default one draw an item.
+        See ``DensitySampler``; default: one draw per item.
     key_column, id_column, on_missing, duplicates
         See ``Weights.for_dataset``.
 
     Raises
     ------
     ConfigError, StoreExistsError, KeyMismatchError, WeightsError
-        Formats differ, ``out`` exists, or items are no rows of the store.
+        The formats differ, ``out`` exists, or items are not in the store.
     """
     source, target = Path(dataset), Path(out)
     if not source.is_file():
-        raise ConfigError(f"{source} is no file", hint="give the prompts file that the trainer reads")
+        raise ConfigError(f"{source} is not a file", hint="give the prompts file that the trainer reads")
     if os.path.lexists(target):
         raise StoreExistsError(f"{target} exists already", hint="give another --out, or remove it")
     table = _open(source, target)
@@ -103,21 +104,21 @@ def resample_file(
 def _open(source: Path, target: Path) -> _Lines | _Parquet:
     if source.suffix != target.suffix or source.suffix not in (*_JSONL, ".parquet"):
         raise ConfigError(
-            f"dataset and copy are both .jsonl or both .parquet, got {source.name} and {target.name}",
-            hint="unpack a compressed file first; name --out with the dataset's ending",
+            f"dataset and copy must both be .jsonl or both .parquet, got {source.name} and {target.name}",
+            hint="unpack a compressed file first; give --out the suffix of the dataset",
         )
     return _Parquet(source) if source.suffix == ".parquet" else _Lines(source)
 
 
 class _Lines:
-    """A JSONL file whose lines are found again by offset; blank lines are no items."""
+    """A JSONL file whose lines are found by offset; blank lines do not count as items."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.offsets = array("q")
 
     def records(self, column: str | None) -> Iterator[object]:
-        """Every item, in order; one that is no JSON object is an empty record, so that it holds no prompt."""
+        """Every item, in order; a line that is not a JSON object becomes an empty record, which has no prompt."""
         with self.path.open("rb") as file:
             offset = 0
             for line in file:
@@ -132,11 +133,13 @@ class _Lines:
         except (ValueError, RecursionError):
             return {}
         if isinstance(record, dict) and DRAW_COLUMN in record:
-            raise ConfigError(f"{self.path} has a field {DRAW_COLUMN}: it was resampled", hint="resample the original")
+            raise ConfigError(
+                f"{self.path} has a field {DRAW_COLUMN}: it is resampled already", hint="resample the original"
+            )
         return record if isinstance(record, dict) else {}
 
     def write(self, out: Path, rows_n: NDArray[np.int64]) -> None:
-        """The lines of these items, verbatim but for one field more at the end."""
+        """Write the lines of these items, verbatim, with one more field at the end."""
         with self.path.open("rb") as file, out.open("wb") as copy:
             for number, row in enumerate(rows_n.tolist()):
                 file.seek(self.offsets[row])
@@ -159,12 +162,12 @@ class _Parquet:
         try:
             self.file: Any = self.parquet.ParquetFile(path)
         except pyarrow.ArrowInvalid as error:
-            raise ConfigError(f"{path} is no Parquet file ({str(error)[:80]})") from error
+            raise ConfigError(f"{path} is not a Parquet file ({str(error)[:80]})") from error
         if DRAW_COLUMN in self.file.schema_arrow.names:
-            raise ConfigError(f"{path} has a column {DRAW_COLUMN}: it was resampled", hint="resample the original")
+            raise ConfigError(f"{path} has a column {DRAW_COLUMN}: it is resampled already", hint="resample the original")
 
     def records(self, column: str | None) -> Iterator[object]:
-        """Every item with the columns that tell which prompt it is."""
+        """Every item, with the columns that identify its prompt."""
         present = self.file.schema_arrow.names
         wanted = [name for name in ([column] if column else ["prompt", "messages", "prefix"]) if name in present]
         if not wanted:
@@ -176,19 +179,19 @@ class _Parquet:
             yield from batch.to_pylist()
 
     def write(self, out: Path, rows_n: NDArray[np.int64]) -> None:
-        """The rows of these items with their number; a block of draws at a time passes over the row groups it needs."""
+        """Write the rows of these items with their numbers; each block of draws reads the row groups that it needs."""
         sizes = [self.file.metadata.row_group(group).num_rows for group in range(self.file.num_row_groups)]
         starts = np.concatenate([[0], np.cumsum(sizes)])
         schema = self.file.schema_arrow.append(self.arrow.field(DRAW_COLUMN, self.arrow.int64()))
         with self.parquet.ParquetWriter(out, schema) as writer:
-            for start in range(0, len(rows_n), _BLOCK_DRAWS):
-                rows_B = rows_n[start : start + _BLOCK_DRAWS]
+            for block in slices(0, len(rows_n), _BLOCK_DRAWS):
+                rows_B = rows_n[block]
                 group_B = np.searchsorted(starts, rows_B, side="right") - 1
                 by_group = np.argsort(group_B, kind="stable")
                 taken = [
                     self.file.read_row_group(int(group)).take(rows_B[by_group[group_B[by_group] == group]] - starts[group])
                     for group in np.unique(group_B)
                 ]
-                block = self.arrow.concat_tables(taken).take(np.argsort(by_group, kind="stable"))
-                numbers = self.arrow.array(np.arange(start, start + len(rows_B)))
-                writer.write_table(block.append_column(schema.field(DRAW_COLUMN), numbers).cast(schema))
+                table = self.arrow.concat_tables(taken).take(np.argsort(by_group, kind="stable"))
+                numbers = self.arrow.array(np.arange(block.start, block.stop))
+                writer.write_table(table.append_column(schema.field(DRAW_COLUMN), numbers).cast(schema))

@@ -1,7 +1,7 @@
-"""GroupRepeat: one density pass in the order that group-based trainers (GRPO, RLOO) expect.
+"""GroupRepeat: density draws in the order that group-based trainers (GRPO, RLOO) expect.
 
 TRL's own sampler repeats each prompt ``num_generations`` times, and each batch of prompts for every step that uses its
-generations; a plain weighted sampler in its place would mix prompts within a group.
+generations; a plain weighted sampler would mix different prompts within a group.
 """
 
 from __future__ import annotations
@@ -12,43 +12,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import ConfigError
-from embstore.training.epochs import Resumable
+from embstore.training.resumable import Resumable
 from embstore.training.sampler import DensitySampler
 
 
 class GroupRepeat(Resumable):
     """Repeats a sampler's draws as TRL's ``RepeatSampler`` repeats its own, and resumes at any position.
 
-    The draws are cut into chunks of ``prompts_per_batch``; a chunk comes ``repeat_count`` times, and within it each draw
-    ``group_size`` times in a row. A short last chunk is left out.
+    The draws are split into batches of ``prompts_per_batch``. Each batch is repeated ``repeat_count`` times, and within it
+    each draw is repeated ``group_size`` times in a row. A short last batch is dropped.
 
     Parameters
     ----------
     sampler
-        The draws; of each rank its own, if it is rank-aware.
+        The draws to repeat; if it is rank-aware, those of this rank.
     group_size
-        Generations a prompt (TRL: num_generations).
+        Generations per prompt (TRL: num_generations).
     prompts_per_batch
-        Prompts of one generation batch (TRL: generation_batch_size // num_generations).
+        Prompts per generation batch (TRL: generation_batch_size // num_generations).
     repeat_count
         Steps on the same generations (TRL: num_iterations * steps_per_generation).
 
     Raises
     ------
     ConfigError
-        A number is below 1, or a pass has no whole chunk.
+        A number is below 1, or an epoch is shorter than one batch.
     """
 
     def __init__(self, sampler: DensitySampler, group_size: int, prompts_per_batch: int = 1, repeat_count: int = 1) -> None:
         super().__init__()
         if min(group_size, prompts_per_batch, repeat_count) < 1:
             raise ConfigError(
-                f"group_size, prompts_per_batch and repeat_count are at least 1, got {group_size}, {prompts_per_batch}, "
+                f"group_size, prompts_per_batch and repeat_count must be at least 1, got {group_size}, {prompts_per_batch}, "
                 f"{repeat_count}"
             )
         if len(sampler) < prompts_per_batch:
             raise ConfigError(
-                f"a pass of {len(sampler)} draws has no chunk of prompts_per_batch {prompts_per_batch}",
+                f"an epoch of {len(sampler)} draws is shorter than a batch of prompts_per_batch {prompts_per_batch}",
                 hint="give the sampler more num_samples, or the trainer a smaller generation batch",
             )
         self._sampler = sampler
@@ -59,11 +59,11 @@ class GroupRepeat(Resumable):
 
     @property
     def num_replicas(self) -> int:
-        """Ranks that share one pass, the sampler's."""
+        """Ranks that share the draws of an epoch, as in the sampler."""
         return self._sampler.num_replicas
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the pass, the sampler's too."""
+        """Choose the epoch, here and in the sampler."""
         super().set_epoch(epoch)
         self._sampler.set_epoch(epoch)
 
@@ -73,8 +73,8 @@ class GroupRepeat(Resumable):
 
         def rows(own: slice) -> NDArray[np.int64]:
             position = np.arange(own.start, own.stop)
-            chunk = position // (batch * self._repeats)
-            found: NDArray[np.int64] = drawn[chunk * self._prompts + position % batch // self._group_size]
+            batch_index = position // (batch * self._repeats)
+            found: NDArray[np.int64] = drawn[batch_index * self._prompts + position % batch // self._group_size]
             return found
 
         return rows

@@ -1,8 +1,8 @@
-"""Which row of a store each item of a dataset is: by content (row keys) or by id, never by position.
+"""Finds the row of a store for each item of a dataset: by content (row keys) or by id, never by position.
 
-Trainers filter, shuffle and pair prompts, so a dataset is rarely the store's rows in the store's order. An item that is no
-row of the store is an error unless a policy is named: the weight of such an item, in units of the mean weight of those that
-are. A fixed number instead (the original used 1.0 beside weights of about 1 / N) gives them nearly all of the probability.
+Trainers filter, shuffle and pair prompts, so a dataset rarely has the store's rows in the store's order. An item without a
+row is an error unless a policy gives such items a weight, in units of the mean weight of the other items. A fixed number
+(the original used 1.0 beside weights of about 1 / N) would give them nearly all of the probability.
 
 Shapes: N rows of the store, M items of the dataset.
 """
@@ -28,7 +28,7 @@ _PROMPT_COLUMNS = ("prompt", "messages", "prefix")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Join:
-    """Rows int64 [M] of the items (-1: no row of the store), and how to name an item that has none."""
+    """Rows int64 [M] of the items (-1: not in the store), and how to name an item without a row."""
 
     rows_M: NDArray[np.int64]
     names: Sequence[str] | NDArray[np.uint64]
@@ -48,7 +48,7 @@ def rows_of_keys(stored_N: NDArray[np.uint64], wanted_M: NDArray[np.uint64]) -> 
     Raises
     ------
     KeyMismatchError
-        A wanted key belongs to two rows: 64 bits of two prompts' sha256 are equal.
+        A wanted key belongs to two rows: the first 64 bits of their sha256 are equal.
     """
     order_N = np.argsort(stored_N, kind="stable")
     sorted_N = stored_N[order_N]
@@ -69,21 +69,21 @@ def align_weights(
 ) -> NDArray[np.float32]:
     """Weights float32 [M] of sum 1 in the dataset's order; see ``Weights.align``."""
     if isinstance(on_missing, str) and on_missing not in ("error", "drop", "mean"):
-        raise ConfigError(f"on_missing is 'error', 'drop', 'mean' or a number, got {on_missing!r}")
+        raise ConfigError(f"on_missing must be 'error', 'drop', 'mean' or a number, got {on_missing!r}")
     if not isinstance(on_missing, str) and not (np.isfinite(on_missing) and on_missing >= 0):
-        raise ConfigError(f"on_missing is a finite multiple >= 0 of the mean weight, got {on_missing}")
+        raise ConfigError(f"on_missing must be a finite multiple >= 0 of the mean weight, got {on_missing}")
     if duplicates not in ("repeat", "divide"):
-        raise ConfigError(f"duplicates is 'repeat' or 'divide', got {duplicates!r}")
+        raise ConfigError(f"duplicates must be 'repeat' or 'divide', got {duplicates!r}")
     rows_M = join.rows_M
     is_row_M = rows_M >= 0
     num_missing = len(rows_M) - int(np.count_nonzero(is_row_M))
     if num_missing and (on_missing == "error" or num_missing == len(rows_M)):
         first = int(np.argmin(is_row_M))
         raise KeyMismatchError(
-            f"{num_missing} of {len(rows_M)} items are no row of {store} ({len(weights_N)} rows); "
-            f"the first at position {first}: {join.name(first)}",
-            hint="build a store of these prompts, or name what such items weigh: on_missing='drop', 'mean', or a multiple "
-            "of the mean weight",
+            f"{num_missing} of {len(rows_M)} items are not in {store} ({len(weights_N)} rows); "
+            f"the first is at position {first}: {join.name(first)}",
+            hint="build a store of these prompts, or choose a weight for such items: on_missing='drop', 'mean', or a "
+            "multiple of the mean weight",
         )
     aligned_M = np.where(is_row_M, weights_N[np.maximum(rows_M, 0)].astype(np.float64), 0.0)
     if duplicates == "divide":
@@ -110,29 +110,29 @@ def prompt_keys(dataset: Iterable[Any], key_column: str | None = None) -> NDArra
     dataset
         Mappings (a Hugging Face dataset, or records), texts, or lists of messages.
     key_column
-        The column that holds the prompt: text, a list of messages, or ``{"messages": [...]}``. None looks for ``prompt``,
+        The column with the prompt: text, a list of messages, or ``{"messages": [...]}``. None looks for ``prompt``,
         ``messages``, ``prefix``, in this order, as a build does.
 
     Raises
     ------
     PromptError
-        An item holds no prompt.
+        An item has no prompt.
     ConfigError
         There is no such column.
     """
     keys_M, reasons = read_prompt_keys(dataset, key_column)
     for position, reason in reasons.items():
-        raise PromptError(f"item {position} holds no prompt: {reason}", hint="filter such items out, or name key_column")
+        raise PromptError(f"item {position} has no prompt: {reason}", hint="filter such items out, or set key_column")
     return keys_M
 
 
 def read_prompt_keys(dataset: Iterable[Any], key_column: str | None) -> tuple[NDArray[np.uint64], dict[int, str]]:
-    """Row keys uint64 [M], and why an item holds no prompt, by position."""
+    """Row keys uint64 [M], and the reason for each item without a prompt, by position."""
     reasons: dict[int, str] = {}
 
     def keys() -> Iterator[int]:
         for position, item in enumerate(_columns(dataset, (key_column,) if key_column else _PROMPT_COLUMNS)):
-            # the same function as at a build, so that no two readings of a prompt can differ
+            # the same function as in a build, so that both read a prompt alike
             prompt = parse_line(json.dumps(_record(item, key_column, position)).encode())
             if isinstance(prompt, Rejected):
                 reasons[position] = prompt.reason
@@ -161,14 +161,14 @@ def is_ids(keys: ArrayLike | Sequence[str]) -> bool:
 
 
 def _columns(dataset: Iterable[Any], names: Sequence[str]) -> Iterable[Any]:
-    """Only the columns that are read: a Hugging Face dataset decodes every column of a row (images too) otherwise."""
+    """Select the columns that are read; otherwise a Hugging Face dataset decodes every column of a row, images too."""
     present = getattr(dataset, "column_names", None)
     if not isinstance(present, list) or not hasattr(dataset, "select_columns"):
         return dataset
     wanted = [name for name in names if name in present]
     if not wanted:
         raise ConfigError(
-            f"the dataset has no column {' or '.join(names)}; it has {', '.join(present)}", hint="name key_column"
+            f"the dataset has no column {' or '.join(names)}; it has {', '.join(present)}", hint="set key_column"
         )
     selected: Iterable[Any] = dataset.select_columns(wanted)
     return selected
@@ -180,7 +180,7 @@ def _record(item: object, key_column: str | None, position: int) -> dict[str, ob
         return {"prompt": item}
     if not isinstance(item, Mapping):
         raise ConfigError(
-            f"item {position} is neither a record, a text nor a list of messages but {type(item).__name__}",
+            f"item {position} is of type {type(item).__name__}, expected a record, a text or a list of messages",
             hint="pass a Hugging Face dataset, a list of records, or the prompts themselves",
         )
     if key_column is None:
@@ -195,4 +195,4 @@ def _record(item: object, key_column: str | None, position: int) -> dict[str, ob
 
 def _no_column(name: str, item: object, position: int) -> ConfigError:
     present = ", ".join(map(str, item)) if isinstance(item, Mapping) else f"no columns ({type(item).__name__})"
-    return ConfigError(f"item {position} has no column {name!r}; it has {present}", hint="name the column that holds it")
+    return ConfigError(f"item {position} has no column {name!r}; it has {present}", hint="name the column that contains it")

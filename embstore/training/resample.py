@@ -1,4 +1,4 @@
-"""Density sampling for trainers without a sampler hook: draw once, and train on the drawn items in order.
+"""Density sampling for trainers without a sampler hook: draw once, then train on the drawn items in order.
 
 Shapes: N items, n draws.
 """
@@ -13,9 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from embstore.core.errors import ConfigError, LengthMismatchError
 from embstore.training.draws import Method
-from embstore.training.files import check_vector
 from embstore.training.sampler import DensitySampler
-from embstore.training.weights import Weights
+from embstore.training.weights import Weights, check_vector
 
 DRAW_COLUMN = "embstore_draw"
 
@@ -23,7 +22,7 @@ _Item_co = TypeVar("_Item_co", covariant=True)
 
 
 class SelectableDataset(Protocol):
-    """What is used of ``datasets.Dataset``."""
+    """The part of ``datasets.Dataset`` that is used here."""
 
     @property
     def column_names(self) -> list[str]:
@@ -42,7 +41,7 @@ class SelectableDataset(Protocol):
 
 
 class Items(Protocol[_Item_co]):
-    """A dataset as torch has it: items by index, and a length."""
+    """A torch-style dataset: items by index, and a length."""
 
     def __len__(self) -> int: ...
 
@@ -61,7 +60,7 @@ def resample_indices(
     method: Method = "systematic",
     no_repeat_within: int = 0,
 ) -> NDArray[np.int64]:
-    """The indices of one pass of ``DensitySampler``, int64 [n], in order."""
+    """The indices of one epoch of ``DensitySampler``, int64 [n], in order."""
     sampler = DensitySampler(weights, num_samples=num_samples, method=method, seed=seed, no_repeat_within=no_repeat_within)
     return sampler.plan(epoch)
 
@@ -81,26 +80,26 @@ def resample_dataset(
     Parameters
     ----------
     dataset
-        ``datasets.Dataset``; its columns stay, and ``embstore_draw`` (int64) says which draw each item is.
+        ``datasets.Dataset``; its columns stay, and ``embstore_draw`` (int64) numbers the draws.
     weights
         One per item: ``load_weights(STORE).for_dataset(dataset)``.
     num_samples, seed, epoch, method
         See ``DensitySampler``.
     reindex
-        A column to number anew, 0 to n - 1: for trainers that take an item by its number.
+        A column to renumber, 0 to n - 1: for trainers that look items up by number.
 
     Raises
     ------
     LengthMismatchError
-        There are not as many weights as items.
+        The numbers of weights and items differ.
     ConfigError
         The dataset has an ``embstore_draw`` already, or no column called ``reindex``.
     """
     _check_length(dataset, weights)
     if DRAW_COLUMN in dataset.column_names:
-        raise ConfigError(f"the dataset has a column {DRAW_COLUMN} already: it was resampled", hint="resample the original")
+        raise ConfigError(f"the dataset has a column {DRAW_COLUMN}: it is resampled already", hint="resample the original")
     if reindex is not None and reindex not in dataset.column_names:
-        raise ConfigError(f"the dataset has no column {reindex!r} to number anew; it has {', '.join(dataset.column_names)}")
+        raise ConfigError(f"the dataset has no column {reindex!r} to renumber; it has {', '.join(dataset.column_names)}")
     rows_n = resample_indices(weights, num_samples, seed=seed, epoch=epoch, method=method)
     drawn = dataset.select(rows_n)
     if reindex is not None:
@@ -109,16 +108,16 @@ def resample_dataset(
 
 
 class IndexedView(Generic[_Item_co]):
-    """A dataset as a plan of indices shows it: item i is ``dataset[indices[i]]``; nothing is copied.
+    """A view of a dataset in the order of ``indices``: item i is ``dataset[indices[i]]``; nothing is copied.
 
-    For trainers that take any torch-style dataset and walk it in order.
+    For trainers that accept any torch-style dataset and read it in order.
     """
 
     def __init__(self, dataset: Items[_Item_co], indices: NDArray[np.int64] | Sequence[int]) -> None:
         indices_n = np.asarray(indices, dtype=np.int64)
         if len(indices_n) and not (indices_n.min() >= 0 and indices_n.max() < len(dataset)):
             raise LengthMismatchError(
-                f"indices from {indices_n.min()} to {indices_n.max()} for a dataset of {len(dataset)} items",
+                f"indices range from {indices_n.min()} to {indices_n.max()}, the dataset has {len(dataset)} items",
                 hint="join the weights to this dataset: load_weights(STORE).for_dataset(dataset)",
             )
         self.dataset = dataset
@@ -134,19 +133,19 @@ class IndexedView(Generic[_Item_co]):
 def importance_weights(weights: Weights | ArrayLike, indices: ArrayLike | None = None) -> NDArray[np.float64]:
     """Loss weights that undo the sampling: 1 / (N p_i), float64, mean 1 over the draws given.
 
-    A mean of the loss times these estimates the mean over all items of weight > 0, not the density-weighted one.
+    The mean of the loss times these weights estimates the plain mean over all items of weight > 0.
 
     Parameters
     ----------
     weights
         The weights that were drawn from.
     indices
-        The draws, default every item of weight above 0, in order.
+        The draws; default: every item of weight above 0, in order.
 
     Raises
     ------
     ConfigError
-        An index has weight 0: it cannot have been drawn.
+        An index has weight 0, so it cannot have been drawn.
     """
     array = weights.array if isinstance(weights, Weights) else np.asarray(weights)
     check_vector("weights", array)
@@ -155,7 +154,7 @@ def importance_weights(weights: Weights | ArrayLike, indices: ArrayLike | None =
     if not (drawn_n > 0).all():
         row = int(rows_n[int(np.argmin(drawn_n > 0))])
         raise ConfigError(
-            f"index {row} has weight 0: it cannot have been drawn", hint="pass the weights that were drawn from"
+            f"index {row} has weight 0, so it cannot have been drawn", hint="pass the weights that were drawn from"
         )
     inverse_n = 1 / drawn_n
     result: NDArray[np.float64] = inverse_n / inverse_n.mean()

@@ -15,12 +15,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from embstore.core.errors import ConfigError
 from embstore.training.draws import Method, check_spread, check_without_replacement, draw
-from embstore.training.epochs import Resumable
-from embstore.training.files import check_vector, sha256_of
-from embstore.training.weights import Weights
+from embstore.training.resumable import Resumable
+from embstore.training.weights import Weights, check_vector, sha256_of
 
 _STATE_VERSION = 1
-# names the drawing algorithm; another order needs another number
+# versions of the drawing algorithms: a change of the order needs a new number
 _ALGORITHMS = {"systematic": "systematic-2", "without_replacement": "without-replacement-1", "iid": "iid-1"}
 
 
@@ -28,26 +27,26 @@ class DensitySampler(Resumable):
     """Draws dataset indices in proportion to their weights.
 
     The order is a pure function of (weights, num_samples, method, no_repeat_within, seed, epoch), from raw Philox words.
-    Rank-agnostic by default: trainers that shard by themselves (TRL, accelerate, verl) must get the same sequence on every
-    rank. Left and resumed as ``passes.Resumable`` says.
+    Rank-agnostic by default: trainers that shard by themselves (TRL, accelerate, verl) need the same sequence on every
+    rank. ``state_dict`` and ``load_state_dict`` resume at any draw.
 
     Parameters
     ----------
     weights
         ``Weights``, or any non-negative vector with a positive sum.
     num_samples
-        Draws per pass over all ranks; default one per row.
+        Draws per epoch over all ranks; default: one per row.
     method
-        "systematic": an index is drawn floor or ceil of its quota ``num_samples * weight`` in every pass, where independent
-        draws would never see a third of the rows. "without_replacement": at most once a pass, with inclusion probabilities
-        proportional to the weights as far as a probability can be; fewer draws than rows. "iid": independent draws.
+        "systematic": each epoch draws an index floor or ceil of its quota ``num_samples * weight`` times; independent draws
+        would miss about a third of the rows. "without_replacement": at most once per epoch, with inclusion probabilities
+        proportional to the weights up to 1; needs fewer draws than rows. "iid": independent draws.
     seed
         0 <= seed < 2**64.
     rank, num_replicas
-        For loops that shard nothing: this process gets draws rank, rank + num_replicas, ...; a rest that does not divide is
-        left out. ``rank="auto"`` asks torch.distributed, if torch is loaded and initialised.
+        For training loops that do not shard: this process gets draws rank, rank + num_replicas, ...; a remainder is dropped.
+        ``rank="auto"`` asks torch.distributed, if torch is loaded and a process group is initialised.
     no_repeat_within
-        Repeats of a row lie at least so many draws apart within a pass (systematic only; across passes nothing is promised).
+        Minimum distance of repeats of a row within an epoch, in draws (systematic only; not across epochs).
 
     Raises
     ------
@@ -73,14 +72,14 @@ class DensitySampler(Resumable):
         check_vector("weights", array)
         self._fingerprint = weights.fingerprint if isinstance(weights, Weights) else sha256_of(array)
         if method not in _ALGORITHMS:
-            raise ConfigError(f"method is one of {', '.join(_ALGORITHMS)}, got {method!r}")
+            raise ConfigError(f"method must be one of {', '.join(_ALGORITHMS)}, got {method!r}")
         if not 0 <= seed < 1 << 64:
             raise ConfigError(f"seed must lie in 0..2**64 - 1, got {seed}")
         if num_samples is not None and num_samples < 1:
             raise ConfigError(f"num_samples must be at least 1, got {num_samples}")
         if no_repeat_within < 0 or (no_repeat_within and method != "systematic"):
             raise ConfigError(
-                f"no_repeat_within is 0, or goes with method='systematic'; got {no_repeat_within} with {method}"
+                f"no_repeat_within must be 0, or used with method='systematic'; got {no_repeat_within} with {method}"
             )
         self._weights_N = array
         self._method = method
@@ -91,14 +90,14 @@ class DensitySampler(Resumable):
         if not 0 <= self._rank < self._num_replicas <= self._num_samples:
             raise ConfigError(
                 f"rank {self._rank} of num_replicas {self._num_replicas} with num_samples {self._num_samples}: "
-                "a rank lies below num_replicas, and each rank draws at least once"
+                "rank must be below num_replicas, and each rank must draw at least once"
             )
         if no_repeat_within:
             check_spread(array, self._num_samples, no_repeat_within)
         if method == "without_replacement" and (certain := check_without_replacement(array, self._num_samples)):
             warnings.warn(
-                f"without_replacement: {certain} rows are drawn in every pass, since their share of "
-                f"{self._num_samples} draws is 1 or more; their inclusion probabilities are compressed to 1",
+                f"without_replacement: {certain} rows are drawn in every epoch, because their share of "
+                f"{self._num_samples} draws is 1 or more; their inclusion probability is limited to 1",
                 stacklevel=2,
             )
 
@@ -112,12 +111,12 @@ class DensitySampler(Resumable):
 
     @property
     def num_replicas(self) -> int:
-        """Ranks that share one pass."""
+        """Ranks that share the draws of an epoch."""
         return self._num_replicas
 
     @property
     def rank(self) -> int:
-        """Which of them this is."""
+        """The rank of this process."""
         return self._rank
 
     def _rows_at(self, epoch: int) -> Callable[[slice], NDArray[np.int64]]:
@@ -131,8 +130,8 @@ class DensitySampler(Resumable):
         )
         if left:
             warnings.warn(
-                f"{left} repeats lie less than no_repeat_within = {self._no_repeat_within} draws apart in epoch {epoch}: "
-                "no place was found for them",
+                f"{left} repeats are less than no_repeat_within = {self._no_repeat_within} draws apart in epoch {epoch}: "
+                "no better place was found for them",
                 stacklevel=2,
             )
         rank, step = self._rank, self._num_replicas
@@ -150,7 +149,7 @@ class DensitySampler(Resumable):
 
 
 def _distributed() -> tuple[int, int]:
-    """Rank and world size of torch.distributed; (0, 1) where torch is not loaded or no group was initialised."""
+    """Rank and world size of torch.distributed; (0, 1) if torch is not loaded or no process group is initialised."""
     distributed = getattr(sys.modules.get("torch"), "distributed", None)
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return 0, 1

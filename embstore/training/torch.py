@@ -1,4 +1,4 @@
-"""The samplers as ``torch.utils.data.Sampler``, for trainers that ask ``isinstance``. The only module here with torch."""
+"""The samplers as ``torch.utils.data.Sampler``, for trainers that check ``isinstance``. Only this module imports torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from embstore.training.sampler import DensitySampler as _DensitySampler
 
 
 class DensitySampler(_DensitySampler, Sampler[int]):
-    """``embstore.training.DensitySampler``, which also is a torch ``Sampler``."""
+    """``embstore.training.DensitySampler`` that is also a torch ``Sampler``."""
 
 
 class GroupRepeat(_GroupRepeat, Sampler[int]):
-    """``embstore.training.GroupRepeat``, which also is a torch ``Sampler``."""
+    """``embstore.training.GroupRepeat`` that is also a torch ``Sampler``."""

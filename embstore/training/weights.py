@@ -1,4 +1,4 @@
-"""Weights of a finished store: mapped read-only, validated in full, joined to a dataset, tempered. numpy only.
+"""Weights of a finished store: mapped read-only, fully validated, joined to a dataset, tempered. numpy only.
 
 Shapes: N rows, M items of a dataset.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,25 +26,15 @@ from embstore.core.errors import (
     OrderMismatchError,
     StoreNotFoundError,
 )
+from embstore.core.files import check_array, map_array, map_file, storage_errors
 from embstore.core.format import (
     WEIGHTS_TOLERANCE,
-    FileDigest,
     Manifest,
     decode_manifest,
     follow_manifest,
     weights_paths,
 )
-from embstore.training.files import (
-    check_digest,
-    check_vector,
-    map_array,
-    read_aliases,
-    read_keys,
-    read_manifest,
-    read_metadata,
-    refuse_irregular,
-    sha256_of,
-)
+from embstore.training.published import read_aliases, read_keys, read_manifest, read_metadata
 
 if TYPE_CHECKING:
     from embstore.training.join import Duplicates, Join, OnMissing
@@ -55,9 +46,9 @@ Verify = Literal["full", "shape", "off"]
 class Weights:
     """Sampling weights, of a store's rows or (after ``align``) of a dataset's items.
 
-    ``array`` is float32 [N], finite, >= 0, sum 1 (or what ``verify`` let through); as loaded it is a read-only memory map
-    and pickles by path, so that a spawned worker maps the file instead of receiving it. ``store`` is the folder to
-    join with, None for a bare file and once joined. ``steps`` says what was done to the published weights, in order.
+    ``array`` is float32 [N], finite, >= 0, with sum 1 (less is checked if ``verify`` was not "full"). As loaded it is a
+    read-only memory map and is pickled as its path, so that a spawned worker maps the file again. ``store`` is the folder to
+    join with, None for a bare file and after a join. ``steps`` lists what was done to the published weights, in order.
     """
 
     path: Path
@@ -72,7 +63,7 @@ class Weights:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256: the published file's, or for a bare file and derived weights that of the values, read when asked for."""
+        """sha256 of the published file; for a bare file or derived weights, of the values, which are then read once."""
         return self.digest or sha256_of(self.array)
 
     def ess(self) -> float:
@@ -91,22 +82,22 @@ class Weights:
         keys
             uint64 [M] row keys of the items (``prompt_keys`` makes them), or their ids as text.
         on_missing
-            What an item weighs that is no row of the store: "error" refuses it, "drop" gives 0, "mean" the mean weight of
-            the items that are rows, a number so many times that mean.
+            Weight of an item that is not in the store: "error" refuses it, "drop" gives 0, "mean" the mean weight of the
+            other items, a number that multiple of the mean.
         duplicates
-            Items that are the same row (pairs of one prompt): "repeat" gives each the row's weight, "divide" its share of
-            it, so that the prompt as a whole keeps its weight.
+            Items that are the same row (pairs of one prompt): "repeat" gives each the row's weight, "divide" an equal share,
+            so that the prompt as a whole keeps its weight.
 
         Returns
         -------
-        Weights float32 [M] of sum 1; rows of the store without an item count in nothing.
+        Weights float32 [M] of sum 1; rows of the store without an item are ignored.
 
         Raises
         ------
         KeyMismatchError
-            Items are no rows, and no policy says what they weigh; or no item has a weight.
+            Items are not in the store and ``on_missing`` is "error", or no item has a weight above 0.
         ConfigError
-            These weights are of a bare file, or joined already.
+            These weights come from a bare file, or are joined already.
         """
         from embstore.training.join import Join, is_ids  # noqa: PLC0415 - a third of the import cost
 
@@ -136,11 +127,11 @@ class Weights:
         dataset
             Mappings (a Hugging Face dataset, or records), texts, or lists of messages.
         key_column
-            The column that holds the prompt; see ``prompt_keys``. Price: about 16 us an item.
+            The column with the prompt; see ``prompt_keys``. Price: about 16 us an item.
         id_column
             Join by the ids in this column instead: any id of the prompts file or of ``ids.json``.
         on_missing, duplicates
-            See ``align``. An item that holds no prompt is a missing one.
+            See ``align``. An item without a prompt counts as missing.
 
         Raises
         ------
@@ -159,14 +150,14 @@ class Weights:
         return self._joined(Join(rows_M=rows_M, names=keys_M, reasons=reasons), on_missing, duplicates)
 
     def temper(self, alpha: float = 1.0, *, uniform_mix: float = 0.0, clip: tuple[float, float] | None = None) -> Weights:
-        """Flatter or bounded weights; a row of weight 0 keeps it, every other counts as one row of the uniform part.
+        """Flatter or bounded weights. Rows of weight 0 stay at 0; the uniform part is spread over all others.
 
         Parameters
         ----------
         alpha
             Exponent: 1 changes nothing, 0 makes the weights equal.
         uniform_mix
-            Share of the probability that is spread evenly, 0..1; applied last.
+            Share of the probability that is spread evenly, 0 to 1; applied last.
         clip
             Lowest and highest weight after the exponent, in units of the mean weight.
         """
@@ -198,9 +189,9 @@ class Weights:
 
     def _joinable(self) -> Path:
         if self.store is None:
-            reason = "are joined to a dataset already" if self.steps else "are of a bare file, which has no keys"
+            reason = "are joined to a dataset already" if self.steps else "come from a bare file, which has no keys"
             raise ConfigError(
-                f"these weights ({self.path}) {reason}", hint="load_weights(STORE) gives weights that can be joined"
+                f"these weights ({self.path}) {reason}", hint="load_weights(STORE) returns weights that can be joined"
             )
         return self.store
 
@@ -208,8 +199,8 @@ class Weights:
         manifest = decode_manifest(read_manifest(root))
         if manifest.rows != len(self.array):
             raise LengthMismatchError(
-                f"{root} has {manifest.rows} rows now, these weights have {len(self.array)}",
-                hint="the store was replaced since: load_weights again",
+                f"{root} now has {manifest.rows} rows, these weights have {len(self.array)}",
+                hint="the store was replaced since then: call load_weights again",
             )
         return manifest
 
@@ -231,8 +222,28 @@ class Weights:
         return _restore, (fields,)
 
 
+def check_vector(name: str, array: NDArray[np.floating]) -> float:
+    """Refuse a vector that cannot be sampled from; returns its float64 sum. Makes no copy."""
+    if array.ndim != 1 or not len(array):
+        raise InvalidWeightsError(f"{name}: weights must be a non-empty vector, got shape {array.shape}")
+    with np.errstate(invalid="ignore"):
+        is_sound = array.min() >= 0 and np.isfinite(array.max())  # NaN is never >= 0
+    if not is_sound:
+        bad = np.flatnonzero(~(np.isfinite(array) & (array >= 0)))
+        raise InvalidWeightsError(f"{name}: weight {int(bad[0])} is {array[bad[0]]}, not finite and >= 0")
+    total = float(array.sum(dtype=np.float64))
+    if total <= 0:
+        raise InvalidWeightsError(f"{name}: the weights sum to {total}")
+    return total
+
+
+def sha256_of(array: NDArray[np.generic]) -> str:
+    """sha256 of an array's values; type and shape do not count."""
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+
+
 def _restore(fields: dict[str, Any]) -> Weights:
-    return Weights(**{"array": map_array(fields["path"]), **fields} if "array" not in fields else fields)
+    return Weights(**{"array": _map_bare(fields["path"]), **fields} if "array" not in fields else fields)
 
 
 def load_weights(
@@ -248,16 +259,16 @@ def load_weights(
     Parameters
     ----------
     path
-        A store's folder (the manifest is followed), or a ``.npy`` of weights (no provenance: a warning says so).
+        A store's folder, or a ``.npy`` file of weights (of unknown provenance, which gives a warning).
     name
-        Which weighting of the store.
+        Name of the weighting in the store.
     expect_len
         Length of the dataset these weights are for.
     expect_keys
         uint64 [N] row keys in dataset order; they must equal the store's ``keys.npy``.
     verify
-        "full" checks digests, dtype, finiteness, sign and sum; "shape" only dtype and length, at a price that does not
-        depend on N; "off" nothing.
+        "full" checks digests, dtype, finiteness, sign and sum; "shape" only dtype and length, which takes the same time for
+        any N; "off" nothing.
 
     Returns
     -------
@@ -266,26 +277,30 @@ def load_weights(
     Raises
     ------
     StoreNotFoundError, IncompleteStoreError
-        Nothing is there, or the store is not finished.
+        There is no store or file, or the store is not finished.
+    StorageError
+        The operating system refused to read: no permission, too many open files. That is not damage.
     CorruptStoreError
-        The bytes are not those that were published.
+        The bytes differ from those that were published.
     LengthMismatchError, OrderMismatchError, KeyMismatchError, InvalidWeightsError
-        The weights do not fit the dataset, or are no weights.
+        The weights do not fit the dataset, or are not valid weights.
     """
     if verify not in ("full", "shape", "off"):
-        raise ConfigError(f"verify is 'full', 'shape' or 'off', got {verify!r}")
+        raise ConfigError(f"verify must be 'full', 'shape' or 'off', got {verify!r}")
     root = Path(path)
-    if root.is_dir():
+    with storage_errors("reading", root):
+        is_folder, is_file = root.is_dir(), root.is_file()
+    if is_folder:
         return follow_manifest(
             lambda: read_manifest(root),
             lambda manifest: _load(root, manifest, name, expect_len=expect_len, expect_keys=expect_keys, verify=verify),
         )
-    if not root.is_file():
+    if not is_file:
         raise StoreNotFoundError(f"{root} does not exist", hint="run embstore build PROMPTS --model MODEL --out STORE")
-    warnings.warn(f"{root} is a bare file: no manifest says what it belongs to", stacklevel=2)
-    array = map_array(root)
+    warnings.warn(f"{root} is a bare file: no manifest says which prompts it belongs to", stacklevel=2)
+    array = _map_bare(root)
     if verify != "off":
-        _check(root, array, None, rows=None, full=verify == "full")
+        _check_weights(root, array, full=verify == "full")
     if expect_len is not None and expect_len != len(array):
         raise LengthMismatchError(
             f"{root} has {len(array)} weights, the dataset has {expect_len} items",
@@ -305,19 +320,24 @@ def _load(
     expect_keys: ArrayLike | None,
     verify: Verify,
 ) -> Weights:
-    """The weights called ``name`` as ``manifest`` publishes them."""
+    """The weights called ``name`` as published by ``manifest``."""
     if name not in manifest.names:
         raise ConfigError(
-            f"no weights are called {name!r}; there are {', '.join(sorted(manifest.names))}",
+            f"{root} has no weights called {name!r}; it has {', '.join(sorted(manifest.names))}",
             hint=f"run embstore weights {root} --name {name}",
         )
     array_name, sidecar = weights_paths(manifest.names[name])
-    file, digest = root / array_name, manifest.files[array_name]
     metadata = read_metadata(root, sidecar, manifest)
-    refuse_irregular(root, array_name)
-    array = map_array(file)
+    file, digest = root / array_name, manifest.files[array_name]
+    array = map_array(root, array_name)
     if verify != "off":
-        _check(file, array, digest, rows=manifest.rows, full=verify == "full")
+        if array.ndim == 1 and len(array) != manifest.rows:
+            raise CorruptStoreError(
+                f"{file} has {len(array)} weights, the manifest says {manifest.rows}", hint=f"run embstore verify {root}"
+            )
+        if verify == "full":
+            check_array(root, array_name, array, digest)
+        _check_weights(file, array, full=verify == "full")
     if expect_len is not None and expect_len != len(array):
         raise LengthMismatchError(
             f"{root} has {len(array)} weights, the dataset has {expect_len} items",
@@ -328,19 +348,23 @@ def _load(
     return Weights(path=file, array=array, metadata=metadata, store=root, digest=digest.sha256)
 
 
-def _check(file: Path, array: NDArray[np.float32], digest: FileDigest | None, *, rows: int | None, full: bool) -> None:
+def _map_bare(path: Path) -> NDArray[Any]:
+    """Map a ``.npy`` file that the user named; unlike a file of a store it may be a link."""
+    with storage_errors("reading", path):
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            raise StoreNotFoundError(
+                f"{path} does not exist", hint="load the weights again: newer ones may have replaced this file"
+            ) from None
+        with file:
+            return map_file(file, str(path), hint="numpy.save(FILE, weights) writes such a file")
+
+
+def _check_weights(file: Path, array: NDArray[Any], *, full: bool) -> None:
     if array.ndim != 1 or array.dtype != np.float32:
-        raise InvalidWeightsError(f"{file} holds {array.dtype} of shape {array.shape}, not float32 of one dimension")
-    if rows is not None and len(array) != rows:
-        raise CorruptStoreError(
-            f"{file} has {len(array)} weights, the manifest says {rows}", hint="run embstore verify STORE"
-        )
-    if not full:
-        return
-    if digest is not None:
-        check_digest(file, digest)
-    total = check_vector(str(file), array)
-    if abs(total - 1) > WEIGHTS_TOLERANCE:
+        raise InvalidWeightsError(f"{file} contains {array.dtype} of shape {array.shape}, not float32 of one dimension")
+    if full and abs((total := check_vector(str(file), array)) - 1) > WEIGHTS_TOLERANCE:
         raise InvalidWeightsError(f"{file} sums to {total!r}, not 1")
 
 
@@ -349,7 +373,7 @@ def _check_keys(root: Path, given_M: NDArray[np.uint64], manifest: Manifest, *, 
     hint = f"join instead of expect_keys: load_weights({str(root)!r}).align(keys), or for_dataset(dataset)"
     overlap = min(len(given_M), len(stored_N))
     different = np.flatnonzero(stored_N[:overlap] != given_M[:overlap])
-    at = "the shorter one is the start of the other"
+    at = "the shorter one is a prefix of the other"
     if len(different):
         first = int(different[0])
         at = f"first at position {first}: the store has key {int(stored_N[first]):016x}, given {int(given_M[first]):016x}"

@@ -1,7 +1,7 @@
-"""Two weightings beside each other, of one store or of two: how far apart they are, and what moved most. No torch.
+"""Compares two weightings, of one store or of two: how far apart they are, and which prompts moved most. No torch.
 
-Prompts are joined by row id. Weights of each side are scaled to sum 1 over the prompts that both have, so that a store with
-more prompts is comparable; how much weight the others hold is stated.
+Prompts are joined by row id. The weights of each side are scaled to sum 1 over the common prompts, so that stores of
+different size are comparable; the weight of the other prompts is reported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from embstore.storage.reader import EmbeddingStore, open_store
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Side:
-    """One of the two weightings: its rows, those the other side lacks, and their share of its weight.
+    """One of the two weightings: its rows, the rows that the other side lacks, and their share of its weight.
 
     ``ess_share`` is the effective sample size as a share of the common prompts.
     """
@@ -48,7 +48,7 @@ class Comparison:
     """What ``embstore compare`` prints.
 
     ``tv`` is the total-variation distance of the two distributions over the common prompts: the share of draws that would
-    be others. ``spearman`` is the correlation of the weights' ranks, None where all weights of a side are equal.
+    differ. ``spearman`` is the correlation of the weights' ranks, None if all weights of a side are equal.
     """
 
     left: Side
@@ -69,12 +69,12 @@ def compare(left: str | Path, right: str | Path, *, count: int = 5) -> Compariso
     left, right
         Folder of a finished store, and after a colon the name of one of its weightings (default: "default").
     count
-        How many of the prompts that rose and of those that fell most, by the absolute change of their probability.
+        How many of the prompts that rose most, and of those that fell most, by the change of their probability.
 
     Raises
     ------
     StoreNotFoundError, IncompleteStoreError, CorruptStoreError, ConfigError
-        No such store or name, an unfinished or damaged store, or two stores without a common id.
+        A store or name does not exist, a store is unfinished or damaged, or the stores have no id in common.
     """
     (left_store, left_name), (right_store, right_name) = _opened(left), _opened(right)
     right_rows = {row_id: row for row, row_id in enumerate(right_store.ids)}
@@ -113,7 +113,7 @@ def compare(left: str | Path, right: str | Path, *, count: int = 5) -> Compariso
 
 
 def spearman(left_C: NDArray[np.float64], right_C: NDArray[np.float64]) -> float | None:
-    """Rank correlation, ties at their mean rank (Spearman 1904); None where one side has no order."""
+    """Rank correlation, ties at their mean rank (Spearman 1904); None if all values of a side are equal."""
     ranks = [_mean_ranks(values) for values in (left_C, right_C)]
     centred = [rank - rank.mean() for rank in ranks]
     norms = [float(np.linalg.norm(rank)) for rank in centred]
@@ -135,7 +135,7 @@ def _opened(place: str | Path) -> tuple[EmbeddingStore, str]:
 
 
 def _side(store: EmbeddingStore, name: str, rows_C: NDArray[np.int64]) -> tuple[NDArray[np.float64], Side]:
-    """Weights of the common prompts, scaled to sum 1, and what is said of this side."""
+    """Weights of the common prompts, scaled to sum 1, and a summary of this side."""
     weights_N = store.named_weights(name).astype(np.float64)
     common_C = weights_N[rows_C]
     total = float(common_C.sum())

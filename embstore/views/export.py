@@ -1,8 +1,8 @@
-"""Other formats from a finished store: float32 rows for numpy users, the original kat scripts' files, and a Parquet table.
+"""A finished store in other formats: float32 rows for numpy users, the files of the original kat scripts, a Parquet table.
 
-One chunk is in memory at a time. ``npy`` and ``kat`` have one entry per input *line* that has a row, in line order, as the
-original's readers expect; a line's weight is its row's weight over the row's multiplicity, so the sum stays 1. ``parquet``
-has one row per distinct prompt, for joins by id.
+One chunk is in memory at a time. ``npy`` and ``kat`` have one entry per input *line* with a row, in line order, as readers
+of the original files expect; the weight of a line is its row's weight divided by the row's multiplicity, so the sum stays 1.
+``parquet`` has one row per distinct prompt, for joins by id.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from embstore.core.density import NOISE_FLOOR, mean_distance
 from embstore.core.errors import ConfigError, StoreExistsError
+from embstore.core.files import Buffer, array_header
 from embstore.core.format import WEIGHTS_LINK, document
 from embstore.core.rows import RowRange
-from embstore.storage.arrays import array_header, save_array
-from embstore.storage.atomic import Buffer, DurableFile, make_directory, write_durable
+from embstore.storage.atomic import DurableFile, make_directory, save_array, write_durable
 from embstore.storage.reader import EmbeddingStore, open_store
 
 ExportFormat = Literal["npy", "kat", "parquet"]
@@ -36,7 +36,7 @@ def export_store(path: str | Path, out: str | Path, *, format: ExportFormat = "n
     path
         A finished store.
     out
-        Folder for the files; none of them may exist in it.
+        Folder for the files; it must not contain any of them.
     format
         ``npy``: ``embeddings.npy`` float32 [lines, V] and ``ids.json``. ``kat``: these, ``density_weights.npy`` float32
         [lines] with sum 1, ``prompts_list.json`` and ``embeddings_metadata.json``. ``parquet`` (needs pyarrow):
@@ -86,7 +86,7 @@ def export_store(path: str | Path, out: str | Path, *, format: ExportFormat = "n
 
 
 def _write_rows(store: EmbeddingStore, path: Path, rows_L: NDArray[np.int64]) -> None:
-    """float32 [L, V] in line order: a run of lines in one chunk reads it once, a repeated line reads its chunk again."""
+    """Write float32 [L, V] in line order; consecutive lines of one chunk share a read, other repeats read it again."""
     chunk_rows = store.spec.chunk_rows
     header = array_header(np.dtype("<f4"), (len(rows_L), store.spec.embedding.dimension))
     held, held_index = np.empty((0, 0), dtype=np.float16), -1
@@ -150,7 +150,7 @@ def _columns(store: EmbeddingStore, rows: RowRange) -> dict[str, list[object]]:
 
 
 class _Sink(io.RawIOBase):
-    """A durable file as pyarrow writes to one; closing it is the durable file's own business."""
+    """Lets pyarrow write to a durable file, which the caller closes."""
 
     def __init__(self, file: DurableFile) -> None:
         super().__init__()
@@ -158,14 +158,14 @@ class _Sink(io.RawIOBase):
         self._position = 0
 
     def writable(self) -> bool:
-        """Yes."""
+        """Always true."""
         return True
 
     def tell(self) -> int:
         """Bytes written so far."""
         return self._position
 
-    def write(self, data: Buffer) -> int:  # type: ignore[override]  # collections.abc.Buffer is of Python 3.12
+    def write(self, data: Buffer) -> int:  # type: ignore[override]  # collections.abc.Buffer needs Python 3.12
         """Append bytes."""
         written = self._file.write(data)
         self._position += written

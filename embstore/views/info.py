@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.density import mean_distance
-from embstore.core.errors import EmbstoreError, StoreNotFoundError
+from embstore.core.errors import EmbstoreError
+from embstore.core.files import read_committed
 from embstore.core.format import (
     ARRAY_METADATA,
     JOURNAL,
@@ -28,8 +29,7 @@ from embstore.core.format import (
 from embstore.core.plan import grid_of
 from embstore.core.records import DemotedRecord
 from embstore.flow.artifact import extremes
-from embstore.storage.atomic import read_committed
-from embstore.storage.journal import read_journal
+from embstore.storage.journal import read_journal, require_store
 from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.storage.verify import ONLY_A_NEW_BUILD, VerifyReport, verify_store
@@ -37,7 +37,7 @@ from embstore.storage.writer import StoreWriter, lock_store
 
 _EXCERPT_CHARACTERS = 100
 _HISTOGRAM_BINS = 16
-# findings that leave the manifest as it is: a resume could not make these again, or opening a writer mends them
+# findings that leave the manifest in place: a resume cannot recompute these, or opening a writer repairs them
 _NOT_BY_A_RESUME = ONLY_A_NEW_BUILD | {JOURNAL, WEIGHTS_LINK, METADATA_LINK}
 
 
@@ -67,8 +67,8 @@ class Share:
 class StoreInfo:
     """What ``embstore inspect`` prints; ``--json`` prints the same fields.
 
-    ``weights_histogram`` holds counts over ``histogram_edges``, which are weights in units of the mean weight; its last bin
-    is open upwards.
+    ``weights_histogram`` counts rows between ``histogram_edges``, which are weights in units of the mean weight; the last
+    bin also counts everything above it.
     """
 
     path: str
@@ -121,11 +121,10 @@ def inspect(path: str | Path, *, by: str | None = None, name: str = "default", c
     Raises
     ------
     StoreNotFoundError, CorruptStoreError, IdentityMismatchError
-        No store, damage in a file that is read, or another format version.
+        There is no store, a file that is read is damaged, or the format version differs.
     """
     root = Path(path)
-    if not os.path.lexists(root / JOURNAL) and not os.path.lexists(root / MANIFEST):
-        raise StoreNotFoundError(f"{root} holds no store", hint="run embstore build PROMPTS --model MODEL --out STORE")
+    require_store(root)
     state = read_journal(root)
     prompts = state.prompts
     store = open_store(root, partial=True) if state.spec is not None or os.path.lexists(root / MANIFEST) else None
@@ -147,7 +146,7 @@ def inspect(path: str | Path, *, by: str | None = None, name: str = "default", c
     )
     if store is None or store.manifest is None:
         return info
-    # before any array: the rows are really there, so what follows takes no more memory than the disk warrants
+    # before any array: it proves that the rows exist, so what follows takes memory in proportion to the disk
     table = store.prompts
     metadata = store.named_metadata(name)
     weights_N = store.named_weights(name)
@@ -190,34 +189,33 @@ def verify(path: str | Path, *, repair: bool = False) -> VerifyReport:
     path
         The store's folder.
     repair
-        Unpublish a damaged store and demote its damaged windows, so that ``build --resume`` makes again what is wrong: those
-        windows and no other, neighbours, weights, small files. Never touches what only a new build can make: prompts, spec,
-        basis. Weightings under other names than ``default`` are published again if they are sound.
+        Unpublish a damaged store and demote its damaged windows, so that ``build --resume`` recomputes the damage: those
+        windows only, neighbours, weights, small files. Prompts, spec and basis, which only a new build could make, are not
+        touched. Sound weightings with names other than ``default`` are published again.
 
     Returns
     -------
     VerifyReport
-        Findings as they were before any repair.
+        Findings before the repair.
 
     Raises
     ------
     StoreNotFoundError, CorruptStoreError, IdentityMismatchError, StoreLockedError
     """
     root = Path(path)
-    if not os.path.lexists(root / JOURNAL) and not os.path.lexists(root / MANIFEST):
-        raise StoreNotFoundError(f"{root} holds no store", hint="give the folder of a store")
+    require_store(root)
     if not repair:
         return _verify_standing(root)
     lock = lock_store(root)
     try:
-        report = verify_store(root)  # before the writer settles what a dead one left
-        has_lost_lines = report.is_complete and not 0 < report.total_rows == report.committed_rows  # of the journal
-        mends = has_lost_lines or any(finding.path not in _NOT_BY_A_RESUME for finding in report.findings)
+        report = verify_store(root)  # before the writer cleans up after a dead one
+        lacks_commits = report.is_complete and not 0 < report.total_rows == report.committed_rows
+        unpublishes = lacks_commits or any(finding.path not in _NOT_BY_A_RESUME for finding in report.findings)
     except BaseException:
         lock.release()
         raise
     with StoreWriter(root, resume=True, lock=lock) as writer:
-        if mends:
+        if unpublishes:
             writer.withdraw()
         damaged = {finding.window: finding for finding in report.findings if finding.window is not None}
         for window, finding in sorted(damaged.items()):
@@ -228,7 +226,7 @@ def verify(path: str | Path, *, repair: bool = False) -> VerifyReport:
 
 
 def _verify_standing(root: Path) -> VerifyReport:
-    """A report on one artefact: read again if a writer published another one meanwhile."""
+    """A report on one published version: read again if a writer published another meanwhile."""
     while True:
         before = _manifest_bytes(root)
         report = verify_store(root)
@@ -237,7 +235,7 @@ def _verify_standing(root: Path) -> VerifyReport:
 
 
 def _manifest_bytes(root: Path) -> bytes | None:
-    with contextlib.suppress(EmbstoreError):  # missing, or no manifest: verify_store says what is wrong with it
+    with contextlib.suppress(EmbstoreError):  # missing or damaged: verify_store reports it
         return read_committed(root, MANIFEST)
     return None
 
@@ -279,7 +277,9 @@ def _shares(table: PromptTable, by: str, weights_N: NDArray[np.float32]) -> list
         rows[value] = rows.get(value, 0) + 1
         weights[value] = weights.get(value, 0.0) + float(weights_N[row])
     if set(rows) == {"(none)"}:
-        raise EmbstoreError(f"no prompt has a field {by!r}", hint="fields are what the input lines hold beside the prompt")
+        raise EmbstoreError(
+            f"no prompt has a field {by!r}", hint="fields are what the input lines contain besides the prompt"
+        )
     return [
         Share(value=value, rows=rows[value], row_share=rows[value] / len(table), weight_share=weight)
         for value, weight in sorted(weights.items(), key=lambda item: (-item[1], item[0]))

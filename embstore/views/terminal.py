@@ -1,4 +1,4 @@
-"""How events, reports and stores look on a terminal. Results go to stdout, progress and messages to stderr.
+"""Show events, reports and stores on a terminal. Results go to stdout, progress and messages to stderr.
 
 Progress counts committed rows only: it never shows work that a crash would lose.
 """
@@ -46,18 +46,18 @@ _TITLES = {
     "embed": "embedding",
     "knn": "neighbours",
     "audit": "audit",
-    "refine": "raw rows",
+    "rerank": "re-ranking",
     "publish": "publishing",
 }
 
 
 def results() -> Console:
-    """Where results go: stdout, never wrapped by us when it is no terminal."""
+    """The console for results: stdout, without line wrapping if it is not a terminal."""
     return Console(soft_wrap=not sys.stdout.isatty(), emoji=False)
 
 
 def plain(text: str) -> str:
-    """Text from a store or a prompts file as it may be printed: it styles nothing and moves no cursor."""
+    """Text from a store or a prompts file, escaped so that it cannot change styles or move the cursor."""
     return escape(printable(text))
 
 
@@ -70,14 +70,14 @@ class _Memory(ProgressColumn):
 
 
 class _Rate(ProgressColumn):
-    """Items a second of this run."""
+    """Items per second of this run."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         return Text(f"{speed:,.0f}/s" if speed else "")
 
 
-_COUNTED = ("embed", "knn", "audit", "refine")
+_COUNTED = ("embed", "knn", "audit", "rerank")
 
 
 class TerminalObserver:
@@ -101,7 +101,7 @@ class TerminalObserver:
         self._plain = not console.is_terminal
         self._total = 0
         self._done = 0
-        self._rows = self._seconds = 0.0  # of this run: workers finish in bursts, so a window's own seconds say little
+        self._rows = self._seconds = 0.0  # totals of this run: workers finish in bursts, so single windows vary widely
         self._workers = ""
         self._stage = ""
 
@@ -156,7 +156,7 @@ class TerminalObserver:
             )
 
     def _count_workers(self, event: WorkersChanged) -> None:
-        """Beside the rate and what is left, in the one place where progress is shown."""
+        """Show the number of workers in the progress line."""
         retries = f", {event.retries} retries" if event.retries else ""
         lost = f", {event.lost} lost" if event.lost else ""
         self._workers = f"{event.alive}/{event.wanted} workers{retries}{lost}"
@@ -173,7 +173,7 @@ class TerminalObserver:
 
 
 def preflight_line(event: Preflight) -> str:
-    """One paragraph: what will be computed, what it costs, and what there is."""
+    """One paragraph: what will be computed, what it needs, and what is available."""
     reuse = ""
     if event.reused_rows or event.dropped_rows:
         computed = event.remaining_rows - event.reused_rows
@@ -181,21 +181,18 @@ def preflight_line(event: Preflight) -> str:
     return (
         f"[bold]preflight[/bold]: {reuse}{event.remaining_rows:,} of {event.num_rows:,} rows x {event.dimension:,} float16 "
         f"({event.head} head, {event.dtype} on {event.device}), about {_duration(event.seconds)}; "
-        f"{event.truncated_share:.1%} of prompts cut, {event.quarantined_lines:,} lines quarantined; "
+        f"{event.truncated_share:.1%} of prompts truncated, {event.quarantined_lines:,} lines quarantined; "
         f"disk {format_bytes(event.remaining_bytes)} of {format_bytes(event.free_bytes)} free; "
         f"memory {format_bytes(event.embed_memory_bytes)} of {format_bytes(event.memory_budget_bytes)}; {_search(event)}"
     )
 
 
 def _search(event: Preflight) -> str:
-    """How neighbours will be found, why, and what the other engine would cost."""
-    graphs = f"{event.num_shards} HNSW shards" if event.num_shards else "HNSW"
-    about = {engine: f", about {_duration(seconds)}" for engine, seconds in event.search_seconds.items()}
-    exact, hnsw = f"exact search{about.get('exact', '')}", f"{graphs}{about.get('hnsw', '')}"
+    """Which engine will find the neighbours."""
+    graphs = f"{event.num_shards} HNSW shard{'s' if event.num_shards > 1 else ''}"
     if event.knn == "pilot":
-        return f"{hnsw} or more, if a sample shows that they find everything; else {exact}"
-    chosen, other = (exact, hnsw) if event.knn == "exact" else (hnsw, exact)
-    return f"{chosen} ({other})" if about else chosen
+        return f"{graphs} if they find everything in a sample, else exact search"
+    return "exact search" if event.knn == "exact" else graphs
 
 
 def _duration(seconds: float) -> str:
@@ -203,7 +200,7 @@ def _duration(seconds: float) -> str:
 
 
 def print_report(console: Console, report: BuildReport, info: StoreInfo) -> None:
-    """The end of a build: what was done, how right it is, what the weights say."""
+    """The end of a build: what was done, how accurate it is, and the weights."""
     seconds = report.seconds.get("embed", 0.0)
     console.print(
         f"[bold green]complete[/bold green] {escape(str(report.store))}: {report.num_rows:,} rows", highlight=False
@@ -224,7 +221,7 @@ def print_report(console: Console, report: BuildReport, info: StoreInfo) -> None
     if report.peak_anonymous_bytes is not None:
         workers = f", {format_bytes(report.worker_peak_bytes)} in a worker" if report.worker_peak_bytes else ""
         console.print(
-            f"  memory {format_bytes(report.peak_anonymous_bytes)} above the baseline at its peak{workers}", highlight=False
+            f"  peak memory {format_bytes(report.peak_anonymous_bytes)} above the baseline{workers}", highlight=False
         )
     _print_density(console, report.metadata)
     _print_prompts(console, "rarest", info.rarest)
@@ -243,7 +240,7 @@ def print_info(console: Console, info: StoreInfo) -> None:
     )
     console.print(
         f"  from {info.lines:,} lines: {info.repeated_lines:,} repeats, {info.quarantined_lines:,} quarantined; "
-        f"{info.failed_rows:,} rows without a vector"
+        f"{info.failed_rows:,} failed rows"
         + (f"; {info.reused_rows:,} copied from other stores" if info.reused_rows else ""),
         highlight=False,
     )
@@ -285,13 +282,13 @@ def print_comparison(console: Console, found: Comparison) -> None:
             f"k {side.weighting['k']}{shown_gamma}, effective sample size {side.ess_share:.1%}{alone}",
             highlight=False,
         )
-    rank = "none: a side is uniform" if found.spearman is None else f"{found.spearman:.4f}"
+    rank = "undefined (one side is uniform)" if found.spearman is None else f"{found.spearman:.4f}"
     console.print(
-        f"  {found.common:,} common prompts: {found.tv:.2%} of the draws would be others (TV), rank correlation {rank}",
+        f"  {found.common:,} common prompts: {found.tv:.2%} of the draws would differ (TV), rank correlation {rank}",
         highlight=False,
     )
     if found.differing_texts:
-        console.print(f"  [yellow]note[/yellow]: {found.differing_texts:,} of them have another text", highlight=False)
+        console.print(f"  [yellow]note[/yellow]: {found.differing_texts:,} of them have different texts", highlight=False)
     for title, prompts in (("rose", found.rose), ("fell", found.fell)):
         for prompt in prompts:
             console.print(
@@ -320,10 +317,10 @@ def print_verify(console: Console, report: VerifyReport, *, repaired: bool) -> N
         windows = {finding.window for finding in report.findings if finding.window is not None}
         console.print(f"[red]damaged[/red]: {len(report.findings)} findings in {checked}", highlight=False)
         if repaired and all(finding.path in ONLY_A_NEW_BUILD for finding in report.findings):
-            console.print("  nothing was changed: only a new build into another --out makes these files", highlight=False)
+            console.print("  nothing was changed: these files need a new build into another --out", highlight=False)
         elif repaired:
             console.print(
-                f"  {len(windows)} windows demoted: run embstore build --resume to mend the store", highlight=False
+                f"  {len(windows)} windows demoted: run embstore build --resume to compute them again", highlight=False
             )
     elif report.is_complete:
         console.print(f"[green]ok[/green]: {checked}", highlight=False)
@@ -364,7 +361,7 @@ def _print_density(console: Console, metadata: JsonObject) -> None:
             f"{audit['num_rows']:,} rows checked exactly), weights TV {audit['tv']:.1e}: {verdict}",
             highlight=False,
         )
-    _print_refinement(console, neighbors.get("refinement"))
+    _print_rerank(console, neighbors.get("rerank"))
     gamma = f", gamma {weighting['gamma']:.3g}" if weighting["weighting"] == "inverse-density" else ""
     centred = ", rows centred" if neighbors.get("center") is True else ""
     console.print(
@@ -374,30 +371,30 @@ def _print_density(console: Console, metadata: JsonObject) -> None:
         highlight=False,
     )
     if metadata["ess_share"] > MILD_ESS_SHARE and weighting["weighting"] != "uniform":
-        console.print("  the weighting is mild: sampling is close to uniform; [bold]--target-ess 0.5[/bold] makes it matter")
+        console.print(
+            "  the weighting is mild: sampling is close to uniform; [bold]--target-ess 0.5[/bold] makes it stronger"
+        )
     groups = metadata["vector_groups"]
     if groups["rows"]:
         console.print(
-            f"  {groups['rows']:,} rows share a vector with another, in {groups['groups']:,} groups", highlight=False
+            f"  {groups['rows']:,} rows share their vector with other rows, in {groups['groups']:,} groups", highlight=False
         )
     if metadata["byte_identity_voided"]:
         console.print(
-            "  [yellow]note[/yellow]: hardware drift or memory splits: rows are not bit-reproducible", highlight=False
+            "  [yellow]note[/yellow]: rows are not bit-reproducible, because of hardware drift or split batches",
+            highlight=False,
         )
     for warning in metadata["warnings"]:
         console.print(f"  [yellow]note[/yellow]: {plain(warning)}", highlight=False)
 
 
-def _print_refinement(console: Console, refinement: JsonObject | None) -> None:
-    """What is proven of the neighbours, where coordinates are not the whole row."""
-    if refinement is None or not refinement["off_basis_rows"]:
+def _print_rerank(console: Console, rerank: JsonObject | None) -> None:
+    """How many rows were ranked by stored rows, where coordinates are not the whole row; stores before this do not say."""
+    if rerank is None or not rerank["off_basis_rows"]:
         return
-    left = refinement["straddling_pairs"] - refinement["read_pairs"]
-    unread = f", [yellow]{left:,} left unread[/yellow]" if left else ""
     console.print(
-        f"  {refinement['k']} nearest proven by the residual bound for {refinement['certified_share']:.2%} of rows; "
-        f"{refinement['read_pairs']:,} distances from stored rows{unread}; "
-        f"{refinement['uncertain_rows']:,} rows stay unproven",
+        f"  {rerank['reranked_rows']:,} rows leave the basis or have a neighbour that does: their neighbours are ranked by "
+        f"stored rows; {rerank['uncertain_rows']:,} of them may miss one of their {rerank['k']} nearest",
         highlight=False,
     )
 

@@ -1,23 +1,28 @@
 """Every command and snippet of README and documents is run, in their order, in one folder with a small model.
 
-What cannot be run here is checked as far as it goes: ``make`` targets and ``python -m`` modules must exist, commands in the
-middle of a sentence must be spelled as the program takes them.
+What cannot be run here is checked as far as it goes: ``make`` targets and ``python -m`` modules must exist, command lines
+must parse, commands in the middle of a sentence must be spelled as the program takes them. Which commands and options there
+are is read from what ``embstore --help`` prints in a separate process.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
-import typing
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from embstore.cli import app
@@ -63,6 +68,28 @@ def _spellings(command: str) -> list[str]:
     return found
 
 
+@functools.cache
+def _printed(*words: str) -> str:
+    """What the program prints in a terminal of 80 columns."""
+    environment = {**os.environ, "COLUMNS": "80", "TERMINAL_WIDTH": "80"}
+    command = [sys.executable, "-m", "embstore", *words]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def _options_in(shown: str) -> list[str]:
+    """Options of a help text: each begins a line, the second spelling of a flag follows a slash."""
+    lines = re.findall(r"^  (--[a-z-]+(?: / --[a-z-]+)?)", shown, re.MULTILINE)
+    return [option for line in lines for option in line.split(" / ")]
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    """All that each command's help can show, by its name."""
+    commands = re.findall(r"^  ([a-z]+) ", _printed("--help").partition("Commands:\n")[2], re.MULTILINE)
+    plain = {name: _printed(name, "--help") for name in commands}
+    return {name: _printed(name, "--help-all") if "--help-all" in text else text for name, text in plain.items()}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the documents name: prompts, a changed pool, a table, and a model."""
@@ -99,16 +126,18 @@ def test_every_python_snippet_runs(folder: Path, tmp_path: Path, monkeypatch: py
     assert CliRunner().invoke(app, ["build", "prompts.jsonl", "--model", "MODEL", "--out", "STORE"]).exit_code == 0
     from torch.utils.data import DataLoader
 
+    # not in the store's order: the snippets must join
+    dataset = [json.loads(line) for line in reversed((here / "prompts.jsonl").read_text().splitlines())]
     snippets = [body for page in RUN for language, body in _blocks(ROOT / page) if language == "python"]
     assert snippets
     for body in snippets:
-        names: dict[str, object] = {"dataset": [{"row": row} for row in range(41)], "DataLoader": DataLoader}
+        names: dict[str, object] = {"dataset": dataset, "DataLoader": DataLoader}
         exec(compile(body, "snippet", "exec"), names)
         assert "weights" in names
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_a_page_names_exists(page: Path) -> None:
+def test_what_a_page_names_exists(page: Path, helps: dict[str, str]) -> None:
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"`make ([a-z-]+)`|^ +make ([a-z-]+)", text, re.MULTILINE):
         assert re.search(rf"^{''.join(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
@@ -116,40 +145,53 @@ def test_what_a_page_names_exists(page: Path) -> None:
         assert importlib.util.find_spec(module) is not None, module
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         assert "://" in target or (page.parent / target).exists(), target
-    options = {
-        command.name or command.callback.__name__: _declared(command.callback)
-        for command in app.registered_commands
-        if command.callback is not None
-    }
     for span in re.findall(r"`embstore ([^`\n]+)`", text):
         name, *words = span.split()
         if name.startswith("--"):
             continue
-        assert name in options, span
+        assert name in helps, span
         given = [word.strip("[]") for word in words if word.strip("[]").startswith("--")]
-        assert [word for word in given if word not in options[name]] == [], span
+        assert [word for word in given if word not in _options_in(helps[name])] == [], span
 
 
-def _declared(function: Callable[..., object]) -> set[str]:
-    """Options of a command."""
-    found = set()
-    for hint in typing.get_type_hints(function, include_extras=True).values():
-        for info in getattr(hint, "__metadata__", ()):
-            for word in (getattr(info, "default", None), *(getattr(info, "param_decls", None) or ())):
-                found |= set(re.findall(r"--[a-z-]+", word)) if isinstance(word, str) else set()
-    return found
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_line_of_a_page_parses(page: Path) -> None:
+    """Pages beside those that are run show commands that need a GPU, a cluster or an hour."""
+    group = typer.main.get_command(app)
+    for command in itertools.chain.from_iterable(map(_spellings, _commands(page))):
+        if command.startswith("embstore "):
+            _, name, *words = shlex.split(command)
+            group.commands[name].make_context(name, words)  # type: ignore[attr-defined]  # typer's own click is private
 
 
-def test_the_guide_speaks_of_every_option() -> None:
-    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-    missing = {
-        f"{command.name or command.callback.__name__} {option}"
-        for command in app.registered_commands
-        if command.callback is not None
-        for option in _declared(command.callback)
-        if not re.search(rf"{option}(?![a-z-])", guide) and not option.startswith("--no-")
-    }
-    assert missing == set()
+def test_the_page_of_the_command_line_names_what_the_program_takes(helps: dict[str, str]) -> None:
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## embstore (\S+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    assert list(sections) == list(helps)
+    for name, shown in helps.items():
+        rows = re.findall(r"^\| `([^`]+)", sections[name], re.MULTILINE)
+        on_the_page = [option for row in rows for option in re.findall(r"--[a-z-]+", row)]
+        assert sorted([*on_the_page, "--help"]) == sorted(_options_in(shown)), name
+
+
+def test_help_of_a_build_is_short_and_all_of_it_is_one_option_away(helps: dict[str, str]) -> None:
+    for name in ("build", "import"):
+        short, whole = _printed(name, "--help"), helps[name]
+        assert len(_options_in(short)) <= 24
+        assert f"embstore {name} --help-all" in " ".join(short.split())
+        advanced = _options_in(whole.partition("\nAdvanced:\n")[2])
+        assert sorted([*_options_in(short), *advanced]) == sorted(_options_in(whole))
+        assert len(advanced) >= 10
+        if name == "build":
+            panels = re.findall(r"^(\w+):$", short, re.MULTILINE)
+            assert panels == ["Input", "Model", "Search", "Weights", "Resources", "Workers", "General"]
+
+
+def test_help_is_whole_in_eighty_columns(helps: dict[str, str]) -> None:
+    summaries = _printed("--help")
+    for shown in (summaries, *helps.values()):
+        assert max(map(len, shown.splitlines())) <= 80
+    assert "..." not in summaries.partition("Commands:\n")[2]
 
 
 def test_the_guide_says_what_to_do_about_every_kind_of_error() -> None:

@@ -64,11 +64,20 @@ def test_every_link_of_the_documents_leads_somewhere() -> None:
     assert [(page.name, target) for page, target in found if not (page.parent / target).exists()] == []
 
 
-def test_decisions_have_unique_numbers() -> None:
-    numbers = [path.name[:4] for path in (ROOT / "docs" / "decisions").glob("*.md")]
-    assert numbers
-    assert all(number.isdigit() for number in numbers)
-    assert len(set(numbers)) == len(numbers)
+def test_decisions_have_unique_numbers_and_are_in_the_index() -> None:
+    folder = ROOT / "docs" / "decisions"
+    names = sorted(path.name for path in folder.glob("*.md") if path.name != "README.md")
+    assert names
+    assert all(name[:4].isdigit() for name in names)
+    assert len({name[:4] for name in names}) == len(names)
+    index = (folder / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| \[\d{4}\]\(([^)]+)\)", index, re.MULTILINE) == names
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert {name for name in pages if f"]({name})" not in index} == set()
 
 
 def test_every_test_that_the_scaling_page_names_exists() -> None:

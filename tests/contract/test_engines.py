@@ -254,7 +254,7 @@ def _graph(method: str, points: np.ndarray, work: Path, engine: Engine | None, e
     work.mkdir()
     on_workers = None
     if engine is not None:
-        on_workers = remote.MappedSearch(engine, work, threads=1, memory_bytes=1 << 28, device="cpu", observer=events.append)
+        on_workers = remote.RemoteSearch(engine, work, threads=1, memory_bytes=1 << 28, device="cpu", observer=events.append)
     return graph.build_graph(
         points,
         np.zeros(len(points), dtype=np.bool_),
@@ -264,7 +264,7 @@ def _graph(method: str, points: np.ndarray, work: Path, engine: Engine | None, e
         work=work,
         observer=events.append,
         clock=lambda: 0.0,
-        mapped=on_workers,
+        remote=on_workers,
     )
 
 
@@ -322,8 +322,8 @@ def test_a_search_that_was_killed_keeps_its_finished_blocks_in_the_store(
         build_with(small_prompts, store, config=CONFIG_HNSW, observer=stop)
     assert list((store / "work").glob("search-*/candidates-*"))
     shutil.copytree(store, tmp_path / "copy", symlinks=True)
-    monkeypatch.setattr(shards, "build", lambda *_, **__: pytest.fail("a graph was built again"))
-    monkeypatch.setattr(remote, "build", lambda *_, **__: pytest.fail("a graph was built again"))
+    monkeypatch.setattr(shards, "build_index", lambda *_, **__: pytest.fail("a graph was built again"))
+    monkeypatch.setattr(remote, "build_index", lambda *_, **__: pytest.fail("a graph was built again"))
     build_small(None, store, config=CONFIG_HNSW)
     monkeypatch.undo()
     build_small(small_prompts, tmp_path / "local", config=CONFIG_HNSW)

@@ -6,10 +6,7 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -19,10 +16,8 @@ from embstore.core.errors import (
     ExitCode,
     StorageError,
     StoreExistsError,
-    StoreLockedError,
 )
 from embstore.storage.journal import read_journal
-from embstore.storage.writer import StoreWriter
 from embstore.views.export import export_store
 from tests.support.fake import FakeSource
 from tests.support.faults import SYNCS, Call, SystemCalls
@@ -50,42 +45,21 @@ def _first_of_a_kind(calls: list[Call]) -> list[int]:
     return sorted(seen.values())
 
 
-@pytest.fixture(scope="module")
-def calls(small_prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Call]:
-    """Every system call of an uninterrupted build."""
-    store = tmp_path_factory.mktemp("count") / "store"
-    with SystemCalls(root=store).watching() as whole:
-        build_small(small_prompts, store)
-    return whole.calls
-
-
 def test_a_disk_error_at_any_place_ends_the_build_and_a_resume_finishes_it(
-    calls: list[Call], small_prompts: Path, finished_store: Path, tmp_path: Path, tally: Counter
+    small_prompts: Path, finished_store: Path, tmp_path: Path, tally: Counter
 ) -> None:
-    points = _first_of_a_kind(calls)
-    assert {calls[point - 1].name for point in points} == {call.name for call in calls}
-    _fail_and_resume(points, small_prompts, snapshot(finished_store), tmp_path, tally)
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("first_error", range(len(DISK_ERRORS)))
-def test_every_disk_error_at_every_system_call_ends_the_build_and_a_resume_finishes_it(
-    first_error: int, calls: list[Call], small_prompts: Path, finished_store: Path, tmp_path: Path, tally: Counter
-) -> None:
-    points = range(1, len(calls) + 1)
-    _fail_and_resume(points, small_prompts, snapshot(finished_store), tmp_path, tally, first_error=first_error)
-
-
-def _fail_and_resume(
-    points: Iterable[int], prompts: Path, reference: dict[str, str], folder: Path, tally: Counter, *, first_error: int = 0
-) -> None:
-    """At each point one of the errors a disk gives: a StorageError that says so, then a resume to the same bytes."""
-    for number, point in enumerate(points, start=first_error):
-        store = folder / f"store-{point}"
+    """Every error at every call, from the kernel, is test_system_calls's; this needs no strace."""
+    with SystemCalls(root=tmp_path / "whole").watching() as whole:
+        build_small(small_prompts, tmp_path / "whole")
+    points = _first_of_a_kind(whole.calls)
+    assert {whole.calls[point - 1].name for point in points} == {call.name for call in whole.calls}
+    reference = snapshot(finished_store)
+    for number, point in enumerate(points):
+        store = tmp_path / f"store-{point}"
         acknowledged, source = Acknowledged(), FakeSource()
         code = DISK_ERRORS[number % len(DISK_ERRORS)]
         with SystemCalls(root=store, fail_at=point, error=code).watching() as calls:
-            error = _storage_error(prompts, store, acknowledged)
+            error = _storage_error(small_prompts, store, acknowledged)
             failed = calls.calls[point - 1]
             if error is None:
                 assert failed.path.startswith("work"), f"{failed}: only scratch files are not worth failing for"
@@ -97,7 +71,7 @@ def _fail_and_resume(
                 assert error.exit_code == ExitCode.INCOMPLETE
             if failed.name in SYNCS:  # pages of a failed fsync are marked clean: a second one would lie
                 assert failed not in calls.calls[point:], f"{failed} was tried again"
-            build_small(prompts, store, source=source)
+            build_small(small_prompts, store, source=source)
         assert snapshot(store) == reference, failed
         assert not set(source.calls) & set(acknowledged.windows)
         tally("ENOSPC, EDQUOT or EIO at the n-th call, in process")
@@ -212,40 +186,13 @@ def test_an_error_in_the_embedder_publishes_nothing(small_prompts: Path, tmp_pat
     assert not list((tmp_path / "store").rglob("*.tmp"))
 
 
-def test_a_second_writer_is_refused_while_the_first_builds(
-    small_prompts: Path, tmp_path: Path, finished_store: Path
-) -> None:
-    store = tmp_path / "store"
-    refused: list[StoreLockedError] = []
-
-    def build_too(row: int) -> None:
-        if row == 16:
-            with pytest.raises(StoreLockedError) as caught:
-                build_small(small_prompts, store)
-            refused.append(caught.value)
-
-    build_small(small_prompts, store, source=HookedSource(build_too))
-    assert len(refused) == 1
-    assert refused[0].exit_code == ExitCode.LOCKED
-    assert f'"pid": {os.getpid()}' in str(refused[0])
-    assert snapshot(store) == snapshot(finished_store)
-
-
-def test_a_second_process_is_refused_and_names_the_holder(unfinished: Path, small_prompts: Path) -> None:
-    with StoreWriter(unfinished, resume=True):
-        command = [sys.executable, "-m", "tests.support.build_fake", "build", str(unfinished), str(small_prompts)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == ExitCode.LOCKED
-    assert f'"pid": {os.getpid()}' in done.stdout
-
-
 @pytest.mark.parametrize("names", [["thesis.tex"], [".lock", "thesis.tex"], ["weights"]])
 def test_a_folder_of_somebody_elses_files_is_never_written_to(names: list[str], small_prompts: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in names:
         (folder / name).write_text("mine")
-    with pytest.raises(StoreExistsError, match="not empty and holds no store"):
+    with pytest.raises(StoreExistsError, match="not empty and is not a store"):
         build_small(small_prompts, folder)
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)
     assert {path.read_text() for path in folder.iterdir()} == {"mine"}
@@ -262,7 +209,7 @@ def test_a_journal_that_is_not_ours_is_never_cut(content: bytes, small_prompts: 
 
 def test_a_store_is_not_built_over_without_resume(store: Path, small_prompts: Path) -> None:
     before = whole_tree(store)
-    with pytest.raises(StoreExistsError, match="already holds a store") as caught:
+    with pytest.raises(StoreExistsError, match="already contains a store") as caught:
         build_small(small_prompts, store, resume=False)
     assert "--resume" in str(caught.value.hint)
     assert whole_tree(store) == before

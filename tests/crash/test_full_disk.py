@@ -22,9 +22,9 @@ from embstore.core.errors import ExitCode, StorageError
 from embstore.core.format import BASIS, COORDINATES, EMBEDDINGS, RESIDUALS, RUNS, SPEC, STAGE0_FILES, chunk_name
 from embstore.host.scratch import map_scratch
 from embstore.training import load_weights
+from tests.support.build_fake import MODEL
 from tests.support.disks import Disk, Kind, new_disk
-from tests.support.fork_server import Child
-from tests.support.mutated import BLIND, MODEL, MutatedServer
+from tests.support.fork_server import BLIND, Child, ForkServer
 from tests.support.served import Window, committed_windows, what_is_wrong
 from tests.support.stores import WINDOWS, snapshot, write_lines
 from tests.support.tally import Counter
@@ -47,9 +47,9 @@ EVERYWHERE = {*_PLACES.values(), "a chunk"}
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[MutatedServer]:
+def server() -> Iterator[ForkServer]:
     """Children whose preflight can be told that the disk is empty, so that they run into the full one."""
-    with MutatedServer() as server:
+    with ForkServer() as server:
         yield server
 
 
@@ -57,7 +57,7 @@ class FullDisk:
     """Runs on a disk that is filled first."""
 
     def __init__(
-        self, disk: Disk, server: MutatedServer, prompts: Path, reference: Path, *, action: str = "build", model: str = ""
+        self, disk: Disk, server: ForkServer, prompts: Path, reference: Path, *, action: str = "build", model: str = ""
     ) -> None:
         self.disk = disk
         self.store = disk.path / "store"
@@ -137,7 +137,7 @@ def _assert_nothing_lost(full: FullDisk, blocks: Iterable[int], tally: Counter) 
 
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_a_build_on_a_full_disk_is_resumed_to_the_same_bytes(
-    kind: Kind, server: MutatedServer, small_prompts: Path, finished_store: Path, tally: Counter
+    kind: Kind, server: ForkServer, small_prompts: Path, finished_store: Path, tally: Counter
 ) -> None:
     with new_disk(kind) as disk:
         places = _assert_nothing_lost(FullDisk(disk, server, small_prompts, finished_store), itertools.count(0, 7), tally)
@@ -149,7 +149,7 @@ def test_a_build_on_a_full_disk_is_resumed_to_the_same_bytes(
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 @pytest.mark.parametrize("num_rows", [70, 400])
 def test_a_build_on_a_disk_full_at_any_block_is_resumed_to_the_same_bytes(
-    kind: Kind, num_rows: int, server: MutatedServer, small_prompts: Path, tmp_path: Path, tally: Counter
+    kind: Kind, num_rows: int, server: ForkServer, small_prompts: Path, tmp_path: Path, tally: Counter
 ) -> None:
     prompts, reference = small_prompts, tmp_path / "reference"
     if num_rows == 400:  # enough that the journal needs a second block: 13 windows
@@ -162,7 +162,7 @@ def test_a_build_on_a_disk_full_at_any_block_is_resumed_to_the_same_bytes(
 
 
 def test_a_build_that_cannot_fit_is_refused_before_the_first_row(
-    server: MutatedServer, small_prompts: Path, finished_store: Path
+    server: ForkServer, small_prompts: Path, finished_store: Path
 ) -> None:
     with new_disk("tmpfs") as disk:
         disk.fill(20 * BLOCK)  # enough for stage 0, which takes half of it
@@ -179,7 +179,7 @@ def test_a_build_that_cannot_fit_is_refused_before_the_first_row(
 
 
 def test_new_weights_on_a_full_disk_leave_the_old_ones(
-    server: MutatedServer, small_prompts: Path, finished_store: Path, tmp_path: Path, tally: Counter
+    server: ForkServer, small_prompts: Path, finished_store: Path, tmp_path: Path, tally: Counter
 ) -> None:
     target = Path(shutil.copytree(finished_store, tmp_path / "target", symlinks=True))
     assert server.start("weights", target).wait() == 0
@@ -209,7 +209,7 @@ def test_new_weights_on_a_full_disk_leave_the_old_ones(
 
 
 def test_a_repair_on_a_full_disk_is_done_by_the_next(
-    server: MutatedServer, small_prompts: Path, finished_store: Path, tally: Counter
+    server: ForkServer, small_prompts: Path, finished_store: Path, tally: Counter
 ) -> None:
     with new_disk("ext4") as disk:
         full = FullDisk(disk, server, small_prompts, finished_store)
@@ -265,7 +265,7 @@ def test_a_real_model_on_a_full_disk_is_resumed_to_the_same_bytes(tmp_path: Path
         tmp_path / "prompts.jsonl", [{"prompt": f"why does prime number {row} seven"} for row in range(48)]
     )
     reference = tmp_path / "reference"
-    with MutatedServer(torch=True) as server, new_disk("tmpfs") as disk:
+    with ForkServer(torch=True) as server, new_disk("tmpfs") as disk:
         assert server.start("build-real", reference, prompts, environment={MODEL: str(model)}).wait() == 0
         full = FullDisk(disk, server, prompts, reference, action="build-real", model=str(model))
         places = _assert_nothing_lost(full, range(10, 64, 7), tally)

@@ -75,22 +75,23 @@ def _killed_in(server: ForkServer, stage: str, after_seconds: float, prompts: Pa
 
 
 def _kill_in_every_stage(
-    kills: int, server: ForkServer, prompts: Path, uninterrupted: Path, folder: Path, tally: Counter
+    num_stores: int, server: ForkServer, prompts: Path, uninterrupted: Path, folder: Path, tally: Counter
 ) -> None:
-    """Kill builds, a few times each, until ``kills`` of them hit; judge every one by the next, and the last by its bytes."""
+    """Kill builds, each a few times before it may finish; judge every one by the next, and the last by its bytes."""
     reference = snapshot(uninterrupted)
     seconds = _stage_seconds(server, prompts, folder / "timed")
     chance = random.Random(0)
     turns = _turns(chance)
-    done = dict.fromkeys(STAGES, 0)
-    while sum(done.values()) < kills or min(done.values()) < kills // 20:
-        assert sum(done.values()) < 3 * kills, f"a stage is hardly hit: {done}"
+    num_hits = 0
+    for _ in range(num_stores):
         store = folder / "store"
         committed: set[tuple[int, int]] = set()
         hits: list[str] = []
         for _ in range(KILLS_IN_A_ROW):
             stage = next(turns)
-            code, child = _killed_in(server, stage, chance.uniform(0, 1.2 * seconds[stage]), prompts, store)
+            # as the stage begins, or at any moment of it and a little later
+            after_seconds = chance.choice([0.0, chance.uniform(0, 1.2 * seconds[stage])])
+            code, child = _killed_in(server, stage, after_seconds, prompts, store)
             assert code in (0, -signal.SIGKILL), child.lines
             hits += [stage] if code else []
             assert not child.computed & committed, "a committed window was computed again"
@@ -101,10 +102,11 @@ def _kill_in_every_stage(
         last = server.run("build-hnsw", store, prompts)
         is_lost = last.wait() != 0 or bool(last.computed & committed) or snapshot(store) != reference
         for stage in hits:
-            done[stage] += 1
             tally(f"SIGKILL at a random moment, {STAGES[stage]}", losses=int(is_lost))
         assert not is_lost, (hits, last.lines)
+        num_hits += len(hits)
         shutil.rmtree(store)
+    assert num_hits >= num_stores, "most builds ended before they were killed"
 
 
 def _turns(chance: random.Random) -> Iterator[str]:
@@ -116,14 +118,14 @@ def _turns(chance: random.Random) -> Iterator[str]:
 def test_builds_killed_in_every_stage_end_as_if_they_never_were(
     fork_server: ForkServer, many_prompts: Path, uninterrupted: Path, tmp_path: Path, tally: Counter
 ) -> None:
-    _kill_in_every_stage(40, fork_server, many_prompts, uninterrupted, tmp_path, tally)
+    _kill_in_every_stage(10, fork_server, many_prompts, uninterrupted, tmp_path, tally)
 
 
 @pytest.mark.faults
 def test_five_hundred_builds_killed_in_every_stage_end_as_if_they_never_were(
     fork_server: ForkServer, many_prompts: Path, uninterrupted: Path, tmp_path: Path, tally: Counter
 ) -> None:
-    _kill_in_every_stage(520, fork_server, many_prompts, uninterrupted, tmp_path, tally)
+    _kill_in_every_stage(160, fork_server, many_prompts, uninterrupted, tmp_path, tally)
 
 
 @pytest.mark.parametrize("kills", [15, pytest.param(100, marks=pytest.mark.faults)])

@@ -1,22 +1,30 @@
-"""The order of system calls, asserted for every kind of writer: nothing is vouched for before it is durable."""
+"""The order of system calls: no writer vouches for anything before it is durable, and the kernel sees what is recorded.
+
+Rules are in tests.support.order. They are held against calls recorded in process, for every kind of writer; a trace by
+strace shows that nothing goes around the recorder.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from tests.support.faults import SYNCS, Call
+from embstore.core.format import chunk_name
+from tests.support.build_fake import perform
+from tests.support.faults import SYNCS, Call, SystemCalls
+from tests.support.fork_server import ForkServer
 from tests.support.order import JOURNAL, MANIFEST, WITHDRAWN, problems
 from tests.support.scenarios import SCENARIOS
-from tests.support.stores import WINDOWS
-
-
-def _index(calls: list[Call], name: str, path: str) -> int:
-    """Where a call is first made."""
-    return next(index for index, call in enumerate(calls) if (call.name, call.path) == (name, path))
+from tests.support.strace import CHANGING, TracedCall, Tracer, find_strace, parse_trace
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -24,88 +32,14 @@ def test_every_writer_keeps_the_order(recorded: dict[str, list[Call]], scenario:
     assert problems(recorded[scenario]) == []
 
 
-def test_each_window_is_durable_piece_by_piece_before_its_line(recorded: dict[str, list[Call]]) -> None:
-    """The order of the design, call by call, for a window of two chunks."""
-    calls = recorded["build"]
-    start = next(index for index, call in enumerate(calls) if call.path.startswith("embeddings.zarr/.c.0.0."))
-    stop = _index(calls, "acknowledged", "0 32")
-    temps = [call.path for call in calls[start:stop] if call.name == "open" and call.path.endswith(".tmp")]
-    assert [path.split(".tmp")[0].rpartition(".")[0] for path in temps] == [
-        "embeddings.zarr/.c.0.0",
-        "embeddings.zarr/.c.1.0",
-    ]
-    expected = [
-        *[
-            line
-            for index, temp in enumerate(temps)
-            for line in (
-                f"open {temp}",
-                f"write {temp}",
-                f"ftruncate {temp}",  # of the padding of a direct write
-                f"fsync {temp}",
-                f"rename embeddings.zarr/c.{index}.0",
-            )
-        ],
-        "fsync embeddings.zarr",
-        *[
-            line
-            for name in ("coordinates.npy", "residuals.npy")
-            for line in (f"open {name}", f"pwrite {name}", f"sync {name}")
-        ],
-        "write journal.jsonl",
-        "sync journal.jsonl",
-    ]
-    seen = [f"{call.name.replace('fdatasync', 'sync')} {call.path}" for call in calls[start:stop]]
-    seen = [line.replace("fsync", "sync") if line.endswith((".npy", ".jsonl")) else line for line in seen]
-    assert seen == expected
-
-
-def test_every_missing_parent_is_made_durable_one_by_one(recorded: dict[str, list[Call]]) -> None:
-    calls = [call for call in recorded["build"] if call.path.startswith("..") or call.path == "."]
-    made = [call.path for call in calls if call.name == "mkdir"]
-    assert made == ["../..", "..", "."]
-    pairs = [(calls[index].path, calls[index + 1]) for index in range(len(calls)) if calls[index].name == "mkdir"]
-    assert [(path, after.name, after.path) for path, after in pairs] == [
-        ("../..", "fsync", "../../.."),
-        ("..", "fsync", "../.."),
-        (".", "fsync", ".."),
-    ]
-
-
-def test_windows_are_acknowledged_after_their_line_is_synced_and_once(recorded: dict[str, list[Call]]) -> None:
-    calls = recorded["build"]
-    told = [index for index, call in enumerate(calls) if call.name == "acknowledged"]
-    assert [calls[index].path for index in told] == [f"{start} {stop}" for start, stop in WINDOWS]
-    for index in told:
-        assert calls[index - 1].name in SYNCS
-        assert calls[index - 1].path == JOURNAL
-
-
-def test_a_torn_journal_is_cut_and_synced_before_anything_else(recorded: dict[str, list[Call]]) -> None:
-    calls = recorded["resume"]
-    start = _index(calls, "open", JOURNAL)
-    seen = [(call.name, call.path) for call in calls[start : start + 4]]
-    assert seen == [("open", JOURNAL), ("ftruncate", JOURNAL), ("fsync", JOURNAL), ("fsync", ".")]
-    assert {call.path for call in calls[:start]} <= {".lock", ".", ".."}
-
-
 def test_a_repair_withdraws_before_it_demotes(recorded: dict[str, list[Call]]) -> None:
     calls = recorded["repair"]
-    withdrawn = _index(calls, "rename", WITHDRAWN)
+    withdrawn = next(index for index, call in enumerate(calls) if (call.name, call.path) == ("rename", WITHDRAWN))
     assert calls[withdrawn].source == MANIFEST
-    assert (calls[withdrawn + 1].name, calls[withdrawn + 1].path) == ("fsync", ".")
-    assert withdrawn < _index(calls, "write", JOURNAL)
+    assert Call("write", JOURNAL) not in calls[:withdrawn]
 
 
-def test_the_manifest_comes_last(recorded: dict[str, list[Call]]) -> None:
-    for scenario in ("build", "resume", "weights", "other density", "build after repair"):
-        calls = recorded[scenario]
-        flip = _index(calls, "rename", MANIFEST)
-        named = {call.path for call in calls[flip + 1 :] if call.name in ("rename", "open", "mkdir")}
-        assert {path for path in named if path != "runs.jsonl" and not path.startswith("work")} <= {
-            "density_weights.npy",
-            "embeddings_metadata.json",
-        }
+# --- the rules have teeth ---------------------------------------------------------------------------------------------
 
 
 def _swapped(first: Callable[[Call], bool], second: Callable[[Call], bool]) -> Callable[[list[Call]], list[Call]]:
@@ -163,3 +97,111 @@ WRONG: dict[str, Callable[[list[Call]], list[Call]]] = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_another_order_is_noticed(recorded: dict[str, list[Call]], wrong: str) -> None:
     assert problems(WRONG[wrong](recorded["build"]))
+
+
+# --- the recorder misses nothing --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trace:
+    """Every call that one process made, as the kernel saw it."""
+
+    store: Path
+    pid: int
+    calls: list[TracedCall]
+
+    @property
+    def ours(self) -> Iterator[TracedCall]:
+        """Calls on the store, on anything in it, and on the folder above it."""
+        known = (str(self.store), str(self.store.parent))
+        return (call for call in self.calls if any(path in known or path.startswith(f"{known[0]}/") for path in call.paths))
+
+
+def _start(action: str, finished: Path, folder: Path) -> Path:
+    """Where ``action`` begins: nothing, a finished store, or one with a damaged chunk."""
+    folder.mkdir()
+    store = folder / "store"
+    if action != "build":
+        shutil.copytree(finished, store, symlinks=True)
+    if action == "repair":
+        os.truncate(store / chunk_name(2), 100)
+    return store
+
+
+@pytest.fixture(scope="module", params=["build", "weights", "repair"])
+def traced(
+    request: pytest.FixtureRequest, small_prompts: Path, finished_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Trace, list[Call]]:
+    """One action traced by the kernel, and the same one recorded in process."""
+    folder = tmp_path_factory.mktemp("traced")
+    tracer = Tracer(program=find_strace(), log=folder / "trace")
+    store = _start(request.param, finished_store, folder / "one")
+    with ForkServer(warm=True) as server:
+        child = server.start(request.param, store, small_prompts, held=True)
+        code, calls = tracer.follow(child)
+    assert code == 0, child.lines
+    again = _start(request.param, finished_store, folder / "two")
+    with SystemCalls(root=again.parent).watching() as recorder:
+        assert perform(request.param, again, small_prompts, lambda line: None) == 0
+    return Trace(store=store, pid=child.pid, calls=calls), recorder.calls
+
+
+def test_the_kernel_sees_the_calls_that_are_recorded(traced: tuple[Trace, list[Call]]) -> None:
+    """Scratch files and logs are left out: no promise depends on them."""
+    trace, recorded = traced
+    plain = {"openat": "open", "pwrite64": "pwrite", "unlinkat": "unlink", "renameat": "rename"}
+    seen = [
+        (plain.get(call.name, call.name), os.path.relpath(call.path, trace.store.parent))
+        for call in trace.ours
+        if call.name in CHANGING and call.name != "flock" and not call.only_reads
+    ]
+    assert _promised(seen) == _promised([(call.name, call.path) for call in recorded])
+
+
+def _promised(calls: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [
+        (name, re.sub(r"\.\d+\.tmp$", ".PID.tmp", path))
+        for name, path in calls
+        if not path.startswith(("store/work", "store/runs.jsonl"))
+    ]
+
+
+def test_no_kind_of_call_changes_the_store_that_is_not_tested(traced: tuple[Trace, list[Call]]) -> None:
+    trace, _ = traced
+    unknown = {call.name for call in trace.ours if not call.only_reads} - {*CHANGING}
+    assert not unknown, f"not in CHANGING, so no fault is injected: {sorted(unknown)}"
+    assert {call.name for call in trace.ours} >= {"openat", "write", "fsync", "flock"}
+    # their reads and writes are in no trace
+    assert not [call.name for call in trace.calls if call.name.startswith("io_") and call.name != "io_destroy"]
+
+
+def test_one_thread_makes_every_call_on_the_store(traced: tuple[Trace, list[Call]]) -> None:
+    # strace counts a thread's calls on their own, so the n-th call is one call only then
+    trace, _ = traced
+    assert {call.thread for call in trace.ours} == {trace.pid}
+
+
+_OTHER_WAYS = """
+import mmap, os, sys
+source = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+target = os.open(sys.argv[2], os.O_RDWR | os.O_CREAT)
+os.write(source, b"0" * 4096)
+os.copy_file_range(source, target, 10)
+os.sendfile(target, source, 0, 10)
+os.pwritev(target, [b"0"], 0, os.RWF_DSYNC)
+os.posix_fallocate(target, 0, 10)
+os.chmod(sys.argv[1], 0o600)
+os.link(sys.argv[1], sys.argv[1] + "2")
+mmap.mmap(source, 4096)
+mmap.mmap(source, 4096, access=mmap.ACCESS_READ)
+"""
+
+
+def test_another_way_to_change_a_file_would_be_noticed(tmp_path: Path) -> None:
+    command = [find_strace(), "-f", "-qq", "-y", "-s", "32", "-e", "signal=none", "-o", str(tmp_path / "trace")]
+    names = [str(tmp_path / "source"), str(tmp_path / "target")]
+    subprocess.run([*command, sys.executable, "-S", "-E", "-c", _OTHER_WAYS, *names], check=True)
+    with (tmp_path / "trace").open() as lines:
+        made = [call for call in parse_trace(lines) if any(path.startswith(str(tmp_path)) for path in call.paths)]
+    unknown = [call.name for call in made if not call.only_reads and call.name not in CHANGING]
+    assert unknown == ["copy_file_range", "sendfile", "pwritev2", "fallocate", "chmod", "link", "mmap"]

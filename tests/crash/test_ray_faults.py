@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from tests.support.workers import Script, ScriptedSource, Squares
 __all__ = ["ray_session"]
 
 pytestmark = pytest.mark.usefixtures("ray_session")
+_HANGS_SECONDS = 300.0
 ROOT = Path(embstore.__file__).parent.parent
 
 
@@ -100,10 +101,8 @@ def test_a_window_that_fails_every_time_ends_the_build_and_is_named(
 ) -> None:
     script.at(32, fault, times=3)
     store = tmp_path / "store"
-    started = time.monotonic()
     with pytest.raises(EngineError) as caught:
         build_by_workers(small_prompts, store, script)
-    assert time.monotonic() - started < 30
     first, last = (prompt.id for prompt in PromptTable(store / "prompts.jsonl", 70).sample([32, 63]))
     assert f"window 1 (rows 32 to 63, prompts {first!r}" in str(caught.value)
     assert f"{last!r}) failed 3 times" in str(caught.value)
@@ -118,17 +117,14 @@ def test_a_window_that_fails_every_time_ends_the_build_and_is_named(
 
 
 def test_a_slow_worker_keeps_nobody_from_going_on(script: Script, tmp_path: Path) -> None:
-    script.at(0, "sleep 3")
+    script.at(0, "await 40")  # until the last task has begun
     engine = ray_engine(tmp_path / "shared")
-    started = time.monotonic()
-    at: dict[int, float] = {}
-    for task, _ in engine.map(
+    results = engine.map(
         Squares(script.folder), range(40), check=lambda: None, is_stopping=lambda: False, observer=lambda event: None
-    ):
-        at[task] = time.monotonic() - started
-    slow = at.pop(0)
-    assert slow == max(slow, *at.values())  # also what was reserved for the slow one went to the other
-    assert len(at) == 39
+    )
+    order = [task for task, _ in results]
+    assert sorted(order) == list(range(40))
+    assert order.index(0) >= 38  # also what was reserved for the slow one went to the other
 
 
 def test_windows_are_committed_while_one_is_slow(
@@ -210,10 +206,8 @@ def test_where_no_worker_can_start_the_build_says_what_is_missing(
     script: Script, small_prompts: Path, tmp_path: Path
 ) -> None:
     config = dataclasses.replace(CONFIG, embedding=dataclasses.replace(CONFIG.embedding, threads=64))
-    started = time.monotonic()
-    with pytest.raises(EngineError, match=r"no worker could start within 2 s: each asks for 64 CPUs, free are 4 CPUs"):
+    with pytest.raises(EngineError, match=r"no worker could start within 2 s: each needs 64 CPUs; 4 CPUs"):
         build_by_workers(small_prompts, tmp_path / "store", script, config=config, engine={"start_seconds": 2})
-    assert time.monotonic() - started < 20
     assert script.calls == []
 
 
@@ -262,10 +256,10 @@ def driver(prompts: Path, store: Path, script: Script) -> Iterator[subprocess.Po
             process.kill()
 
 
-def wait_until(condition: Any, *, seconds: float = 30) -> None:
-    limit = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + _HANGS_SECONDS
     while not condition():
-        assert time.monotonic() < limit, "waited too long"
+        assert time.monotonic() < limit, "it hangs"
         time.sleep(0.05)
 
 
@@ -280,7 +274,7 @@ def test_a_driver_that_is_killed_takes_its_workers_along_and_is_resumed(
     script: Script, small_prompts: Path, finished_store: Path, tmp_path: Path, tally: Counter
 ) -> None:
     store = tmp_path / "store"
-    script.at(64, "sleep 60").at(32, "sleep 1.5")
+    script.at(64, "sleep 600").at(32, "sleep 1.5")
     with driver(small_prompts, store, script) as process:
         wait_until(lambda: (store / "journal.jsonl").exists() and 0 in read_journal(store).windows)
         wait_until(lambda: {64} <= {call.start for call in script.calls})
@@ -288,7 +282,7 @@ def test_a_driver_that_is_killed_takes_its_workers_along_and_is_resumed(
         process.wait()
         committed = {(window.start, window.stop) for window in read_journal(store).windows.values()}
         workers = {call.pid for call in script.calls}
-        wait_until(lambda: not any(is_alive(pid) for pid in workers), seconds=30)
+        wait_until(lambda: not any(is_alive(pid) for pid in workers))
     again = Script(tmp_path / "again")
     build_small(None, store, config=dataclasses.replace(CONFIG, trust_journal=False), source=ScriptedSource(again.folder))
     assert {(call.start, call.stop) for call in again.calls} == set(WINDOWS) - committed
@@ -312,12 +306,12 @@ def test_a_signal_lets_windows_under_way_finish_and_ends_the_workers(
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=_HANGS_SECONDS)
     assert process.returncode == ExitCode.INTERRUPTED, output
     assert output == "stopped after committing the window in flight\n"  # and no word of Ray's
     begun = {(call.start, call.stop) for call in script.calls}
     assert len(begun) == 2
     assert {(window.start, window.stop) for window in read_journal(store).windows.values()} == begun
-    wait_until(lambda: not any(is_alive(call.pid) for call in script.calls), seconds=30)
+    wait_until(lambda: not any(is_alive(call.pid) for call in script.calls))
     build_small(None, store)
     assert snapshot(store) == snapshot(finished_store)

@@ -85,14 +85,6 @@ def test_a_kill_at_any_system_call_is_resumed_to_the_same_bytes(
     _kill_and_resume(points, small_prompts, tmp_path, reference, tally)
 
 
-@pytest.mark.faults
-def test_a_kill_at_any_sync_is_resumed_to_the_same_bytes(
-    small_prompts: Path, tmp_path: Path, reference: dict[str, str], calls: list[Call], tally: Counter
-) -> None:
-    points = [point for point, call in enumerate(calls, start=1) if call.name in SYNCS]
-    _kill_and_resume(points, small_prompts, tmp_path, reference, tally)
-
-
 def test_a_write_torn_by_a_kill_is_never_taken_for_a_commit(
     small_prompts: Path, tmp_path: Path, reference: dict[str, str], calls: list[Call], tally: Counter
 ) -> None:
@@ -103,27 +95,6 @@ def test_a_write_torn_by_a_kill_is_never_taken_for_a_commit(
     ]
     assert len(points) == 1 + 6 + 3 + 3  # lock, header and five records, one slice a window in each row file
     _kill_and_resume(points, small_prompts, tmp_path, reference, tally, torn=True)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_kills_during_recovery_from_kills_lose_nothing(
-    small_prompts: Path, tmp_path: Path, reference: dict[str, str], calls: list[Call], seed: int
-) -> None:
-    store = tmp_path / "store"
-    chance = random.Random(seed)
-    acknowledged: set[tuple[int, int]] = set()
-    kills = 0
-    for _ in range(10):
-        # often early calls: a recovery dies in its own first steps again and again
-        point = chance.randrange(1, chance.choice([12, 40, len(calls)]))
-        killed, source, now, _ = _run(small_prompts, store, kill_at=point, torn=chance.random() < 0.5)
-        assert not set(source.calls) & acknowledged
-        acknowledged |= set(now)
-        kills += killed
-    assert kills >= 3
-    _, source, _, _ = _run(small_prompts, store)
-    assert not set(source.calls) & acknowledged
-    assert snapshot(store) == reference
 
 
 FIRST_CALLS = 30  # of a recovery: the journal, what is left over, row files, and the first chunks

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from numpy.typing import NDArray
 
 from embstore.storage.search_blocks import SearchBlocks
 
-NUM_ROWS = 6000
-# Searches points in blocks of 500 nodes and says how many graphs it built; SIGKILL when it has kept block number KILL.
-PROGRAM = """
+# Forks a child for each line of standard input, and says how it ended. A child searches points in blocks of 500 nodes and
+# writes how many graphs it built; SIGKILL when it has kept block number ``kill``.
+SERVER = """
 import json, os, signal, sys, time
 from pathlib import Path
 import numpy as np
@@ -27,46 +28,64 @@ from embstore.search.exact import scan
 from embstore.search.hnsw import shards
 from embstore.search.graph import build_graph
 from embstore.core.config import DensityConfig
-from embstore.core.events import StageAdvanced
+from embstore.core.events import ignore
 from embstore.storage.search_blocks import SearchBlocks
 
-method, folder, kill = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 shards.BLOCK_ROWS = graph.BLOCK_ROWS = 500
 plan = scan.ScanPlan(tile_rows=512, panel_rows=10_000, memory_bytes=0)
 scan.plan_scan = lambda *_, **__: plan
-graphs, build = [], shards.build
-shards.build = lambda coord_GR, nodes, effort, tell: graphs.append(len(nodes)) or build(coord_GR, nodes, effort, tell)
+graphs, build = [], shards.build_index
+shards.build_index = lambda coord_GR, nodes, *rest: graphs.append(len(nodes)) or build(coord_GR, nodes, *rest)
 
-class Blocks(SearchBlocks):
-    saved = 0
-    def save(self, name, arrays):
-        super().save(name, arrays)
-        Blocks.saved += 1
-        if Blocks.saved == kill:
-            os.kill(os.getpid(), signal.SIGKILL)
+def search(method, folder, kill):
+    class Blocks(SearchBlocks):
+        saved = 0
+        def save(self, name, arrays):
+            super().save(name, arrays)
+            Blocks.saved += 1
+            if Blocks.saved == kill:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-points = np.random.default_rng(0).standard_normal((6000, 12)).astype(np.float32)
-graph = build_graph(
-    points, np.zeros(6000, dtype=np.bool_), DensityConfig(knn=method, shards=3 if method == "hnsw" else None),
-    threads=1, memory_bytes=1 << 30, work=folder, observer=lambda event: None, clock=time.perf_counter,
-    kept=Blocks(folder, "a" * 64),
-)
-np.save(folder / "result.npy", np.concatenate([graph.ids_NK.view(np.float32), graph.distances_NK], axis=1))
-print(json.dumps({"graphs": len(graphs), "saved": Blocks.saved}))
+    points = np.random.default_rng(0).standard_normal((6000, 12)).astype(np.float32)
+    graph = build_graph(
+        points, np.zeros(6000, dtype=np.bool_), DensityConfig(knn=method, shards=3 if method == "hnsw" else None),
+        threads=1, memory_bytes=1 << 30, work=folder, observer=ignore, clock=time.perf_counter,
+        kept=Blocks(folder, "a" * 64),
+    )
+    np.save(folder / "result.npy", np.concatenate([graph.ids_NK.view(np.float32), graph.distances_NK], axis=1))
+    (folder / "said.json").write_text(json.dumps({"graphs": len(graphs), "saved": Blocks.saved}))
+
+for line in sys.stdin:
+    method, folder, kill = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        search(method, Path(folder), kill)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
+Search = Callable[..., dict[str, Any] | None]
 
-def search(method: str, folder: Path, *, kill: int = 0) -> dict[str, Any] | None:
-    """What a search in a process of its own said; None when it was killed."""
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", PROGRAM, method, str(folder), str(kill)]
-    result = subprocess.run(command, check=False, capture_output=True, text=True)
-    if kill:
-        assert result.returncode == -signal.SIGKILL, result.stderr
-        return None
-    assert result.returncode == 0, result.stderr
-    said: dict[str, Any] = json.loads(result.stdout)
-    return said
+
+@pytest.fixture(scope="module")
+def search() -> Iterator[Search]:
+    """Run a search in a process of its own: what it said, None when it was killed."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+
+        def run(method: str, folder: Path, *, kill: int = 0) -> dict[str, Any] | None:
+            assert server.stdin is not None
+            assert server.stdout is not None
+            folder.mkdir(exist_ok=True)
+            print(json.dumps([method, str(folder), kill]), file=server.stdin, flush=True)
+            assert int(server.stdout.readline()) == (-signal.SIGKILL if kill else 0)
+            return None if kill else dict(json.loads((folder / "said.json").read_text()))
+
+        yield run
+        server.stdin.close()
 
 
 def result(folder: Path) -> bytes:
@@ -74,7 +93,9 @@ def result(folder: Path) -> bytes:
 
 
 @pytest.fixture(scope="module", params=["hnsw", "exact"])
-def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, int]:
+def uninterrupted(
+    request: pytest.FixtureRequest, search: Search, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, int]:
     folder = tmp_path_factory.mktemp("uninterrupted")
     said = search(request.param, folder)
     assert said is not None
@@ -84,7 +105,7 @@ def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 @pytest.mark.parametrize("place", [0.6, pytest.param(0.1, marks=pytest.mark.faults)])
 def test_a_killed_search_loses_at_most_a_graph_and_a_block(
-    place: float, uninterrupted: tuple[str, Path, int], tmp_path: Path
+    place: float, search: Search, uninterrupted: tuple[str, Path, int], tmp_path: Path
 ) -> None:
     method, whole, blocks = uninterrupted
     kill = max(1, int(place * blocks))
@@ -97,7 +118,9 @@ def test_a_killed_search_loses_at_most_a_graph_and_a_block(
     assert result(tmp_path) == result(whole)
 
 
-def test_torn_and_foreign_blocks_are_computed_again(uninterrupted: tuple[str, Path, int], tmp_path: Path) -> None:
+def test_torn_and_foreign_blocks_are_computed_again(
+    search: Search, uninterrupted: tuple[str, Path, int], tmp_path: Path
+) -> None:
     method, whole, blocks = uninterrupted
     assert search(method, tmp_path, kill=blocks - 1) is None
     kept = sorted(path for path in tmp_path.glob("search-*/*"))

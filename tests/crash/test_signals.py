@@ -169,7 +169,7 @@ def test_an_embedder_that_reuses_its_buffer_is_refused_and_none_of_its_rows_comm
 ) -> None:
     """Chunks are encoded while the next one is computed: rows that change meanwhile would be stored as others."""
     store = tmp_path / "store"
-    with pytest.raises(AssertionError, match="chunk 1 lies in the memory of a block that is not yet written"):
+    with pytest.raises(AssertionError, match="chunk 1 shares memory with a block that is not written yet"):
         build_small(small_prompts, store, source=OwnBuffers(one=True))
     assert not read_journal(store).windows
     build_small(None, store, source=OwnBuffers())

@@ -83,7 +83,7 @@ def _kept(store: Path, names: list[str]) -> list[str]:
 def _noted(store: Path) -> set[str]:
     report = verify(store)
     assert report.findings == []
-    return {note.split(" is no file")[0] for note in report.notes}
+    return {note.split(" is not a file")[0] for note in report.notes}
 
 
 def test_strays_in_a_finished_store_are_noted_and_outlive_every_writer(store: Path, small_prompts: Path) -> None:

@@ -1,7 +1,7 @@
 """A fault in every system call on a store, by the kernel: SIGKILL, and every error that the call may return.
 
 strace counts only calls that touch the store, so the n-th is always one of ours; n = 1, 2, ... until the run completes.
-Which calls and paths there are comes from a trace of everything; test_system_call_order asserts that no kind is missing.
+Which calls and paths there are comes from a trace of everything; test_order asserts that no kind is missing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import itertools
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from embstore.core.events import Event, StageStarted
 from embstore.views.info import verify
 from tests.support.build_fake import CONFIG_HNSW, perform
 from tests.support.faults import SYNCS
-from tests.support.fork_server import Child
+from tests.support.fork_server import Child, ForkServer
 from tests.support.stores import WINDOWS, Stopped, build_small, snapshot
-from tests.support.strace import CHANGING, TracedCall, Tracer, WarmServer, find_strace
+from tests.support.strace import CHANGING, TracedCall, Tracer, find_strace
 from tests.support.tally import Counter
 
 Windows = set[tuple[int, int]]
@@ -93,7 +93,7 @@ def _is_reading(calls: list[TracedCall], made: TracedCall) -> bool:
 class Arena:
     """One place on disk where every run happens, so that all runs touch the same paths."""
 
-    server: WarmServer
+    server: ForkServer
     tracer: Tracer
     prompts: Path
     store: Path
@@ -166,30 +166,34 @@ def arena(small_prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     folder = tmp_path_factory.mktemp("arena")
     (folder / "disk").mkdir()
     tracer = Tracer(program=find_strace(), log=folder / "trace")
-    with WarmServer() as server:
+    with ForkServer(warm=True) as server:
         yield Arena(server=server, tracer=tracer, prompts=small_prompts, store=folder / "disk" / "store")
 
 
 @pytest.fixture(scope="module")
-def scenarios(
+def scenario_of(
     arena: Arena, finished_store: Path, partial_store: Path, small_prompts: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Scenario]:
-    """Every scenario by name."""
+) -> Callable[[str], Scenario]:
+    """Scenarios by name; each is run once, undisturbed, when it is first asked for."""
     folder = tmp_path_factory.mktemp("starts")
-    battered = _battered(partial_store, folder / "battered")
-    whole = folder / "whole"
-    build_small(small_prompts, whole, config=CONFIG_HNSW)
-    searching = _before_search(small_prompts, folder / "searching")
-    damaged = _damaged(finished_store, folder / "damaged")
     first = WINDOWS[:1]
-    all_of_them = [
-        arena.scenario("build", ("build",), start=None, sound=(), oracle=finished_store),
-        arena.scenario("resumed build", ("build",), start=battered, sound=first, oracle=finished_store),
-        arena.scenario("HNSW search", ("build-hnsw",), start=searching, sound=WINDOWS, oracle=whole),
-        arena.scenario("new weights", ("weights",), start=finished_store, sound=WINDOWS, oracle=None),
-        arena.scenario("repair", ("repair", "build"), start=damaged, sound=first, oracle=finished_store),
-    ]
-    return {scenario.name: scenario for scenario in all_of_them}
+
+    def made(name: str) -> Scenario:
+        if name == "build":
+            return arena.scenario(name, ("build",), start=None, sound=(), oracle=finished_store)
+        if name == "resumed build":
+            battered = _battered(partial_store, folder / "battered")
+            return arena.scenario(name, ("build",), start=battered, sound=first, oracle=finished_store)
+        if name == "HNSW search":
+            build_small(small_prompts, folder / "whole", config=CONFIG_HNSW)
+            searching = _before_search(small_prompts, folder / "searching")
+            return arena.scenario(name, ("build-hnsw",), start=searching, sound=WINDOWS, oracle=folder / "whole")
+        if name == "new weights":
+            return arena.scenario(name, ("weights",), start=finished_store, sound=WINDOWS, oracle=None)
+        damaged = _damaged(finished_store, folder / "damaged")
+        return arena.scenario(name, ("repair", "build"), start=damaged, sound=first, oracle=finished_store)
+
+    return functools.cache(made)
 
 
 def _battered(partial: Path, store: Path) -> Path:
@@ -228,12 +232,6 @@ def _damaged(finished: Path, store: Path) -> Path:
     return store
 
 
-def _points(counts: dict[str, int], every: int) -> Iterator[tuple[str, int]]:
-    """Of each kind of call the first, the last, and one of ``every`` between."""
-    for call, total in counts.items():
-        yield from ((call, count) for count in sorted({*range(1, total, every), total}))
-
-
 # --- killed -----------------------------------------------------------------------------------------------------------
 
 
@@ -246,15 +244,14 @@ def _kill(arena: Arena, scenario: Scenario, call: str, count: int) -> tuple[bool
 
 
 @pytest.mark.usefixtures("without_syncs")
-@pytest.mark.parametrize(("name", "every"), [("build", 20), ("new weights", 100)])
 def test_a_kill_at_a_system_call_is_resumed_to_the_same_bytes(
-    name: str, every: int, arena: Arena, scenarios: dict[str, Scenario], tally: Counter
+    arena: Arena, scenario_of: Callable[[str], Scenario], tally: Counter
 ) -> None:
-    lost = []
-    for call, count in _points(scenarios[name].count(CHANGING), every):
-        killed, wrong = _kill(arena, scenarios[name], call, count)
+    scenario, lost = scenario_of("build"), []
+    for call, count in scenario.count(CHANGING).items():  # the last of each kind
+        killed, wrong = _kill(arena, scenario, call, count)
         assert killed, f"a trace showed {call} {count}, this run made fewer"
-        tally(f"SIGKILL at the n-th system call, {name}", losses=bool(wrong))
+        tally(f"SIGKILL at the n-th system call, {scenario.name}", losses=bool(wrong))
         lost += [f"{call} {count}: {text}" for text in wrong]
     assert not lost, "\n".join(lost)
 
@@ -263,16 +260,16 @@ def test_a_kill_at_a_system_call_is_resumed_to_the_same_bytes(
 @pytest.mark.usefixtures("without_syncs")
 @pytest.mark.parametrize("name", ["build", "resumed build", "HNSW search", "new weights", "repair"])
 def test_a_kill_at_every_system_call_is_resumed_to_the_same_bytes(
-    name: str, arena: Arena, scenarios: dict[str, Scenario], tally: Counter
+    name: str, arena: Arena, scenario_of: Callable[[str], Scenario], tally: Counter
 ) -> None:
-    lost = []
-    for call, total in scenarios[name].count(CHANGING).items():
+    scenario, lost = scenario_of(name), []
+    for call, total in scenario.count(CHANGING).items():
         for count in itertools.count(1):
-            killed, wrong = _kill(arena, scenarios[name], call, count)
+            killed, wrong = _kill(arena, scenario, call, count)
             lost += [f"{call} {count}: {text}" for text in wrong]
             if not killed:
                 break
-            tally(f"SIGKILL at the n-th system call, {name}", losses=bool(wrong))
+            tally(f"SIGKILL at the n-th system call, {scenario.name}", losses=bool(wrong))
         assert count == total + 1, f"killed at {count - 1} of {total} calls of {call}"
     assert not lost, "\n".join(lost)
 
@@ -342,17 +339,16 @@ def _call_problems(arena: Arena, made: list[TracedCall], position: int) -> list[
 
 
 @pytest.mark.usefixtures("without_syncs")
-@pytest.mark.parametrize("name", ["build"])
 def test_an_error_at_a_system_call_is_told_and_resumed(
-    name: str, arena: Arena, scenarios: dict[str, Scenario], tally: Counter
+    arena: Arena, scenario_of: Callable[[str], Scenario], tally: Counter
 ) -> None:
-    lost = []
+    scenario, lost = scenario_of("build"), []
     changing = set(CHANGING) - {"openat"} | {"close"}
-    for number, (call, count) in enumerate(_points(scenarios[name].count(sorted(changing)), every=20)):
-        errors = scenarios[name].errors(call, count)
+    for number, (call, count) in enumerate(scenario.count(sorted(changing)).items()):
+        errors = scenario.errors(call, count)
         error = errors[number % len(errors)]
-        wrong = _fail(arena, scenarios[name], call, count, error)
-        tally(f"{error} at the n-th system call, {name}", losses=bool(wrong))
+        wrong = _fail(arena, scenario, call, count, error)
+        tally(f"{error} at the n-th system call, {scenario.name}", losses=bool(wrong))
         lost += wrong
     assert not lost, "\n".join(lost)
 
@@ -361,13 +357,13 @@ def test_an_error_at_a_system_call_is_told_and_resumed(
 @pytest.mark.usefixtures("without_syncs")
 @pytest.mark.parametrize("name", ["build", "resumed build", "new weights", "repair"])
 def test_every_error_at_every_system_call_is_told_and_resumed(
-    name: str, arena: Arena, scenarios: dict[str, Scenario], tally: Counter
+    name: str, arena: Arena, scenario_of: Callable[[str], Scenario], tally: Counter
 ) -> None:
-    lost = []
-    for call, total in scenarios[name].count(ERRORS).items():
+    scenario, lost = scenario_of(name), []
+    for call, total in scenario.count(ERRORS).items():
         for count in range(1, total + 1):
-            for error in scenarios[name].errors(call, count):
-                wrong = _fail(arena, scenarios[name], call, count, error)
-                tally(f"{error} at the n-th system call, {name}", losses=bool(wrong))
+            for error in scenario.errors(call, count):
+                wrong = _fail(arena, scenario, call, count, error)
+                tally(f"{error} at the n-th system call, {scenario.name}", losses=bool(wrong))
                 lost += wrong
     assert not lost, "\n".join(lost)

@@ -12,8 +12,8 @@ import pytest
 from embstore.core.errors import StorageError
 from embstore.core.spec import decode_spec
 from embstore.flow.reuse import nothing_reused
-from embstore.flow.window_tasks import WindowsElsewhere
-from embstore.storage.atomic import take_away
+from embstore.flow.window_tasks import RemoteWindowJob
+from embstore.storage.atomic import remove_busy_folder
 from embstore.storage.chunk_writer import WORKER_FOLDERS
 from embstore.storage.writer import StoreWriter
 from tests.support.fake import FakeEmbedder, FakeSource
@@ -29,28 +29,28 @@ def store(finished_store: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def job(store: Path) -> WindowsElsewhere:
+def job(store: Path) -> RemoteWindowJob:
     """Windows for workers of other processes, with a driver's folder in the store."""
     folder = store / "work" / f"{WORKER_FOLDERS}1"
     folder.mkdir(parents=True)
     spec = decode_spec((store / "spec.json").read_bytes())
     reuse = nothing_reused(spec.rows)
-    return WindowsElsewhere.prepare(store, spec, FakeSource(), reuse, stops_at_failure=True, folder=folder)
+    return RemoteWindowJob.prepare(store, spec, FakeSource(), reuse, stops_at_failure=True, folder=folder)
 
 
-def next_writer(job: WindowsElsewhere) -> None:
+def next_writer(job: RemoteWindowJob) -> None:
     """The driver of a resume tidies up."""
     with StoreWriter(job.root, resume=True):
         pass
 
 
-def given_up(job: WindowsElsewhere) -> None:
+def given_up(job: RemoteWindowJob) -> None:
     job.lost(1)
 
 
-def run_over(job: WindowsElsewhere) -> None:
+def run_over(job: RemoteWindowJob) -> None:
     """The driver's own end."""
-    take_away(job.folder)
+    remove_busy_folder(job.folder)
 
 
 def published(store: Path) -> dict[str, str]:
@@ -62,7 +62,7 @@ ENDS = pytest.mark.parametrize("end", [given_up, run_over, next_writer])
 
 
 @ENDS
-def test_before_it_begins(end: Callable[[WindowsElsewhere], None], job: WindowsElsewhere) -> None:
+def test_before_it_begins(end: Callable[[RemoteWindowJob], None], job: RemoteWindowJob) -> None:
     end(job)
     with pytest.raises(StorageError):
         job.start(1)
@@ -72,7 +72,7 @@ def test_before_it_begins(end: Callable[[WindowsElsewhere], None], job: WindowsE
 @ENDS
 @pytest.mark.parametrize("chunk", [0, 1])
 def test_while_it_makes_a_window(
-    chunk: int, end: Callable[[WindowsElsewhere], None], job: WindowsElsewhere, monkeypatch: pytest.MonkeyPatch
+    chunk: int, end: Callable[[RemoteWindowJob], None], job: RemoteWindowJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = published(job.root)
     embed = FakeEmbedder.embed
@@ -92,7 +92,7 @@ def test_while_it_makes_a_window(
     assert published(job.root) == before
 
 
-def test_giving_up_twice_is_as_once_and_concerns_nobody_else(job: WindowsElsewhere) -> None:
+def test_giving_up_twice_is_as_once_and_concerns_nobody_else(job: RemoteWindowJob) -> None:
     other = job.start(2)
     job.lost(1)
     job.lost(1)

@@ -189,7 +189,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(guide: Path, demo_output: Path, 
     assert again.steps == whole.steps[2:]
 
 
-# --- which weights, and what happens when they cannot be had ----------------------------------------------------------
+# --- which weights, and what happens when there are none -------------------------------------------------------------
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_damaged_weights_fall_back_to_the_online_pass_loudly(
         [by_id[prompt_id] for prompt_id in distinct], np.arange(1, len(distinct) + 1) / sum(range(len(distinct) + 1))
     )
     said = capsys.readouterr().err
-    assert "precomputed weights cannot be had" in said
+    assert "precomputed weights are not available" in said
     assert "sha256" in said
     assert "FALLING BACK to the online pass" in said
 
@@ -257,7 +257,7 @@ def test_without_any_weights_sampling_is_uniform_loudly(
     assert origin == "uniform"
     assert set(weights_N) == {1.0}
     said = capsys.readouterr().err
-    assert "online weights cannot be had: no such model" in said
+    assert "online weights are not available: no such model" in said
     assert said.count("FALLING BACK") == 2
 
 
@@ -267,10 +267,10 @@ def test_require_density_forbids_every_fall(
     asked = stub_online(monkeypatch, ModelError("no such model"))
     lines = lines_of(guide / "pairs_all.jsonl")
     strict = options_for("--embeddings_dir", str(damaged), "--require_density")
-    with pytest.raises(WeightsError, match=r"precomputed weights cannot be had: .*sha256"):
+    with pytest.raises(WeightsError, match=r"precomputed weights are not available: .*sha256"):
         kat_weights.find_weights(strict, lines, policy)
     assert asked == []
-    with pytest.raises(WeightsError, match="online weights cannot be had: no such model"):
+    with pytest.raises(WeightsError, match="online weights are not available: no such model"):
         kat_weights.find_weights(kat_train_grpo.parse(["--require_density"]), lines, policy)
     with pytest.raises(ConfigError, match="contradicts"):
         kat_train_grpo.parse(["--require_density", "--density_aware", "False"])
@@ -281,10 +281,10 @@ def test_a_prompt_without_a_weight_is_named(guide: Path, policy: Policy, tmp_pat
     path.write_text((guide / "pairs_all.jsonl").read_text() + json.dumps({"prompt": "new", "chosen": "a", "rejected": "b"}))
     lines = lines_of(path)
     with pytest.raises(
-        WeightsError, match=rf"1 of {len(lines)} items are no row of .*; the first at position {len(lines) - 1}: id"
+        WeightsError, match=rf"1 of {len(lines)} items are not in .*; the first is at position {len(lines) - 1}: id"
     ):
         kat_weights.find_weights(options_for("--require_density"), lines, policy)
-    with pytest.raises(KeyMismatchError, match=f"{len(lines)} of {len(lines)} lines are none of the prompts embedded"):
+    with pytest.raises(KeyMismatchError, match=f"the prompts of {len(lines)} of {len(lines)} lines were not embedded"):
         kat_weights.join(lines, {})
 
 
@@ -305,7 +305,7 @@ def test_a_folder_that_is_not_there_names_the_command(
 
 
 def test_without_a_reward_the_ways_to_give_one_are_named(guide: Path) -> None:
-    with pytest.raises(ConfigError, match="no reward: neither --reward, nor") as caught:
+    with pytest.raises(ConfigError, match="no reward was given, and there is no") as caught:
         kat_train_grpo.main(["--density_aware", "False"])
     assert "exact-answer, format, module:function or a folder" in str(caught.value.hint)
 
@@ -317,7 +317,7 @@ def test_groups_fit_the_batch(batch: int, generations: int) -> None:
 
 @pytest.mark.parametrize("batch", [1, 11])
 def test_a_batch_that_no_group_fits_is_refused(batch: int) -> None:
-    with pytest.raises(ConfigError, match=f"a batch of {batch} cannot be cut"):
+    with pytest.raises(ConfigError, match=f"a batch of {batch} cannot be divided"):
         num_generations(batch)
 
 

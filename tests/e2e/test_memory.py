@@ -6,14 +6,14 @@ import json
 import mmap
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from embstore.core.spec import PACKED_HEAD, PACKED_LAYERS
+from embstore.host import memory
 from embstore.host.allocator import give_back
 from embstore.host.memory import MemoryMeter, read_memory
 from embstore.model.packed import can_pack
@@ -22,14 +22,24 @@ from tests.support.models import make_model, make_tokenizer, save_model
 pytestmark = pytest.mark.skipif(read_memory() is None, reason="the kernel does not tell anonymous memory (not Linux)")
 
 
-def wait_for(meter: MemoryMeter, wanted: int) -> int:
-    deadline = time.monotonic() + 5
-    while (meter.peak_anonymous_bytes or 0) < wanted and time.monotonic() < deadline:
-        time.sleep(0.01)
+def sampled_peak(meter: MemoryMeter, samples: threading.Semaphore) -> int:
+    """The peak when the meter has looked again."""
+    while samples.acquire(blocking=False):
+        pass
+    for _ in range(3):  # one may be under way, one begins now, and is counted when another one begins
+        assert samples.acquire(timeout=300), "the meter hangs"
     return meter.peak_anonymous_bytes or 0
 
 
-def test_the_meter_counts_what_is_allocated_and_not_what_is_mapped(tmp_path: Path) -> None:
+def test_the_meter_counts_what_is_allocated_and_not_what_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = threading.Semaphore(0)
+
+    def read() -> memory.Memory | None:
+        found = read_memory()
+        samples.release()
+        return found
+
+    monkeypatch.setattr(memory, "read_memory", read)
     size = 96 << 20
     path = tmp_path / "file"
     path.write_bytes(b"x" * size)
@@ -38,15 +48,20 @@ def test_the_meter_counts_what_is_allocated_and_not_what_is_mapped(tmp_path: Pat
         meter.set_baseline()
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
             assert sum(mapped[offset] for offset in range(0, size, 4096)) > 0  # every page is resident
-            assert wait_for(meter, size) < size // 2
+            assert sampled_peak(meter, samples) < size // 2
         held = np.ones(size // 8)
-        assert wait_for(meter, size) >= size
+        assert sampled_peak(meter, samples) >= size
     assert held[0] == 1
 
 
 @pytest.mark.parametrize(
     ("budget_mib", "kind", "words"),
-    [(96, "llama", 1), (160, "gemma2", 1), (160, "gemma2", 60), (160, "modernbert-decoder", 60)],
+    [
+        (96, "llama", 1),
+        (160, "gemma2", 60),
+        pytest.param(160, "gemma2", 1, marks=pytest.mark.slow),
+        pytest.param(160, "modernbert-decoder", 60, marks=pytest.mark.slow),
+    ],
 )
 def test_a_build_stays_under_its_budget(budget_mib: int, kind: str, words: int, tmp_path: Path) -> None:
     # 20,000 columns: rows are 40 kB, a default chunk would be 32 MiB and its float32 work several times that; logits of
@@ -76,9 +91,9 @@ def test_kernels_of_packed_layers_stay_under_the_budget(tmp_path: Path) -> None:
     command += ["--memory-budget", budget, "--dtype", "float32", "--json"]
     result = subprocess.run([str(word) for word in command], check=False, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "store" / "spec.json").read_text())["embedding"]["capability"].endswith(
-        PACKED_LAYERS + PACKED_HEAD
-    )
+    embedding = json.loads((tmp_path / "store" / "spec.json").read_text())["embedding"]
+    assert embedding["packed_layers"]
+    assert embedding["packed_head"]
     assert 0 < json.loads(result.stdout)["peak_anonymous_bytes"] <= budget
 
 

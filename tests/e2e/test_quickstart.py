@@ -53,7 +53,7 @@ def test_every_command_of_the_quickstart_works(demo_output: Path, programs: Path
         if kind == "console":  # make demo, which has everything above as its own steps
             continue
         command = ["sh", "-eu", "-c", content] if kind == "sh" else [sys.executable, "-c", content]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=work, env=environment, timeout=240)
+        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=work, env=environment, timeout=600)
         assert done.returncode == 0, f"{content}\n{done.stderr[-3000:]}"
         said += done.stdout
     assert said.count("step 5/5") == 2  # one process, and two

@@ -51,15 +51,15 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> ReportData:
     return read_report(hostile_store(tmp_path_factory.mktemp("hostile")))
 
 
-def shown(browser: Page, data: ReportData, folder: Path, **options: Any) -> None:
-    """Open the page of a report and wait until it is drawn."""
+def shown(browser: Page, data: ReportData, folder: Path, **options: Any) -> float:
+    """Open the page of a report; seconds until it is drawn."""
     file = folder / "report.html"
     file.write_text(render_page(data), encoding="utf-8")
     browser.complaints.clear()
     browser.requests.clear()
     browser.emulate()
     browser.open("about:blank")
-    browser.open(file.as_uri(), until=DRAWN, **options)
+    return browser.open(file.as_uri(), until=DRAWN, **options)
 
 
 def hover(browser: Page, row: int) -> str:
@@ -143,7 +143,7 @@ def test_a_script_that_got_in_all_the_same_would_not_run(browser: Page, small: R
 
 
 def test_28k_prompts_stay_usable(browser: Page, small: ReportData, tmp_path: Path) -> None:
-    """All points are drawn, found and hovered; benchmarks/results/report.json has how long that takes."""
+    """How long it takes is in benchmarks/results/report.json."""
     data = enlarged(small, 28_000)
     shown(browser, data, tmp_path)
     assert browser.evaluate("document.getElementById('map').data[0].x.length") == 28_000

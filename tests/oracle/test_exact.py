@@ -17,14 +17,14 @@ from embstore.core.errors import BudgetError
 from embstore.search.audit import TIE_TOLERANCE, Audit, compare, sample_nodes
 from embstore.search.distances import rerank
 from embstore.search.exact import reference
-from embstore.search.exact.reference import MARGIN, exact_neighbors
+from embstore.search.exact.reference import MARGIN, brute_force
 from embstore.search.hnsw.shards import graph_bytes
 from embstore.search.search_plan import plan_search
 
 MIB = 1 << 20
 
 
-def brute_force(points_GR: NDArray[np.floating], k: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def by_definition(points_GR: NDArray[np.floating], k: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """All neighbours in float64, ties by index, padded with -1 and +inf."""
     num_nodes = len(points_GR)
     points = points_GR.astype(np.float64)
@@ -46,13 +46,13 @@ def test_neighbours_are_brute_forces_with_ties_by_index(points: list[tuple[int, 
     """A lattice: exact in float32, full of equal distances, also more of them than the margin."""
     coord_GR = np.array(points, dtype=np.float32).reshape(-1, 3)
     every_node = np.arange(len(coord_GR))
-    ids_GK, distances_GK = exact_neighbors(coord_GR, every_node, k)
+    ids_GK, distances_GK = brute_force(coord_GR, every_node, k)
     assert (ids_GK.dtype, distances_GK.dtype) == (np.int32, np.float64)
     if len(points) < 2:
         assert (ids_GK == -1).all()
         assert np.isinf(distances_GK).all()
         return
-    expected_ids, expected_distances = brute_force(coord_GR, k)
+    expected_ids, expected_distances = by_definition(coord_GR, k)
     assert distances_GK == pytest.approx(expected_distances, rel=1e-12)
     assert np.array_equal(ids_GK, expected_ids)
 
@@ -60,7 +60,7 @@ def test_neighbours_are_brute_forces_with_ties_by_index(points: list[tuple[int, 
 def test_more_ties_than_the_margin_still_go_by_index() -> None:
     corners = np.array([[sign * (axis == place) for place in range(64)] for axis in range(64) for sign in (-1, 1)])
     coord_GR = np.concatenate([corners, np.zeros((1, 64))]).astype(np.float32)
-    ids_GK, distances_GK = exact_neighbors(coord_GR, np.arange(129), 10)
+    ids_GK, distances_GK = brute_force(coord_GR, np.arange(129), 10)
     assert distances_GK[128] == pytest.approx(np.ones(10))  # the centre has 128 neighbours at 1
     assert ids_GK[128].tolist() == list(range(10))
     assert (ids_GK[:128, 0] == 128).all()
@@ -75,13 +75,13 @@ def test_the_scan_does_not_depend_on_its_tiles(order: str, monkeypatch: pytest.M
         coord_GR = coord_GR[np.argsort(-np.linalg.norm(coord_GR, axis=1))] * np.float32(0.1)
         coord_GR[:, 0] += np.linspace(9, 0, 700, dtype=np.float32)
     queries_Q = np.random.default_rng(1).permutation(700)[:311]
-    whole = exact_neighbors(coord_GR, queries_Q, 7)
-    assert np.array_equal(whole[0], brute_force(coord_GR, 7)[0][queries_Q])
+    whole = brute_force(coord_GR, queries_Q, 7)
+    assert np.array_equal(whole[0], by_definition(coord_GR, 7)[0][queries_Q])
     for base_rows, query_rows in ((64, 16), (320, 100), (699, 310), (5, 1000)):
         monkeypatch.setattr(reference, "_BASE_ROWS", base_rows)
         monkeypatch.setattr(reference, "_QUERY_ROWS", query_rows)
         advanced: list[int] = []
-        tiled = exact_neighbors(coord_GR, queries_Q, 7, advance=advanced.append)
+        tiled = brute_force(coord_GR, queries_Q, 7, advance=advanced.append)
         assert sum(advanced) == 311
         assert np.array_equal(tiled[0], whole[0])
         assert np.array_equal(tiled[1], whole[1])
@@ -91,7 +91,7 @@ def test_the_scan_agrees_with_scikit_learn() -> None:
     coord_GR = np.random.default_rng(0).standard_normal((3000, 24)).astype(np.float32)
     nearest = NearestNeighbors(n_neighbors=33, algorithm="kd_tree").fit(coord_GR.astype(np.float64))
     distances, ids = nearest.kneighbors()  # self is excluded
-    found_ids, found_distances = exact_neighbors(coord_GR, np.arange(3000), 33)
+    found_ids, found_distances = brute_force(coord_GR, np.arange(3000), 33)
     assert np.array_equal(found_ids, ids)
     assert found_distances == pytest.approx(distances, rel=1e-12)
 
@@ -101,8 +101,8 @@ def test_rounding_in_the_scan_pushes_no_neighbour_out() -> None:
     random = np.random.default_rng(0)
     side_G = np.repeat([[1.0], [-1.0]], 200, axis=0)
     coord_GR = (side_G + 2e-3 * random.standard_normal((400, 4))).astype(np.float32)
-    ids_GK, distances_GK = exact_neighbors(coord_GR, np.arange(400), 5)
-    expected_ids, expected_distances = brute_force(coord_GR, 5)
+    ids_GK, distances_GK = brute_force(coord_GR, np.arange(400), 5)
+    expected_ids, expected_distances = by_definition(coord_GR, 5)
     assert np.array_equal(ids_GK, expected_ids)
     assert distances_GK == pytest.approx(expected_distances, rel=1e-12)
 
@@ -110,7 +110,7 @@ def test_rounding_in_the_scan_pushes_no_neighbour_out() -> None:
 def test_a_query_is_told_apart_from_a_node_very_near_it() -> None:
     """Self is excluded by index: the nearest column may well be another node."""
     coord_GR = np.array([[1.0, 1.0], [np.nextafter(np.float32(1), 2), 1.0], [5.0, 5.0]], dtype=np.float32)
-    ids_GK, distances_GK = exact_neighbors(coord_GR, np.arange(3), 2)
+    ids_GK, distances_GK = brute_force(coord_GR, np.arange(3), 2)
     assert ids_GK.tolist() == [[1, 2], [0, 2], [1, 0]]
     assert distances_GK[:2, 0] == pytest.approx(2.0**-23)
 

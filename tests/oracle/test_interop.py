@@ -107,7 +107,7 @@ def test_the_newest_zarr_reads_the_same_bytes(built: EmbeddingStore, rows: NDArr
     if not python:
         pytest.skip(f"set {NEWEST} to a Python 3.12+ interpreter that has the newest zarr")
     command = [python, "-I", "-c", READ_WITH_ZARR, str(built.root / "embeddings.zarr")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert tuple(map(int, found.pop("zarr").split(".")[:2])) >= (3, 2)

@@ -302,19 +302,36 @@ def test_a_damaged_graph_fails_the_audit_and_is_searched_again(
     (notice,) = notices(events)
     assert "target 0.999" in notice
     assert "searching again" in notice
-    assert graph.effort == Effort(links=first.links, ef_construction=first.ef_construction, ef=4 * first.ef)
+    assert graph.effort is None
+    assert graph.method == "exact"
     assert graph.meets_target
     assert recall(graph.distances_NK, exact_NK) >= 0.999
 
 
-def test_effort_rises_to_the_exact_scan(points: Points, exact_NK: NDArray[np.float64], tmp_path: Path) -> None:
+def test_the_exact_engine_follows_a_poor_graph(points: Points, exact_NK: NDArray[np.float64], tmp_path: Path) -> None:
     events: list[Event] = []
     graph = graph_of(points, tmp_path, shards=1, links=2, ef_construction=4, ef=1, observer=events.append)
-    assert len(notices(events)) == 3
-    assert "exactly" in notices(events)[-1]
+    (notice,) = notices(events)
+    assert "exactly" in notice
     assert graph.effort is None
     assert graph.meets_target
     assert recall(graph.distances_NK, exact_NK) == 1
+
+
+def test_a_poor_graph_of_too_many_nodes_for_a_scan_is_said_to_miss(
+    points: Points, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_search, "EXACT_NODES", len(points) - 1)
+    events: list[Event] = []
+    poor = Effort(links=2, ef_construction=4, ef=1)
+    graph = graph_of(points, tmp_path, shards=1, links=2, ef_construction=4, ef=1, observer=events.append)
+    (notice,) = notices(events)
+    assert "NOT met" in notice
+    assert "--knn exact" in notice
+    assert (graph.method, graph.effort, graph.meets_target) == ("hnsw", poor, False)
+    assert graph.audit is not None
+    assert graph.audit.recall < 0.9
+    assert graph.as_record()["meets_target"] is False
 
 
 def test_a_target_out_of_reach_is_said_to_be_missed(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_rows_are_those_of_nanochats_own_forward_pass(compiled: bool, base: Path
     saved = {f"_orig_mod.{name}": tensor for name, tensor in state.items()} if compiled else state
     make_base(base, CONFIG, saved)
     embedder = open_embedder(Path("nanochat:base"), PROMPTS, tmp_path / "work", trust_tokenizer_pickle=True)
-    assert embedder.spec.head == "capped"
+    assert embedder.spec.head.kind == "capped"
     assert [list(row.ids_T) for row in embedder.tokens(PROMPTS)] == [tokens_of(prompt.text or "") for prompt in PROMPTS]
     # <|bos|> conditions every token and is not pooled
     logits = [reference_logits(state, tokens_of(prompt.text or ""))[1:] for prompt in PROMPTS]
@@ -119,7 +119,7 @@ def test_rows_that_only_pad_the_vocabulary_are_left_out(base: Path, tmp_path: Pa
     state = make_state()  # 320 rows, a multiple of 64
     make_base(base, CONFIG | {"vocab_size": 290}, state)
     embedder = open_embedder(Path("nanochat:base"), PROMPTS[:4], tmp_path / "work", trust_tokenizer_pickle=True)
-    assert (embedder.spec.head, embedder.spec.dimension) == ("capped", 290)
+    assert (embedder.spec.head.kind, embedder.spec.dimension) == ("capped", 290)
     logits = [reference_logits(state, tokens_of(prompt.text or ""))[1:, :290] for prompt in PROMPTS[:4]]
     expected_NV = np.stack([unit_mean(logits_TV) for logits_TV in logits])
     assert distances(rows_before_rounding(embedder, PROMPTS[:4]), expected_NV).max() <= 5e-6
@@ -151,9 +151,9 @@ def test_the_deepest_tag_and_the_last_step_are_taken_unless_named(base: Path) ->
     ("given", "message"),
     [
         ("nanochat:pretrained", "has the sources base, mid, sft, rl"),
-        ("nanochat:rl", "chatrl_checkpoints holds no checkpoint folder"),
-        ("nanochat:base:d99", "holds no checkpoint d99; there are: d2"),
-        ("nanochat:base:d2:5", "holds no step 5; the last are: 100"),
+        ("nanochat:rl", "chatrl_checkpoints does not contain checkpoint folders"),
+        ("nanochat:base:d99", "does not contain checkpoint d99; it contains: d2"),
+        ("nanochat:base:d2:5", "does not contain step 5; the last are: 100"),
     ],
 )
 def test_what_is_not_there_is_said_with_what_is(given: str, message: str, base: Path) -> None:

@@ -14,7 +14,7 @@ from trl.trainer.utils import RepeatSampler
 
 from embstore.core.errors import ConfigError, WeightsError
 from embstore.training import DensitySampler, GroupRepeat
-from embstore.training.epochs import Resumable
+from embstore.training.resumable import Resumable
 
 WEIGHTS = np.random.default_rng(2).gamma(0.7, size=31)
 

@@ -25,7 +25,8 @@ from embstore.core.prompts import Prompt, decode_row, parse_line
 from embstore.core.records import decode_chunk_table, decode_journal, encode_journal_header, replay
 from embstore.core.spec import decode_spec
 from embstore.flow.admission import _model_of_last_run
-from embstore.storage.prompt_table import MAX_LINE_BYTES, ingest
+from embstore.storage.ingest import ingest
+from embstore.storage.prompt_source import MAX_LINE_BYTES
 from embstore.views.info import inspect, neighbors_of
 from embstore.views.terminal import print_info, print_neighbors
 from tests.support.forged import HEADERS, RAW, damaged, dumps, mutated
@@ -126,7 +127,7 @@ def test_json_that_only_some_readers_take_is_refused(raw: Any) -> None:
 
 @pytest.mark.parametrize("content", [b"\xef\xbb\xbf{}", '{"a": 1}'.encode("utf-16"), b'{"a": "\xed\xa0\x80"}', b"", b"\0"])
 def test_json_in_another_encoding_is_refused(content: bytes) -> None:
-    with pytest.raises(CorruptStoreError, match=r"x\.json is no JSON"):
+    with pytest.raises(CorruptStoreError, match=r"x\.json is not valid JSON"):
         parse_json(content, name="x.json")
 
 
@@ -182,7 +183,7 @@ def test_a_manifest_lists_no_file_but_the_stores_own(finished_store: Path) -> No
     manifest = json.loads((finished_store / "manifest.json").read_bytes())
     for name in ("../outside", "/etc/passwd", "journal.jsonl", "weights/../../x", "a"):
         files = manifest["files"] | {name: {"bytes": 1, "sha256": "0" * 64}}
-        with pytest.raises(CorruptStoreError, match="which is no file of this store"):
+        with pytest.raises(CorruptStoreError, match="which is not a file of this store"):
             decode_manifest(dumps(manifest | {"files": files}))
 
 

@@ -35,8 +35,8 @@ _FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-port=0",
 )
-_START_SECONDS = 60.0
-_WAIT_SECONDS = 90.0
+_START_SECONDS = 300.0  # both only against a hang
+_WAIT_SECONDS = 300.0
 
 
 def find_browser() -> str | None:

@@ -2,7 +2,7 @@
 
 Each action tells its parent what happens, a line at a time and flushed: ``ready`` before the first system call on the store,
 ``stage NAME`` when a stage begins, ``computing START STOP`` for a window that the embedder is asked for, ``committed START
-STOP`` for one that is acknowledged, ``error KIND: message`` for an expected fault.
+STOP`` for one that is acknowledged, ``hint TEXT`` and ``error KIND: message`` for an expected fault.
 
 ``python -m tests.support.build_fake ACTION STORE [PROMPTS]`` runs one from a shell.
 """
@@ -28,7 +28,9 @@ CONFIG = BuildConfig(
 )
 CONFIG_HNSW = dataclasses.replace(CONFIG, density=DensityConfig(knn="hnsw", shards=3))
 
-REUSE = "EMBSTORE_TEST_REUSE"  # the environment names the old store of "build-reuse"
+# named by the environment: the old store of "build-reuse", and the model of "build-real"
+REUSE = "EMBSTORE_TEST_REUSE"
+MODEL = "EMBSTORE_TEST_MODEL"
 
 Say = Callable[[str], None]
 Action = Callable[[Path, "Path | None", Say], object]
@@ -63,10 +65,20 @@ def _build(config: BuildConfig, *, reuses: bool = False) -> Action:
     return run
 
 
+def _build_real(store: Path, prompts: Path | None, say: Say) -> object:
+    def tell(event: Event) -> None:
+        if isinstance(event, StageStarted):
+            say(f"stage {event.stage}")
+
+    embedding = dataclasses.replace(CONFIG.embedding, model=os.environ[MODEL], dtype="float32", device="cpu", threads=1)
+    return build(prompts, out=store, config=dataclasses.replace(CONFIG, embedding=embedding), resume=True, observer=tell)
+
+
 ACTIONS: Mapping[str, Action] = {
     "build": _build(CONFIG),
     "build-hnsw": _build(CONFIG_HNSW),
     "build-reuse": _build(CONFIG_HNSW, reuses=True),
+    "build-real": _build_real,
     "weights": lambda store, prompts, say: recompute_weights(store, WeightingConfig(gamma=3)),
     "repair": lambda store, prompts, say: verify(store, repair=True),
 }
@@ -78,6 +90,7 @@ def perform(action: str, store: Path, prompts: Path | None, say: Say) -> int:
     try:
         ACTIONS[action](store, prompts, say)
     except EmbstoreError as error:
+        say(f"hint {error.hint}")
         say(f"error {error.kind}: {error}")
         return int(error.exit_code)
     return 0

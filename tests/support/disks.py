@@ -34,7 +34,7 @@ _MKFS = {
     "btrfs": ["mkfs.btrfs", "-q", "-f"],
 }
 _PACKAGE = {"ext4": "e2fsprogs", "xfs": "xfsprogs", "btrfs": "btrfs-progs"}
-_BUSY_SECONDS = 5.0
+_BUSY_SECONDS = 120.0  # only against a hang
 
 
 class Log(IntEnum):

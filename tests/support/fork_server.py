@@ -1,26 +1,43 @@
 """Builds in processes of their own, started in milliseconds: a server imports everything once and forks a child for each.
 
 The child is a whole process: it can be killed, traced and cut off from its disk. It reports through a named pipe: every
-line its parent reads was said before the fault. ``python -m tests.support.fork_server`` is the server itself.
+line its parent reads was said before the fault. Its environment may make it differ from others in one thing: a sync is left
+out (``without``), or its preflight sees an empty disk (``BLIND``). ``python -m tests.support.fork_server`` is the server.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import importlib
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from tests.support.build_fake import perform
+from tests.support.stores import write_small_prompts
 
-_HANGS_SECONDS = 120.0
+LEAVE_OUT = "EMBSTORE_TEST_LEAVE_OUT"
+BLIND = "EMBSTORE_TEST_BLIND"
+_HANGS_SECONDS = 600.0
+_FREE_BYTES = 1 << 40
+
+
+def without(call: str, pattern: str) -> dict[str, str]:
+    """The environment of a child whose ``call`` does nothing on paths in the store that match a shell pattern.
+
+    A folder's path ends in a slash.
+    """
+    return {LEAVE_OUT: f"{call} {pattern}"}
 
 
 class Child:
@@ -90,13 +107,19 @@ class Child:
 
 
 class ForkServer:
-    """Starts children one after another; use as a context manager."""
+    """Starts children one after another; use as a context manager.
+
+    ``warm``: the server does everything once before its first child, so that a trace shows no import. ``torch``: it has
+    imported what the action "build-real" needs.
+    """
+
+    def __init__(self, *, warm: bool = False, torch: bool = False) -> None:
+        self._options = [*(["warm"] if warm else []), *(["torch"] if torch else [])]
 
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="embstore-fork-")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.fork_server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, "-m", "tests.support.fork_server", *self._options]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -181,12 +204,9 @@ def _be_child(request: dict[str, object], pipe: int) -> None:
         if request["held"]:
             os.kill(os.getpid(), signal.SIGSTOP)
         prompts = Path(str(request["prompts"])) if request["prompts"] else None
-        code = perform(
-            str(request["action"]),
-            Path(str(request["store"])),
-            prompts,
-            lambda text: _write(pipe, text),
-        )
+        store = Path(str(request["store"]))
+        _obey_environment(store)
+        code = perform(str(request["action"]), store, prompts, lambda text: _write(pipe, text))
     except BaseException as error:  # noqa: BLE001 - reported to the parent, whatever it is
         _write(pipe, f"traceback {error!r}")
     finally:
@@ -197,5 +217,45 @@ def _write(pipe: int, text: str) -> None:
     os.write(pipe, f"{text}\n".encode())
 
 
+def _obey_environment(store: Path) -> None:
+    if LEAVE_OUT in os.environ:
+        call, pattern = os.environ[LEAVE_OUT].split(" ", 1)
+        _leave_out(call, pattern, store)
+    if BLIND in os.environ:
+        usage = shutil.disk_usage
+        shutil.disk_usage = lambda path: usage(path)._replace(free=_FREE_BYTES)
+
+
+def _leave_out(call: str, pattern: str, store: Path) -> None:
+    real: Callable[[int], None] = getattr(os, call)
+
+    def sync(handle: int) -> None:
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        name = os.path.relpath(path, store) + ("/" if path.is_dir() else "")
+        if not fnmatch.fnmatch(name, pattern):
+            real(handle)
+
+    setattr(os, call, sync)
+
+
+def _warm_up() -> None:
+    with tempfile.TemporaryDirectory(prefix="embstore-warm-") as folder:
+        prompts = write_small_prompts(Path(folder) / "prompts.jsonl")
+        for action in ("build-hnsw", "weights"):
+            perform(action, Path(folder) / "store", prompts, lambda line: None)
+
+
+def _import_torch() -> None:
+    """Nothing is computed here, so no thread of torch is lost in a fork."""
+    importlib.import_module("embstore.model.source")
+    transformers = importlib.import_module("transformers")
+    for name in ("LlamaForCausalLM", "NanoChatForCausalLM", "PreTrainedTokenizerFast"):
+        getattr(transformers, name)
+
+
 if __name__ == "__main__":
+    if "warm" in sys.argv:
+        _warm_up()
+    if "torch" in sys.argv:
+        _import_torch()
     _serve()

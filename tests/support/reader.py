@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.flow.artifact import digest_of
+from embstore.flow.artifact import short_digest
 from embstore.storage.reader import open_store
 from embstore.training import load_weights
 from embstore.views.info import inspect, verify
@@ -25,7 +25,7 @@ _HELD = 50  # maps of old sets that are kept and read again
 
 
 def _name(array: NDArray[np.float32], metadata: object) -> str:
-    return digest_of({"weights": hashlib.sha256(array.tobytes()).hexdigest(), "metadata": metadata})
+    return short_digest({"weights": hashlib.sha256(array.tobytes()).hexdigest(), "metadata": metadata})
 
 
 def _read(path: Path, held: list[tuple[NDArray[np.float32], str]]) -> tuple[str, list[str]]:

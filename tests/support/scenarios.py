@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from tests.support.faults import SYNCS, Call
 from tests.support.machine import FINISHED, STORE, Lost, Machine, Oracle, Promise
 from tests.support.order import below, sync_kind
-from tests.support.power import EXTREMES, Disk, Lottery, Survival, Tree, fingerprint
+from tests.support.power import EXTREMES, Disk, Survival, Tree, fingerprint
 
 Act = Callable[..., bool]
 Images = dict[str, tuple[Tree, Promise]]
@@ -152,14 +151,3 @@ def images(machine: Machine, act: Act, survivals: Callable[[int], Iterable[Survi
     act(machine, before_sync=cut, **faults)
     cut()
     return found
-
-
-def extremes_and(draws: int) -> Callable[[int], Iterator[Survival]]:
-    """The extremes, and ``draws`` subsets that differ from instant to instant."""
-
-    def survivals(instant: int) -> Iterator[Survival]:
-        yield from EXTREMES.values()
-        for draw in range(draws):
-            yield Lottery(random.Random(f"{instant} {draw}"))
-
-    return survivals

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from embstore.core.records import PromptsRecord
-from embstore.storage.prompt_table import ingest
+from embstore.storage.ingest import ingest
 
 
 @dataclass(frozen=True, kw_only=True)

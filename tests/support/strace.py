@@ -1,7 +1,6 @@
 """System calls of a child, seen and disturbed by the kernel: strace attached to a child that waits to begin.
 
-What is patched in process proves the order that embstore asks for; a trace proves that nothing goes around it.
-``python -m tests.support.strace`` is a fork server whose children have nothing left to import: a trace is the store's.
+Children come from a warm ``ForkServer``, which leaves them nothing to import: a trace is the store's.
 """
 
 from __future__ import annotations
@@ -10,22 +9,16 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import pytest
 
-from tests.support import fork_server
-from tests.support.build_fake import perform
 from tests.support.fork_server import Child
-from tests.support.stores import write_small_prompts
 
-_ATTACH_SECONDS = 10.0
+_ATTACH_SECONDS = 300.0  # only against a hang
 _TEXT_BYTES = 64  # of a buffer; paths are never cut
 
 _WHOLE = re.compile(r"(?P<name>\w+)\((?P<args>.*)\)\s+= (?P<result>.+)")
@@ -157,23 +150,6 @@ def find_strace() -> str:
     return strace
 
 
-class WarmServer(fork_server.ForkServer):
-    """A fork server that did everything once before its first child."""
-
-    def __enter__(self) -> Self:
-        self._folder = tempfile.TemporaryDirectory(prefix="embstore-fork-")
-        command = [sys.executable, "-m", "tests.support.strace"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        return self
-
-
-def _warm_up() -> None:
-    with tempfile.TemporaryDirectory(prefix="embstore-warm-") as folder:
-        prompts = write_small_prompts(Path(folder) / "prompts.jsonl")
-        for action in ("build-hnsw", "weights"):
-            perform(action, Path(folder) / "store", prompts, lambda line: None)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tracer:
     """strace, to be attached to children that were started ``held``; ``log`` is overwritten by each."""
@@ -216,8 +192,3 @@ def _wait_until_traced(pid: int, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, f"strace ended: {process.communicate()[1]}"
         assert time.monotonic() < deadline, "strace did not attach"
         time.sleep(0.0005)
-
-
-if __name__ == "__main__":
-    _warm_up()
-    fork_server._serve()

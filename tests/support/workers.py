@@ -40,7 +40,10 @@ class Script:
         folder.mkdir(exist_ok=True)
 
     def at(self, row: int, do: str, *, times: int = 1) -> Script:
-        """At this number or before the window of this first row: ``kill``, ``raise``, ``refuse`` or ``sleep 3``."""
+        """At this number or before the window of this row: ``kill``, ``raise``, ``refuse``, ``sleep 3`` or ``await 40``.
+
+        Whoever awaits goes on when so many windows have begun.
+        """
         for number in range(times):
             (self.folder / f"{row}-{number}").write_text(do)
         return self
@@ -53,7 +56,7 @@ class Script:
                 path.unlink()
             except FileNotFoundError:  # another worker was faster
                 continue
-            verb, _, seconds = do.partition(" ")
+            verb, _, number = do.partition(" ")
             if verb == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif verb == "raise":
@@ -61,7 +64,10 @@ class Script:
             elif verb == "refuse":
                 raise ModelError("the model cannot do this", hint="take another one")
             elif verb == "sleep":
-                time.sleep(float(seconds))
+                time.sleep(float(number))
+            elif verb == "await":
+                while len(self.calls) < int(number):
+                    time.sleep(0.01)
             return
 
     def tell(self, start: int, stop: int) -> None:

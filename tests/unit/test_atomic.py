@@ -14,16 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from embstore.core.errors import CorruptStoreError, ExitCode, StorageError, StoreLockedError, StoreNotFoundError
+from embstore.core.errors import ExitCode, StorageError, StoreLockedError
 from embstore.storage.atomic import (
     DurableFile,
     WriterLock,
     make_directory,
     pwrite_all,
-    read_committed,
     remove_temp_files,
     replace_link,
-    storage_errors,
     write_all,
     write_durable,
 )
@@ -117,18 +115,6 @@ def test_short_writes_of_the_kernel_are_continued(tmp_path: Path, monkeypatch: p
     pwrite_all(handle, data[::-1], 50)
     os.close(handle)
     assert (tmp_path / "file").read_bytes() == data[:50] + data[::-1]
-
-
-def test_an_error_of_ours_is_not_taken_for_one_of_the_file_system(tmp_path: Path) -> None:
-    with pytest.raises(StoreNotFoundError), storage_errors("reading", tmp_path):
-        raise StoreNotFoundError("nothing there")
-
-
-def test_a_committed_file_that_is_missing_is_damage(tmp_path: Path) -> None:
-    (tmp_path / "there").write_bytes(b"x")
-    assert read_committed(tmp_path, "there") == b"x"
-    with pytest.raises(CorruptStoreError, match="gone is missing"):
-        read_committed(tmp_path, "gone")
 
 
 def test_new_folders_are_durable_in_their_parents(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_folder_with_a_colon_in_its_name(store: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_compared(store: Path, unfinished: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no weights are called 'mine'; there are default"):
+    with pytest.raises(ConfigError, match="has no weights called 'mine'; it has default"):
         compare(store, f"{store}:mine")
     with pytest.raises(IncompleteStoreError):
         compare(store, unfinished)

@@ -53,14 +53,14 @@ def test_without_replacement_over_many_rows_never_repeats() -> None:
     for draws in (1, 10, 500, 1500, 1998):
         certain = int((inclusion(MANY, draws)[0] <= MANY).sum())
         if certain:
-            with pytest.warns(UserWarning, match=f"{certain} rows are drawn in every pass"):
+            with pytest.warns(UserWarning, match=f"{certain} rows are drawn in every epoch"):
                 sampler = DensitySampler(MANY, num_samples=draws, method="without_replacement")
         else:
             sampler = DensitySampler(MANY, num_samples=draws, method="without_replacement")
         for epoch in range(5):
             assert len(np.unique(sampler.plan(epoch))) == draws
     for draws in (2000, 3000):
-        with pytest.raises(ConfigError, match="fewer than the 2000 rows"):
+        with pytest.raises(ConfigError, match="num_samples below 2000"):
             DensitySampler(MANY, num_samples=draws, method="without_replacement")
 
 
@@ -177,7 +177,7 @@ def test_another_state_is_taken_only_when_told_to() -> None:
         raise_with_hint(other, state)
     other.load_state_dict(state, strict=False)
     assert list(other) == other.plan(2)[6:].tolist()
-    with pytest.raises(WeightsError, match="no sampler state"):
+    with pytest.raises(WeightsError, match="not a sampler state"):
         other.load_state_dict({}, strict=False)
 
 
@@ -211,12 +211,12 @@ def nearest_repeat(plan: NDArray[np.int64]) -> int:
 
 def test_a_distance_that_cannot_hold_is_refused_or_said() -> None:
     with pytest.raises(
-        ConfigError, match="no_repeat_within 3 cannot hold: row 1 is drawn up to 10 times in a pass of 20"
+        ConfigError, match="no_repeat_within 3 cannot hold: row 1 is drawn up to 10 times in an epoch of 20"
     ) as caught:
         DensitySampler(UNEVEN, num_samples=20, no_repeat_within=3)
     assert "at most 2" in str(caught.value.hint)
     crowded = DensitySampler(np.ones(4), num_samples=40, no_repeat_within=4)  # only the four rows in turn would do
-    with pytest.warns(UserWarning, match="repeats lie less than no_repeat_within = 4"):
+    with pytest.warns(UserWarning, match="repeats are less than no_repeat_within = 4"):
         assert np.bincount(crowded.plan(0)).tolist() == [10, 10, 10, 10]
     for method in ("iid", "without_replacement"):
         with pytest.raises(ConfigError, match="systematic"):
@@ -272,7 +272,7 @@ def test_an_indexed_view_shows_the_draws() -> None:
     assert [view[position] for position in range(10)] == ["abcdefgh"[row] for row in resample_indices(UNEVEN, 10)]
     with pytest.raises(IndexError):
         view[10]
-    with pytest.raises(LengthMismatchError, match="for a dataset of 3 items"):
+    with pytest.raises(LengthMismatchError, match="the dataset has 3 items"):
         IndexedView("abc", [0, 3])
 
 

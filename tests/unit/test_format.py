@@ -212,7 +212,7 @@ def test_windows_say_which_rows_were_copied() -> None:
 )
 def test_copied_rows_outside_their_window_or_out_of_order_are_refused(reused: list[list[int]]) -> None:
     line = encode_journal_record(3, reusing_window(1, 32, 64, reused))
-    with pytest.raises(CorruptStoreError, match="which are no rows of the window in their order"):
+    with pytest.raises(CorruptStoreError, match="are outside the window or out of order"):
         decode(b"".join(LINES[:3]) + line)
 
 
@@ -249,7 +249,7 @@ def test_records_read_back_exactly() -> None:
         (("model",), "tiny"),
         (("model", "revision"), 7),
         (("model", "trust_remote_code"), 0),
-        (("embedding", "head_scale"), "1"),
+        (("embedding", "head", "scale"), "1"),
         (("embedding", "threads"), [2]),
     ],
 )
@@ -274,10 +274,10 @@ def test_a_field_missing_or_unknown_is_refused_by_name() -> None:
 
 def test_an_integer_is_a_valid_float_and_null_a_valid_optional() -> None:
     whole = json.loads(document(dataclasses.asdict(spec())))
-    whole["embedding"]["head_scale"] = 2
+    whole["embedding"]["head"]["scale"] = 2
     whole["model"]["revision"] = "main"
     found = decode_spec(document(whole))
-    assert found.embedding.head_scale == 2
+    assert found.embedding.head.scale == 2
     assert found.model.revision == "main"
 
 

@@ -94,7 +94,7 @@ def test_named_weights_are_described_by_name(store: Path) -> None:
     assert sharp.metadata["weighting"]["gamma"] == 4
     assert sharp.weights_histogram != default.weights_histogram
     assert default.metadata == inspect(store).metadata != sharp.metadata
-    with pytest.raises(ConfigError, match="no weights are called 'blunt'"):
+    with pytest.raises(ConfigError, match="has no weights called 'blunt'"):
         inspect(store, name="blunt")
 
 

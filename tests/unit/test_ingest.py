@@ -109,7 +109,7 @@ def test_strict_refuses_bad_lines_and_names_the_first_of_them(source: Path, tmp_
     write_lines(source, [{"prompt": "a"}, b"bad\n", {"text": "b"}])
     error = _refusal(source, tmp_path / "out", strict=True)
     assert "2 of 3 lines" in str(error)
-    assert "line 2: no JSON" in str(error)
+    assert "line 2: not JSON" in str(error)
     assert "line 3: no text" in str(error)
 
 
@@ -193,7 +193,7 @@ def test_a_line_of_ten_megabytes_is_a_row(source: Path) -> None:
 def test_a_line_beyond_the_limit_is_quarantined_and_the_next_ones_are_read(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embstore.storage.prompt_table.MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr("embstore.storage.prompt_source.MAX_LINE_BYTES", 1 << 20)
     long = json.dumps({"prompt": "x" * (5 << 19)}).encode() + b"\n"
     found = _ingest(source, [{"prompt": "a"}, long, {"prompt": "b"}, long.rstrip()])
     assert found.texts == ["a", "b"]
@@ -223,7 +223,7 @@ def test_a_file_without_a_prompt_is_refused_as_seen(content: bytes, expected: st
 
 def test_a_missing_file_or_a_folder_is_refused_by_name(source: Path, tmp_path: Path) -> None:
     assert "No such file" in str(_refusal(source, tmp_path / "out"))
-    assert "directory" in str(_refusal(tmp_path / "out", tmp_path / "out"))
+    assert "neither Parquet files" in str(_refusal(tmp_path / "out", tmp_path / "out"))
 
 
 @pytest.mark.parametrize("cut", [2, 11, 200, -1])

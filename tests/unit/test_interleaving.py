@@ -40,9 +40,11 @@ def test_a_process_alone_is_not_stopped() -> None:
 
 
 def test_when_one_fails_none_is_left(tmp_path: Path) -> None:
-    waits = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    file = tmp_path / "pid"
+    waits = f"import os, time\nos.symlink(str(os.getpid()), {str(file)!r})\ntime.sleep(600)"
+    fails = f"import os, time\nwhile not os.path.lexists({str(file)!r}): time.sleep(0.01)\nraise SystemExit(3)"
     with pytest.raises(subprocess.CalledProcessError):
-        run_interleaved([[sys.executable, "-c", waits], [sys.executable, "-c", "raise SystemExit(3)"]], seconds=2.0)
-    pid = int((tmp_path / "pid").read_text())
+        run_interleaved([[sys.executable, "-c", waits], [sys.executable, "-c", fails]], seconds=TURN)
+    pid = int(str(file.readlink()))
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

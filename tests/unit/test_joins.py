@@ -46,7 +46,7 @@ def test_keys_are_those_of_the_store(finished_store: Path) -> None:
     assert np.array_equal(prompt_keys(small_lines()), np.load(finished_store / "keys.npy"))
     texts = [line["prompt"] for line in small_lines() if "prompt" in line]
     assert np.array_equal(prompt_keys(texts), prompt_keys([{"prompt": f"  {text}\n"} for text in texts]))
-    with pytest.raises(PromptError, match="item 1 holds no prompt: the prompt is empty"):
+    with pytest.raises(PromptError, match="item 1 has no prompt: the prompt is empty"):
         prompt_keys(["one", " "])
 
 
@@ -102,7 +102,7 @@ def test_items_that_are_no_row_are_refused_unless_a_policy_is_named(finished_sto
     weights, lines = load_weights(finished_store), small_lines()[:8]
     given = [*lines[:5], {"prompt": "nobody built this"}, *lines[5:], {"prompt": " "}]
     known = np.array([0, 1, 2, 3, 4, 6, 7, 8])
-    with pytest.raises(KeyMismatchError, match=r"2 of 10 items are no row of .*70 rows.*position 5: key") as caught:
+    with pytest.raises(KeyMismatchError, match=r"2 of 10 items are not in .*70 rows.*position 5: key") as caught:
         weights.for_dataset(given)
     assert "on_missing='drop'" in str(caught.value.hint)
     original = weights.array[:8].astype(np.float64)
@@ -144,7 +144,7 @@ def test_a_mismatch_names_lengths_position_keys_and_whether_only_the_order_diffe
     assert not isinstance(found.value, OrderMismatchError)
     with pytest.raises(LengthMismatchError, match=r"70 rows, expect_keys has 69; first at position 2: the store has key"):
         load_weights(finished_store, expect_keys=np.delete(keys, 2))
-    with pytest.raises(LengthMismatchError, match="the shorter one is the start of the other"):
+    with pytest.raises(LengthMismatchError, match="the shorter one is a prefix of the other"):
         load_weights(finished_store, expect_keys=keys[:-1])
     with pytest.raises(LengthMismatchError) as short:
         load_weights(finished_store, expect_len=NUM_ROWS + 2)
@@ -230,7 +230,7 @@ def test_derived_weights_survive_pickling_and_cannot_be_written(finished_store: 
 def test_shape_checks_read_no_weight(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The price of ``verify="shape"`` cannot depend on N: the map is made, not touched, and no digest taken."""
     read: list[str] = []
-    monkeypatch.setattr("embstore.training.weights.check_digest", lambda file, digest: read.append(str(file)))
+    monkeypatch.setattr("embstore.training.weights.check_array", lambda root, name, array, digest: read.append(name))
     monkeypatch.setattr("embstore.training.weights.check_vector", lambda name, array: read.append(name) or 1.0)
     monkeypatch.setattr("embstore.training.weights.sha256_of", lambda array: read.append("hash") or "0")
     assert load_weights(store, verify="shape").fingerprint

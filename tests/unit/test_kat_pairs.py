@@ -81,11 +81,11 @@ def test_the_same_files_give_the_same_bytes(base: Path, transcripts: Path) -> No
 def test_files_without_a_pair_end_with_an_error_and_leave_nothing(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "other.jsonl"
     path.write_text('{"chosen": "no marker", "rejected": ""}\n[1]\n')
-    with pytest.raises(PromptError, match=r"no pair found \(2 records, none usable\)"):
+    with pytest.raises(PromptError, match="no pair was found in 2 records"):
         kat_download_pairs.main(["--from-files", str(path)])
     assert list((base / "data").iterdir()) == []
     path.write_text("{}\nnot json\n")
-    with pytest.raises(PromptError, match=r"line 2 of .*other.jsonl is no JSON"):
+    with pytest.raises(PromptError, match=r"line 2 of .*other.jsonl is not JSON"):
         kat_download_pairs.main(["--from-files", str(path)])
 
 
@@ -201,9 +201,9 @@ def test_unique_prompts_in_both_formats(base: Path, script: Any, capsys: pytest.
         f"total_pairs: 4\nunique_{noun}: 3\ndedup_ratio: 75.00%\nsource_breakdown: {{'x': 2, 'y': 2}}\n"
     )
     said = capsys.readouterr().out
-    assert "line 6 of pairs_all.jsonl is skipped: no text" in said
-    assert "line 7 of pairs_all.jsonl is skipped: no JSON" in said
-    assert "1 pairs without a user message were skipped" in said
+    assert "skipped line 6 of pairs_all.jsonl: no text" in said
+    assert "skipped line 7 of pairs_all.jsonl: not JSON" in said
+    assert "skipped 1 pairs without a user message" in said
 
 
 def test_a_missing_file_of_pairs_names_the_command_that_makes_it(base: Path) -> None:

@@ -48,11 +48,11 @@ def test_a_reward_of_ones_own_is_imported(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nonsense", "no reward is called 'nonsense'"),
+        ("nonsense", "there is no reward 'nonsense'"),
         ("no_such_module:reward", "cannot be imported"),
         ("json:no_such_function", "cannot be imported"),
-        ("json:__name__", "is no function but str"),
-        ("exact-answer", "reads the column answer, the data have chosen, src"),
+        ("json:__name__", "is not a function but str"),
+        ("exact-answer", "reads the column answer, but the data have chosen, src"),
     ],
 )
 def test_what_is_no_reward_is_refused(name: str, message: str) -> None:

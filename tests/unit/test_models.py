@@ -9,18 +9,21 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from numpy.typing import NDArray
 
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ConfigError, EmbstoreError, ModelError
 from embstore.core.events import Event, Notice
+from embstore.host.device import has_fast_bfloat16, resolve_device
 from embstore.model import source
-from embstore.model.load import load_model, locate_model, resolve_device
+from embstore.model.load import load_model, locate_model
 from tests.support.models import PROMPTS, make_model, make_tokenizer, open_embedder, rows_before_rounding, save_model
 
 
@@ -65,16 +68,20 @@ def test_no_model_is_a_config_error() -> None:
 @pytest.mark.parametrize("written", ["./absent", "/absent/model", "~/absent"])
 def test_a_path_that_is_not_there_never_goes_to_the_hub(written: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
-    assert f"{written} is no folder" in refusal(ModelError, locate(written))
+    assert f"{written} is not a folder" in refusal(ModelError, locate(written))
 
 
 def test_a_file_is_no_model_folder(folder: Path) -> None:
-    assert "is no folder" in refusal(ModelError, locate(folder / "config.json"))
+    assert "is not a folder" in refusal(ModelError, locate(folder / "config.json"))
 
 
 @pytest.mark.parametrize(
     ("removed", "complaint"),
-    [("config.json", "config.json is missing"), ("tokenizer*", "holds no tokenizer"), ("*.safetensors", "holds no weights")],
+    [
+        ("config.json", "config.json is missing"),
+        ("tokenizer*", "contains no tokenizer"),
+        ("*.safetensors", "contains no weights"),
+    ],
 )
 def test_an_incomplete_folder_is_refused_by_what_it_lacks(folder: Path, removed: str, complaint: str) -> None:
     for path in folder.glob(removed):
@@ -93,7 +100,7 @@ def test_a_revision_needs_a_hub_id(folder: Path) -> None:
 def test_a_hub_id_out_of_reach_is_one_line(hub_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert refusal(ModelError, locate(hub_id)).startswith(f"{hub_id} is no local folder, and the hub gave: ")
+    assert refusal(ModelError, locate(hub_id)).startswith(f"{hub_id} is not a local folder, and the hub answered: ")
 
 
 def test_a_bin_folder_gives_the_rows_of_its_safetensors(llama: Path, folder: Path, tmp_path: Path) -> None:
@@ -203,7 +210,6 @@ def test_identity_has_no_path_and_ignores_how_the_config_is_laid_out(llama: Path
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "mps", "meta", "banana"])
 def test_a_device_that_is_not_there_is_a_config_error(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     assert device in refusal(ConfigError, lambda: resolve_device(device))
     assert resolve_device("auto").type == "cpu"
 
@@ -213,6 +219,50 @@ def test_a_gpu_number_beyond_the_last_is_a_config_error(monkeypatch: pytest.Monk
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert "cuda:2" in refusal(ConfigError, lambda: resolve_device("cuda:2"))
     assert resolve_device("cuda:1").index == 1
+
+
+def test_fast_bfloat16_is_what_the_kernel_says_of_the_processor() -> None:
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        pytest.skip("no /proc/cpuinfo")
+    assert has_fast_bfloat16(torch.device("cpu")) == bool(words & {"avx512_bf16", "amx_bf16"})
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ({"_is_avx512_bf16_supported": True, "_is_amx_tile_supported": False}, True),
+        ({"_is_avx512_bf16_supported": False, "_is_amx_tile_supported": True}, True),
+        ({"_is_avx512_bf16_supported": False, "_is_amx_tile_supported": False}, False),
+        ({}, False),
+    ],
+)
+def test_torch_before_2_11_is_asked_by_its_private_names(
+    answers: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functions = {name: lambda answer=answer: answer for name, answer in answers.items()}
+    monkeypatch.setattr("torch.cpu", SimpleNamespace(**functions))
+    assert has_fast_bfloat16(torch.device("cpu")) == expected
+
+
+class OlderTransformers:
+    """transformers without the name that version 5 gave to PreTrainedTokenizerFast."""
+
+    def __getattr__(self, name: str) -> object:
+        if name == "TokenizersBackend":
+            raise AttributeError(name)
+        return getattr(transformers, name)
+
+
+def test_transformers_4_loads_a_tokenizer_that_transformers_5_saved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 4 gives up at the new name of the class."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "TokenizersBackend"}))
+    monkeypatch.setattr("embstore.model.load.transformers", OlderTransformers())
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: pytest.fail("asked by that name"))
+    found = load_model(locate_model(EmbeddingConfig(model=str(folder))), "cpu").tokenizer
+    assert [found(each.text).input_ids for each in PROMPTS] == [make_tokenizer()(each.text).input_ids for each in PROMPTS]
 
 
 def auto_dtype(folder: Path, work: Path, *, fast: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[str]]:

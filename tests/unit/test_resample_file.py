@@ -33,7 +33,7 @@ def test_lines_are_drawn_verbatim_in_the_order_of_the_plan(finished_store: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "out.jsonl"]
     with pytest.raises(StoreExistsError, match="exists already"):
         resample_file(finished_store, source, tmp_path / "out.jsonl")
-    with pytest.raises(ConfigError, match="was resampled"):
+    with pytest.raises(ConfigError, match="is resampled already"):
         resample_file(finished_store, tmp_path / "out.jsonl", tmp_path / "again.jsonl")
 
 
@@ -65,11 +65,11 @@ def test_what_cannot_be_resampled_leaves_nothing(finished_store: Path, tmp_path:
     source = write_lines(tmp_path / "data.jsonl", [*items()[:3], b"no JSON\n", {"prompt": "nobody"}])
     with pytest.raises(KeyMismatchError, match=r"2 of 5 items .* position 3: no text"):
         resample_file(finished_store, source, tmp_path / "out.jsonl")
-    for wrong, complaint in (((source, "out.parquet"), "both"), ((tmp_path / "none.jsonl", "o.jsonl"), "no file")):
+    for wrong, complaint in (((source, "out.parquet"), "both"), ((tmp_path / "none.jsonl", "o.jsonl"), "is not a file")):
         with pytest.raises(ConfigError, match=complaint):
             resample_file(finished_store, wrong[0], tmp_path / wrong[1])
     (tmp_path / "bad.parquet").write_bytes(b"no Parquet")
-    with pytest.raises(ConfigError, match="no Parquet file"):
+    with pytest.raises(ConfigError, match="not a Parquet file"):
         resample_file(finished_store, tmp_path / "bad.parquet", tmp_path / "out.parquet")
     pq.write_table(pa.table({"question": ["a"]}), tmp_path / "q.parquet")
     with pytest.raises(ConfigError, match="it has question"):

@@ -135,7 +135,7 @@ def test_a_pool_in_another_order_reads_each_old_chunk_once_a_window(tmp_path: Pa
     settings = reusing(tmp_path / "old", config=config)
     report = build_small(prompts, tmp_path / "new", config=settings, observer=events.append)
     assert report.reused_rows == 400
-    assert any(isinstance(event, Notice) and "read 3 times over" in event.message for event in events)
+    assert any(isinstance(event, Notice) and "read 3 times each" in event.message for event in events)
     windows, old_chunks = 4, 25
     assert max(reads.count(index) for index in range(old_chunks)) <= windows
     _same_rows(open_store(tmp_path / "new"), open_store(tmp_path / "full"))
@@ -143,7 +143,7 @@ def test_a_pool_in_another_order_reads_each_old_chunk_once_a_window(tmp_path: Pa
     reads.clear()
     events.clear()
     build_small(tmp_path / "old.jsonl", tmp_path / "again", config=reusing(tmp_path / "old"), observer=events.append)
-    assert not any(isinstance(event, Notice) and "times over" in event.message for event in events)
+    assert not any(isinstance(event, Notice) and " times each" in event.message for event in events)
     assert sorted(reads) == list(range(old_chunks))
 
 
@@ -200,7 +200,7 @@ def test_a_pool_that_only_lost_prompts_needs_no_model(old: Path, old_lines: list
     assert (report.reused_rows, report.embedded_rows, report.dropped_rows) == (40, 0, 17)
     assert open_store(tmp_path / "new").spec.model == open_store(old).spec.model
     write_lines(prompts, [*old_lines[:40], {"prompt": "not there"}])
-    with pytest.raises(ConfigError, match="1 prompts are in no store to reuse, and no model was given"):
+    with pytest.raises(ConfigError, match="1 prompts are not in the stores to reuse, and no model was given"):
         build(prompts, out=tmp_path / "other", config=config)
 
 
@@ -250,7 +250,7 @@ def test_what_is_no_finished_store_is_refused(small_prompts: Path, partial_store
     for path, error in ((tmp_path / "nowhere", StoreNotFoundError), (partial_store, IncompleteStoreError)):
         with pytest.raises(error):
             build_small(small_prompts, tmp_path / "new", config=reusing(path))
-    with pytest.raises(ConfigError, match="it is the store that is built"):
+    with pytest.raises(ConfigError, match="it is the store being built"):
         build_small(small_prompts, tmp_path / "new", config=reusing(tmp_path / "new"))
 
 

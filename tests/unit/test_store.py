@@ -121,14 +121,14 @@ def test_an_unfinished_store_opened_anyway_gives_committed_rows_only(partial_sto
 def test_a_folder_without_a_store_is_not_found(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing"):
         for reader in (open_store, inspect, verify):
-            with pytest.raises(StoreNotFoundError, match="holds no store"):
+            with pytest.raises(StoreNotFoundError, match="is not a store"):
                 reader(path)
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "two\nlines", "\x1b[1m", "x" * 201])
 def test_weights_are_never_published_under_a_name_that_readers_refuse(name: str, store: Path) -> None:
     before = (store / "manifest.json").read_bytes()
-    with pytest.raises(ConfigError, match="a name for weights"):
+    with pytest.raises(ConfigError, match="the name of weights"):
         recompute_weights(store, CONFIG.weighting, name=name)
     assert (store / "manifest.json").read_bytes() == before
 
@@ -193,7 +193,7 @@ def test_chunks_that_are_expected_are_begun_and_nothing_else_happens(store: Path
     monkeypatch.setattr(os, "posix_fadvise", noted)
     (store / chunk_name(2)).unlink()
     for index in (0, 1, 2, 10_000):  # the third is damage, which the read will tell; there is no last one
-        opened.expect_chunk(index)
+        opened.prefetch_chunk(index)
     assert advised == sizes
 
 

@@ -71,7 +71,7 @@ def test_other_weights_are_kept_by_name(store: Path) -> None:
     sharp = load_weights(store, name="sharp")
     assert sharp.ess() < before.ess()
     assert sharp.fingerprint != before.fingerprint == load_weights(store).fingerprint
-    with pytest.raises(ConfigError, match="'blunt'; there are default, sharp"):
+    with pytest.raises(ConfigError, match="'blunt'; it has default, sharp"):
         load_weights(store, name="blunt")
 
 
@@ -99,14 +99,14 @@ def other_values(path: Path) -> None:
     ("damage", "kind", "complaint"),
     [
         (lambda store: flip(weights_file(store), -1), CorruptStoreError, "sha256"),
-        (lambda store: flip(weights_file(store), 3), CorruptStoreError, "cannot be mapped"),
+        (lambda store: flip(weights_file(store), 3), CorruptStoreError, "not a plain .npy array"),
         (lambda store: other_values(weights_file(store)), CorruptStoreError, "sha256"),
-        (lambda store: cut(weights_file(store), -4), CorruptStoreError, "cannot be mapped"),
-        (lambda store: cut(weights_file(store), 0), CorruptStoreError, "cannot be mapped"),
-        (lambda store: weights_file(store).unlink(), CorruptStoreError, "cannot be mapped"),
+        (lambda store: cut(weights_file(store), -4), CorruptStoreError, "404 bytes"),
+        (lambda store: cut(weights_file(store), 0), CorruptStoreError, "not a plain .npy array"),
+        (lambda store: weights_file(store).unlink(), CorruptStoreError, "is missing"),
         (lambda store: np.save(weights_file(store), np.ones(3, np.float32)), CorruptStoreError, "manifest says 70"),
-        (lambda store: flip(weights_file(store, ".json"), 20), CorruptStoreError, "not what was published"),
-        (lambda store: weights_file(store, ".json").unlink(), CorruptStoreError, "cannot be read"),
+        (lambda store: flip(weights_file(store, ".json"), 20), CorruptStoreError, "sha256"),
+        (lambda store: weights_file(store, ".json").unlink(), CorruptStoreError, "is missing"),
         (lambda store: cut(store / "manifest.json", 100), CorruptStoreError, "manifest.json"),
         (lambda store: (store / "manifest.json").write_text("{}"), CorruptStoreError, "manifest.json"),
         (drop_from_manifest, CorruptStoreError, "does not list weights/"),
@@ -172,7 +172,7 @@ def test_damaged_keys_are_not_taken_for_other_prompts(store: Path, damage: Calla
 
 
 def bare(path: Path) -> Weights:
-    with pytest.warns(UserWarning, match="no manifest says what it belongs to"):
+    with pytest.warns(UserWarning, match="no manifest says which prompts"):
         return load_weights(path)
 
 

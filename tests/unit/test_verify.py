@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,6 +130,22 @@ def test_a_damaged_row_is_never_sealed_even_when_the_journal_is_trusted(unfinish
 
 
 @pytest.mark.parametrize("name", ["coordinates.npy", "residuals.npy"])
+def test_a_sound_row_file_is_read_once(name: str, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, read = os.pread, 0
+
+    def counted(handle: int, size: int, offset: int) -> bytes:
+        nonlocal read
+        data = real(handle, size, offset)
+        read += len(data) * (Path(f"/proc/self/fd/{handle}").readlink().name == name)
+        return data
+
+    monkeypatch.setattr(os, "pread", counted)
+    assert verify(store).findings == []
+    size = (store / name).stat().st_size
+    assert size <= read < size + 1024, "every byte, and a few looks at the header"
+
+
+@pytest.mark.parametrize("name", ["coordinates.npy", "residuals.npy"])
 def test_nothing_new_is_published_from_damaged_rows_of_a_finished_store(name: str, store: Path) -> None:
     content = bytearray((store / name).read_bytes())
     content[200] ^= 1
@@ -206,7 +223,7 @@ def test_a_torn_journal_is_a_note_while_unfinished_and_damage_when_finished(stor
     for root in (store, unfinished):
         with (root / "journal.jsonl").open("ab") as journal:
             journal.write(b'{"record":"window"')
-    assert "a resume drops it" in verify(unfinished).notes[0]
+    assert "a resume removes it" in verify(unfinished).notes[0]
     assert verify(unfinished).findings == []
     assert [finding.path for finding in verify(store).findings] == ["journal.jsonl"]
 

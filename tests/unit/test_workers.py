@@ -13,7 +13,7 @@ from embstore.host.threads import Workers, abandon, finish_all, workers_for
 
 
 def test_as_many_jobs_run_at_once_as_there_are_workers_under_inference_mode() -> None:
-    workers, both_here = Workers(2, 2), threading.Barrier(2, timeout=10)
+    workers, both_here = Workers(2, 2), threading.Barrier(2, timeout=300)
     done: list[int] = []
 
     def work(item: int) -> None:
@@ -29,7 +29,7 @@ def test_as_many_jobs_run_at_once_as_there_are_workers_under_inference_mode() ->
 def test_the_most_urgent_job_is_next_and_equals_keep_their_order() -> None:
     workers, may_begin = Workers(1, 1), threading.Event()
     done: list[str] = []
-    jobs = [workers.submit(lambda: may_begin.wait(10) and None)]
+    jobs = [workers.submit(lambda: may_begin.wait(300) and None)]
     for name, urgency in (("batch 2", (2, 1)), ("batch 1a", (2, 0)), ("row", (0,)), ("batch 1b", (2, 0)), ("token", (1, 1))):
         jobs.append(workers.submit(functools.partial(done.append, name), urgency))
     may_begin.set()
@@ -65,7 +65,7 @@ def test_abandoned_jobs_are_over_when_that_returns() -> None:
         ended.append(0)
 
     jobs = [workers.submit(slow), *(workers.submit(functools.partial(ended.append, item)) for item in range(1, 50))]
-    has_begun.wait(10)
+    has_begun.wait(300)
     abandon(jobs)
     assert ended == [0]
     finish_all([workers.submit(lambda: None)])

@@ -1,9 +1,9 @@
-"""Exact nearest neighbours by a float64 scan in numpy: what audits compare with, and the engine of small searches.
+"""Exact neighbours by brute force in float64 numpy: what audits compare with, and how small searches are done.
 
 Coordinates must be centred: logit rows share one direction that carries nearly all of their norm (docs/decisions/0006). The
-scan selects a few nodes more than asked for; where it cannot prove that the answer lies among them, because too many are
-equally far, the row is compared with every node directly. So the answer depends on neither tiling nor threads. The large
-searches of ``allpairs`` share no arithmetic with this one.
+scan selects a few nodes more than asked for. Where it cannot prove that the answer is among them, because too many are
+equally far, it compares the row with every node directly. So the answer depends on neither tiling nor threads. The exact
+engine (``scan``) shares no arithmetic with this one.
 
 Shapes: G nodes, Q queries, K neighbours, C candidates, R coordinates, T nodes of a tile.
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from embstore.core.rows import slices
 from embstore.search.distances import FloatMatrix, IntMatrix, direct_neighbors, rerank, rerank_bytes
 
 # Candidates kept beyond k: ties and rounding inside this margin need no second look.
@@ -23,13 +24,13 @@ _BASE_ROWS = 4096
 _QUERY_ROWS = 512
 
 
-def scan_bytes(rank: int, k: int) -> int:
-    """Anonymous memory of a scan: one tile of scores with its partition indices, and the two operand tiles."""
+def brute_force_bytes(rank: int, k: int) -> int:
+    """Anonymous memory of ``brute_force``: a tile of scores with its partition indices, and the two operand tiles."""
     tile = _QUERY_ROWS * (_BASE_ROWS + 2 * (k + MARGIN))
     return tile * (8 + 8) + (_QUERY_ROWS + _BASE_ROWS) * rank * 8 + rerank_bytes(rank, k + MARGIN)
 
 
-def exact_neighbors(
+def brute_force(
     coord_GR: NDArray[np.float32],
     queries_Q: NDArray[np.int64],
     k: int,
@@ -61,17 +62,16 @@ def exact_neighbors(
     half_norm_G = _half_squared_norms(coord_GR)
     # |fl(x.y) - x.y| <= R u |x||y|, and as much again for the norms
     slack = 4 * (coord_GR.shape[1] + 4) * 2.0**-53 * float(half_norm_G.max(initial=0.0))
-    for start in range(0, len(queries_Q), _QUERY_ROWS):
-        queries = queries_Q[start : start + _QUERY_ROWS]
+    for part in slices(0, len(queries_Q), _QUERY_ROWS):
+        queries = queries_Q[part]
         if keep > 0:
             candidates, cut_Q = _scan(coord_GR, half_norm_G, queries, keep)
-            stop = start + len(queries)
-            ids_QK[start:stop], distances_QK[start:stop] = rerank(coord_GR, queries, candidates, k)
+            ids_QK[part], distances_QK[part] = rerank(coord_GR, queries, candidates, k)
             if keep < num_nodes - 1:
                 # nothing left out scored below the cut, so nothing left out is nearer than this
-                reached_Q = distances_QK[start:stop, -1] ** 2 / 2
-                for row in np.flatnonzero(reached_Q >= cut_Q + half_norm_G[queries] - slack):
-                    ids_QK[start + row], distances_QK[start + row] = direct_neighbors(coord_GR, int(queries[row]), k)
+                reached_Q = distances_QK[part, -1] ** 2 / 2
+                for row in part.start + np.flatnonzero(reached_Q >= cut_Q + half_norm_G[queries] - slack):
+                    ids_QK[row], distances_QK[row] = direct_neighbors(coord_GR, int(queries_Q[row]), k)
         if advance is not None:
             advance(len(queries))
     return ids_QK, distances_QK
@@ -84,16 +84,15 @@ def _scan(
     query_QR = coord_GR[queries].astype(np.float64)
     best_QC = np.full((len(queries), 0), np.inf)
     ids_QC = np.full((len(queries), 0), -1, dtype=np.int32)
-    for start in range(0, len(coord_GR), _BASE_ROWS):
-        stop = min(start + _BASE_ROWS, len(coord_GR))
-        score_QT = query_QR @ coord_GR[start:stop].astype(np.float64).T
-        np.subtract(half_norm_G[start:stop], score_QT, out=score_QT)
-        own = np.flatnonzero((queries >= start) & (queries < stop))
-        score_QT[own, queries[own] - start] = np.inf  # self is excluded by index, never by position
+    for tile in slices(0, len(coord_GR), _BASE_ROWS):
+        score_QT = query_QR @ coord_GR[tile].astype(np.float64).T
+        np.subtract(half_norm_G[tile], score_QT, out=score_QT)
+        own = np.flatnonzero((queries >= tile.start) & (queries < tile.stop))
+        score_QT[own, queries[own] - tile.start] = np.inf  # a row is excluded by its number, never as the first found
         cut_Q = best_QC.max(axis=1) if best_QC.shape[1] == keep else np.full(len(queries), np.inf)
         score_QT, tile_QT = _nearest_of_tile(score_QT, cut_Q, keep)
         best_QC = np.concatenate([best_QC, score_QT], axis=1)
-        ids_QC = np.concatenate([ids_QC, tile_QT + np.int32(start)], axis=1)
+        ids_QC = np.concatenate([ids_QC, tile_QT + np.int32(tile.start)], axis=1)
         if best_QC.shape[1] > keep:
             chosen = np.argpartition(best_QC, keep - 1, axis=1)[:, :keep]
             best_QC, ids_QC = np.take_along_axis(best_QC, chosen, 1), np.take_along_axis(ids_QC, chosen, 1)
@@ -118,7 +117,7 @@ def _nearest_of_tile(score_QT: FloatMatrix, cut_Q: NDArray[np.float64], keep: in
 
 def _half_squared_norms(coord_GR: NDArray[np.float32]) -> FloatMatrix:
     half_norm_G = np.empty(len(coord_GR))
-    for start in range(0, len(coord_GR), _BASE_ROWS):
-        block = coord_GR[start : start + _BASE_ROWS].astype(np.float64)
-        half_norm_G[start : start + _BASE_ROWS] = np.einsum("gr,gr->g", block, block) / 2
+    for tile in slices(0, len(coord_GR), _BASE_ROWS):
+        block = coord_GR[tile].astype(np.float64)
+        half_norm_G[tile] = np.einsum("gr,gr->g", block, block) / 2
     return half_norm_G

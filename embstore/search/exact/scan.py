@@ -2,11 +2,12 @@
 
 One product of quantised rows scores a tile (``tiles``); the best 2 k of each row are its candidates. Those that can
 be among the k nearest, given what quantisation may have done to their scores, are ranked by float64 direct differences.
-Rows whose candidates are too few to tell are scanned again with 256 of them, and by float64 (``exact``) should these be too
-few. What comes out is therefore *the* answer, ties by index: the same for every tile size, thread count, memory and device.
+Rows whose candidates do not settle the answer are scanned again with 256 of them, and by float64 brute force (``reference``)
+if these do not either. The result is therefore *the* answer, ties by index: the same for every tile size, thread count,
+memory and device.
 
 While the candidates of all rows fit the memory, every tile serves its rows and its columns: half the products. Nodes are
-taken in a shuffled order: in a sorted one each tile holds nearer nodes than all before it, and nothing is ever ruled out.
+taken in a shuffled order: in a sorted one each tile has nearer nodes than all before it, and nothing is ever ruled out.
 
 Shapes: G nodes, Q queries, K neighbours, C candidates, R coordinates. *Positions* count nodes in the shuffled order.
 """
@@ -30,7 +31,7 @@ from embstore.core.sampling import shuffled
 from embstore.host.device import has_fast_bfloat16
 from embstore.host.threads import Workers, abandon, finish_all
 from embstore.search.distances import FloatMatrix, IntMatrix, direct_distances, ranked, rerank_bytes
-from embstore.search.exact.reference import exact_neighbors, scan_bytes
+from embstore.search.exact.reference import brute_force, brute_force_bytes
 from embstore.search.exact.tiles import Operand, TileScan, map_operand, quantise, state_bytes, tile_bytes
 
 _TILE_ROWS = (4096, 2048, 1024, 512, 256)
@@ -75,13 +76,13 @@ def scan_dtype(device: torch.device) -> torch.dtype:
 def plan_scan(
     num_queries: int, rank: int, k: int, *, threads: int, memory_bytes: int, device: torch.device | None = None
 ) -> ScanPlan:
-    """Largest tiles and panels that fit; the smallest there are when nothing does (``memory_bytes`` says what they take)."""
+    """Largest tiles and panels that fit; the smallest if nothing fits (``memory_bytes`` says what they need)."""
     dtype = scan_dtype(device or torch.device("cpu"))
     per_row = state_bytes(1, _num_candidates(k), dtype)
     least_panel = min(num_queries, _LEAST_PANEL_ROWS)
     fixed_bytes, tile_rows = 0, _TILE_ROWS[-1]
     for tile_rows in _TILE_ROWS:
-        fixed_bytes = max(threads * tile_bytes(tile_rows, dtype), scan_bytes(rank, k))
+        fixed_bytes = max(threads * tile_bytes(tile_rows, dtype), brute_force_bytes(rank, k))
         fixed_bytes += threads * rerank_bytes(rank, _num_candidates(k))
         fixed_bytes += threads * _SETTLED_ROWS * tile_rows * dtype.itemsize  # rows in doubt
         fixed_bytes += state_bytes(_SETTLED_ROWS, _MOST_CANDIDATES, dtype)
@@ -232,7 +233,7 @@ def _settled(
         ids_QK[rows_D], distances_QK[rows_D], is_open_D = _ranked(coord_GR, order_G, again, every_D, k, workers)
         if is_open_D.any():
             rows_D = rows_D[is_open_D]
-            ids_QK[rows_D], distances_QK[rows_D] = exact_neighbors(coord_GR, order_G[positions_Q[rows_D]], k)
+            ids_QK[rows_D], distances_QK[rows_D] = brute_force(coord_GR, order_G[positions_Q[rows_D]], k)
     return NeighborBlock(nodes_N=order_G[positions_Q], ids_NK=ids_QK, distances_NK=distances_QK)
 
 
@@ -282,7 +283,7 @@ def settle_rows(
     width_Q = (magnitude_QC <= operand.reach(positions_Q, kth_Q)[:, None]).sum(axis=1)
     ascending = np.argsort(width_Q, kind="stable")
     ascending = ascending[np.searchsorted(width_Q[ascending], first, side="right") :]
-    for part in (ascending[start : start + _RANKED_ROWS] for start in range(0, len(ascending), _RANKED_ROWS)):
+    for part in (ascending[block] for block in slices(0, len(ascending), _RANKED_ROWS)):
         rest = slice(first, width_Q[part[-1]])
         distance_QC[part, rest] = direct_distances(coord_GR, nodes_Q[part], candidates_QC[part, rest])
     ids_QK, distances_QK = ranked(distance_QC, candidates_QC, k)

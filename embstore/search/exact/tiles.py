@@ -1,17 +1,21 @@
 """Scores of all pairs, tile by tile, and the best C nodes of every row: where an exact search spends its time.
 
-A score is minus half a squared distance, made by one matrix product of quantised rows: their half norms ride along as a few
-more columns, so a tile holds -|q_i - q_j|^2 / 2 - bias and serves its rows and, mirrored, its columns. All scores are
-negative; read as integers of the same width the *smallest* is then the nearest, and minima of integers run at memory speed
-where a top-k would cost more than the product. Only groups of scores whose minimum beats a row's bar are looked into. The
-bar is the score of its worst candidate, or less: after a third of the nodes, in random order, the best third of the
-candidates tells where it will be in the end, and nothing above need be kept. A bar that was set too low leaves its row in
-doubt, never wrong.
+A score is minus half a squared distance, from one matrix product of quantised rows: their half norms ride along in a few
+more columns, so a tile contains -|q_i - q_j|^2 / 2 - bias. It serves its rows and, mirrored, its columns.
 
-bfloat16 halves the work where the hardware has it. What it loses is bounded, not hoped for: ``Operand.reach`` says how large
-a score a node at a given distance can get, so ``allpairs`` proves that nothing outside the candidates was nearer.
+Scores are negative floats, whose bit patterns compare as integers in reverse: as an integer of the same width the *smallest*
+is the nearest node. Minima of integers run at memory speed, where a top-k would cost more than the product. So a tile is cut
+into groups, and only a group whose minimum lies below its row's *bar* is looked into. The bar of a row is the score of its
+worst candidate, or less: nodes come in random order, so after a third of them the best third of the candidates tells where
+the worst one will be in the end. A bar that was set too low leaves its row in doubt, never wrong.
 
-Shapes: G nodes, Q rows that candidates are kept for, C candidates, R coordinates, P columns of the product.
+bfloat16 halves the work where the hardware has it. What it loses is bounded: ``Operand.reach`` says how large a score a node
+at a given distance can get, by which ``scan`` proves that nothing outside the candidates is nearer.
+
+Shapes. Of a search: G nodes, P columns of the product, Q queries (rows that candidates are kept for), C candidates.
+Of a tile: A rows, B columns, M members of a group. H groups of one row: group h, with block, lane = divmod(h, 64), is its
+columns (block * M + member) * 64 + lane. V groups of one column: group v is its rows v * M + member.
+Of what a tile adds: S groups below the bar (suspects), T scores below the bar (hits), W old candidates and hits of one row.
 """
 
 from __future__ import annotations
@@ -35,8 +39,9 @@ _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 # Relative rounding of one stored score: half a unit in the last of 8 or 24 significant bits.
 _ROUNDING = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 _GROUPS_A_TILE = 256  # more than any number of candidates, so that group minima give a first threshold
-# Columns of a group lie this far apart: minima then run over whole vectors, an order of magnitude faster than within them.
-_STRIDE = 64
+# Columns of a row's group lie this far apart: minima then run over whole vectors, an order of magnitude faster than within
+# them. A column that is `lane` beyond a multiple of this is in a group with others of its lane only.
+_LANES = 64
 _PRODUCT_ROWS, _PRODUCT_COLUMNS = 1024, 4096  # of one matrix product: its result is read back while it is in the cache
 
 
@@ -157,7 +162,7 @@ class TileScan:
         self.operand = operand
         self.queries_Q = queries_Q
         self.tile_rows = tile_rows
-        self._group = tile_rows // _GROUPS_A_TILE
+        self._members = tile_rows // _GROUPS_A_TILE
         self._bits = _BITS[rows.dtype]
         self._farthest = torch.iinfo(self._bits).max
         shape, device = (len(queries_Q), num_candidates), rows.device
@@ -165,7 +170,7 @@ class TileScan:
         self._id_QC = torch.full(shape, -1, dtype=torch.int32, device=device)
         self._bar_Q = torch.full(shape[:1], self._farthest, dtype=self._bits, device=device)  # scores below it are kept
         self._locks = [threading.Lock() for _ in range(-(-len(queries_Q) // tile_rows))]
-        self._seen = [0 for _ in self._locks]  # nodes that the rows of a tile have met
+        self._seen = [0 for _ in self._locks]  # how many nodes the rows of a tile have been scored against
         self._own = threading.local()  # each thread's tile: fresh pages cost as much as the product
 
     def visit(self, rows: slice, nodes: slice, *, mirrored: slice | None = None) -> None:
@@ -177,19 +182,18 @@ class TileScan:
         queries = self.queries_Q[rows]
         num_rows, num_nodes = len(queries), nodes.stop - nodes.start
         tile_AB = self._tile(num_rows, num_nodes)
-        # minima of groups along a row; and, for the mirror, down a column
-        minima_AH = torch.empty((num_rows, tile_AB.shape[1] // self._group), dtype=self._bits, device=tile_AB.device)
-        minima_HB = torch.empty((tile_AB.shape[0] // self._group, num_nodes), dtype=self._bits, device=tile_AB.device)
-        self._product(tile_AB, queries, nodes, minima_AH, minima_HB if mirrored else None, is_diagonal=is_diagonal)
+        minima_AH = torch.empty((num_rows, tile_AB.shape[1] // self._members), dtype=self._bits, device=tile_AB.device)
+        minima_VB = torch.empty((tile_AB.shape[0] // self._members, num_nodes), dtype=self._bits, device=tile_AB.device)
+        self._score(tile_AB, queries, nodes, minima_AH, minima_VB if mirrored else None, is_diagonal=is_diagonal)
         block = rows.start // self.tile_rows
         with self._locks[block]:
             self._seen[block] += num_nodes
-            self._absorb_rows(tile_AB[:num_rows], minima_AH, rows, nodes.start)
+            self._take_from_rows(tile_AB[:num_rows], minima_AH, rows, nodes.start)
         if mirrored:
             block = mirrored.start // self.tile_rows
             with self._locks[block]:
                 self._seen[block] += 0 if is_diagonal else num_rows
-                self._absorb_columns(tile_AB[:, :num_nodes], minima_HB, mirrored, queries)
+                self._take_from_columns(tile_AB[:, :num_nodes], minima_VB, mirrored, queries)
 
     def best(self, rows: slice) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.float64]]:
         """Candidates of ``queries_Q[rows]``, best first: int32 [n, C] nodes, -1 none; float64 [n, C] magnitudes of scores.
@@ -205,8 +209,8 @@ class TileScan:
         return id_QC, np.where(id_QC >= 0, magnitude_QC, np.inf), left_out_Q
 
     def _tile(self, num_rows: int, num_nodes: int) -> Tensor:
-        """A tile of the calling thread, as bits, whole groups in both directions; what pads it scores farthest."""
-        height, width = _whole(num_rows, self._group), _whole(num_nodes, self._group * _STRIDE)
+        """The calling thread's tile, as integers, padded to whole groups in both directions by scores that nothing beats."""
+        height, width = _whole(num_rows, self._members), _whole(num_nodes, self._members * _LANES)
         if not hasattr(self._own, "tile") or len(self._own.tile) < height * width:
             self._own.tile = _new_tile(height * width, self._bits, self.operand.rows_GP.device)
         tile_AB: Tensor = self._own.tile[: height * width].view(height, width)
@@ -214,94 +218,116 @@ class TileScan:
         tile_AB[:, num_nodes:] = self._farthest
         return tile_AB
 
-    def _product(
+    def _row_groups(self, tile_AB: Tensor) -> Tensor:
+        """A view [A, block, M, lane] of whole groups of rows."""
+        return tile_AB.view(len(tile_AB), -1, self._members, _LANES)
+
+    def _column_groups(self, tile_AB: Tensor) -> Tensor:
+        """A view [V, M, B] of whole groups of columns."""
+        return tile_AB.view(-1, self._members, tile_AB.shape[1])
+
+    def _score(
         self,
         tile_AB: Tensor,
         queries: NDArray[np.int64],
         nodes: slice,
         minima_AH: Tensor,
-        minima_HB: Tensor | None,
+        minima_VB: Tensor | None,
         *,
         is_diagonal: bool,
     ) -> None:
-        score_AB = tile_AB.view(self.operand.rows_GP.dtype)
+        """Fill a tile, part by part, and take the minima of each part's groups while it is still in the cache.
+
+        ``minima_VB``: None where no row is mirrored. Of a diagonal tile the parts below the diagonal stay as they were.
+        """
+        score_AB = tile_AB.view(self.operand.rows_GP.dtype)  # the same memory, as floats
         num_rows, num_nodes = len(queries), nodes.stop - nodes.start
-        own = np.flatnonzero((queries >= nodes.start) & (queries < nodes.stop))
+        own_row = np.flatnonzero((queries >= nodes.start) & (queries < nodes.stop))
+        own_column = queries[own_row] - nodes.start
         for top in range(0, num_rows, _PRODUCT_ROWS):
             bottom = min(top + _PRODUCT_ROWS, num_rows)
             left_AP = self.operand.left(queries[top:bottom])
-            inside = own[(own >= top) & (own < bottom)]
+            # on the diagonal the columns before `top` are rows above, which have met these rows as their columns
             begin = top if is_diagonal else 0
-            minima_AH[top:bottom, : begin // self._group] = self._farthest
+            minima_AH[top:bottom, : begin // self._members] = self._farthest
             for first in range(begin, num_nodes, _PRODUCT_COLUMNS):
                 last = min(first + _PRODUCT_COLUMNS, num_nodes)
                 right_BP = self.operand.rows_GP[nodes.start + first : nodes.start + last]
                 torch.mm(left_AP, right_BP.T, out=score_AB[top:bottom, first:last])
-                if len(inside):  # self is excluded by index, never by position
-                    columns = queries[inside] - nodes.start
-                    here = (columns >= first) & (columns < last)
-                    tile_AB[torch.from_numpy(inside[here]), torch.from_numpy(columns[here])] = self._farthest
-                edge = tile_AB.shape[1] if last == num_nodes else last
-                groups = tile_AB[top:bottom, first:edge].view(bottom - top, -1, self._group, _STRIDE)
-                minima_AH[top:bottom, first // self._group : edge // self._group] = groups.amin(2).flatten(1)
-                if minima_HB is not None:
-                    edge = tile_AB.shape[0] if bottom == num_rows else bottom
-                    groups = tile_AB[top:edge, first:last].view(-1, self._group, last - first)
-                    minima_HB[top // self._group : edge // self._group, first:last] = groups.amin(1)
-            if minima_HB is not None and is_diagonal:  # these pairs were met as rows
-                minima_HB[top // self._group : -(-bottom // self._group), :bottom] = self._farthest
+                # a row is not its own neighbour: excluded by its number, never as the first that is found
+                is_here = (own_row >= top) & (own_row < bottom) & (own_column >= first) & (own_column < last)
+                if is_here.any():
+                    tile_AB[torch.from_numpy(own_row[is_here]), torch.from_numpy(own_column[is_here])] = self._farthest
+                right = tile_AB.shape[1] if last == num_nodes else last  # the last part includes the padding
+                minima_AH[top:bottom, first // self._members : right // self._members] = (
+                    self._row_groups(tile_AB[top:bottom, first:right]).amin(2).flatten(1)
+                )
+                if minima_VB is not None:
+                    below = tile_AB.shape[0] if bottom == num_rows else bottom
+                    minima_VB[top // self._members : below // self._members, first:last] = self._column_groups(
+                        tile_AB[top:below, first:last]
+                    ).amin(1)
+            if minima_VB is not None and is_diagonal:  # pairs of two rows of this part were looked at from both sides
+                minima_VB[top // self._members : -(-bottom // self._members), :bottom] = self._farthest
 
-    def _absorb_rows(self, tile_AB: Tensor, minima_AH: Tensor, rows: slice, first_node: int) -> None:
-        bar_A = self._lowered(rows, minima_AH)
-        row_P, group_P = _places(minima_AH < bar_A[:, None])
-        block_P, column_P = group_P // _STRIDE, group_P % _STRIDE
-        score_PG = tile_AB.view(len(tile_AB), -1, self._group, _STRIDE)[row_P, block_P, :, column_P]
-        pair_H, place_H = _places(score_PG < bar_A[row_P][:, None])
-        node_H = (block_P[pair_H] * self._group + place_H) * _STRIDE + column_P[pair_H] + first_node
-        self._merge(rows.start, row_P[pair_H], node_H.int(), score_PG[pair_H, place_H])
+    def _take_from_rows(self, tile_AB: Tensor, minima_AH: Tensor, rows: slice, first_node: int) -> None:
+        """Candidates for the rows of a tile from its columns, which are nodes from ``first_node`` on."""
+        bar_A = self._bars(rows, minima_AH)
+        row_S, group_S = _places(minima_AH < bar_A[:, None])
+        block_S, lane_S = group_S // _LANES, group_S % _LANES
+        score_SM = self._row_groups(tile_AB)[row_S, block_S, :, lane_S]
+        suspect_T, member_T = _places(score_SM < bar_A[row_S][:, None])
+        column_T = (block_S[suspect_T] * self._members + member_T) * _LANES + lane_S[suspect_T]
+        # suspects ascend by row, so hits do
+        self._merge(rows.start, row_S[suspect_T], (column_T + first_node).int(), score_SM[suspect_T, member_T])
 
-    def _absorb_columns(self, tile_AB: Tensor, minima_HB: Tensor, rows: slice, queries: NDArray[np.int64]) -> None:
-        bar_B = self._lowered(rows, minima_HB.T)
-        group_P, column_P = _places(minima_HB < bar_B)
-        score_PG = tile_AB.view(-1, self._group, tile_AB.shape[1]).permute(0, 2, 1)[group_P, column_P]
-        pair_H, place_H = _places(score_PG < bar_B[column_P][:, None])
-        column_H, order = column_P[pair_H].sort(stable=True)
-        pair_H, place_H = pair_H[order], place_H[order]
-        node_Q = torch.from_numpy(queries.astype(np.int32)).to(tile_AB.device)
-        self._merge(rows.start, column_H, node_Q[group_P[pair_H] * self._group + place_H], score_PG[pair_H, place_H])
+    def _take_from_columns(self, tile_AB: Tensor, minima_VB: Tensor, rows: slice, queries: NDArray[np.int64]) -> None:
+        """Candidates for the columns of a tile, which are ``rows`` too, from its rows, which are ``queries``."""
+        bar_B = self._bars(rows, minima_VB.T)
+        group_S, column_S = _places(minima_VB < bar_B)
+        score_SM = self._column_groups(tile_AB).permute(0, 2, 1)[group_S, column_S]
+        suspect_T, member_T = _places(score_SM < bar_B[column_S][:, None])
+        # suspects ascend by group of rows: sorted by column, as ``_merge`` wants them
+        column_T, order = column_S[suspect_T].sort(stable=True)
+        suspect_T, member_T = suspect_T[order], member_T[order]
+        row_T = group_S[suspect_T] * self._members + member_T
+        node_A = torch.from_numpy(queries.astype(np.int32)).to(tile_AB.device)
+        self._merge(rows.start, column_T, node_A[row_T], score_SM[suspect_T, member_T])
 
     def _rank(self, first_row: int) -> int:
-        """How many of the C nearest should be among the nodes met so far: their share, and twice its deviation more."""
+        """How many of the C nearest should be among the nodes seen so far: their share, and two standard deviations more."""
         num_candidates = self._score_QC.shape[1]
         expected = num_candidates * self._seen[first_row // self.tile_rows] / len(self.operand.rows_GP)
         return min(num_candidates, math.ceil(expected + 2 * math.sqrt(expected)) + 1)
 
-    def _lowered(self, rows: slice, minima_AH: Tensor) -> Tensor:
-        """The bar of each row; where none is set yet, groups' minima set a first one."""
+    def _bars(self, rows: slice, minima_AH: Tensor) -> Tensor:
+        """The bar of each row; where none is set yet, the minima of its groups in this tile set a first one."""
         bar_A, rank = self._bar_Q[rows], self._rank(rows.start)
         if minima_AH.shape[1] < rank or int(bar_A.max()) < self._farthest:
             return bar_A
         if 16 * rank <= minima_AH.shape[1]:  # few of the smallest share a group even of four times the size
             minima_AH = minima_AH.view(len(minima_AH), 4, -1).amin(1)
-        smallest = _smallest(minima_AH, rank)
-        bar_A = torch.minimum(bar_A, torch.where(smallest < self._farthest, smallest + 1, smallest))
+        smallest_A = _smallest(minima_AH, rank)
+        # at least ``rank`` scores are at most this, so a score above it need not be kept; one that equals it is
+        bar_A = torch.minimum(bar_A, torch.where(smallest_A < self._farthest, smallest_A + 1, smallest_A))
         self._bar_Q[rows] = bar_A
         return bar_A
 
-    def _merge(self, first_row: int, row_H: Tensor, node_H: Tensor, score_H: Tensor) -> None:
-        """Take hits, ascending by row, into the candidates of their rows."""
-        if not len(row_H):
+    def _merge(self, first_row: int, row_T: Tensor, node_T: Tensor, score_T: Tensor) -> None:
+        """Put hits, ascending by row, among the candidates of their rows, keep the best C, and lower the bars."""
+        if not len(row_T):
             return
-        row_A, place_H, count_A = torch.unique_consecutive(row_H, return_inverse=True, return_counts=True)
+        # only rows with hits are touched; hits of row i go behind its old candidates in row i of a table
+        row_A, place_T, count_A = torch.unique_consecutive(row_T, return_inverse=True, return_counts=True)
         num_candidates = self._score_QC.shape[1]
         width = num_candidates + int(count_A.max())
         first_A = count_A.cumsum(0) - count_A
-        flat_H = place_H * width + num_candidates + torch.arange(len(row_H), device=row_H.device) - first_A[place_H]
+        flat_T = place_T * width + num_candidates + torch.arange(len(row_T), device=row_T.device) - first_A[place_T]
         row_A += first_row
-        score_AW = torch.full((len(row_A), width), self._farthest, dtype=self._bits, device=row_H.device)
-        id_AW = torch.full((len(row_A), width), -1, dtype=torch.int32, device=row_H.device)
+        score_AW = torch.full((len(row_A), width), self._farthest, dtype=self._bits, device=row_T.device)
+        id_AW = torch.full((len(row_A), width), -1, dtype=torch.int32, device=row_T.device)
         score_AW[:, :num_candidates], id_AW[:, :num_candidates] = self._score_QC[row_A], self._id_QC[row_A]
-        score_AW.view(-1)[flat_H], id_AW.view(-1)[flat_H] = score_H, node_H
+        score_AW.view(-1)[flat_T], id_AW.view(-1)[flat_T] = score_T, node_T
         kept = score_AW.topk(num_candidates, dim=1, largest=False, sorted=False)
         self._score_QC[row_A], self._id_QC[row_A] = kept.values, id_AW.gather(1, kept.indices)
         bar_A = _smallest(kept.values, self._rank(first_row))
@@ -320,13 +346,13 @@ def _new_tile(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.frombuffer(pages, dtype=dtype)
 
 
-def _places(is_hit_AB: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of what is set, ascending."""
-    if is_hit_AB.device.type == "cpu":  # numpy finds them in half of the time
-        place_H = torch.from_numpy(np.flatnonzero(is_hit_AB.numpy()))
-        return place_H // is_hit_AB.shape[1], place_H % is_hit_AB.shape[1]
-    rows_H, columns_H = is_hit_AB.nonzero(as_tuple=True)
-    return rows_H, columns_H
+def _places(is_set_XY: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the true values of a matrix, row by row."""
+    if is_set_XY.device.type == "cpu":  # numpy finds them in half of the time
+        place_T = torch.from_numpy(np.flatnonzero(is_set_XY.numpy()))
+        return place_T // is_set_XY.shape[1], place_T % is_set_XY.shape[1]
+    row_T, column_T = is_set_XY.nonzero(as_tuple=True)
+    return row_T, column_T
 
 
 def _smallest(values_AC: Tensor, rank: int) -> Tensor:

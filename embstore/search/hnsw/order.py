@@ -1,8 +1,8 @@
 """Near nodes get near numbers: the order in which a graph takes nodes in, and is asked about them.
 
 A search touches a few thousand vectors around its node. When the next node lies next to it they are in the core's cache; in
-shuffled order every one comes from memory, and a graph of a hundred thousand nodes waits for it more than half of the time
-(docs/decisions/0022).
+shuffled order every one comes from memory, and a graph of a hundred thousand nodes of 256 coordinates waits for it more than
+half of the time (docs/decisions/0022).
 
 Shapes: G nodes, P pivots (one a cell), R coordinates.
 """
@@ -14,11 +14,12 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from embstore.core.rows import slices
 from embstore.core.sampling import shuffled
 from embstore.host.scratch import block_rows
 
 _MOST_CELLS = 1024
-_LEAST_SPREAD = np.float32(1e-30)  # what is smaller lies in one cell
+_LEAST_SPREAD = np.float32(1e-30)  # coordinates smaller than this are in one cell
 _FIRST_CHUNK, _GROWTH = 1024, 4
 
 Coordinates = NDArray[np.float32]
@@ -27,9 +28,9 @@ Coordinates = NDArray[np.float32]
 def cells(coord_GR: Coordinates, seed: int) -> NDArray[np.int32]:
     """Number of each node's cell, int32 [G]; cells with near numbers lie near each other.
 
-    A cell is what lies nearest to one of about 2 sqrt(G) pivots, at most 1024, of the shuffle by ``seed``; their numbers
-    follow a chain from each pivot to the nearest one left. Coordinates are rounded to so few whole numbers that float32
-    products of them are exact: the same cells on any CPU, with any BLAS, from any number of threads.
+    A cell is the nodes nearest to one of about 2 sqrt(G) pivots, at most 1024: the first of the shuffle by ``seed``.
+    Cells are numbered along a chain from each pivot to the nearest one left. Coordinates are rounded to so few whole numbers
+    that float32 products of them are exact: the same cells on any CPU, with any BLAS, from any number of threads.
 
     Price: G * P products of R, a twentieth of what the graphs cost. Memory: a [P, P] and a [P, R] matrix of float64.
     """
@@ -45,18 +46,17 @@ def cells(coord_GR: Coordinates, seed: int) -> NDArray[np.int32]:
     square_P = np.square(pivot_PR).sum(axis=1)
     number_P = _chained(pivot_PR)
     cell_G = np.empty(num_nodes, dtype=np.int32)
-    step = block_rows(max(rank, num_pivots))
-    for start in range(0, num_nodes, step):
-        block_BR = _whole_numbers(coord_GR[start : start + step], scale, largest)
-        cell_G[start : start + step] = number_P[(2 * (block_BR @ pivot_PR.T) - square_P).argmax(axis=1)]
+    for block in slices(0, num_nodes, block_rows(max(rank, num_pivots))):
+        block_BR = _whole_numbers(coord_GR[block], scale, largest)
+        cell_G[block] = number_P[(2 * (block_BR @ pivot_PR.T) - square_P).argmax(axis=1)]
     return cell_G
 
 
 def in_growing_chunks(nodes: NDArray[np.int64], cell_G: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Shuffled nodes in chunks, each three times as many as came before it, sorted by cell within.
+    """Shuffled nodes in chunks, each three times as many as came before it; nodes of a chunk are sorted by cell.
 
-    Wholly sorted, a graph would join each cell to those before it by a few links, and be searched badly. So each chunk is a
-    random sample: what is built from the chunks so far is as good a graph as a shuffle makes, at every size.
+    If all nodes were sorted, the graph would join each cell to earlier ones by few links, and searches would miss them. So
+    each chunk is a random sample, and the graph of the chunks so far is as good as that of a shuffle.
     """
     bounds = [_FIRST_CHUNK]
     while bounds[-1] < len(nodes):

@@ -49,7 +49,7 @@ class WeightByLength:
 class Charts:
     """What the pages and the picture draw; None where too few prompts have a value.
 
-    ``reach`` is the largest ``|log2 weight|`` that gets a colour of its own, ``ticks`` the weights named beside the colours.
+    ``reach`` is the largest ``|log2 weight|`` with its own colour, ``ticks`` the weights that the colour bar names.
     """
 
     weight: Histogram

@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 from embstore.core.decode import printable
 from embstore.core.density import mean_distance
 from embstore.core.errors import CorruptStoreError, EmbstoreError, StorageError
+from embstore.core.files import file_size
 from embstore.core.format import JsonObject, chunk_name
 from embstore.core.prompts import Prompt
 from embstore.core.sampling import seeded_sample
 from embstore.flow.artifact import extremes
-from embstore.storage.atomic import file_size
 from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.views.info import StoreInfo, inspect
 from embstore.views.report import clusters, layout
 
 MAP_ROWS = 100_000  # a browser draws more, but its file would no longer be one to send around
-_TEXT_BYTES = 7_000_000  # of texts on the map, as they lie in the page
+_TEXT_BYTES = 7_000_000  # of texts on the map, as the page contains them
 _TEXT_CHARACTERS = 320
 _EXAMPLE_CHARACTERS = 400
 _GROUPS = 12

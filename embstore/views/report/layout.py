@@ -62,7 +62,7 @@ def principal_axes(coordinates_NR: NDArray[np.float32], rows: NDArray[np.int64],
         scatter_RR += centred_BR.T @ centred_BR
     values, vectors_RR = np.linalg.eigh(scatter_RR)
     axes_RA = vectors_RR[:, ::-1][:, :count]
-    # an axis has no direction of its own: the largest entry points up, so that equal stores give equal maps
+    # the sign of an axis is arbitrary: the largest entry is made positive, so that equal stores give equal maps
     largest = np.abs(axes_RA).argmax(axis=0)
     axes_RA = axes_RA * np.where(axes_RA[largest, np.arange(axes_RA.shape[1])] < 0, -1.0, 1.0)
     total = float(values.sum())

@@ -1,4 +1,4 @@
-"""One self-contained page: no network, no file beside it. Prompts are a stranger's text, here in a browser.
+"""One self-contained page, without network access or other files. Prompts are untrusted text, here in a browser.
 
 Three walls. Every value that a template shows has its control characters spelt out and is escaped by jinja2. Data for the
 script is JSON in which ``<`` is spelt out, so that no text ends its element, and the script adds texts as text nodes only.
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore import __version__
-from embstore.core.config import format_bytes
+from embstore.core.config import format_bytes, pooling_rule
 from embstore.core.decode import printable
 from embstore.core.diagnostics import MILD_ESS_SHARE
 from embstore.core.errors import ConfigError
@@ -51,6 +51,7 @@ def render_page(data: ReportData) -> str:
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     style = (_HERE / "page.css").read_text(encoding="utf-8")
     charts = charts_of(data)
+    embedding = (data.info.spec or {})["embedding"]
     # WebGL shaders are compiled with Function() by the plotting library; it reads no text of a prompt
     policy = (
         f"default-src 'none'; script-src {_digest(plotly)} {_digest(script)} 'unsafe-eval'; style-src 'unsafe-inline'; "
@@ -62,6 +63,7 @@ def render_page(data: ReportData) -> str:
         version=__version__,
         format_version=FORMAT_VERSION,
         has_distances=charts.mean_distance is not None,
+        pooling=pooling_rule(embedding["space"], embedding["pooling"]),
         stored=format_bytes(data.info.stored_bytes),
         lost=_lost_lines(data),
         heaviest_tenth=_heaviest_tenth(data.weight),

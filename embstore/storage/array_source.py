@@ -1,7 +1,7 @@
-"""Arrays that somebody else made: rows of a ``.npy`` file or of a Zarr array, and the names of those rows.
+"""Arrays to import: rows of a ``.npy`` file or of a Zarr array, and the names of those rows.
 
-Both come from anybody. A ``.npy`` header is parsed, never evaluated, and the file is mapped; a Zarr array is opened only if
-every codec it names is one that merely unpacks numbers. Nothing is unpickled.
+Neither file is trusted. A ``.npy`` header is parsed, never evaluated, and the file is mapped; a Zarr array is opened only if
+all its codecs merely unpack numbers. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from embstore.core.errors import ArrayError, CorruptStoreError, PromptError
 from embstore.core.format import DOCUMENT_BYTES, MAX_COLUMNS, MAX_ROWS, canonical_json
 from embstore.core.interfaces import GivenRows
 from embstore.core.prompts import Prompt, Rejected, named_row, parse_named_row
-from embstore.storage.prompt_table import MAX_LINE_BYTES, open_prompts
+from embstore.core.rows import slices
+from embstore.storage.prompt_source import MAX_LINE_BYTES, open_prompts
 
 _BLOCK_BYTES = 16 << 20
 _LIST_BYTES = 256 << 20
@@ -37,13 +38,13 @@ _CODECS = {
 }
 
 
-def open_given(path: str | Path) -> GivenRows:
+def open_array(path: str | Path) -> GivenRows:
     """The array at ``path``: a ``.npy`` file (version 1.0, C order), or the folder of one Zarr array (version 2 or 3).
 
     Raises
     ------
     ArrayError
-        There is none, or it is not [N, D] of float16, float32 or float64.
+        There is no array, or it is not [N, D] of float16, float32 or float64.
     """
     path = Path(path)
     try:
@@ -55,16 +56,18 @@ def open_given(path: str | Path) -> GivenRows:
 
 
 class _Rows:
-    """What both kinds share: shape, and the digest of all values."""
+    """What both kinds of array share: shape, and the digest of all values."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         if len(shape) != 2 or not (0 < shape[0] <= MAX_ROWS and 0 < shape[1] <= MAX_COLUMNS):
             raise ArrayError(
-                f"{path} has shape {shape}, an array of rows has [N, D] with N up to {MAX_ROWS} and D up to {MAX_COLUMNS}",
-                hint="save it as two dimensions, one row a prompt",
+                f"{path} has shape {shape}, expected [N, D] with N up to {MAX_ROWS} and D up to {MAX_COLUMNS}",
+                hint="save it with two dimensions and one row per prompt",
             )
         if dtype.kind != "f" or dtype.itemsize not in _FLOATS:
-            raise ArrayError(f"{path} holds {dtype}, rows are float16, float32 or float64", hint="save it as one of these")
+            raise ArrayError(
+                f"{path} contains {dtype}, expected float16, float32 or float64", hint="save it as one of these"
+            )
         self._path = path
         self._row_step = 1
         self.num_rows, self.dimension = shape
@@ -81,13 +84,13 @@ class _Rows:
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """As ``GivenRows``; the same for a ``.npy`` file and a Zarr array of equal values, whatever their byte order."""
+        """As ``GivenRows``; equal for a ``.npy`` file and a Zarr array of equal values, in any byte order."""
         total = hashlib.sha256(canonical_json([self.num_rows, self.dimension, self.dtype]).encode())
         step = max(1, _BLOCK_BYTES // (self.dimension * np.dtype(self.dtype).itemsize))
         step = -(-step // self._row_step) * self._row_step  # whole chunks of a Zarr array
         little = np.dtype(self.dtype).newbyteorder("<")
-        for start in range(0, self.num_rows, step):
-            block = self.read(start, min(start + step, self.num_rows))
+        for part in slices(0, self.num_rows, step):
+            block = self.read(part.start, part.stop)
             total.update(np.ascontiguousarray(block, dtype=little).data.cast("B"))
         return total.hexdigest()
 
@@ -105,12 +108,14 @@ class _NpyRows(_Rows):
             super().__init__(path, header.shape, dtype)
             if header.is_fortran:
                 raise ArrayError(
-                    f"{path} is in Fortran order, where a row lies scattered over the file",
+                    f"{path} is in Fortran order, which scatters each row over the file",
                     hint="save it as numpy.ascontiguousarray(rows)",
                 )
             size, needed = os.fstat(file.fileno()).st_size, header.offset + dtype.itemsize * math.prod(header.shape)
             if size != needed:
-                raise ArrayError(f"{path} has {size} bytes, its header asks for {needed}", hint="copy it again: it is cut")
+                raise ArrayError(
+                    f"{path} has {size} bytes, its header asks for {needed}", hint="copy it again: it is truncated"
+                )
             self._rows = np.memmap(file, dtype=dtype, mode="r", offset=header.offset, shape=header.shape)
 
     def read(self, start: int, stop: int) -> NDArray[np.floating]:
@@ -133,7 +138,7 @@ class _ZarrRows(_Rows):
                 raise
             raise ArrayError(f"zarr cannot open {path}: {error}", hint="is this a whole Zarr array?") from error
         self._row_step = int(self._array.chunks[0])
-        # a read of any row decodes every chunk that crosses it, and some while others wait
+        # reading one row decodes every chunk it crosses, some of them at the same time
         height = min(self._row_step, self.num_rows)
         self.held_bytes = 2 * height * self.dimension * np.dtype(self.dtype).itemsize
 
@@ -149,7 +154,7 @@ class _ZarrRows(_Rows):
 
 
 def _check_zarr(path: Path) -> None:
-    """Refuse what is no array, and codecs that could do more than unpack numbers."""
+    """Refuse anything but an array, and codecs that could do more than unpack numbers."""
     for version, name in ((3, "zarr.json"), (2, ".zarray")):
         if not (path / name).is_file():
             continue
@@ -162,16 +167,16 @@ def _check_zarr(path: Path) -> None:
         except CorruptStoreError as error:
             raise ArrayError(str(error), hint="is this a whole Zarr array?") from error
         if not isinstance(metadata, dict) or metadata.get("node_type", "array") != "array":
-            raise ArrayError(f"{path} holds a Zarr group, not an array", hint="give the folder of one array inside it")
+            raise ArrayError(f"{path} is a Zarr group, not an array", hint="give the folder of one array inside it")
         codecs = list(_codecs(metadata))
         foreign = next((codec for codec in codecs if codec not in _CODECS[version]), None)
         if foreign is not None or metadata.get("storage_transformers"):
             raise ArrayError(
-                f"{path} is packed with {shown(foreign or 'storage transformers')}, which embstore does not run",
+                f"{path} uses {shown(foreign or 'storage transformers')}, which embstore does not run",
                 hint=f"save it with one of {', '.join(sorted(_CODECS[version]))}",
             )
         return
-    raise ArrayError(f"{path} is a folder without a Zarr array", hint="give the folder that holds zarr.json or .zarray")
+    raise ArrayError(f"{path} is a folder without a Zarr array", hint="give the folder with zarr.json or .zarray")
 
 
 def _codecs(value: object) -> Iterator[object]:
@@ -190,9 +195,9 @@ def _codecs(value: object) -> Iterator[object]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowIds:
-    """Names of ``num_rows`` rows: of a file (text with one id a line, a JSON list, or JSONL), or the row numbers.
+    """Names of ``num_rows`` rows: from a file (text with one id a line, a JSON list, or JSONL), or the row numbers.
 
-    A JSONL line may hold a prompt beside its id, as for ``build``; one without an id is called by its row number.
+    A JSONL line may have a prompt beside its id, as for ``build``; a line without an id gets its row number.
     """
 
     path: Path | None
@@ -209,7 +214,7 @@ class RowIds:
         Raises
         ------
         PromptError
-            The file cannot be read, a line names no row, or it names more or fewer rows than there are.
+            The file cannot be read, a line does not name a row, or the number of names differs from that of the rows.
         """
         if self.path is None:
             yield from (Prompt(id=str(row), text="") for row in range(self.num_rows))
@@ -218,8 +223,8 @@ class RowIds:
         for prompt in self._read():
             if isinstance(prompt, Rejected):
                 raise PromptError(
-                    f"{self.path} line {count + 1} names no row: {prompt.reason}",
-                    hint="every row of the array needs an id; mend the line",
+                    f"{self.path} line {count + 1} does not name a row: {prompt.reason}",
+                    hint="every row of the array needs an id; correct the line",
                 )
             if count < self.num_rows:
                 yield (
@@ -235,7 +240,7 @@ class RowIds:
 
     def _read(self) -> Iterator[Prompt | Rejected]:
         if self.path is None:
-            raise AssertionError("row numbers are in no file")
+            raise AssertionError("row numbers need no file")
         with open_prompts(self.path) as lines:
             first = next(lines, None)
             if first is None:
@@ -255,12 +260,14 @@ class RowIds:
             if len(content) > _LIST_BYTES:
                 raise PromptError(
                     f"{self.path} is a JSON list of more than {format_bytes(_LIST_BYTES)}",
-                    hint="give one id a line: that is read a line at a time",
+                    hint="give one id a line: such a file is read line by line",
                 )
         try:
             ids = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise PromptError(f"{self.path} is no JSON list of ids: {str(error)[:80]}", hint="give one id a line") from error
+            raise PromptError(
+                f"{self.path} is not a JSON list of ids: {str(error)[:80]}", hint="give one id a line"
+            ) from error
         yield from (named_row(value) for value in ids)
 
 

@@ -1,4 +1,4 @@
-"""Proven neighbours against float64 brute force over stored rows; what is read, how often, and in how much memory."""
+"""Neighbours ranked by stored rows against float64 brute force over them; what is read, how often, in how much memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import json
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,7 @@ from embstore.core.interfaces import PromptReader, RowBlock
 from embstore.core.prompts import Prompt
 from embstore.core.spec import EmbeddingSpec
 from embstore.flow.build import build
-from embstore.search.refine import RESIDUAL_FLOOR, Refinement, refine
-from embstore.search.stored_pairs import StoredRows, stored_distances
+from embstore.search.stored_rerank import RESIDUAL_FLOOR, Rerank, StoredRows, rerank_by_stored_rows
 from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.views.info import inspect
 from embstore.views.terminal import print_info
@@ -66,8 +65,8 @@ class World:
         return ids_NK, distances_NK
 
     def nearest(self, k: int) -> Distances:
-        """The k smallest distances between stored rows of distinct vectors, for first rows (the others are not meant)."""
-        distance_NN = all_distances(self.rows_NV)
+        """The k smallest distances between stored rows of distinct vectors, [N, k]; a copy has those of its first row."""
+        distance_NN = all_distances(self.rows_NV)[self.first_of_N]
         distance_NN[:, self.first_of_N != np.arange(len(self.first_of_N))] = np.inf
         distance_NN[np.arange(len(distance_NN)), self.first_of_N] = np.inf
         return np.sort(distance_NN, axis=1)[:, :k]
@@ -81,11 +80,13 @@ def all_distances(rows_NV: NDArray[np.floating]) -> Distances:
 def make_world(
     num_rows: int, *, seed: int = 0, spread: float = 0.3, rank: int = 4, columns: int = 24, copies: int = 0
 ) -> World:
-    """Coordinates of about 1 in every direction; parts off the basis of norms from 0 to ``spread``, most of them small."""
+    """Coordinates of about 1 in every direction. Half of the rows leave the basis, by up to ``spread``, mostly less."""
     random = np.random.default_rng(seed)
     rows_NV = random.standard_normal((num_rows, columns))
     off_basis_NV = rows_NV[:, rank:]
-    off_basis_NV *= spread * random.random((num_rows, 1)) ** 3 / np.linalg.norm(off_basis_NV, axis=1, keepdims=True)
+    norm_N = spread * random.random(num_rows) ** 3
+    norm_N[(norm_N < 2 * RESIDUAL_FLOOR) | (random.random(num_rows) < 0.5)] = 0
+    off_basis_NV *= (norm_N / np.linalg.norm(off_basis_NV, axis=1))[:, None]
     first_of_N = np.arange(num_rows, dtype=np.int32)
     for copy in range(copies):
         rows_NV[num_rows - 1 - copy], first_of_N[num_rows - 1 - copy] = rows_NV[copy % 3], copy % 3
@@ -107,50 +108,40 @@ class Reader:
 
 
 @dataclasses.dataclass(frozen=True)
-class Refined:
+class Ranked:
     ids_NK: NDArray[np.int32]
     distances_NK: NDArray[np.float32]
-    figures: Refinement
-    proven_N: NDArray[np.bool_]
+    figures: Rerank
 
 
-def refined(
+def reranked(
     world: World,
     reader: Reader,
     *,
-    k: int = K,
-    kept: int = KEPT,
-    floor: float = 0.0,
-    max_pairs: int | None = None,
     threads: int = 2,
     memory_bytes: int = 1 << 20,
-    observer: Callable[[Event], None] = ignore,
-    work: Path = Path("never written to: all arrays are small"),
-) -> Refined:
-    ids_NK, distances_NK = world.by_coordinates(kept)
-    figures, proven_N = refine(
+    observer: Observer = ignore,
+) -> Ranked:
+    ids_NK, distances_NK = world.by_coordinates(KEPT)
+    figures = rerank_by_stored_rows(
         ids_NK,
         distances_NK,
         world.first_of_N,
         world.residual_N,
         reader.stored,
-        k=k,
+        k=K,
         threads=threads,
         memory_bytes=memory_bytes,
-        work=work,
         observer=observer,
         clock=time.perf_counter,
-        residual_floor=floor,
-        max_pairs=max_pairs,
     )
-    return Refined(ids_NK, distances_NK, figures, proven_N)
+    return Ranked(ids_NK, distances_NK, figures)
 
 
-def true_distances(world: World, ids_NK: NDArray[np.int32], k: int) -> Distances:
-    """Ascending distances of stored rows to the first k found, +inf where there is none."""
-    distance_NN = all_distances(world.rows_NV)
-    found = np.take_along_axis(distance_NN, ids_NK[:, :k].astype(np.int64), 1)
-    return np.sort(np.where(ids_NK[:, :k] < 0, np.inf, found), axis=1)
+def between_rows(world: World, ids_NK: NDArray[np.int32]) -> Distances:
+    """Distances from each row's vector to those found, +inf where there is none."""
+    distance_NN = all_distances(world.rows_NV)[world.first_of_N]
+    return np.where(ids_NK < 0, np.inf, np.take_along_axis(distance_NN, ids_NK.astype(np.int64), 1))
 
 
 @settings(max_examples=150, deadline=None)
@@ -159,46 +150,38 @@ def true_distances(world: World, ids_NK: NDArray[np.int32], k: int) -> Distances
     seed=st.integers(0, 10**6),
     spread=st.sampled_from([0.0, 0.05, 0.3, 1.0, 3.0]),
     copies=st.integers(0, 4),
-    max_pairs=st.sampled_from([None, 0, 7, 40]),
 )
-def test_whatever_is_proven_is_brute_forces(
-    num_rows: int, seed: int, spread: float, copies: int, max_pairs: int | None
-) -> None:
-    """Also without a pair read (cap 0), where only the bound can prove anything."""
+def test_kept_neighbours_are_ranked_as_brute_force_ranks_them(num_rows: int, seed: int, spread: float, copies: int) -> None:
     world = make_world(num_rows, seed=seed, spread=spread, copies=min(copies, num_rows // 2))
-    found = refined(world, Reader(world.rows_NV), max_pairs=max_pairs)
-    expected = world.nearest(K)
-    got = true_distances(world, found.ids_NK, expected.shape[1])
-    proven = found.proven_N
-    both_missing = np.isinf(expected) & np.isinf(got)
-    assert (np.abs(np.where(both_missing, 0, got) - np.where(both_missing, 0, expected)) <= 1e-6)[proven].all()
-    assert found.figures.uncertain_rows == np.count_nonzero(~proven)
-    assert (np.diff(np.where(np.isinf(found.distances_NK), 1e9, found.distances_NK), axis=1) >= 0).all()
-    if max_pairs == 0:
-        assert found.figures.certified_share == pytest.approx(proven.mean())
-    if max_pairs is None and num_rows - copies <= KEPT:  # nothing is left out, everything that straddles is read
-        assert proven.all()
+    found = reranked(world, Reader(world.rows_NV))
+    before_ids, before_distances = world.by_coordinates(KEPT)
+    assert np.array_equal(np.sort(found.ids_NK, axis=1), np.sort(before_ids, axis=1))  # the same ones
+    expected = between_rows(world, found.ids_NK)
+    assert np.allclose(found.distances_NK, expected, rtol=1e-6, atol=1e-7)
+    order = np.lexsort((found.ids_NK, expected), axis=1)
+    assert np.array_equal(np.where(found.ids_NK < 0, -1, np.take_along_axis(found.ids_NK, order, 1)), found.ids_NK)
+    is_off_N = (world.residual_N > RESIDUAL_FLOOR) | (
+        (world.residual_N[before_ids] > RESIDUAL_FLOOR) & (before_ids >= 0)
+    ).any(1)
+    assert np.array_equal(found.distances_NK[~is_off_N], before_distances[~is_off_N])
+    assert found.figures.reranked_rows == np.count_nonzero(is_off_N)
+    assert found.figures.off_basis_rows == np.count_nonzero(world.residual_N > RESIDUAL_FLOOR)
+    nearest = world.nearest(K)
+    k = nearest.shape[1]
+    is_wrong_N = ~np.isclose(found.distances_NK[:, :k], nearest, rtol=1e-6, atol=1e-7).all(axis=1)
+    assert np.count_nonzero(is_wrong_N) <= found.figures.uncertain_rows
+    if num_rows - min(copies, num_rows // 2) <= KEPT + 1:  # the search left nothing out
+        assert found.figures.uncertain_rows == 0
 
 
-def test_reading_proves_most_of_what_the_bound_leaves() -> None:
+def test_ranking_by_rows_mends_most_of_what_coordinates_get_wrong() -> None:
     world = make_world(400, spread=1.0)
-    reader = Reader(world.rows_NV)
-    found = refined(world, reader)
-    coordinates = world.by_coordinates(KEPT)[0]
-    expected = world.nearest(K)
-    wrong_before = (np.abs(true_distances(world, coordinates, K) - expected) > 1e-6).any(axis=1)
-    wrong_after = (np.abs(true_distances(world, found.ids_NK, K) - expected) > 1e-6).any(axis=1)
+    found = reranked(world, Reader(world.rows_NV))
+    nearest = world.nearest(K)
+    wrong_before = (np.sort(between_rows(world, world.by_coordinates(KEPT)[0][:, :K]), axis=1) - nearest > 1e-6).any(axis=1)
+    wrong_after = (found.distances_NK[:, :K] - nearest > 1e-6).any(axis=1)
     assert wrong_before.sum() > 40
-    assert not (wrong_after & found.proven_N).any()
-    assert 0.02 < found.figures.certified_share < 0.6
-    assert found.figures.uncertain_rows < 100
-    assert found.figures.read_pairs == found.figures.straddling_pairs > 0
-    # a published distance is that of the coordinates or that of the stored rows, and nearly all read ones differ
-    ids = found.ids_NK.astype(np.int64)
-    by_rows = np.abs(found.distances_NK - np.take_along_axis(all_distances(world.rows_NV), ids, 1)) <= 1e-6
-    by_coordinates = np.abs(found.distances_NK - np.take_along_axis(all_distances(world.rows_NV[:, :4]), ids, 1)) <= 1e-6
-    assert (by_rows | by_coordinates).all()
-    assert np.count_nonzero(by_rows) >= found.figures.read_pairs > 0.9 * np.count_nonzero(by_rows)
+    assert wrong_after.sum() <= found.figures.uncertain_rows < 30
 
 
 def test_a_residual_of_rounding_alone_reads_nothing() -> None:
@@ -217,7 +200,7 @@ def test_a_residual_of_rounding_alone_reads_nothing() -> None:
 
     after = before[0].copy(), before[1].copy()
     events: list[Event] = []
-    figures, proven_N = refine(
+    figures = rerank_by_stored_rows(
         *after,
         world.first_of_N,
         residual_N.astype(np.float32),
@@ -225,20 +208,10 @@ def test_a_residual_of_rounding_alone_reads_nothing() -> None:
         k=K,
         threads=1,
         memory_bytes=1 << 20,
-        work=Path("never written to"),
         observer=events.append,
         clock=time.perf_counter,
     )
-    assert figures == Refinement(
-        k=K,
-        off_basis_rows=0,
-        certified_share=1.0,
-        straddling_pairs=0,
-        read_pairs=0,
-        uncertain_rows=0,
-        residual_floor=RESIDUAL_FLOOR,
-    )
-    assert proven_N.all()
+    assert figures == Rerank(k=K, residual_floor=RESIDUAL_FLOOR, off_basis_rows=0, reranked_rows=0, uncertain_rows=0)
     assert events == []
     assert all(np.array_equal(left, right) for left, right in zip(before, after, strict=True))
 
@@ -253,66 +226,38 @@ def test_rounding_moves_no_unit_row_by_more_than_the_floor() -> None:
     assert NOISE_FLOOR == 2 * RESIDUAL_FLOOR
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
-def test_pairs_beyond_the_cap_are_left_as_they_were_and_counted(share: float) -> None:
-    world = make_world(300, spread=1.0)
-    whole = refined(world, Reader(world.rows_NV)).figures
-    cap = int(share * whole.straddling_pairs)
-    reader = Reader(world.rows_NV)
-    capped = refined(world, reader, max_pairs=cap)
-    before = world.by_coordinates(KEPT)
-    assert (capped.figures.straddling_pairs, capped.figures.certified_share) == (
-        whole.straddling_pairs,
-        whole.certified_share,
-    )
-    assert cap - KEPT < capped.figures.read_pairs <= cap
-    untouched = (capped.ids_NK == before[0]).all(axis=1) & (capped.distances_NK == before[1]).all(axis=1)
-    assert capped.figures.uncertain_rows >= whole.uncertain_rows
-    if share == 0:
-        assert untouched.all()
-        assert reader.decoded.sum() == 0
-        assert capped.figures.uncertain_rows == 300 - round(300 * whole.certified_share)
-    else:
-        assert not untouched.all()
-        assert not capped.proven_N[
-            untouched & (np.abs(true_distances(world, before[0], K) - world.nearest(K)) > 1e-6).any(1)
-        ].any()
-
-
 def test_copies_get_what_their_vector_gets() -> None:
     world = make_world(200, spread=1.0, copies=30)
-    found = refined(world, Reader(world.rows_NV))
+    found = reranked(world, Reader(world.rows_NV))
     first = world.first_of_N
     assert np.array_equal(found.ids_NK, found.ids_NK[first])
     assert np.array_equal(found.distances_NK, found.distances_NK[first])
-    assert np.array_equal(found.proven_N, found.proven_N[first])
     assert (found.ids_NK == first[found.ids_NK]).all()
 
 
-def test_a_group_has_the_largest_residual_of_its_members() -> None:
-    """A member that lies farther off the basis than the first row must not be called proven by the first one's residual."""
+def test_a_group_leaves_the_basis_if_one_of_its_members_does() -> None:
+    """Equal coordinates, other rows: the group is ranked again, by its first row."""
     rows_NV = np.zeros((4, 3), dtype=np.float16)
     rows_NV[:, 0] = [0, 0, 1, 1.25]
     rows_NV[1, 1] = 2
-    rows_NV[2, 1] = -0.5
-    world = World(rows_NV=rows_NV, rank=1, first_of_N=np.array([0, 0, 2, 3], dtype=np.int32))
-    found = refined(world, Reader(rows_NV), k=1, max_pairs=0)
-    assert found.ids_NK[1, 0] == 2
-    assert all_distances(rows_NV)[1, 3] < all_distances(rows_NV)[1, 2]
-    assert found.proven_N.tolist() == [False, False, True, True]
+    found = reranked(World(rows_NV=rows_NV, rank=1, first_of_N=np.array([0, 0, 2, 3], dtype=np.int32)), Reader(rows_NV))
+    assert found.figures.off_basis_rows == 1
+    assert found.figures.reranked_rows == 4  # the group's two rows, and those that have it as a neighbour
+    assert found.ids_NK[:2, :2].tolist() == [[2, 3], [2, 3]]
+    assert found.distances_NK[:2, :2].tolist() == [[1, 1.25], [1, 1.25]]
 
 
 def test_memory_and_decoding_stay_bounded_and_change_nothing() -> None:
     world = make_world(1200, spread=1.0, columns=2048, rank=12)
-    whole = refined(world, Reader(world.rows_NV), memory_bytes=1 << 30)
-    ids_NK, distances_NK = world.by_coordinates(KEPT)
-    residual_N = world.residual_N
+    whole = reranked(world, Reader(world.rows_NV), memory_bytes=1 << 30)
     budget = 3 << 19  # of 5 MiB of rows
     reader = Reader(world.rows_NV)
+    ids_NK, distances_NK = world.by_coordinates(KEPT)
+    residual_N = world.residual_N
     events: list[Event] = []
     tracemalloc.start()
     try:
-        figures, proven_N = refine(
+        figures = rerank_by_stored_rows(
             ids_NK,
             distances_NK,
             world.first_of_N,
@@ -321,40 +266,32 @@ def test_memory_and_decoding_stay_bounded_and_change_nothing() -> None:
             k=K,
             threads=2,
             memory_bytes=budget,
-            work=Path("never written to"),
             observer=events.append,
             clock=time.perf_counter,
-            residual_floor=0.0,
         )
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert figures.read_pairs > 2500
-    beside = 2 * (2 << 20) + 64 * figures.read_pairs + 100 * 1200  # slabs of two threads, pairs, rows
+    beside = 2 * (4 << 20) + 100 * 1200  # slabs of two threads, flags of rows
     assert peak < budget + beside
-    held = budget // (2 * 2048 + 1024) - 4 * 16
-    assert 3 <= reader.decoded.max() <= -(-1200 // (held - 16)) + 1
+    held = budget // (2 * 2048 + 2048) - 4 * 16
+    assert 3 <= reader.decoded.max() <= -(-1200 // held) + 2
     assert figures == whole.figures
     assert np.array_equal(ids_NK, whole.ids_NK)
     assert np.array_equal(distances_NK, whole.distances_NK)
-    assert np.array_equal(proven_N, whole.proven_N)
     started, finished = events[0], events[-1]
     assert isinstance(started, StageStarted)
     assert isinstance(finished, StageFinished)
-    assert sum(event.count for event in events if isinstance(event, StageAdvanced)) == started.total <= figures.read_pairs
+    assert sum(event.count for event in events if isinstance(event, StageAdvanced)) == started.total > 1000
 
 
 def test_distances_of_every_float16_value_are_float64s() -> None:
     every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     small = every[np.abs(every) < 0.5]  # NaN is not
     rows_NV = np.stack([small, np.random.default_rng(0).permutation(small), np.zeros_like(small), np.full_like(small, 0.25)])
-    reader = Reader(rows_NV)
-    pairs = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
-    keys_P = np.array([4 * first + second for first, second in pairs])
-    found = stored_distances(keys_P, 4, reader.stored, threads=1, memory_bytes=1)
-    where, distances = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    expected = all_distances(rows_NV)[tuple(np.transpose(pairs))]
-    assert distances == pytest.approx(expected[where], rel=1e-14)
+    world = World(rows_NV=rows_NV, rank=1, first_of_N=np.arange(4, dtype=np.int32))
+    found = reranked(world, Reader(rows_NV), memory_bytes=1)
+    assert np.array_equal(found.distances_NK[:, :3], world.nearest(3).astype(np.float32))
 
 
 # --- stores -----------------------------------------------------------------------------------------------------------
@@ -368,21 +305,24 @@ def test_a_soft_capped_store_is_brute_forces(tmp_path: Path) -> None:
     build(prompts, out=tmp_path / "store", config=BuildConfig(embedding=embedding))
     store = open_store(tmp_path / "store")
     assert np.median(store.residuals) > 20 * RESIDUAL_FLOOR
-    figures = store.neighbor_spec["refinement"]
-    assert figures == store.metadata["neighbors"]["refinement"]
-    assert (figures["k"], figures["off_basis_rows"], figures["uncertain_rows"]) == (10, 320, 0)
-    assert 0.1 < figures["certified_share"] < 0.9
-    assert figures["read_pairs"] == figures["straddling_pairs"] > 100
+    figures = store.neighbor_spec["rerank"]
+    assert figures == store.metadata["neighbors"]["rerank"]
+    assert (figures["k"], figures["off_basis_rows"], figures["reranked_rows"], figures["uncertain_rows"]) == (
+        10,
+        320,
+        320,
+        0,
+    )
     distance_NN = all_distances(np.concatenate([rows for _, rows in store.iter_rows()]))
     by_coordinates_NN = all_distances(np.asarray(store.coordinates))
     np.fill_diagonal(by_coordinates_NN, np.inf)
     nearest = np.argsort(by_coordinates_NN, axis=1)[:, :10]
     by_coordinates = np.sort(np.take_along_axis(distance_NN, nearest, 1), axis=1)
-    found = np.sort(np.take_along_axis(distance_NN, store.neighbor_ids[:, :10].astype(np.int64), 1), axis=1)
     np.fill_diagonal(distance_NN, np.inf)
     expected = np.sort(distance_NN, axis=1)[:, :10]
     assert np.count_nonzero((by_coordinates - expected > 1e-6).any(axis=1)) >= 10  # what coordinates alone get wrong
-    assert found == pytest.approx(expected, abs=1e-6)
+    assert store.neighbor_distances[:, :10] == pytest.approx(expected, rel=1e-6)
+    assert np.array_equal(store.neighbor_ids[:, :10], np.argsort(distance_NN, axis=1, kind="stable")[:, :10])
 
 
 class OffBasisSource(FakeSource):
@@ -426,7 +366,7 @@ def test_an_error_while_rows_are_read_publishes_nothing_and_a_resume_finishes(
         return read_chunk(store, index)
 
     build_small(small_prompts, tmp_path / "whole", source=OffBasisSource())
-    assert open_store(tmp_path / "whole").neighbor_spec["refinement"]["read_pairs"] > 50
+    assert open_store(tmp_path / "whole").neighbor_spec["rerank"]["reranked_rows"] > 50
     with monkeypatch.context() as patch:
         patch.setattr(EmbeddingStore, "read_chunk", fail_later)
         with pytest.raises(StorageError, match="on purpose"):
@@ -436,27 +376,38 @@ def test_an_error_while_rows_are_read_publishes_nothing_and_a_resume_finishes(
     assert snapshot(tmp_path / "store") == snapshot(tmp_path / "whole")
 
 
-def test_what_is_proven_is_shown_where_rows_leave_the_basis(small_prompts: Path, tmp_path: Path) -> None:
+def test_what_was_ranked_again_is_shown_where_rows_leave_the_basis(small_prompts: Path, tmp_path: Path) -> None:
     shown = {}
     for name, source in (("affine", FakeSource()), ("capped", OffBasisSource())):
         build_small(small_prompts, tmp_path / name, source=source)
         console = Console(file=io.StringIO(), width=200)
         print_info(console, inspect(tmp_path / name))
         shown[name] = console.file.getvalue()  # type: ignore[attr-defined]
-    figures = open_store(tmp_path / "capped").neighbor_spec["refinement"]
-    assert "residual bound" not in shown["affine"]
-    assert f"proven by the residual bound for {figures['certified_share']:.2%} of rows" in shown["capped"]
-    assert f"{figures['read_pairs']:,} distances from stored rows" in shown["capped"]
-    assert open_store(tmp_path / "affine").neighbor_spec["refinement"]["off_basis_rows"] == 0
+    figures = open_store(tmp_path / "capped").neighbor_spec["rerank"]
+    assert "leave the basis" not in shown["affine"]
+    assert f"{figures['reranked_rows']:,} rows leave the basis" in shown["capped"]
+    assert open_store(tmp_path / "affine").neighbor_spec["rerank"]["off_basis_rows"] == 0
 
 
-def test_a_spec_may_lack_what_is_proven_but_not_misstate_it(finished_store: Path) -> None:
+@pytest.mark.parametrize("part", ["rerank", "refinement"])
+def test_a_spec_may_lack_what_was_ranked_again_but_not_misstate_it(part: str, finished_store: Path) -> None:
+    """``refinement`` is what stores of b2eabab and before have in its place: they stay readable."""
     spec = dict(open_store(finished_store).neighbor_spec)
-    spec["refinement"] = {**spec["refinement"], "read_pairs": "many"}
-    with pytest.raises(CorruptStoreError, match="read_pairs"):
+    spec["refinement"] = {
+        "k": 10,
+        "off_basis_rows": 70,
+        "certified_share": 0.5,
+        "straddling_pairs": 3,
+        "read_pairs": 3,
+        "uncertain_rows": 0,
+        "residual_floor": 5e-4,
+    }
+    assert decode_neighbors_spec(json.dumps(spec).encode(), name="spec.json") == spec
+    spec[part] = {**spec[part], "off_basis_rows": "many"}
+    with pytest.raises(CorruptStoreError, match="off_basis_rows"):
         decode_neighbors_spec(json.dumps(spec).encode(), name="spec.json")
-    spec["refinement"] = None
-    with pytest.raises(CorruptStoreError, match="refinement"):
+    spec[part] = None
+    with pytest.raises(CorruptStoreError, match=part):
         decode_neighbors_spec(json.dumps(spec).encode(), name="spec.json")
-    del spec["refinement"]
+    del spec[part]
     assert decode_neighbors_spec(json.dumps(spec).encode(), name="spec.json") == spec

@@ -103,7 +103,7 @@ def test_fields_of_other_names(kind: str, tmp_path: Path) -> None:
         {"uid": "q3", "prompt": "not this"},
     ]
     source = write_lines(tmp_path / "p", lines) if kind == "jsonl" else _parquet(tmp_path / "p", lines)
-    from embstore.storage.prompt_table import ingest
+    from embstore.storage.ingest import ingest
     from tests.support.stage0 import read_stage0
 
     out = tmp_path / "out"
@@ -127,7 +127,7 @@ def _refused(source: Path, match: str) -> None:
 
 def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    _refused(tmp_path / "empty", "without Parquet files or a saved dataset")
+    _refused(tmp_path / "empty", "neither Parquet files nor a saved dataset")
     whole = _parquet(tmp_path / "whole.parquet", small_lines()).read_bytes()
     for number, content in enumerate((whole[: len(whole) // 2], whole[:4], whole[:-40] + bytes(40))):
         (tmp_path / f"{number}.parquet").write_bytes(content)
@@ -135,12 +135,12 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     saved.mkdir()
     for state, match in (
-        ("{", "no JSON"),
-        ("[]", "names no data files"),
-        ('{"_data_files": [{"filename": "../whole.parquet"}]}', "names no data files"),
+        ("{", "not valid JSON"),
+        ("[]", "does not name data files"),
+        ('{"_data_files": [{"filename": "../whole.parquet"}]}', "does not name data files"),
         (
             '{"_data_files": [{"filename": "a.arrow"}], "_indices_data_files": [{"filename": "i.arrow"}]}',
-            "selection of rows",
+            "index file that selects rows",
         ),
         ('{"_data_files": [{"filename": "missing.arrow"}]}', "failed"),
     ):

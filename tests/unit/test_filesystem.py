@@ -46,9 +46,9 @@ def test_where_mounts_cannot_be_read_nothing_is_said(tmp_path: Path) -> None:
     ("kind", "says"),
     [
         ("tmpfs", "nothing there survives a reboot"),
-        ("overlay", "gone with the container"),
-        ("nfs", "up to its server"),
-        ("fuse.sshfs", "up to its server"),
+        ("overlay", "deleted with it"),
+        ("nfs", "only its server decides"),
+        ("fuse.sshfs", "only its server decides"),
         ("ext4", None),
         ("", None),
     ],
