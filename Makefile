@@ -31,6 +31,7 @@ lint: $(STAMP)
 	@$(BIN)/mypy
 	@$(BIN)/python -m scripts.check_english
 	@$(BIN)/lint-imports --no-cache > $(VENV)/layers.log || { cat $(VENV)/layers.log; exit 1; }
+	@$(BIN)/python -m benchmarks.pages --check
 
 # as root; needs strace, e2fsprogs, xfsprogs and btrfs-progs, and says what it skips without them
 test-faults: $(STAMP)  ## half an hour: kills, power cuts, full disks, bit rot, hostile files; writes benchmarks/results/faults.json

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.acceptance --prompts FILE --model FOLDER --work FOLDER [--parts speed,kills,shards,oracle]``
 
-Every build is the real command in a process of its own. Results go to ``benchmarks/results/`` as JSON (all figures, the
-command lines, versions, hardware) and as a page for people. Parts may be run one at a time: each replaces its own figures.
+Every build is the real command in a process of its own. Results go to ``benchmarks/results/acceptance.json`` with command
+lines, versions and hardware. Parts may be run one at a time: each replaces its own figures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,66 +238,17 @@ def record(job: Job, part: str, figures: dict[str, Any]) -> None:
     results["machine"] = machine()
     results[part] = {"date": time.strftime("%Y-%m-%d"), **figures}
     path.write_text(json.dumps(results, indent=2) + "\n")
-    path.with_suffix(".md").write_text(page(results))
 
 
-def machine() -> dict[str, Any]:
+def machine(packages: Sequence[str] = ("torch", "transformers", "zarr", "hnswlib")) -> dict[str, Any]:
     """Hardware and versions."""
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("embstore", "torch", "transformers", "zarr", "hnswlib")},
+        **{name: importlib.metadata.version(name) for name in ("embstore", *packages)},
     }
-
-
-def page(results: dict[str, Any]) -> str:
-    """The results for people; every figure is from ``acceptance.json``."""
-    machine = results["machine"]
-    versions = ", ".join(
-        f"{name} {machine[name]}" for name in ("python", "embstore", "torch", "transformers", "zarr", "hnswlib")
-    )
-    text = "# Acceptance: the main job at full size\n\n"
-    text += "Made by `benchmarks/acceptance.py`; all figures are in `acceptance.json`.\n\n"
-    text += f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_GiB']} GiB; {versions}.\n"
-    text += f"Input: {results['input']['prompts']}, {results['input']['model']}. Shared machine: times are upper bounds.\n"
-    for part in ("speed", "shards"):
-        if part in results:
-            figures = results[part]
-            stages = ", ".join(f"{name} {seconds} s" for name, seconds in figures["stage_seconds"].items())
-            audit = figures["audit"]
-            text += f"\n## {part} ({figures['date']})\n\n`{figures['command']}`\n\n| | |\n|---|---|\n"
-            text += f"| whole command | {figures['build_seconds']} s |\n| stages | {stages} |\n"
-            text += f"| rows x columns | {figures['rows']:,} x {figures['dimension']:,} |\n"
-            text += f"| embedding | {figures['rows_per_second']} rows/s, {figures['tokens_per_second']:,} tokens/s, "
-            text += f"{figures['stored_bytes_per_second'] / 1e6:.1f} MB/s written |\n"
-            text += f"| memory above baseline | {figures['peak_anonymous_MiB_above_baseline']} MiB "
-            text += f"(mapped files {figures['peak_file_MiB']} MiB) |\n"
-            text += f"| HNSW shards | {figures['shards']} |\n| own audit | recall@10 {audit['recall']:.5f}, "
-            text += f"at least {audit['recall_lower']:.5f}; TV {audit['tv']:.1e} |\n"
-            if "killed" in figures:
-                text += _killed_row(figures["killed"])
-    if "kills" in results:
-        text += f"\n## kills ({results['kills']['date']})\n\n`{results['kills']['command']}`\n\n| | |\n|---|---|\n"
-        text += _killed_row(results["kills"])
-    if "oracle" in results:
-        figures = results["oracle"]
-        text += f"\n## oracle ({figures['date']})\n\nscikit-learn, brute force in float64 over the "
-        text += f"{figures['distinct_rows']:,} distinct stored float16 rows of the first {figures['rows']:,} prompts.\n\n"
-        text += "| shards | recall@10 | weights TV |\n|---|---|---|\n"
-        for name in ("shards_1", "shards_4"):
-            found = figures[name]
-            text += f"| {found['shards']} | {found['recall_at_10']:.5f} | {found['weights_tv']:.1e} |\n"
-    return text
-
-
-def _killed_row(figures: dict[str, Any]) -> str:
-    different = ", ".join(figures["files_different"]) or "none"
-    return (
-        f"| 3 x SIGKILL, windows committed by then | {figures['windows_committed_at_each_kill']} |\n"
-        f"| files compared with the uninterrupted build | {figures['files_compared']}, different: {different} |\n"
-    )
 
 
 def cpu_name() -> str:

@@ -12,13 +12,9 @@ is no cap. Results go to ``benchmarks/results/coordinates.json``.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +24,8 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from benchmarks.acceptance import RESULTS, cpu_name
+from benchmarks.acceptance import RESULTS, machine
+from benchmarks.methods import PromptList
 from embstore.core.config import EmbeddingConfig
 from embstore.core.density import NOISE_FLOOR, total_variation
 from embstore.core.events import ignore
@@ -68,20 +65,6 @@ CASES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptList:
-    """Prompts in memory, as an embedder samples them."""
-
-    prompts: list[Prompt]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def sample(self, rows: Sequence[int]) -> list[Prompt]:
-        """Prompts of single rows."""
-        return [self.prompts[row] for row in rows]
-
-
 def main() -> int:
     """Measure every case and write the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -95,12 +78,7 @@ def main() -> int:
         "command": f"python -m benchmarks.coordinates --prompts {options.prompts.name} --tokenizer {options.tokenizer.name} "
         f"--rows {options.rows} --max-tokens {options.max_tokens}",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {
-            "cpu": cpu_name(),
-            "cores": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("embstore", "torch", "transformers", "numpy")},
-        },
+        "machine": machine(("torch", "transformers", "numpy")),
         "k": K,
         "width": WIDTH,
         "vocabulary": VOCABULARY,
@@ -165,7 +143,7 @@ def measure(case: Case, prompts: list[Prompt], tokenizer: Any, work: Path, max_t
     tokenizer.save_pretrained(work / "model")
     config = EmbeddingConfig(model=str(work / "model"), dtype="float32", device="cpu", max_tokens=max_tokens)
     source = TorchSource(locate_model(config))
-    embedder = source.create(PromptList(prompts=prompts), config, memory_bytes=4 << 30, work=work, observer=ignore)
+    embedder = source.create(PromptList(prompts), config, memory_bytes=4 << 30, work=work, observer=ignore)
     rows = embedder.tokens(prompts)
     with torch.inference_mode():
         found_std = float(model(input_ids=tokens_BT).logits.std())

@@ -3,8 +3,8 @@
 ``python -m benchmarks.embedding --prompts FILE --model FOLDER [--parts machine,sweep,methods,writer,profile,dtype,scale]``
 
 Every method runs in a process of its own (benchmarks/methods.py). Those that are compared run in turns of a second
-(benchmarks/turns.py); figures are medians over rounds, and ratios medians of the ratios in each round. Results go to
-``benchmarks/results/embedding.json``; ``python -m scripts.performance_page`` renders them into docs/performance.md.
+(benchmarks/interleaving.py); figures are medians over rounds, and ratios medians of the ratios in each round. Results go to
+``benchmarks/results/embedding.json``; ``python -m benchmarks.pages`` shows them in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 import transformers
 
 from benchmarks.acceptance import cpu_name
-from benchmarks.turns import run_in_turns
+from benchmarks.interleaving import run_interleaved
 from embstore import open_store
 from embstore.core.density import total_variation
 from embstore.core.format import chunk_name
@@ -78,7 +78,7 @@ class Run:
                 file = Path(folder) / f"{number}.json"
                 file.write_text(json.dumps(common | job))
                 commands.append([sys.executable, "-m", "benchmarks.methods", str(file)])
-            return run_in_turns(commands)
+            return run_interleaved(commands)
 
     def record(self, part: str, figures: Figures) -> None:
         """Keep a part's figures, with what they were measured on."""

@@ -5,7 +5,7 @@
 Two models: the one given, and a seeded random Llama of 1.2 billion parameters that is made on the device and saved under
 ``--work``. The floor is the backbone alone in bfloat16, its token batches already on the device, under the best setting of
 a sweep. Parts are recorded in ``benchmarks/results/gpu.json`` one by one, so a run that is cut off keeps what it measured;
-``python -m scripts.performance_page`` renders them into docs/performance.md.
+``python -m benchmarks.pages`` shows them in docs/performance.md.
 """
 
 from __future__ import annotations

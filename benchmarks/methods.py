@@ -8,8 +8,8 @@ rows      embstore's embedder, its rows dropped
 store     embstore's embedder into a real store: chunks, fsync, journal
 
 ``original`` and ``careful`` are written from their descriptions; ``backbone`` takes batch tokens, mask and workers as given.
-Prints one JSON object: rows, tokens, the span that was measured (benchmarks/turns.py makes seconds of it), and the peak of
-anonymous memory above the loaded model.
+Prints one JSON object: rows, tokens, the span that was measured (benchmarks/interleaving.py makes seconds of it), and the
+peak of anonymous memory above the loaded model.
 """
 
 from __future__ import annotations

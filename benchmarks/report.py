@@ -9,10 +9,7 @@ card (software WebGL): times in a browser on a desk are shorter. Writes ``benchm
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -22,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.acceptance import cpu_name
+from benchmarks.acceptance import machine
 from embstore.storage.reader import open_store
 from tests.support.browser import Page, browser_page, find_browser
 
@@ -51,7 +48,7 @@ def main() -> int:
                 "date": time.strftime("%Y-%m-%d"),
                 "command": "embstore inspect STORE --html report.html",
                 "rows": open_store(options.store).num_rows,
-                "machine": machine(browser),
+                "machine": measured_on(browser),
                 **figures,
             },
             indent=2,
@@ -120,17 +117,10 @@ def picture(page: Page, file: Path) -> None:
     file.write_bytes(page.screenshot())
 
 
-def machine(browser: str) -> dict[str, Any]:
-    """What it was measured on."""
+def measured_on(browser: str) -> dict[str, Any]:
+    """Hardware, the browser, and versions."""
     version = subprocess.run([browser, "--version"], check=True, capture_output=True, text=True).stdout.strip()
-    names = ("embstore", "plotly", "matplotlib", "numpy")
-    return {
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "browser": version.split(" built")[0],
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
-    }
+    return machine(("plotly", "matplotlib", "numpy")) | {"browser": version.split(" built")[0]}
 
 
 if __name__ == "__main__":

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -28,13 +26,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.acceptance import RESULTS, cpu_name
+from benchmarks.acceptance import RESULTS, machine
 from embstore.core.format import (
     ARRAY_METADATA,
     BASIS,
     CHUNKS,
     COORDINATES,
     FORMAT_VERSION,
+    KEYS,
     MANIFEST,
     RESIDUALS,
     SPEC,
@@ -46,7 +45,7 @@ from embstore.core.format import (
     neighbors_paths,
     weights_paths,
 )
-from embstore.training import DensitySampler, load_weights
+from embstore.training import DensitySampler, load_weights, prompt_keys
 
 ROUNDS = 15
 WEIGHT_ROWS = (28_000, 1_000_000, 100_000_000)
@@ -95,17 +94,18 @@ def weights_start(work: Path) -> dict[str, Any]:
     return found
 
 
-def forged_store(root: Path, weights_N: NDArray[np.float32]) -> Path:
-    """A folder with what ``load_weights`` reads of a finished store: the manifest, the weights and their metadata."""
+def forged_store(root: Path, weights_N: NDArray[np.float32], keys_N: NDArray[np.uint64] | None = None) -> Path:
+    """A folder with what ``load_weights`` reads of a finished store: manifest, weights, their metadata, keys for a join."""
     (root / WEIGHTS).mkdir(parents=True)
     array, sidecar = weights_paths(_DIGEST)
     np.save(root / array, weights_N)
+    np.save(root / KEYS, np.arange(len(weights_N), dtype=np.uint64) if keys_N is None else keys_N)
     (root / sidecar).write_bytes(document({"n_items": len(weights_N)}))
     listed = {*STAGE0_FILES, SPEC, BASIS, ARRAY_METADATA, COORDINATES, RESIDUALS, CHUNKS}
     paths = neighbors_paths(_DIGEST)
     listed |= {paths.ids, paths.distances, paths.groups, paths.spec}
     files = {name: FileDigest(bytes=0, sha256="0" * 64) for name in listed}
-    for name in (array, sidecar):
+    for name in (array, sidecar, KEYS):
         with (root / name).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         files[name] = FileDigest(bytes=(root / name).stat().st_size, sha256=digest)
@@ -279,7 +279,10 @@ from embstore.training import DensitySampler, load_weights
 imported = time.perf_counter()
 prompts = [json.loads(line)["prompt"] for line in open(sys.argv[1], encoding="utf-8")]
 read = time.perf_counter()
-iterator = iter(DensitySampler(load_weights(sys.argv[2], expect_len=len(prompts))))
+weights = load_weights(sys.argv[2], expect_len=len(prompts))
+if sys.argv[3] == "joined":
+    weights = weights.for_dataset(prompts)
+iterator = iter(DensitySampler(weights))
 batch = [prompts[next(iterator)] for _ in range(8)]
 done = time.perf_counter()
 print(json.dumps({"numpy_seconds": base - started, "embstore_import_seconds": imported - base,
@@ -288,23 +291,34 @@ print(json.dumps({"numpy_seconds": base - started, "embstore_import_seconds": im
 
 
 def training_start(prompts: Path, model: Path, work: Path) -> dict[str, Any]:
-    """One online run, and the same weights from a store; both to the first eight prompts, in processes of their own."""
+    """One online run, and the same weights from a store, to the first eight prompts, in processes of their own.
+
+    ``joined`` matches every prompt with its row by content, as a training run should; ``bare`` takes the rows in the
+    store's order and compares their number only. The two take turns.
+    """
     started = time.perf_counter()
     online = child(_ONLINE, str(prompts), str(model), str(work / "online.npy"))
     online["process_seconds"] = time.perf_counter() - started
     weights = np.load(work / "online.npy")
-    store = forged_store(work / "store", (weights / weights.sum()).astype(np.float32))
-    runs = []
+    with prompts.open(encoding="utf-8") as lines:
+        keys_N = prompt_keys([json.loads(line)["prompt"] for line in lines])
+    store = forged_store(work / "store", (weights / weights.sum()).astype(np.float32), keys_N)
+    runs: dict[str, list[dict[str, float]]] = {"joined": [], "bare": []}
     for _ in range(ROUNDS):
-        started = time.perf_counter()
-        runs.append(child(_PRECOMPUTED, str(prompts), str(store)))
-        runs[-1]["process_seconds"] = time.perf_counter() - started
-    precomputed = {field: statistics.median(run[field] for run in runs) for field in runs[0]}
+        for kind, found in runs.items():
+            started = time.perf_counter()
+            found.append(child(_PRECOMPUTED, str(prompts), str(store), kind))
+            found[-1]["process_seconds"] = time.perf_counter() - started
+    medians = {
+        kind: {field: statistics.median(run[field] for run in found) for field in found[0]} for kind, found in runs.items()
+    }
     return {
         "prompts": len(weights),
+        "rounds": ROUNDS,
+        "load_average": [round(each, 1) for each in os.getloadavg()],
         "online": {field: round(value, 3) for field, value in online.items()},
-        "precomputed": {field: round(value, 5) for field, value in precomputed.items()},
-        "density_part_times_faster": round(online["density_seconds"] / precomputed["density_seconds"]),
+        **{kind: {field: round(value, 5) for field, value in each.items()} for kind, each in medians.items()},
+        "times_faster": {kind: round(online["density_seconds"] / each["density_seconds"]) for kind, each in medians.items()},
     }
 
 
@@ -320,13 +334,8 @@ def record(part: str, figures: dict[str, Any], prompts: Path, model: Path) -> No
     path = RESULTS / "training.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     results["command"] = f"python -m benchmarks.training --prompts {prompts.name} --model {model.name}"
-    results["machine"] = {
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "note": "shared with other work: times are upper bounds",
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("embstore", "numpy", "torch", "transformers")},
-    }
+    results["machine"] = machine(("numpy", "torch", "transformers"))
+    results["machine"]["note"] = "shared with other work: times are upper bounds"
     results[part] = {"date": time.strftime("%Y-%m-%d"), **figures}
     path.write_text(json.dumps(results, indent=2) + "\n")
 

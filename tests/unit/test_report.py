@@ -28,9 +28,9 @@ from embstore.core.prompts import parse_line
 from embstore.storage.reader import open_store
 from embstore.views.report import layout
 from embstore.views.report.charts import charts_of
-from embstore.views.report.crowds import components, crowded_neighbourhoods, near_distance, near_duplicates
+from embstore.views.report.clusters import components, crowded_neighbourhoods, near_distance, near_duplicates
 from embstore.views.report.data import NO_VALUE, one_line, read_report
-from embstore.views.report.page import _plotly, embedded_json, render_page
+from embstore.views.report.page import _plotly, _templates, embedded_json, render_page
 from embstore.views.report.plots import render_picture
 from embstore.views.report.write import write_report
 from tests.support.reports import HOSTILE, enlarged, hostile_store
@@ -168,11 +168,13 @@ def test_the_charts_count_every_prompt_once(finished_store: Path) -> None:
 
 
 def test_a_field_is_chosen_and_an_unknown_one_refused(finished_store: Path, tmp_path: Path) -> None:
-    with pytest.raises(EmbstoreError, match="no prompt has a field 'colour'"):
+    with pytest.raises(EmbstoreError, match="no prompt has a field 'colour'") as caught:
         read_report(finished_store, by="colour")
+    assert caught.value.hint is not None
+    assert "src" in caught.value.hint
     lines = [{"prompt": f"text {index}", "note": index, "kind": "xy"[index % 2]} for index in range(40)]
     build_small(write_lines(tmp_path / "p.jsonl", lines), tmp_path / "store", config=with_weighting(k=3))
-    assert read_report(tmp_path / "store").source_field == "kind"  # a field with another value on each line is no source
+    assert read_report(tmp_path / "store").source_field == "kind"  # a field that differs on each line cannot be the source
     assert len(read_report(tmp_path / "store", by="note").sources) == 40
 
 
@@ -194,7 +196,7 @@ def test_a_store_that_lost_a_chunk_is_not_called_whole(store: Path) -> None:
     data = read_report(store)
     assert [problem.partition(" ")[0] for problem in data.problems] == ["embeddings.zarr/c.2.0", "embeddings.zarr/c.3.0"]
     page = render_page(data)
-    assert "not whole" in page
+    assert "incomplete</span>" in page
     assert "embeddings.zarr/c.3.0 is missing" in page
 
 
@@ -259,6 +261,21 @@ def test_hostile_prompts_are_text_to_a_parser(tmp_path: Path) -> None:
     assert not re.search(
         "[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]", page.replace(page_scripts(page), "")
     )
+
+
+def test_what_a_store_says_of_itself_is_text_too(finished_store: Path) -> None:
+    """Messages, names and warnings are not prompts, but may quote a stranger's file."""
+    data = read_report(finished_store)
+    spec = {**(data.info.spec or {}), "model": {**(data.info.spec or {})["model"], "name": "m<i>\x1b[31m"}}
+    info = dataclasses.replace(data.info, spec=spec)
+    metadata = {**data.metadata, "warnings": ["w<u>\x07"]}
+    page = render_page(
+        dataclasses.replace(data, info=info, metadata=metadata, problems=["p<b>\u202e"], weights_name="n<s>\x7f")
+    )
+    parsed = Parsed(page)
+    for shown in ("m<i>\\x1b[31m (Fake)", "w<u>\\x07", "p<b>\\u202e", "n<s>\\x7f"):
+        assert shown in parsed.text
+    assert not {"i", "u", "b", "s"} & {tag for tag, _ in parsed.elements}
 
 
 def build_plain(folder: Path) -> Path:
@@ -356,11 +373,12 @@ def test_files_that_are_no_reports_stay(store: Path, tmp_path: Path, unfinished:
     assert (tmp_path / "r.html").read_bytes() == before
 
 
-@pytest.mark.parametrize(("option", "library"), [("html", "plotly"), ("png", "matplotlib")])
+@pytest.mark.parametrize(("option", "library"), [("html", "jinja2"), ("html", "plotly"), ("png", "matplotlib")])
 def test_without_the_extra_the_command_to_install_it_is_named(
     option: str, library: str, finished_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _plotly.cache_clear()
+    for cached in (_plotly, _templates):
+        cached.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] == library]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, library, None)

@@ -49,7 +49,7 @@ class WeightByLength:
 class Charts:
     """What the pages and the picture draw; None where too few prompts have a value.
 
-    ``reach`` is the largest ``|log2 weight|`` that gets a colour of its own, ``ticks`` the weights named beside the colours.
+    ``reach`` is the largest ``|log2 weight|`` with its own colour, ``ticks`` the weights that the colour bar names.
     """
 
     weight: Histogram
@@ -79,7 +79,7 @@ def charts_of(data: ReportData) -> Charts:
 
 
 def _histogram(values: NDArray[np.float64], low: float, high: float) -> Histogram:
-    if high - low <= 1e-6 * high:  # all but equal: bins of some width all the same
+    if high - low <= 1e-6 * high:  # nearly equal values: bins still need a width
         low, high = 0.99 * low, 1.01 * high + 1e-6
     inside = values[values <= high]
     counts, edges = np.histogram(inside, bins=_BINS, range=(low, high))
@@ -89,7 +89,7 @@ def _histogram(values: NDArray[np.float64], low: float, high: float) -> Histogra
 def _weight_by_length(length_N: NDArray[np.int64], weight_N: NDArray[np.float64], top: float) -> WeightByLength:
     log_N = np.log10(np.maximum(length_N, 1))
     first, last = float(log_N.min()), float(log_N.max())
-    if last - first < 0.1:  # about one length: a chart of some width all the same
+    if last - first < 0.1:  # nearly one length: the chart still needs a width
         first, last = first - 0.05, last + 0.05
     log_edges = np.linspace(first, last, _LENGTH_BINS + 1)
     weight_edges = np.linspace(0, top, _WEIGHT_BINS + 1)

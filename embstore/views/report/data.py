@@ -1,4 +1,4 @@
-"""Everything a report shows, as values: one pass over the prompts, no torch, memory bounded by a few numbers a row.
+"""Everything a report shows, as values: read in one pass over the prompts, without torch.
 
 Texts are kept for the prompts on the map only, and only as far as they are shown. Shapes: N rows, M rows on the map.
 """
@@ -23,10 +23,10 @@ from embstore.core.sampling import seeded_sample
 from embstore.flow.artifact import extremes
 from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.views.info import StoreInfo, inspect
-from embstore.views.report import crowds, layout
+from embstore.views.report import clusters, layout
 
 MAP_ROWS = 100_000  # a browser draws more, but its file would no longer be one to send around
-_TEXT_BYTES = 7_000_000  # of texts on the map, as they lie in the page
+_TEXT_BYTES = 7_000_000  # of texts on the map, as the page contains them
 _TEXT_CHARACTERS = 320
 _EXAMPLE_CHARACTERS = 400
 _GROUPS = 12
@@ -54,7 +54,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Prompts that lie together: how many, their shares, their commonest source, and a few of them."""
+    """A group of near prompts: how many, their shares, their most common source, and a few of them."""
 
     rows: int
     row_share: float
@@ -168,9 +168,9 @@ def read_report(path: str | Path, *, by: str | None = None, name: str = "default
         texts.add(row, prompt)
     source_field, source_N, values = texts.source(by)
     view = _View(store, weight_N, distance_N, source_N, values)
-    crowded = crowds.crowded_neighbourhoods(store.neighbor_ids, groups_N, distance_N, k)
-    near = crowds.near_distance(store.neighbor_distances)
-    duplicates = crowds.near_duplicates(store.neighbor_ids, store.neighbor_distances, groups_N, near)
+    crowded = clusters.crowded_neighbourhoods(store.neighbor_ids, groups_N, distance_N, k)
+    near = clusters.near_distance(store.neighbor_distances)
+    duplicates = clusters.near_duplicates(store.neighbor_ids, store.neighbor_distances, groups_N, near)
     repeats = np.flatnonzero(np.asarray(store.multiplicity) > 1)
     most_repeated = repeats[np.argsort(-np.asarray(store.multiplicity)[repeats], kind="stable")][:_GROUPS]
     axes = layout.principal_axes(store.coordinates, shown, 2)
@@ -276,10 +276,11 @@ class _Texts:
         return texts
 
     def source(self, by: str | None) -> tuple[str | None, NDArray[np.int32], list[str]]:
-        """The source field, a code for each row and the values the codes stand for; rows without one count under (none)."""
+        """The source field, a code for each row and the values of the codes; rows without the field count under (none)."""
         if by is not None and not (by in self._fields and self._fields[by].rows):
             raise EmbstoreError(
-                f"no prompt has a field {by!r}", hint="fields are what the input lines hold beside the prompt"
+                f"no prompt has a field {by!r}",
+                hint=f"the input lines have {', '.join(map(printable, self._fields)) or 'only prompts'}",
             )
         name = by if by is not None else self._likely_source()
         if name is None:
@@ -363,7 +364,7 @@ def _shares(weights_N: NDArray[np.float32], source_N: NDArray[np.int32], values:
 
 
 def _problems(store: EmbeddingStore) -> list[str]:
-    """What opening a store does not look at: that every row is committed, and that each chunk is there at its size."""
+    """What opening a store does not check: that every row is committed and each chunk has its recorded size."""
     problems = []
     windows = store.journal.windows.values()
     if store.journal.committed_rows != store.num_rows:
@@ -377,5 +378,5 @@ def _problems(store: EmbeddingStore) -> list[str]:
             problems.append(str(error))
             continue
         if found != size:
-            problems.append(f"{path} {'is missing' if found is None else f'has {found:,} bytes, committed were {size:,}'}")
+            problems.append(f"{path} {'is missing' if found is None else f'has {found:,} bytes instead of {size:,}'}")
     return problems

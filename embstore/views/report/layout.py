@@ -1,4 +1,4 @@
-"""A place for every prompt on a plane: principal components of the coordinates, and UMAP where its extra is installed.
+"""Two-dimensional layouts of the prompts: principal components of the coordinates, and UMAP where its extra is installed.
 
 Shapes: M prompts shown, R coordinates.
 """
@@ -44,14 +44,14 @@ def principal_axes(coordinates_NR: NDArray[np.float32], rows: NDArray[np.int64],
     Raises
     ------
     CorruptStoreError
-        A coordinate is none that a unit row can have: one of 3e38 leaves sums finite and makes UMAP end in no numbers.
+        A coordinate is larger than a unit row allows: 3e38 leaves sums finite and makes UMAP return NaN.
     """
     rank = coordinates_NR.shape[1]
     total_R = np.zeros(rank)
     for block_BR in _blocks(coordinates_NR, rows):
         if not (np.abs(block_BR) <= LARGEST_COORDINATE).all():
             raise CorruptStoreError(
-                f"{COORDINATES} holds coordinates that are no numbers of at most {LARGEST_COORDINATE:g}",
+                f"{COORDINATES} has coordinates that are not finite or exceed {LARGEST_COORDINATE:g}",
                 hint="run embstore verify STORE",
             )
         total_R += block_BR.sum(axis=0)
@@ -62,7 +62,7 @@ def principal_axes(coordinates_NR: NDArray[np.float32], rows: NDArray[np.int64],
         scatter_RR += centred_BR.T @ centred_BR
     values, vectors_RR = np.linalg.eigh(scatter_RR)
     axes_RA = vectors_RR[:, ::-1][:, :count]
-    # an axis has no direction of its own: the largest entry points up, so that equal stores give equal maps
+    # the sign of an axis is arbitrary: the largest entry is made positive, so that equal stores give equal maps
     largest = np.abs(axes_RA).argmax(axis=0)
     axes_RA = axes_RA * np.where(axes_RA[largest, np.arange(axes_RA.shape[1])] < 0, -1.0, 1.0)
     total = float(values.sum())

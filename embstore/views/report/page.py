@@ -1,8 +1,9 @@
-"""One self-contained page: no network, no file beside it. Prompts are a stranger's text, here in a browser.
+"""One self-contained page, without network access or other files. Prompts are untrusted text, here in a browser.
 
-Three walls. Text in HTML is escaped. Data for the script is JSON in which ``<`` is spelt out, so no text ends its element,
-and the script puts texts on the page as text nodes only. A content security policy names the page's two scripts by their
-digests and forbids every connection: what got past the other two could neither run nor call home.
+Three walls. Every value that a template shows has its control characters spelt out and is escaped by jinja2. Data for the
+script is JSON in which ``<`` is spelt out, so that no text ends its element, and the script adds texts as text nodes only.
+A content security policy names the page's two scripts by their digests and forbids every connection: whatever passed the
+other two walls could neither run nor call home.
 """
 
 from __future__ import annotations
@@ -10,20 +11,30 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import html
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embstore import __version__
+from embstore.core.config import format_bytes, pooling_rule
+from embstore.core.decode import printable
+from embstore.core.diagnostics import MILD_ESS_SHARE
 from embstore.core.errors import ConfigError
-from embstore.views.report import sections
+from embstore.core.format import FORMAT_VERSION
 from embstore.views.report.charts import Charts, Histogram, charts_of
+from embstore.views.report.clusters import CROWDED_SHARE
 from embstore.views.report.data import ReportData
 
+if TYPE_CHECKING:
+    import jinja2
+
 _HERE = Path(__file__).parent
+_SOURCES_SHOWN = 24
+_ENDS = 10
+_ENOUGH_ROWS = 20
 
 
 def render_page(data: ReportData) -> str:
@@ -32,56 +43,39 @@ def render_page(data: ReportData) -> str:
     Raises
     ------
     ConfigError
-        The plotting library's extra is not installed.
+        A library of the ``report`` extra is not installed.
     """
-    plotly = _plotly()
+    templates, plotly = _templates(), _plotly()
+    from markupsafe import Markup  # noqa: PLC0415 - comes with jinja2
+
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     style = (_HERE / "page.css").read_text(encoding="utf-8")
     charts = charts_of(data)
+    embedding = (data.info.spec or {})["embedding"]
     # WebGL shaders are compiled with Function() by the plotting library; it reads no text of a prompt
     policy = (
         f"default-src 'none'; script-src {_digest(plotly)} {_digest(script)} 'unsafe-eval'; style-src 'unsafe-inline'; "
         "img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
-    body = "\n".join(
-        [
-            sections.header(data),
-            sections.summary(data),
-            sections.map_section(data),
-            sections.distributions(data, has_distances=charts.mean_distance is not None),
-            sections.sources(data),
-            sections.crowded(data),
-            sections.rarest(data),
-            sections.duplicates(data),
-            sections.origin(data),
-        ]
+    return templates.get_template("page.html.jinja").render(
+        data=data,
+        policy=policy,
+        version=__version__,
+        format_version=FORMAT_VERSION,
+        has_distances=charts.mean_distance is not None,
+        pooling=pooling_rule(embedding["space"], embedding["pooling"]),
+        stored=format_bytes(data.info.stored_bytes),
+        lost=_lost_lines(data),
+        heaviest_tenth=_heaviest_tenth(data.weight),
+        mild_ess_share=MILD_ESS_SHARE,
+        sources=_listed_sources(data),
+        crowded_share=CROWDED_SHARE,
+        # the only values that are not escaped; prompts occur in ``values`` alone, as JSON without "<"
+        style=Markup(style),
+        values=Markup(embedded_json(_values(data, charts))),
+        plotly=Markup(plotly),
+        script=Markup(script),
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="generator" content="embstore {__version__}">
-<title>{html.escape(data.name)}: embstore report</title>
-<link rel="icon" href="data:,">
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-<noscript><p class="note">The charts need JavaScript; everything else is here.</p></noscript>
-{body}
-<footer class="muted small">Made by embstore {__version__}. Texts are cut and their control characters spelt out.</footer>
-</main>
-<div id="tooltip" hidden></div>
-<script type="application/json" id="data">{embedded_json(_values(data, charts))}</script>
-<script>{plotly}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
 
 
 def embedded_json(value: object) -> str:
@@ -96,6 +90,29 @@ def embedded_json(value: object) -> str:
 
 
 @functools.cache
+def _templates() -> jinja2.Environment:
+    try:
+        import jinja2  # noqa: PLC0415 - an extra
+        from markupsafe import Markup  # noqa: PLC0415
+    except ImportError:
+        raise ConfigError("--html needs jinja2, which is not installed", hint="pip install 'embstore[report]'") from None
+
+    def spell_out_controls(value: object) -> object:
+        return value if isinstance(value, Markup) else printable(str(value))
+
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=spell_out_controls,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"number": format, "percent": _percent, "count": _count}
+    return templates
+
+
+@functools.cache
 def _plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs  # noqa: PLC0415 - an extra
@@ -107,6 +124,48 @@ def _plotly() -> str:
 
 def _digest(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _lost_lines(data: ReportData) -> list[str]:
+    """What became of input lines that did not become rows."""
+    info = data.info
+    lines = {"without a prompt, set aside": info.quarantined_lines, "that repeat a prompt": info.repeated_lines}
+    lost = [f"{_count(number, 'line')} {what}" for what, number in lines.items() if number]
+    return lost + ([f"{_count(info.failed_rows, 'prompt')} that failed, with weight 0"] if info.failed_rows else [])
+
+
+def _heaviest_tenth(weight_N: NDArray[np.float64]) -> float:
+    """Share of the draws that goes to the heaviest tenth of the prompts."""
+    sorted_N = np.sort(weight_N[np.isfinite(weight_N)])[::-1]
+    return float(sorted_N[: max(1, len(sorted_N) // 10)].sum() / (sorted_N.sum() or 1.0))
+
+
+def _listed_sources(data: ReportData) -> dict[str, object]:
+    """The sources that the table lists: all, or both ends of a long list and the largest source; ``reach`` scales bars."""
+    shares = data.sources
+    if are_ends := len(shares) > _SOURCES_SHOWN:
+        enough = [share for share in shares if share.rows >= _ENOUGH_ROWS] or shares
+        shares = enough if len(enough) <= 2 * _ENDS else enough[:_ENDS] + enough[-_ENDS:]
+        largest = max(data.sources, key=lambda share: share.rows)
+        if largest not in shares:
+            shares = sorted([*shares, largest], key=lambda share: -share.ratio)
+    reach = max([0.1, *(abs(share.ratio - 1) for share in shares)])
+    return {"shares": shares, "reach": reach, "are_ends": are_ends, "ends": _ENDS, "enough_rows": _ENOUGH_ROWS}
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _percent(share: float, digits: int = 0) -> str:
+    """A share in percent; never 100 where something is missing, never 0 where something is there."""
+    shown = f"{share:.{digits}%}"
+    if share < 1 and shown == f"{1:.{digits}%}":
+        shown = f"{share:.{digits + 2}%}"
+        return shown.replace("%", " %") if shown != f"{1:.{digits + 2}%}" else "just under 100 %"
+    if share > 0 and shown == f"{0:.{digits}%}":
+        return f"under {10.0**-digits:g} %"
+    return shown.replace("%", " %")
 
 
 def _values(data: ReportData, charts: Charts) -> dict[str, object]:
@@ -148,12 +207,12 @@ def _histogram(found: Histogram) -> dict[str, object]:
 
 
 def _plane(points_M2: NDArray[np.float64]) -> list[list[float | None]]:
-    """Two columns, in units of the larger spread: three decimals place a point to less than a pixel."""
+    """Two columns in units of the larger spread; four decimals place a point to less than a pixel."""
     spread = float(np.abs(points_M2 - points_M2.mean(axis=0)).max(initial=0.0)) or 1.0
     scaled_M2 = (points_M2 - points_M2.mean(axis=0)) / spread
     return [np.round(scaled_M2[:, column], 4).tolist() for column in range(2)]
 
 
 def _rounded(values: NDArray[np.float64]) -> list[float | None]:
-    """Four significant digits, None for what is no number: a page full of digits nobody sees is twice as large."""
+    """Four significant digits, None for NaN and infinity; all digits would double the size of the page."""
     return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values.tolist()]

@@ -17,7 +17,7 @@ _PICTURE_START = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WrittenReport:
-    """A file that was written, and its size."""
+    """A written file and its size."""
 
     path: str
     bytes: int
@@ -31,7 +31,7 @@ def write_report(
     by: str | None = None,
     name: str = "default",
 ) -> list[WrittenReport]:
-    """Write a report of a finished store; a report that is there already is replaced, any other file is not.
+    """Write a report of a finished store; an existing report is replaced, any other file is refused.
 
     Parameters
     ----------
@@ -51,9 +51,9 @@ def write_report(
     ConfigError
         The extra is not installed, or a file would lie inside the store.
     StoreExistsError
-        Another file is there.
+        Another file has this name.
     StoreNotFoundError, IncompleteStoreError, CorruptStoreError, StorageError
-        As for ``open_store``, or the file system said no.
+        As for ``open_store``, or the file system refused.
     """
     wanted = [(Path(file), start) for file, start in ((html, _PAGE_START), (png, _PICTURE_START)) if file is not None]
     for file, start in wanted:
@@ -71,10 +71,10 @@ def write_report(
 
 def _refuse(store: Path, file: Path, start: bytes) -> None:
     if file.resolve().is_relative_to(store.resolve()):
-        raise ConfigError(f"{file} lies inside the store {store}", hint="a store holds its own files only: write elsewhere")
+        raise ConfigError(f"{file} lies inside the store {store}", hint="write it outside the store")
     if file.is_dir():
         raise StoreExistsError(f"{file} is a folder", hint="name a file")
     if file.exists():
         with file.open("rb") as handle:
             if handle.read(len(start)) != start:
-                raise StoreExistsError(f"{file} exists already and is no report", hint="give another file name")
+                raise StoreExistsError(f"{file} exists and is not a report", hint="choose another file name")

@@ -1,4 +1,4 @@
-"""Prompts that lie together: crowded neighbourhoods and near-duplicates, as connected parts of the neighbour graph.
+"""Clusters of prompts: crowded neighbourhoods and near-duplicates, as connected components of the neighbour graph.
 
 Shapes: N rows, K neighbours, E edges.
 """
@@ -43,7 +43,7 @@ def components(num_rows: int, first_E: NDArray[np.integer], second_E: NDArray[np
 def crowded_neighbourhoods(
     neighbor_ids_NK: NDArray[np.int32], groups_N: NDArray[np.int32], mean_distance_N: NDArray[np.float64], k: int
 ) -> list[Members]:
-    """Parts of the most crowded twentieth of the prompts that hang together, largest first.
+    """Connected components among the most crowded twentieth of the prompts, largest first.
 
     Two crowded prompts are linked when one is among the ``k`` nearest of the other: the clusters of a density level set,
     with density by nearest neighbours. Prompts that share a vector are linked too.
@@ -60,7 +60,7 @@ def crowded_neighbourhoods(
 
 
 def near_distance(neighbor_distances_NK: NDArray[np.float32]) -> float:
-    """Below this two prompts count as near-duplicates: a tenth of the median distance to the nearest other vector."""
+    """The largest distance of near-duplicates: a tenth of the median distance to the nearest other vector."""
     nearest_N = neighbor_distances_NK[:, 0]
     finite = nearest_N[np.isfinite(nearest_N)]
     return max(NOISE_FLOOR, _NEAR * float(np.median(finite))) if len(finite) else NOISE_FLOOR
@@ -82,7 +82,7 @@ def near_duplicates(
 def _parts(
     groups_N: NDArray[np.int32], first_E: NDArray[np.int64], second_E: NDArray[np.int64], *, among_N: NDArray[np.bool_]
 ) -> list[Members]:
-    """Connected parts of two rows or more, largest first, ties by first row."""
+    """Connected components of two rows or more, largest first, ties by first row."""
     copies = np.flatnonzero(among_N & (groups_N >= 0) & (groups_N != np.arange(len(groups_N))))
     copies = copies[among_N[groups_N[copies]]]
     first_E = np.concatenate([first_E, copies])

@@ -1,4 +1,4 @@
-"""Benchmarks in turns: what is compared never runs at once, and the time it was stopped is not counted."""
+"""Interleaved benchmarks never run at once, and the time that one was stopped is not counted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.turns import run_in_turns
+from benchmarks.interleaving import run_interleaved
 
 TURN = 0.1
 NEEDS = 5 * TURN  # of a CPU, so at least five turns
@@ -26,7 +26,7 @@ print(json.dumps({{"raw": ended - began, "spans": spans, "rounds": [{{"spans": s
 
 
 def test_time_that_a_process_was_stopped_is_taken_out() -> None:
-    both = run_in_turns([[sys.executable, "-c", BUSY]] * 2, seconds=TURN)
+    both = run_interleaved([[sys.executable, "-c", BUSY]] * 2, seconds=TURN)
     for figures in both:
         assert figures["seconds"] >= 0.99 * NEEDS  # all that it computed
         assert figures["raw"] - figures["seconds"] >= TURN  # at least one turn of the other one
@@ -35,7 +35,7 @@ def test_time_that_a_process_was_stopped_is_taken_out() -> None:
 
 
 def test_a_process_alone_is_not_stopped() -> None:
-    (figures,) = run_in_turns([[sys.executable, "-c", BUSY]], seconds=TURN)
+    (figures,) = run_interleaved([[sys.executable, "-c", BUSY]], seconds=TURN)
     assert figures["seconds"] == figures["raw"]
 
 
@@ -44,7 +44,7 @@ def test_when_one_fails_none_is_left(tmp_path: Path) -> None:
     waits = f"import os, time\nos.symlink(str(os.getpid()), {str(file)!r})\ntime.sleep(600)"
     fails = f"import os, time\nwhile not os.path.lexists({str(file)!r}): time.sleep(0.01)\nraise SystemExit(3)"
     with pytest.raises(subprocess.CalledProcessError):
-        run_in_turns([[sys.executable, "-c", waits], [sys.executable, "-c", fails]], seconds=TURN)
+        run_interleaved([[sys.executable, "-c", waits], [sys.executable, "-c", fails]], seconds=TURN)
     pid = int(str(file.readlink()))
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

@@ -1,8 +1,8 @@
-"""Processes in turns: each runs for a second while the others are stopped, until all are done.
+"""Interleaved processes: each runs for a second while the others are stopped, until all have finished.
 
-A shared machine changes its speed by the minute, so of two runs one after the other the second may find another machine.
-In turns, in another order each time, all find the same one, and their ratios are of what they do. What a process has asked
-of the disk goes on while it is stopped: now and then a write of hundredths of a second.
+A shared machine changes its speed by the minute, so two runs one after the other may meet two different machines.
+Interleaved, in another order each time, all meet the same one, and the ratios of their times compare what they do. Disk
+writes that a process has asked for continue while it is stopped, now and then for some hundredths of a second.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import IO, Any
 SECONDS = 1.0  # of a turn: some twenty batches; caches are warm again after milliseconds
 
 
-class _Turns:
-    """One process of a session of its own, stopped but for its turns."""
+class _Stoppable:
+    """A process in its own session that runs in its turns only."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self._command = command
@@ -69,7 +69,7 @@ class _Turns:
         self._output.close()
 
 
-def run_in_turns(commands: Sequence[Sequence[str]], *, seconds: float = SECONDS) -> list[dict[str, Any]]:
+def run_interleaved(commands: Sequence[Sequence[str]], *, seconds: float = SECONDS) -> list[dict[str, Any]]:
     """The JSON objects that these commands print, each in the place of its command.
 
     ``spans`` in them, {name: [began, ended]} by ``time.perf_counter`` (on Linux one clock for all processes), become seconds
@@ -80,7 +80,7 @@ def run_in_turns(commands: Sequence[Sequence[str]], *, seconds: float = SECONDS)
     CalledProcessError
         One of them failed; the others are killed.
     """
-    all_of_them = [_Turns(command) for command in commands]
+    all_of_them = [_Stoppable(command) for command in commands]
     waiting = list(all_of_them)
     shuffle = random.Random(0).shuffle
     try:
