@@ -100,7 +100,7 @@ def open_regular(root: Path, name: str, flags: int = os.O_RDONLY) -> int:
 def irregular(name: str) -> CorruptStoreError:
     """The error for a link, device or folder in place of a file that a store owns."""
     return CorruptStoreError(
-        f"{name} is a link or not a regular file; the files and folders of a store lie inside it",
+        f"{name} is a link or not a regular file; all files and folders of a store must be inside it",
         hint="if you moved it to another disk, move it back or mount the disk there",
     )
 

@@ -91,7 +91,7 @@ class DurableFile:
     Use it as a context manager: leaving it normally publishes the file, an exception deletes it. ``digest`` is valid
     afterwards. ``sync_directory=False`` leaves the fsync of the directory to the caller, who may group many renames under
     one. ``direct`` writes past the page cache where the file system can, for large files that nobody is about to read. The
-    temp file lies in ``folder``, which must be on the same file system (default: the target's folder); if that folder is
+    temp file is in ``folder``, which must be on the same file system (default: the target's folder); if that folder is
     removed, the file can no longer be published.
     """
 
