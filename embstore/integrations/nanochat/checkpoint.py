@@ -4,9 +4,9 @@ A checkpoint is ``model_<step>.pt`` (a state dict) and ``meta_<step>.json`` unde
 ``~/.cache/nanochat``); the tokenizer is in a folder next to the checkpoints. Checkpoints of the first generation (until
 January 2026) are mapped onto the NanoChat class of transformers. The mapping is exact: the class has a place for every
 tensor and knows every field of the configuration; later commits changed constants that no checkpoint file records. Models of
-later generations (value embeddings, sliding windows, residual scales) are built with an installed nanochat (``package``), and
-refused if none is installed. Weights load with ``weights_only``. A pickled tokenizer can run any code, so it is opened only
-if the user allows it.
+later generations (value embeddings, sliding windows, residual scales) are built with an installed nanochat (``package``),
+and refused if none is installed. Weights load with ``weights_only``. A pickled tokenizer can run any code, so it is opened
+only if the user allows it.
 
 Mapped weights are loaded in float32, with float32 rotary tables and norms; nanochat itself rounds its tables to bfloat16.
 """
