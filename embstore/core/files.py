@@ -198,7 +198,7 @@ def digest_problem(pieces: Iterable[Buffer], digest: FileDigest) -> str | None:
     if found == digest.sha256:
         return None
     width = 16 if found[:16] != digest.sha256[:16] else len(found)  # the digest itself may be what was damaged
-    return f"has sha256 {found[:width]}, committed was {digest.sha256[:width]}"
+    return f"has sha256 {found[:width]}, but committed was {digest.sha256[:width]}"
 
 
 def file_problem(root: Path, name: str, digest: FileDigest) -> str | None:

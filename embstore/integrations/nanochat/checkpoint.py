@@ -144,9 +144,13 @@ class NanochatFiles:
         try:
             settings = json.loads(self.meta.read_bytes())["model_config"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{self.meta} lacks a model_config", hint="copy it again from where it was trained") from error
+            raise ModelError(
+                f"{self.meta} lacks a model_config", hint="copy it again from the machine that trained the model"
+            ) from error
         if not isinstance(settings, dict) or not isinstance(settings.get("n_layer"), int):
-            raise ModelError(f"{self.meta}: model_config has no n_layer", hint="copy it again from where it was trained")
+            raise ModelError(
+                f"{self.meta}: model_config has no n_layer", hint="copy it again from the machine that trained the model"
+            )
         return settings
 
     def _state(self) -> dict[str, torch.Tensor]:
@@ -262,7 +266,7 @@ def _unmapped(settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]) ->
             (known - found, "which is missing"),
         ):
             if names:
-                return f"{what} {min(names)}, {problem} ({len(names)} such)"
+                return f"{what} {min(names)}, {problem} ({len(names)} in total)"
     return None
 
 

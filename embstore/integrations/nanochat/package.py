@@ -95,8 +95,8 @@ class NanochatPackage:
         for names, problem in ((given - known, "does not know"), (known - given, "has, but the checkpoint lacks")):
             if names:
                 raise ModelError(
-                    f"{name} is of another generation than the nanochat in {self.folder}: {what} {min(names)}, which the "
-                    f"package {problem} ({len(names)} such)",
+                    f"{name} does not match the nanochat in {self.folder}: {what} {min(names)}, which the "
+                    f"package {problem} ({len(names)} in total)",
                     hint=_HINT,
                 )
 
