@@ -100,7 +100,7 @@ def open_regular(root: Path, name: str, flags: int = os.O_RDONLY) -> int:
 def irregular(name: str) -> CorruptStoreError:
     """The error for a link, device or folder in place of a file that a store owns."""
     return CorruptStoreError(
-        f"{name} is a link or not a regular file; a store must contain its files and folders itself",
+        f"{name} is a link or not a regular file; all files and folders of a store must be inside it",
         hint="if you moved it to another disk, move it back or mount the disk there",
     )
 
@@ -198,7 +198,7 @@ def digest_problem(pieces: Iterable[Buffer], digest: FileDigest) -> str | None:
     if found == digest.sha256:
         return None
     width = 16 if found[:16] != digest.sha256[:16] else len(found)  # the digest itself may be what was damaged
-    return f"has sha256 {found[:width]}, committed was {digest.sha256[:width]}"
+    return f"has sha256 {found[:width]}, but committed was {digest.sha256[:width]}"
 
 
 def file_problem(root: Path, name: str, digest: FileDigest) -> str | None:

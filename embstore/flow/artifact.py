@@ -128,7 +128,7 @@ def write_weights(
     noise_floor = float(neighbors.spec.get("noise_floor", NOISE_FLOOR))  # stores from before --center lack it
     result = sampling_weights(mean_distance_N, neighbors.groups_N, config, noise_floor=noise_floor)
     metadata = _metadata(spec, state, neighbors, mean_distance_N, residual_N, config, result, noise_floor)
-    # named by content: any change gives new files and leaves those that a manifest lists
+    # named by content: any change makes new files and leaves those that a manifest lists
     digest = short_digest({"weights": hashlib.sha256(result.weights.tobytes()).hexdigest(), "metadata": metadata})
     array, sidecar = weights_paths(digest)
     make_directory(root / WEIGHTS)
@@ -203,7 +203,7 @@ def recompute_weights(path: str | Path, config: WeightingConfig, *, name: str = 
     config
         Method, k (at most the neighbours kept), gamma or target_ess, uniform_mix, max_ratio, duplicates.
     name
-        ``default`` replaces the weights that training uses; another name is kept in addition.
+        ``default`` replaces the weights that training uses; weights of another name are kept in addition.
 
     Returns
     -------

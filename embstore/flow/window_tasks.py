@@ -149,7 +149,7 @@ class LocalWindowJob:
     needs: Needs = "device"
 
     def start(self, number: int) -> WindowWorker:
-        """See ``Job.start``."""
+        """A worker in this process."""
         return WindowWorker(
             self.root,
             self.spec,
@@ -161,7 +161,7 @@ class LocalWindowJob:
         )
 
     def name(self, task: int) -> str:
-        """See ``Job.name``."""
+        """The window, its rows, and the ids of its first and last prompts."""
         return name_window(self.root, self.spec, task)
 
     def lost(self, number: int) -> None:
@@ -235,7 +235,7 @@ class RemoteWindowJob:
         )
 
     def name(self, task: int) -> str:
-        """See ``Job.name``."""
+        """The window, its rows, and the ids of its first and last prompts."""
         return name_window(self.root, self.spec, task)
 
     def lost(self, number: int) -> None:

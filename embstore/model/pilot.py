@@ -93,7 +93,10 @@ def _pilot_rows(
         pilot_NV[count : count + len(chosen)] = chosen
         count += len(chosen)
     if count == 0:
-        raise RowError("no sampled prompt gives a usable row", hint="can this model process any of these prompts?")
+        raise RowError(
+            "no sampled prompt gives a usable row",
+            hint="check that the model accepts these prompts",
+        )
     return pilot_NV[:count]
 
 

@@ -76,11 +76,11 @@ class _Rows:
 
     @property
     def name(self) -> str:
-        """The file's name without its folder."""
+        """The name of the file or folder, without its path."""
         return self._path.absolute().name
 
     def read(self, start: int, stop: int) -> NDArray[np.floating]:
-        """See ``GivenRows.read``."""
+        """Rows ``start <= row < stop``."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:
@@ -143,7 +143,7 @@ class _ZarrRows(_Rows):
         self.held_bytes = 2 * height * self.dimension * np.dtype(self.dtype).itemsize
 
     def read(self, start: int, stop: int) -> NDArray[np.floating]:
-        """See ``GivenRows.read``."""
+        """Rows ``start <= row < stop``, decoded from their chunks."""
         try:
             rows: NDArray[np.floating] = np.asarray(self._array[start:stop])
         except (ValueError, TypeError, RuntimeError) as error:
@@ -195,9 +195,9 @@ def _codecs(value: object) -> Iterator[object]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowIds:
-    """Names of ``num_rows`` rows: from a file (text with one id a line, a JSON list, or JSONL), or the row numbers.
+    """Names of ``num_rows`` rows: from a file (text with one id per line, a JSON list, or JSONL), or the row numbers.
 
-    A JSONL line may have a prompt next to its id, as for ``build``; a line without an id gets its row number.
+    A JSONL line may have a prompt in addition to its id, as for ``build``; a line without an id gets its row number.
     """
 
     path: Path | None
@@ -205,7 +205,7 @@ class RowIds:
 
     @property
     def name(self) -> str:
-        """The file of the names, for messages."""
+        """The path of the file, for messages."""
         return str(self.path) if self.path is not None else "row numbers"
 
     def prompts(self) -> Generator[Prompt, None, None]:

@@ -109,7 +109,7 @@ def check_chunk(data: bytes, record: ChunkRecord) -> None:
     trailer = f"{int.from_bytes(data[-_TRAILER_BYTES:], 'little'):08x}"
     if found != record.crc32c or trailer != record.crc32c:
         raise CorruptStoreError(
-            f"{name} has crc32c {found} (trailer {trailer}), committed was {record.crc32c}", hint=_REPAIR
+            f"{name} has crc32c {found} (trailer {trailer}), but committed was {record.crc32c}", hint=_REPAIR
         )
 
 

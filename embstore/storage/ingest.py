@@ -156,8 +156,11 @@ def _place(rows: _Rows, prompt: Prompt, digest: bytes) -> tuple[int, bool]:
 def _refuse_unusable(rows: _Rows, source: str, *, strict: bool) -> None:
     first = "; ".join(rows.first_quarantined)
     if not rows.row_ids:
-        seen = f"{rows.lines} lines, all unusable ({first})" if rows.lines else "the file is empty"
-        raise PromptError(f"no prompts in {source}: {seen}", hint='each line must be JSON such as {"prompt": "..."}')
+        seen = f"none of its {rows.lines} lines is usable ({first})" if rows.lines else "the file is empty"
+        raise PromptError(
+            f"no prompts in {source}: {seen}",
+            hint="""write one JSON object per line, such as {"prompt": "..."}; jq -c '.[]' makes lines of a JSON array""",
+        )
     if strict and rows.quarantined:
         raise PromptError(
             f"{rows.quarantined} of {rows.lines} lines of {source} have no prompt ({first})",

@@ -172,6 +172,6 @@ def _check_crc(name: str, found: str, record: WindowRecord) -> None:
     expected = record.coordinates_crc32c if name == COORDINATES else record.residuals_crc32c
     if found != expected:
         raise CorruptStoreError(
-            f"{name}, rows {record.start} to {record.stop - 1}: crc32c {found}, committed was {expected}",
+            f"{name}, rows {record.start} to {record.stop - 1}: crc32c {found}, but committed was {expected}",
             hint="run embstore verify STORE --repair, then embstore build --resume",
         )

@@ -308,7 +308,7 @@ def _link_findings(root: Path, manifest: Manifest) -> list[Finding]:
         if not astray:
             break
     return [
-        Finding(path=link, message=f"does not link to {target}; run embstore build --resume")
+        Finding(path=link, message=f"is not a link to {target}; embstore build --resume restores it")
         for link, target in astray.items()
     ]
 

@@ -2,7 +2,7 @@
 
 Trainers filter, shuffle and pair prompts, so a dataset rarely has the store's rows in the store's order. An item without a
 row is an error unless a policy gives such items a weight, in units of the mean weight of the other items. A fixed number
-(the original used 1.0 with other weights of about 1 / N) would give them nearly all of the probability.
+(the original used 1.0, where weights are about 1 / N) would give them nearly all of the probability.
 
 Shapes: N rows of the store, M items of the dataset.
 """

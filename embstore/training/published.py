@@ -1,4 +1,4 @@
-"""What training reads of a store in addition to its weights: the manifest, metadata, row keys and aliases. numpy only.
+"""What training reads from a finished store in addition to its weights: manifest, metadata, row keys, aliases. numpy only.
 
 Shapes: N rows.
 """

@@ -252,7 +252,7 @@ def _refusal(base: Path, state: dict[str, Any], config: dict[str, Any] = CONFIG)
 def test_without_the_package_it_is_said_what_is_not_mapped(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nanochat", None)
     refusal = _refusal(base, make_state())
-    assert "setting window_pattern, which transformers' NanoChat class does not know (1 such)" in refusal.message
+    assert "setting window_pattern, which transformers' NanoChat class does not know (1 in total)" in refusal.message
     assert "no nanochat is installed" in refusal.message
     assert "https://github.com/karpathy/nanochat" in str(refusal.hint)
     assert "PYTHONPATH" in str(refusal.hint)
@@ -269,9 +269,9 @@ def test_a_folder_of_checkpoints_is_no_package(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"resid_lambdas": None}, "tensor resid_lambdas, which the package has, but the checkpoint lacks (1 such)"),
+        ({"resid_lambdas": None}, "tensor resid_lambdas, which the package has, but the checkpoint lacks (1 in total)"),
         ({"lm_head.weight": None}, "tensor lm_head.weight, which the package has, but the checkpoint lacks"),
-        ({"smear_lambda": torch.ones(1)}, "tensor smear_lambda, which the package does not know (1 such)"),
+        ({"smear_lambda": torch.ones(1)}, "tensor smear_lambda, which the package does not know (1 in total)"),
         ({"resid_lambdas": torch.ones(4)}, "size mismatch for resid_lambdas"),
     ],
 )
@@ -283,7 +283,7 @@ def test_tensors_must_be_those_of_the_package(change: dict[str, torch.Tensor | N
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (CONFIG | {"ngrams": 2}, "setting ngrams, which the package does not know (1 such)"),
+        (CONFIG | {"ngrams": 2}, "setting ngrams, which the package does not know (1 in total)"),
         # the package's default of today is no answer
         ({key: value for key, value in CONFIG.items() if key != "window_pattern"}, "setting window_pattern, which the"),
         (CONFIG | {"n_head": 0}, "cannot be built with the nanochat in"),

@@ -205,8 +205,8 @@ def test_a_line_beyond_the_limit_is_quarantined_and_the_next_ones_are_read(
     ("content", "expected"),
     [
         (b"", "the file is empty"),
-        (b"\n\n", "2 lines, all unusable (line 1: empty line"),
-        (bytes(range(256)) * 40, "all unusable (line 1: "),
+        (b"\n\n", "none of its 2 lines is usable (line 1: empty line"),
+        (bytes(range(256)) * 40, " lines is usable (line 1: "),
         (b"\x89PNG\r\n\x1a\n" + bytes(100), "line 1: not UTF-8 (byte 0)"),
         (('{"prompt": "a"}\n' * 3).encode("utf-16"), "line 1: not UTF-8 (byte 0)"),
         (b'{"prompt": "caf\xe9"}\n', "line 1: not UTF-8 (byte 15)"),

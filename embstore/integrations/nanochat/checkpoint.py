@@ -1,14 +1,14 @@
 """nanochat's own checkpoints: ``--model nanochat:SOURCE[:TAG[:STEP]]``.
 
 A checkpoint is ``model_<step>.pt`` (a state dict) and ``meta_<step>.json`` under ``$NANOCHAT_BASE_DIR`` (by default
-``~/.cache/nanochat``); the tokenizer lies beside the checkpoints. It is mapped onto the NanoChat class of transformers where
-that is exact: every tensor has its place there and the configuration has no field that the class does not know. That is the
-first generation, until January 2026: what changed in nanochat's code without a trace in its files changed later. Models of
-later generations (value embeddings, sliding windows, residual scales) are built with an installed nanochat
-(``package``), and refused by name where none is installed. Weights load with ``weights_only``; the pickled tokenizer
-runs whatever code it holds, so it is opened only where the user said so.
+``~/.cache/nanochat``); the tokenizer is in a folder next to the checkpoints. Checkpoints of the first generation (until
+January 2026) are mapped onto the NanoChat class of transformers. The mapping is exact: the class has a place for every
+tensor and knows every field of the configuration; later commits changed constants that no checkpoint file records. Models of
+later generations (value embeddings, sliding windows, residual scales) are built with an installed nanochat (``package``),
+and refused if none is installed. Weights load with ``weights_only``. A pickled tokenizer can run any code, so it is opened
+only if the user allows it.
 
-Mapped weights are taken in float32 with float32 rotary tables and norms; nanochat itself rounds its tables to bfloat16.
+Mapped weights are loaded in float32, with float32 rotary tables and norms; nanochat itself rounds its tables to bfloat16.
 """
 
 from __future__ import annotations
@@ -144,9 +144,13 @@ class NanochatFiles:
         try:
             settings = json.loads(self.meta.read_bytes())["model_config"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{self.meta} lacks a model_config", hint="copy it again from where it was trained") from error
+            raise ModelError(
+                f"{self.meta} lacks a model_config", hint="copy it again from the machine that trained the model"
+            ) from error
         if not isinstance(settings, dict) or not isinstance(settings.get("n_layer"), int):
-            raise ModelError(f"{self.meta}: model_config has no n_layer", hint="copy it again from where it was trained")
+            raise ModelError(
+                f"{self.meta}: model_config has no n_layer", hint="copy it again from the machine that trained the model"
+            )
         return settings
 
     def _state(self) -> dict[str, torch.Tensor]:
@@ -233,7 +237,7 @@ def locate(given: str, *, trust_pickle: bool) -> NanochatFiles:
     number = f"{int(step) if step else steps[-1]:06d}"
     meta = folder / f"meta_{number}.json"
     if not meta.is_file():
-        raise ModelError(f"{meta} is missing", hint="it is written beside the model; copy it too")
+        raise ModelError(f"{meta} is missing", hint="nanochat writes it next to the model file; copy it too")
     present = [path for name in ("tokenizer.json", "tokenizer.pkl") if (path := base / "tokenizer" / name).is_file()]
     if not present:
         raise ModelError(f"{base / 'tokenizer'} lacks a tokenizer", hint="copy tokenizer.json or tokenizer.pkl there")
@@ -262,7 +266,7 @@ def _unmapped(settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]) ->
             (known - found, "which is missing"),
         ):
             if names:
-                return f"{what} {min(names)}, {problem} ({len(names)} such)"
+                return f"{what} {min(names)}, {problem} ({len(names)} in total)"
     return None
 
 

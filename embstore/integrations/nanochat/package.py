@@ -95,8 +95,8 @@ class NanochatPackage:
         for names, problem in ((given - known, "does not know"), (known - given, "has, but the checkpoint lacks")):
             if names:
                 raise ModelError(
-                    f"{name} is of another generation than the nanochat in {self.folder}: {what} {min(names)}, which the "
-                    f"package {problem} ({len(names)} such)",
+                    f"{name} does not match the nanochat in {self.folder}: {what} {min(names)}, which the "
+                    f"package {problem} ({len(names)} in total)",
                     hint=_HINT,
                 )
 
@@ -131,7 +131,7 @@ class NanochatConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class States:
-    """What a backbone gives. ``tokens_BT`` is None where somebody else put hidden states in the place of its own."""
+    """Output of a backbone. ``tokens_BT`` is None if the caller replaced the hidden states."""
 
     last_hidden_state: Tensor
     tokens_BT: Tensor | None = None
@@ -163,7 +163,7 @@ class NanochatBackbone(nn.Module):
         """The token table; it may have more rows than the vocabulary."""
         return self.trunk.transformer.wte
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - as torch has it
+    def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - as in torch
         """Also the dtype the package computes in; tables of a package that fixes theirs in bfloat16 stay as they are."""
         super().to(*args, **kwargs)
         if hasattr(self._code, "COMPUTE_DTYPE"):
@@ -280,9 +280,9 @@ def _soft_cap(gpt: Any) -> float | None:  # noqa: ANN401
 
 
 def _imported_apart() -> Any:  # noqa: ANN401
-    """A ``nanochat.gpt`` of our own, set to float32, that leaves the process as it was.
+    """A private copy of ``nanochat.gpt``, set to float32; the process is left unchanged.
 
-    flash-attention 3 is hidden from it: the package would download and load a kernel, which float32 cannot use.
+    flash-attention 3 is hidden from it: the package would download and load a kernel that float32 cannot use.
     """
     before = _taken_modules()
     kernels = {"kernels": sys.modules["kernels"]} if "kernels" in sys.modules else {}

@@ -270,9 +270,9 @@ def settle_rows(
     left_out_Q: NDArray[np.float64],
     k: int,
 ) -> tuple[IntMatrix, FloatMatrix, NDArray[np.bool_]]:
-    """Neighbours from candidate nodes, best first, with the magnitudes of their scores; and for which rows in doubt.
+    """Neighbours from candidate nodes, best first, the magnitudes of their scores, and which rows are in doubt.
 
-    A node that is no candidate scores at least ``left_out_Q``.
+    Nodes that are not candidates score at least ``left_out_Q``.
     """
     nodes_Q = order_G[positions_Q]
     distance_QC = np.full(candidates_QC.shape, np.inf)

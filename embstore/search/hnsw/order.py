@@ -1,10 +1,10 @@
-"""Near nodes get near numbers: the order in which a graph takes nodes in, and is asked about them.
+"""The order in which nodes are inserted into a graph and queried: near nodes follow each other.
 
-A search touches a few thousand vectors around its node. When the next node lies next to it they are in the core's cache; in
-shuffled order every one comes from memory, and a graph of a hundred thousand nodes of 256 coordinates waits for it more than
-half of the time (docs/decisions/0022).
+A query reads a few thousand vectors around its node. If the next node is near, they are still in the core's cache; in
+shuffled order each is read from memory, and a graph of a hundred thousand nodes of 256 coordinates spends more than half of
+the time waiting (docs/decisions/0022).
 
-Shapes: G nodes, P pivots (one a cell), R coordinates.
+Shapes: G nodes, P pivots (one per cell), R coordinates.
 """
 
 from __future__ import annotations
