@@ -20,7 +20,7 @@ from embstore.core.errors import ConfigError
 
 K_MAX = 32  # neighbours kept on disk, so that `embstore weights --k` up to this needs no search
 
-DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+DTypeChoice = Literal["auto", "float32", "bfloat16"]
 Weighting = Literal["inverse-density", "legacy-inverse", "uniform"]
 Duplicates = Literal["collapse", "keep"]
 Compressor = Literal["lz4", "none"]
@@ -29,23 +29,19 @@ Space = Literal["logits", "hidden"]
 Pooling = Literal["mean", "last"]
 Columns = Literal["model", "tokenizer"]
 
-# What spec.json says about pooling, for each pair of options.
-_POOLING_RULES: dict[tuple[Space, Pooling], str] = {
+# For people: what a row is, for each pair of options.
+_POOLING_RULES = {
     ("logits", "mean"): "mean of logits over own tokens",
     ("logits", "last"): "logits of the last own token",
     ("hidden", "mean"): "mean of hidden states over own tokens",
     ("hidden", "last"): "hidden state of the last own token",
+    ("none", "none"): "rows of an array",
 }
 
 
-def pooling_rule(space: Space, pooling: Pooling) -> str:
-    """How ``EmbeddingSpec.pooling`` names this choice."""
-    return _POOLING_RULES[space, pooling]
-
-
-def space_and_pooling(rule: str) -> tuple[Space, Pooling] | None:
-    """The options behind a stored rule; None if this embstore does not know it."""
-    return next((options for options, known in _POOLING_RULES.items() if known == rule), None)
+def pooling_rule(space: str, pooling: str) -> str:
+    """What a row of this space and pooling is, in words."""
+    return _POOLING_RULES.get((space, pooling), pooling)
 
 
 @documented

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from embstore.core.config import EmbeddingConfig, space_and_pooling
+from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.records import JournalState, WindowRecord
 from embstore.core.rows import RowGrid, RowRange
-from embstore.core.spec import PACKED_HEAD, PACKED_LAYERS, EmbeddingSpec, ModelIdentity, StoreSpec, diff_fields
+from embstore.core.spec import EmbeddingSpec, ModelIdentity, StoreSpec, diff_fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildPlan:
-    """What remains of the embedding stage: windows in row order, and the rows they hold."""
+    """What remains of the embedding stage: the windows to compute, in row order."""
 
     grid: RowGrid
     windows: tuple[int, ...]
@@ -31,14 +31,14 @@ def grid_of(spec: StoreSpec) -> RowGrid:
 
 
 def misfit(grid: RowGrid, record: WindowRecord) -> bool:
-    """Whether a committed window is not one of the grid's, with exactly the grid's chunks."""
+    """Whether a committed window differs from the grid's window of that number, or has other chunks."""
     if record.window >= grid.num_windows or grid.window(record.window) != RowRange(record.start, record.stop):
         return True
     return [chunk.index for chunk in record.chunks] != [index for index, _ in grid.chunks(record.window)]
 
 
 def refuse_misfits(spec: StoreSpec, state: JournalState) -> None:
-    """Refuse a journal that is about other rows than the spec: nobody then has to check a window's range again.
+    """Refuse a journal that is about other rows than the spec, so that no later code has to check a window's range.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def refuse_other_input(
     model
         Identity of the model given or found, None when none is needed.
     hardware
-        Device, capability and threads of this run, None when no row will be computed.
+        Device, capability, packing and threads of this run, None when no row will be computed.
 
     Returns
     -------
@@ -92,12 +92,11 @@ def refuse_other_input(
         Any other field differs; all of them are named with both values.
     """
     stored = spec.embedding
-    space, pooling = space_and_pooling(stored.pooling) or (stored.pooling, stored.pooling)
     explicit: dict[str, tuple[object, object]] = {
         "max_tokens": (stored.max_tokens, config.max_tokens),
         "vocab": (stored.columns, config.vocab),
-        "space": (space, config.space),
-        "pooling": (pooling, config.pooling),
+        "space": (stored.space, config.space),
+        "pooling": (stored.pooling, config.pooling),
         "batch_tokens": (stored.batch_tokens, config.batch_tokens),
         "dtype": (stored.dtype, None if config.dtype == "auto" else config.dtype),
         "window_rows": (spec.window_rows, config.window_rows),
@@ -123,13 +122,9 @@ def refuse_other_input(
 
 
 def as_stored(hardware: Mapping[str, object], stored: EmbeddingSpec) -> dict[str, object]:
-    """Hardware of a run that goes by ``stored``: what could be packed, and is not there, is not here either."""
-    capability = str(hardware["capability"])
-    if not stored.has_packed_head:
-        capability = capability.removesuffix(PACKED_HEAD)
-    if not stored.has_packed_layers:
-        capability = capability.removesuffix(PACKED_LAYERS)
-    return {**hardware, "capability": capability}
+    """Hardware of this run, which packs nothing that the store was made without."""
+    packed = {name: bool(hardware.get(name)) and bool(getattr(stored, name)) for name in ("packed_layers", "packed_head")}
+    return {**hardware, **packed}
 
 
 def refuse_drift(spec: StoreSpec, fields: list[str], hardware: Mapping[str, object]) -> None:

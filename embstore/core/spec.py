@@ -37,28 +37,46 @@ class ModelIdentity:
     trust_remote_code: bool
 
 
-# Follow a CPU's instructions in its capability where the weights of the backbone's linear layers lie in oneDNN's layout, and
-# where the output layer's do, too (docs/decisions/0025).
-PACKED_LAYERS = " with packed layers"
-PACKED_HEAD = " and head"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """How hidden states become rows.
+
+    ``kind`` is one of
+
+    - "affine": states are pooled first, then ``scale * (W h + b)`` is computed once a prompt;
+    - "capped": the logits of every token, one block of columns at a time, with a soft cap;
+    - "streamed": the logits of every token, by the code of the model's class;
+    - "none": the pooled states are the rows (space "hidden");
+    - "imported": an array's rows; fields that concern tokens are 0 or "none".
+
+    Stores from before December 2026 may have "network": pooled behind a network that lies before the output layer.
+    ``scale`` is the factor that a class applies after an affine head, 1.0 for any other kind.
+    """
+
+    kind: str
+    scale: float = 1.0
+
+    @property
+    def pools_logits(self) -> bool:
+        """Whether the means are of logits, V wide, because the head is not affine."""
+        return self.kind in ("capped", "streamed")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbeddingSpec:
     """Everything about the embedding pass that changes a byte, resolved.
 
-    ``dimension`` is V (D under ``--space hidden``), ``rank`` is R. ``head`` is "affine" (pooled before the head), "network"
-    (pooled behind a network, before the output layer), "capped" or "streamed" (logits of every token, by blocks of
-    columns or by the class), "none" (hidden states are the rows), or "imported" (rows are those of an array, and what
-    concerns tokens is 0 or "none"); ``head_scale`` the factor a class applies after its head. ``capability`` is what decides
-    a kernel's bits: the CPU's vector instructions, perhaps ``PACKED_LAYERS`` and then ``PACKED_HEAD``, or the GPU's model.
+    ``dimension`` is V (D in space "hidden"), ``rank`` is R. ``space`` and ``pooling`` are the options of those names, "none"
+    for an imported array. ``capability`` is what decides a kernel's bits: a CPU's vector instructions or a GPU's model;
+    ``packed_layers`` and ``packed_head`` say whether the weights of the backbone's linear layers, and of the output layer,
+    lie in oneDNN's layout (docs/decisions/0025).
     """
 
     dimension: int
     rank: int
     columns: str
-    head: str
-    head_scale: float
+    head: Head
+    space: str
     pooling: str
     normalization: str
     token_rule: str
@@ -67,18 +85,10 @@ class EmbeddingSpec:
     dtype: str
     device: str
     capability: str
+    packed_layers: bool = False
+    packed_head: bool = False
     threads: int
     basis: str
-
-    @property
-    def has_packed_layers(self) -> bool:
-        """Whether the backbone's linear layers are packed."""
-        return self.capability.removesuffix(PACKED_HEAD).endswith(PACKED_LAYERS)
-
-    @property
-    def has_packed_head(self) -> bool:
-        """Whether the output layer is packed, which it is only with the backbone's layers."""
-        return self.capability.endswith(PACKED_LAYERS + PACKED_HEAD)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,11 +120,40 @@ def diff_fields(stored: object, given: object, *, prefix: str = "") -> list[Fiel
 
 def decode_spec(content: bytes) -> StoreSpec:
     """Read ``spec.json``; sizes that no store can have are a CorruptStoreError."""
-    spec = from_json(StoreSpec, parse_document(content, name=SPEC), name=SPEC)
+    spec = from_json(StoreSpec, _upgraded(parse_document(content, name=SPEC)), name=SPEC)
     problem = spec_problem(spec)
     if problem is not None:
         raise CorruptStoreError(f"{SPEC}: {problem}", hint="run embstore verify STORE")
     return spec
+
+
+# The spelling until November 2026: sentences instead of fields. A stored spec.json is never rewritten.
+_OLD_POOLING = {
+    "mean of logits over own tokens": ("logits", "mean"),
+    "logits of the last own token": ("logits", "last"),
+    "mean of hidden states over own tokens": ("hidden", "mean"),
+    "hidden state of the last own token": ("hidden", "last"),
+    "none: rows are given": ("none", "none"),
+}
+_OLD_PACKED_LAYERS, _OLD_PACKED_HEAD = " with packed layers", " and head"
+
+
+def _upgraded(whole: JsonObject) -> JsonObject:
+    """``spec.json`` with the fields of ``EmbeddingSpec``, where it was written with "head_scale" and sentences."""
+    old = whole.get("embedding")
+    if not isinstance(old, dict) or "head_scale" not in old:
+        return whole
+    new = {name: value for name, value in old.items() if name != "head_scale"}
+    new["head"] = {"kind": old.get("head"), "scale": old["head_scale"]}
+    pooling, capability = old.get("pooling"), old.get("capability")
+    if isinstance(pooling, str):
+        new["space"], new["pooling"] = _OLD_POOLING.get(pooling, ("logits", pooling))
+    if isinstance(capability, str):
+        instructions = capability.removesuffix(_OLD_PACKED_HEAD)
+        new["capability"] = instructions.removesuffix(_OLD_PACKED_LAYERS)
+        new["packed_layers"] = instructions.endswith(_OLD_PACKED_LAYERS)
+        new["packed_head"] = capability.endswith(_OLD_PACKED_LAYERS + _OLD_PACKED_HEAD)
+    return {**whole, "embedding": new}
 
 
 def spec_problem(spec: StoreSpec) -> str | None:  # noqa: PLR0911 - one return a limit
@@ -127,7 +166,7 @@ def spec_problem(spec: StoreSpec) -> str | None:  # noqa: PLR0911 - one return a
     if spec.chunk_rows < 1 or 2 * spec.chunk_rows * dimension > MAX_CHUNK_BYTES:
         return f"chunks of {spec.chunk_rows} rows x {dimension} columns, a chunk has at most {MAX_CHUNK_BYTES} bytes"
     if spec.window_rows < 1 or spec.window_rows % spec.chunk_rows:
-        return f"windows of {spec.window_rows} rows, which is no multiple of the {spec.chunk_rows} rows of a chunk"
+        return f"windows of {spec.window_rows} rows, not a multiple of the {spec.chunk_rows} rows of a chunk"
     if 4 * min(spec.window_rows, spec.rows) * rank > MAX_CHUNK_BYTES:
         return f"windows of {spec.window_rows} rows x {rank} coordinates, which take more than {MAX_CHUNK_BYTES} bytes"
     if -(-spec.rows // spec.window_rows) > MAX_WINDOWS or -(-spec.rows // spec.chunk_rows) > MAX_CHUNKS:

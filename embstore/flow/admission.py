@@ -131,7 +131,7 @@ def find_source(run: Run) -> EmbedderSource | None:
     if embedding.model is None:
         if state.spec is not None and not plan(run.writer.read_spec(), state).windows:
             return None
-        if state.spec is not None and run.writer.read_spec().embedding.head == "imported":
+        if state.spec is not None and run.writer.read_spec().embedding.head.kind == "imported":
             raise ConfigError(
                 f"{run.writer.root} is made from an array and has rows left to import",
                 hint="run embstore import ARRAY --resume with the same --out",
@@ -387,7 +387,7 @@ def check_fits(
         quarantined_lines=record.quarantined if record else 0,
         truncated_share=embedder.truncated_share if embedder else 0.0,
         dimension=spec.embedding.dimension,
-        head=spec.embedding.head,
+        head=spec.embedding.head.kind,
         dtype=spec.embedding.dtype,
         device=spec.embedding.device,
         remaining_bytes=remaining_bytes,

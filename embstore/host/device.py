@@ -1,28 +1,57 @@
-"""Properties of a device: which dtypes it computes fast, and which kernels it chooses."""
+"""The device that computes: which one, what it computes fast, and what decides its bits. CUDA or the CPU."""
 
 from __future__ import annotations
 
 import torch
 
+from embstore.core.errors import ConfigError
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device of this name; ``auto`` is CUDA where there is a GPU, else the CPU.
+
+    Raises
+    ------
+    ConfigError
+        The name is not that of a device, or this machine does not have it.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"no such device: {device!r}", hint="use auto, cpu, cuda or cuda:N") from error
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (target.index or 0) < torch.cuda.device_count(),
+    }
+    if not available.get(target.type, False):
+        raise ConfigError(f"device {device!r} is not available here", hint="use --device auto or cpu")
+    return target
+
 
 def capability_of(device: torch.device) -> str:
-    """The hardware properties that determine rounding on this device; see ``core.spec.EmbeddingSpec``."""
+    """What decides a kernel's bits on this device: the GPU's model, or the CPU's vector instructions."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
-    if device.type == "cpu":
-        return str(torch.backends.cpu.get_cpu_capability())
-    return device.type
+    return str(torch.backends.cpu.get_cpu_capability())
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the hardware computes bfloat16 itself; emulated, it is several times slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
+    return _cpu_has_bfloat16()
+
+
+def _cpu_has_bfloat16() -> bool:
+    if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return False
+    # torch before 2.11 only has private functions; every processor with AMX tiles multiplies bfloat16 in them
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in asked)
 
 
 def give_back_device() -> None:

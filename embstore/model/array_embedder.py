@@ -24,15 +24,16 @@ from embstore.core.errors import ArrayError, BudgetError, ModelError, RowError
 from embstore.core.events import Observer, StageFinished, StageStarted
 from embstore.core.interfaces import Check, GivenRows, PromptReader, RowBlock, WindowCounts
 from embstore.core.prompts import Prompt
-from embstore.core.records import FailedRow
+from embstore.core.rows import slices
 from embstore.core.sampling import seeded_sample
-from embstore.core.spec import EmbeddingSpec, ModelIdentity
+from embstore.core.spec import EmbeddingSpec, Head, ModelIdentity
 from embstore.host.scratch import map_scratch
-from embstore.host.threads import Workers, finish_all, num_cores
+from embstore.host.threads import Workers, num_cores
 from embstore.model.basis import orthonormal_basis
-from embstore.model.recycled import ChunkMemory, RecycledMemory
+from embstore.model.recycled import RecycledMemory
+from embstore.model.slabs import SlabWorkers
 
-HEAD = "imported"
+_HEAD = "imported"
 _WINDOW_ROWS = 4096
 # Root mean square of what the sample may lose: float16 loses 2.1e-4 of a unit row (docs/decisions/0005).
 _TAIL = 2.5e-4
@@ -45,7 +46,7 @@ _FIXED_BYTES = 48 << 20
 
 
 class ArraySource:
-    """An array in place of a model; implements ``core.embedder.EmbedderSource``."""
+    """An array in place of a model; implements ``core.interfaces.EmbedderSource``."""
 
     def __init__(self, rows: GivenRows) -> None:
         self._rows = rows
@@ -55,7 +56,7 @@ class ArraySource:
         return self._rows.fingerprint()
 
     def identity(self) -> ModelIdentity:
-        """The digest of the array's values; there is no configuration and no tokenizer."""
+        """The digest of the array's values; there are no configuration and tokenizer."""
         return ModelIdentity(
             name=self._rows.name,
             architecture="imported array",
@@ -79,7 +80,7 @@ class ArraySource:
         Raises
         ------
         ArrayError, BudgetError, RowError
-            The array has fewer rows than there are names, needs more memory than the budget, or no usable row was sampled.
+            The array has fewer rows than there are names or needs more memory than the budget, or no sampled row is usable.
         """
         rows = self._rows
         if len(prompts) > rows.num_rows:
@@ -100,10 +101,10 @@ class ArraySource:
         spec = EmbeddingSpec(
             dimension=rows.dimension,
             rank=basis_VR.shape[1],
-            columns=HEAD,
-            head=HEAD,
-            head_scale=1.0,
-            pooling="none: rows are given",
+            columns=_HEAD,
+            head=Head(kind=_HEAD),
+            space="none",
+            pooling="none",
             normalization="l2",
             token_rule="none",
             max_tokens=0,
@@ -118,7 +119,7 @@ class ArraySource:
         count = min(_TIMED_ROWS, len(prompts))
         for _ in range(2):  # the first one warms up
             timed = time.perf_counter()
-            for block in embedder.blocks(0, count, chunk_rows=count):
+            for block in embedder.blocks(0, count, chunk_rows=count, check=lambda: None):
                 block.release()
             embedder.seconds_per_row = (time.perf_counter() - timed) / count
         observer(StageFinished(stage="model", seconds=time.perf_counter() - started))
@@ -127,14 +128,14 @@ class ArraySource:
     def take_over(
         self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
     ) -> GivenEmbedder:
-        """As ``reopen``: an array has no settings to probe."""
+        """Open the array under another store's spec, as ``reopen`` does: an array has no settings to probe."""
         return self.reopen(spec, basis_VR)
 
     def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> GivenEmbedder:
-        """Go on under a stored spec."""
-        if spec.head != HEAD:
+        """Open the array under a stored spec."""
+        if spec.head.kind != _HEAD:
             raise ModelError(
-                f"the store has head {spec.head!r}: a model made its rows, no array",
+                f"the store has head {spec.head.kind!r}: a model made its rows, not an array",
                 hint="continue it with embstore build PROMPTS --model MODEL --resume",
             )
         torch.set_num_threads(spec.threads)
@@ -142,7 +143,7 @@ class ArraySource:
 
 
 class GivenEmbedder:
-    """Rows of an array under a resolved spec; implements ``core.embedder.Embedder``. Row i of the array is row i."""
+    """Rows of an array under a resolved spec; implements ``core.interfaces.Embedder``. Row i of the array is row i."""
 
     truncated_share = 0.0
     max_window_rows = _WINDOW_ROWS
@@ -153,13 +154,13 @@ class GivenEmbedder:
         self.basis_VR = basis_VR
         self.seconds_per_row = 0.0
         self.counts = WindowCounts(tokens=0, truncated=0, splits=0)
-        self._workers = Workers(spec.threads, spec.threads)
         self._basis_VR = torch.from_numpy(basis_VR)
-        self._memory = RecycledMemory(spec.dimension, spec.rank, pinned=False)
         self._slab_rows = max(1, min(_SLAB_ROWS, _SLAB_VALUES // spec.dimension))  # of the array alone: it decides low bits
+        memory = RecycledMemory(spec.dimension, spec.rank, pinned=False)
+        self._slabs = SlabWorkers(Workers(spec.threads, spec.threads), memory, self._slab_rows)
 
     def memory_bytes(self, chunk_rows: int) -> int:
-        """As ``Embedder``."""
+        """Upper estimate of memory that one window takes."""
         spec = self.spec
         # one is being written and two wait with their encoded copies, the next one is ready
         chunks = 6 * chunk_rows * (2 * spec.dimension + 4 * spec.rank)
@@ -169,7 +170,7 @@ class GivenEmbedder:
         return chunks + spec.threads * slab + given + 2 * 4 * _WINDOW_ROWS * spec.rank + _FIXED_BYTES
 
     def close(self) -> None:
-        """As ``Embedder``: nothing is begun ahead."""
+        """Nothing is begun ahead."""
 
     def embed(
         self,
@@ -180,55 +181,35 @@ class GivenEmbedder:
         check: Check,
         following: Sequence[Prompt] = (),
     ) -> Iterator[RowBlock]:
-        """As ``core.embedder.Embedder``: a row that cannot be scaled is NaN and named, never skipped."""
-        for block in self.blocks(first_row, first_row + len(prompts), chunk_rows=chunk_rows):
+        """Rows of one window by chunks; a row that cannot be scaled is NaN and named, never skipped."""
+        yield from self.blocks(first_row, first_row + len(prompts), chunk_rows=chunk_rows, check=check)
+
+    def blocks(self, start: int, stop: int, *, chunk_rows: int, check: Check) -> Iterator[RowBlock]:
+        """Finished rows by chunks."""
+        for rows in slices(start, stop, chunk_rows):
             check()
+            given_BV = self._rows.read(rows.start, rows.stop)
+            chunk = self._slabs.begin(len(given_BV), functools.partial(self._fill, given_BV))
+            try:
+                block = self._slabs.finished(chunk, rows.start, _failure)
+            finally:
+                chunk.wait()  # the array may be a view of a file that is closed next
             yield block
 
-    @torch.inference_mode()
-    def blocks(self, start: int, stop: int, *, chunk_rows: int) -> Iterator[RowBlock]:
-        """Finished rows by chunks."""
-        for first in range(start, stop, chunk_rows):
-            given_BV = self._rows.read(first, min(first + chunk_rows, stop))
-            memory = self._memory.take(len(given_BV))
-            norm_B = np.empty(len(given_BV))
-            finish_all(
-                self._workers.submit(
-                    functools.partial(self._fill, given_BV, memory, norm_B, slice(low, low + self._slab_rows))
-                )
-                for low in range(0, len(given_BV), self._slab_rows)
-            )
-            emb_BV, coord_BR, residual_B = memory.emb_BV.numpy(), memory.coord_BR.numpy(), memory.residual_B.numpy()
-            failed = []
-            for local in np.flatnonzero(~(norm_B > 0)):
-                emb_BV[local] = coord_BR[local] = residual_B[local] = np.nan
-                reason = "every value is 0" if norm_B[local] == 0 else "a value is not finite"
-                failed.append(FailedRow(row=first + int(local), reason=reason))
-            yield RowBlock(
-                emb_BV=emb_BV,
-                coord_BR=coord_BR,
-                residual_B=residual_B,
-                failed=tuple(failed),
-                release=functools.partial(self._memory.give_back, memory),
-            )
-
-    def _fill(self, given_BV: NDArray[np.floating], memory: ChunkMemory, norm_B: NDArray[np.float64], part: slice) -> None:
-        norm_B[part] = self._finish(given_BV[part], memory.emb_BV[part], memory.coord_BR[part], memory.residual_B[part])
-
-    def _finish(
-        self, given_BV: NDArray[np.floating], emb_BV: Tensor, coord_BR: Tensor, residual_B: Tensor
+    def _fill(
+        self, given_BV: NDArray[np.floating], slab: slice, emb_BV: Tensor, coord_BR: Tensor, residual_B: Tensor
     ) -> NDArray[np.float64]:
         """Fill one slab; returns norms of the scaled rows, NaN or 0 where there is no direction.
 
         Coordinates are summed in float64 and then rounded: in float32 their last bits would depend on a row's place in the
         slab, and rows that are copies must give copies.
         """
-        scaled_BV = scaled(given_BV)
+        scaled_BV = scaled(given_BV[slab])
         norm_B: NDArray[np.float64] = np.sqrt(np.square(scaled_BV).sum(axis=1))
         unit_BV = torch.from_numpy(scaled_BV).div_(torch.from_numpy(norm_B)[:, None])
         emb_BV.copy_(unit_BV.float())
         double_BR = torch.zeros(coord_BR.shape, dtype=torch.float64)
-        blocks = [slice(low, low + _BLOCK_COLUMNS) for low in range(0, self.spec.dimension, _BLOCK_COLUMNS)]
+        blocks = list(slices(0, self.spec.dimension, _BLOCK_COLUMNS))
         for columns in blocks:
             double_BR += unit_BV[:, columns] @ self._basis_VR[columns].double()
         coord_BR.copy_(double_BR)
@@ -240,6 +221,12 @@ class GivenEmbedder:
         return norm_B
 
 
+def _failure(_: int, norm: float) -> str | None:
+    if norm > 0:
+        return None
+    return "every value is 0" if norm == 0 else "a value is not finite"
+
+
 def scaled(rows_BV: NDArray[np.floating]) -> NDArray[np.float64]:
     """Rows as float64 [B, D] with a largest magnitude in [0.5, 1): no square over- or underflows, and no bit is lost.
 
@@ -249,7 +236,7 @@ def scaled(rows_BV: NDArray[np.floating]) -> NDArray[np.float64]:
     scaled_BV: NDArray[np.float64] = torch.from_numpy(native_BV).double().numpy()  # numpy's own float16 is ten times slower
     largest_B = np.abs(scaled_BV).max(axis=1)
     exponent_B = np.frexp(np.where(np.isfinite(largest_B), largest_B, 0.0))[1]
-    half_B = exponent_B // 2  # in two steps: 2 ** 1074 is no number
+    half_B = exponent_B // 2  # in two steps: 2 ** 1074 is not a float64
     scaled_BV *= np.ldexp(1.0, -half_B)[:, None]
     scaled_BV *= np.ldexp(1.0, half_B - exponent_B)[:, None]
     scaled_BV[~np.isfinite(largest_B)] = np.nan
@@ -288,6 +275,6 @@ def _sampled(rows: GivenRows, num_rows: int, count: int, work: Path) -> NDArray[
     if not found:
         raise RowError(
             f"none of {count} sampled rows of {rows.name} has finite values and a length above 0",
-            hint="look at the array: are these embeddings?",
+            hint="look at the array: are its rows embeddings?",
         )
     return sample_MV[:found]

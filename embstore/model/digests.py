@@ -1,4 +1,4 @@
-"""Digests of model files: what a model is, whatever its folder is called."""
+"""Digests of model files: they identify a model, whatever its folder is called."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 _READ_BYTES = 8 << 20
 
 
-def digest_of(paths: Iterable[Path]) -> str:
+def files_sha256(paths: Iterable[Path]) -> str:
     """sha256 over names and contents of files, in order of their names. Price: one read, 1 to 2 GB/s."""
     total = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.name):

@@ -19,7 +19,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,22 +27,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embstore.core.config import pooling_rule
 from embstore.core.errors import ConfigError, ModelError
 from embstore.core.interfaces import Check, RowBlock, WindowCounts
 from embstore.core.prompts import Prompt
-from embstore.core.records import FailedRow
 from embstore.core.spec import EmbeddingSpec
 from embstore.host.threads import Workers, abandon, finish_all
-from embstore.model.backbone import AffineHead, CappedHead, SplitModel
+from embstore.model.backbone import SplitModel
 from embstore.model.batches import TokenBatch, batches_by_length, few_lengths, padded_batch
-from embstore.model.estimates import MAX_WINDOW_ROWS, makes_kernels, num_workers, window_bytes
-from embstore.model.finish import SLAB_ROWS, AffineFinisher, Finisher, MeanFinisher, finish
-from embstore.model.heads import add_capped, add_streamed
-from embstore.model.recycled import ChunkMemory, RecycledMemory
+from embstore.model.finish import SLAB_ROWS, Finisher, finish
+from embstore.model.heads import AffineHead, CappedHead, add_capped, add_streamed
+from embstore.model.recycled import RecycledMemory
+from embstore.model.settings import MAX_WINDOW_ROWS, makes_kernels, num_workers, window_bytes
+from embstore.model.slabs import Chunk, SlabWorkers
 from embstore.model.tokens import PromptTokenizer, TokenRow, last_token_only
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # What a free worker takes first: rows that the disk waits for, then tokens of the next window, then batches, oldest first.
 _ROWS, _TOKENS, _BATCHES = 0, 1, 2
@@ -64,23 +63,12 @@ class PooledWindow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelParts:
-    """A loaded model ready to pool: ``head`` is None on the streaming path, ``capped`` None where only the class can."""
+    """A loaded model ready to pool: ``head`` is None where rows are made without its tensors ("streamed", "none")."""
 
     model: SplitModel
-    head: AffineHead | None
-    capped: CappedHead | None
+    head: AffineHead | CappedHead | None
     tokenizer: PromptTokenizer
     device: torch.device
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Chunk:
-    """Rows of one chunk in the making: filled by ``jobs``, one a slab."""
-
-    start: int  # window-local
-    memory: ChunkMemory
-    norm_B: NDArray[np.float32]
-    jobs: list[Future[None]]
 
 
 class _Window:
@@ -114,52 +102,39 @@ class _Window:
 
 
 class LogitEmbedder:
-    """Rows of a loaded model under a resolved spec; implements ``core.embedder.Embedder``."""
+    """Rows of a loaded model under a resolved spec; implements ``core.interfaces.Embedder``."""
 
-    def __init__(self, parts: ModelParts, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> None:
+    def __init__(self, parts: ModelParts, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], finisher: Finisher) -> None:
         _refuse_tensor_float(parts.device)
-        self._model, self._capped = parts.model, parts.capped
-        self._tokenizer, self._device = parts.tokenizer, parts.device
+        self._model, self._tokenizer, self._device = parts.model, parts.tokenizer, parts.device
+        self._capped = parts.head if isinstance(parts.head, CappedHead) else None
         self.spec = spec
         self.basis_VR = basis_VR
         self.truncated_share = 0.0  # these three are for the plan of a new store, and set by who made it
         self.seconds_per_row = 0.0
         self.max_window_rows = MAX_WINDOW_ROWS
         self.counts = WindowCounts(tokens=0, truncated=0, splits=0)
-        self._pools_last = spec.pooling in (pooling_rule("logits", "last"), pooling_rule("hidden", "last"))
-        self._pools_states = parts.head is not None
-        self._finisher: Finisher = (
-            AffineFinisher(parts.head, basis_VR, spec.dimension, self._device)
-            if parts.head is not None
-            else MeanFinisher(basis_VR, self._device)
-        )
-        self.num_workers = num_workers(spec, self._model.width, self._model.inner_width)
+        self._finisher = finisher
+        self.num_workers = num_workers(spec, self._model)
         self._workers = Workers(spec.threads, self.num_workers)
-        self._token_workers = self._row_workers = self._workers
+        self._token_workers = row_workers = self._workers
         if self._device.type != "cpu":
             # batches are computed while the next window is tokenised and finished rows are copied, two slabs at a time
-            self._token_workers, self._row_workers = Workers(1, 1), Workers(_ROW_STREAMS, _ROW_STREAMS)
+            self._token_workers, row_workers = Workers(1, 1), Workers(_ROW_STREAMS, _ROW_STREAMS)
         self._streams = threading.local()
-        self._memory = RecycledMemory(spec.dimension, spec.rank, pinned=self._device.type == "cuda")
+        memory = RecycledMemory(spec.dimension, spec.rank, pinned=self._device.type == "cuda")
+        self._slabs = SlabWorkers(row_workers, memory, SLAB_ROWS, (_ROWS,))
         self._numbers = itertools.count()
         self._ahead: _Window | None = None
 
     def memory_bytes(self, chunk_rows: int) -> int:
         """Upper estimate of host memory one window takes above the loaded model."""
-        return window_bytes(self.spec, self._model.width, self._model.inner_width, chunk_rows, self.max_window_rows)
+        return window_bytes(self.spec, self._model, chunk_rows=chunk_rows, window_rows=self.max_window_rows)
 
     @property
     def model(self) -> SplitModel:
         """The loaded model."""
         return self._model
-
-    def pack_head(self) -> bool:
-        """Have the output layer packed where rows are products with it; the model gives no logits from then on."""
-        if self.spec.head not in ("affine", "network") or not isinstance(self._finisher, AffineFinisher):
-            return False
-        self._finisher.pack()
-        self._model.drop_head()
-        return True
 
     def close(self) -> None:
         """Abandon the window that was begun ahead."""
@@ -176,7 +151,7 @@ class LogitEmbedder:
         check: Check,
         following: Sequence[Prompt] = (),
     ) -> Iterator[RowBlock]:
-        """As ``core.embedder.Embedder``: a prompt without a usable row is NaN and named, never skipped."""
+        """Rows of one window by chunks; a prompt without a usable row is NaN and named, never skipped."""
         window, self._ahead = self._ahead, None
         if window is None or window.prompts is not prompts:
             if window is not None:
@@ -212,9 +187,9 @@ class LogitEmbedder:
                 chunk = ahead
                 if start + chunk_rows < num_rows:
                     ahead = self._begin_chunk(window, start + chunk_rows, chunk_rows)
-                yield self._finished(chunk, window, first_row)
+                yield self._slabs.finished(chunk, first_row + start, functools.partial(_failure, window.ok_W[start:]))
         finally:
-            wait(ahead.jobs)  # an abandoned window must not go on in the background
+            ahead.wait()  # an abandoned window must not go on in the background
 
     @torch.inference_mode()
     def unit_rows(self, window: PooledWindow, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,13 +212,13 @@ class LogitEmbedder:
         return window
 
     def _begin_batches(self, window: _Window, rows: Sequence[TokenRow], number: int, check: Check) -> None:
-        width = self._model.width if self._pools_states else self.spec.dimension
+        width = self.spec.dimension if self.spec.head.pools_logits else self._model.width
         window.rows = rows
         window.means = PooledWindow(
             mean_WX=torch.zeros((len(rows), width), dtype=torch.float32, device=self._device),
             ok_W=np.array([row.pooled_T.any() for row in rows], dtype=np.bool_),
         )
-        if self._pools_last:
+        if self.spec.pooling == "last":
             rows = [last_token_only(row) for row in rows]
         for rows_B, length in batches_by_length(
             rows, batch_tokens=self.spec.batch_tokens, padded_length=self._padded_length
@@ -297,7 +272,7 @@ class LogitEmbedder:
             num_rows = self._few_rows(*tokens_BT.shape)
             tokens_BT, real_BT = _with_rows(tokens_BT, num_rows), _with_rows(real_BT, num_rows)
         hidden_BTD = self._model.hidden(tokens_BT, real_BT)[: len(rows_B)]
-        if self._pools_states:
+        if not self.spec.head.pools_logits:
             if not batch.pooled_BT.all():
                 # zeroed, not multiplied: a NaN at a masked position must not reach a row
                 hidden_BTD = hidden_BTD.masked_fill_(~pooled_BT[..., None], 0.0)
@@ -308,7 +283,7 @@ class LogitEmbedder:
             ):
                 return
             mean_WX[rows_B] = 0.0  # a batch that ran out of memory may have begun to add
-            add_streamed(self._model, hidden_BTD, pooled_BT, rows_B, mean_WX, columns=self.spec.dimension)
+            add_streamed(self._model.head, hidden_BTD, pooled_BT, rows_B, mean_WX, columns=self.spec.dimension)
 
     def _few_rows(self, num_rows: int, length: int) -> int:
         """Rows that a window's last batch is filled up to: those of a full one, or a power of two where that is less."""
@@ -328,21 +303,13 @@ class LogitEmbedder:
 
     # --- a chunk's rows ---------------------------------------------------------------------------------------------
 
-    def _begin_chunk(self, window: PooledWindow, start: int, chunk_rows: int) -> _Chunk:
-        stop = min(start + chunk_rows, len(window.ok_W))
-        memory = self._memory.take(stop - start)
-        norm_B = np.empty(stop - start, dtype=np.float32)
-
-        def fill(part: slice) -> None:
-            mean_BX = window.mean_WX[start + part.start : start + part.stop]
+    def _begin_chunk(self, window: PooledWindow, start: int, chunk_rows: int) -> Chunk:
+        def fill(slab: slice, emb_BV: Tensor, coord_BR: Tensor, residual_B: Tensor) -> NDArray[np.float32]:
+            mean_BX = window.mean_WX[start + slab.start : start + slab.stop]
             with self._own_stream(window.ready):
-                norm_B[part] = finish(
-                    self._finisher, mean_BX, memory.emb_BV[part], memory.coord_BR[part], memory.residual_B[part]
-                )
+                return finish(self._finisher, mean_BX, emb_BV, coord_BR, residual_B)
 
-        slabs = (slice(low, min(low + SLAB_ROWS, stop - start)) for low in range(0, stop - start, SLAB_ROWS))
-        jobs = [self._row_workers.submit(functools.partial(fill, slab), (_ROWS,)) for slab in slabs]
-        return _Chunk(start=start, memory=memory, norm_B=norm_B, jobs=jobs)
+        return self._slabs.begin(min(chunk_rows, len(window.ok_W) - start), fill)
 
     @contextlib.contextmanager
     def _own_stream(self, ready: torch.cuda.Event | None) -> Iterator[None]:
@@ -356,21 +323,6 @@ class LogitEmbedder:
             if ready is not None:
                 self._streams.own.wait_event(ready)
             yield
-
-    def _finished(self, chunk: _Chunk, window: PooledWindow, first_row: int) -> RowBlock:
-        """Wait for a chunk's slabs and mark rows that failed."""
-        for job in chunk.jobs:
-            job.result()
-        memory = chunk.memory
-        emb_BV, coord_BR, residual_B = memory.emb_BV.numpy(), memory.coord_BR.numpy(), memory.residual_B.numpy()
-        failed: list[FailedRow] = []
-        for local, norm in enumerate(chunk.norm_B):
-            reason = _failure(bool(window.ok_W[chunk.start + local]), float(norm))
-            if reason is not None:
-                emb_BV[local] = coord_BR[local] = residual_B[local] = np.nan
-                failed.append(FailedRow(row=first_row + chunk.start + local, reason=reason))
-        release = functools.partial(self._memory.give_back, memory)
-        return RowBlock(emb_BV=emb_BV, coord_BR=coord_BR, residual_B=residual_B, failed=tuple(failed), release=release)
 
 
 def _refuse_tensor_float(device: torch.device) -> None:
@@ -386,8 +338,8 @@ def _with_rows(values_BT: Tensor, num_rows: int) -> Tensor:
     return torch.cat([values_BT, values_BT[:1].expand(num_rows - len(values_BT), -1)])
 
 
-def _failure(has_tokens: bool, norm: float) -> str | None:
-    if not has_tokens:
+def _failure(has_tokens_B: NDArray[np.bool_], local: int, norm: float) -> str | None:
+    if not has_tokens_B[local]:
         return "the tokenizer gives no tokens of its own"
     if not np.isfinite(norm):
         return "the model gives a non-finite logit"

@@ -18,19 +18,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from embstore.core.rows import slices
-from embstore.model.backbone import AffineHead
+from embstore.core.spec import EmbeddingSpec
 from embstore.model.basis import ReadBlock, project
+from embstore.model.heads import AffineHead, CappedHead
 from embstore.model.packed import packed_product, packed_weight
 
 # A slab and a block of columns: large enough for the product to run at full speed, small enough for a core's cache. Both
 # decide low bits. Other slabs and batches keep the other cores busy, so a chunk need not be shared out.
 SLAB_ROWS = 320
-_BLOCK_COLUMNS = {"cpu": 512, "mps": 16384, "cuda": 16384}
+_BLOCK_COLUMNS = {"cpu": 512, "cuda": 16384}
 _PACKED_ROWS = 64  # slabs are filled up to multiples of it for a packed product: each height makes kernels, which are kept
 
 
 class Finisher(Protocol):
-    """What turns pooled means into rows; one for affine heads, one for means of logits."""
+    """What turns pooled means into rows: one for affine heads, one for states that are rows, one for means of logits."""
 
     def coordinates(self, mean_BX: Tensor) -> tuple[Tensor, Tensor]:
         """Coordinates of unit rows float32 [B, R], and the norms float32 [B] the rows had."""
@@ -63,7 +64,7 @@ class AffineFinisher:
         self._weight_VD = torch.empty(0)
 
     def coordinates(self, mean_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``Finisher``."""
+        """Coordinates and norms, as ``Finisher.coordinates``."""
         raw_BR = mean_BD @ self._map_MR[: mean_BD.shape[1]]
         if self._bias_V is not None:
             raw_BR += self._map_MR[-1]
@@ -71,14 +72,14 @@ class AffineFinisher:
         return raw_BR.div_(norm_B[:, None]), norm_B
 
     def unit_blocks(self, mean_BD: Tensor, norm_B: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """As ``Finisher``."""
+        """Unit rows by blocks of columns, as ``Finisher.unit_blocks``."""
         factor_B = (self._scale / norm_B)[:, None]
         products = self._packed_products if self._packed else self._plain_products
         for columns, unit_BC in products(mean_BD * factor_B):
             yield columns, unit_BC if self._bias_V is None else unit_BC.add_(self._bias_V[columns] * factor_B)
 
     def lost(self, unit_BC: Tensor, half_BC: Tensor, coordinate_BR: Tensor, columns: slice) -> Tensor:
-        """As ``Finisher``: the float32 row lies in the span of the basis, so all it loses is the rounding."""
+        """All that a row loses is the rounding, because it lies in the span of the basis."""
         return unit_BC.sub_(half_BC)
 
     def _plain_products(self, scaled_BD: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -96,6 +97,30 @@ class AffineFinisher:
         return slices(0, self._dimension, self._step)
 
 
+class StateFinisher:
+    """Means of hidden states that are the rows themselves; ``basis_DR`` spans all of them."""
+
+    def __init__(self, basis_DR: NDArray[np.float32], device: torch.device) -> None:
+        self._basis_DR = torch.from_numpy(np.array(basis_DR)).to(device)  # a copy: it may be a read-only map
+        self._step = _BLOCK_COLUMNS[device.type]
+
+    def coordinates(self, mean_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates and norms, as ``Finisher.coordinates``."""
+        raw_BR = mean_BD @ self._basis_DR
+        norm_B = torch.linalg.vector_norm(raw_BR, dim=1)
+        return raw_BR.div_(norm_B[:, None]), norm_B
+
+    def unit_blocks(self, mean_BD: Tensor, norm_B: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Unit rows by blocks of columns, as ``Finisher.unit_blocks``."""
+        unit_BD = mean_BD * (1.0 / norm_B)[:, None]
+        for columns in slices(0, mean_BD.shape[1], self._step):
+            yield columns, unit_BD[:, columns].contiguous()
+
+    def lost(self, unit_BC: Tensor, half_BC: Tensor, coordinate_BR: Tensor, columns: slice) -> Tensor:
+        """All that a row loses is the rounding, because it lies in the span of the basis."""
+        return unit_BC.sub_(half_BC)
+
+
 class MeanFinisher:
     """Means of logits; ``basis_VR`` misses some of them, and the residual says how much."""
 
@@ -104,24 +129,33 @@ class MeanFinisher:
         self._step = _BLOCK_COLUMNS[device.type]
 
     def coordinates(self, mean_BV: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``Finisher``."""
+        """Coordinates and norms, as ``Finisher.coordinates``."""
         norm_B = torch.linalg.vector_norm(mean_BV, dim=1)
         return (mean_BV @ self._basis_VR).div_(norm_B[:, None]), norm_B
 
     def unit_blocks(self, mean_BV: Tensor, norm_B: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """As ``Finisher``."""
+        """Unit rows by blocks of columns, as ``Finisher.unit_blocks``."""
         for columns in slices(0, mean_BV.shape[1], self._step):
             yield columns, mean_BV[:, columns] / norm_B[:, None]
 
     def lost(self, unit_BC: Tensor, half_BC: Tensor, coordinate_BR: Tensor, columns: slice) -> Tensor:
-        """As ``Finisher``."""
+        """What coordinates do not give, as ``Finisher.lost``."""
         return torch.sub(half_BC, coordinate_BR @ self._basis_VR[columns].T, out=unit_BC)
+
+
+def make_finisher(
+    spec: EmbeddingSpec, head: AffineHead | CappedHead | None, basis_VR: NDArray[np.float32], device: torch.device
+) -> Finisher:
+    """The finisher of a kind of head. Price for an affine head: one product of the basis with the output layer."""
+    if isinstance(head, AffineHead):
+        return AffineFinisher(head, basis_VR, spec.dimension, device)
+    return MeanFinisher(basis_VR, device) if spec.head.pools_logits else StateFinisher(basis_VR, device)
 
 
 def finish(finisher: Finisher, mean_BX: Tensor, out_BV: Tensor, coord_BR: Tensor, residual_B: Tensor) -> NDArray[np.float32]:
     """Fill one slab: ``out_BV`` float16, ``coord_BR`` and ``residual_B`` float32, all in host memory.
 
-    Returns the norms float32 [B] before scaling; where one is not finite or 0, the row is rubbish and the caller's to mark.
+    Returns the norms float32 [B] before scaling; where one is not finite or 0, the row is undefined and the caller marks it.
     """
     coordinate_BR, norm_B = finisher.coordinates(mean_BX)
     square_B = torch.zeros_like(norm_B)
@@ -151,18 +185,16 @@ def spanning_columns(head: AffineHead, dimension: int) -> tuple[ReadBlock, int]:
     weight_VD = head.weight_VD[:dimension]
     bias_V = head.bias_V[:dimension] if head.bias_V is not None else None
 
-    device = weight_VD.device if weight_VD.device.type == "cuda" else torch.device("cpu")  # MPS has no float64
-
     def read(start: int, stop: int) -> Tensor:
-        block = weight_VD[start:stop].to(device)
-        return block if bias_V is None else torch.column_stack([block, bias_V[start:stop].to(device)])
+        block = weight_VD[start:stop]
+        return block if bias_V is None else torch.column_stack([block, bias_V[start:stop]])
 
     return read, weight_VD.shape[1] + (bias_V is not None)
 
 
-def identity_head(width: int, device: torch.device) -> AffineHead:
-    """The head of ``--space hidden``: rows are the pooled states themselves, and a product with 1 is exact."""
-    return AffineHead(weight_VD=torch.eye(width, device=device), bias_V=None, scale=1.0)
+def identity_columns(width: int, device: torch.device) -> tuple[ReadBlock, int]:
+    """Reader of the unit matrix, whose columns span hidden states that are the rows, and its width."""
+    return lambda start, stop: torch.eye(width, device=device)[start:stop], width
 
 
 def _part(buffer_BC: Tensor, columns: slice) -> Tensor:

@@ -1,20 +1,48 @@
-"""Mean logits of heads that are not affine: logits of a few hundred real tokens at a time.
+"""Heads: what makes logits of hidden states, and the mean logits of a prompt where a head is not affine.
 
-A capped linear head needs no class code: product, cap and mean are done on one block of columns while it lies in the cache.
-Any other head (a network, a projection) is its class's own code.
+For an affine head the mean of the logits is one product with the mean of the states, which ``finish`` does. A capped linear
+head needs no class code: product, cap and mean are computed on one block of columns while it lies in the cache. Any other
+head runs in its class's own code, a few hundred real tokens at a time.
 
 Shapes: B rows of a batch, T tokens, D model width, V vocabulary, L flat tokens, C columns of a block.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from embstore.model.backbone import CappedHead, SplitModel
+import torch
+from torch import Tensor, nn
 
 _BLOCK_BYTES = 4 << 20
 _CAPPED_TOKENS, _CAPPED_COLUMNS = 256, 2048
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AffineHead:
+    """``scale * (W h + b)``: ``weight_VD`` and ``bias_V`` float32 on the model's device."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    scale: float
+
+    def __call__(self, hidden_BD: Tensor) -> Tensor:
+        """Logits float32 [B, V]."""
+        logits_BV = nn.functional.linear(hidden_BD, self.weight_VD, self.bias_V)
+        return logits_BV if self.scale == 1.0 else logits_BV.mul_(self.scale)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CappedHead:
+    """``cap * tanh(linear(h) / cap)``, as in Gemma 2 and NanoChat."""
+
+    linear: AffineHead
+    cap: float
+
+    def __call__(self, hidden_BD: Tensor) -> Tensor:
+        """Logits float32 [B, V], all columns at once: for probes."""
+        return torch.tanh_(self.linear(hidden_BD).div_(self.cap)).mul_(self.cap)
 
 
 def streamed_tokens(dimension: int) -> int:
@@ -23,16 +51,25 @@ def streamed_tokens(dimension: int) -> int:
 
 
 def add_streamed(
-    model: SplitModel, hidden_BTD: Tensor, pooled_BT: Tensor, rows_B: Tensor, mean_WV: Tensor, *, columns: int
+    logits_of: Callable[[Tensor], Tensor],
+    hidden_BTD: Tensor,
+    pooled_BT: Tensor,
+    rows_B: Tensor,
+    mean_WV: Tensor,
+    *,
+    columns: int,
 ) -> None:
-    """Add mean logits over pooled tokens to rows ``rows_B`` of ``mean_WV``, a few hundred tokens at a time."""
+    """Add mean logits over pooled tokens to rows ``rows_B`` of ``mean_WV``.
+
+    ``logits_of`` gives logits float32 [L, V] of hidden states [L, D]; it is called with a few hundred tokens at a time.
+    """
     share_BT = pooled_BT / pooled_BT.sum(dim=1, keepdim=True)
     hidden_LD = hidden_BTD[pooled_BT]
     row_L, share_L = pooled_BT.nonzero()[:, 0], share_BT[pooled_BT]
     step = streamed_tokens(columns)
     for start in range(0, len(hidden_LD), step):
         part = slice(start, start + step)
-        logits_LV = model.head(hidden_LD[part])[:, :columns]
+        logits_LV = logits_of(hidden_LD[part])[:, :columns]
         first, last = int(row_L[part][0]), int(row_L[part][-1]) + 1
         # an indicator product sums each row in a fixed order, also on a GPU, where index_add does not
         share_BL = torch.zeros((last - first, logits_LV.shape[0]), device=hidden_BTD.device)
@@ -51,7 +88,7 @@ def add_capped(
 ) -> bool:
     """Write mean capped logits over pooled tokens to rows ``rows_B`` of ``mean_WV``, one block of columns at a time.
 
-    Returns False, with those rows undefined, if any mean is not finite: which token did it is for ``add_streamed`` to find.
+    Returns False, with those rows undefined, if any mean is not finite: ``add_streamed`` then finds the token's row.
     """
     linear, cap, device = head.linear, head.cap, hidden_BTD.device
     hidden_LD = hidden_BTD[pooled_BT]

@@ -1,4 +1,4 @@
-"""Find, identify and load a causal LM and its tokenizer. Nothing is unpickled, no remote code runs unless asked.
+"""Find, identify and load a causal LM and its tokenizer. Nothing is unpickled, and remote code runs only when asked for.
 
 Identity is content: digests of the weight files, the configuration and the tokenizer files, so a resume that needs no row
 never loads the model, and a renamed folder is still the same model.
@@ -21,11 +21,12 @@ import huggingface_hub
 import torch
 import transformers
 
-from embstore.core.config import EmbeddingConfig, Space
+from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ConfigError, ModelError
 from embstore.core.format import canonical_json
 from embstore.core.spec import ModelIdentity
-from embstore.model.digests import digest_of
+from embstore.host.device import resolve_device
+from embstore.model.digests import files_sha256
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -42,30 +43,35 @@ _TOKENIZER_FILES = (
 )
 
 
-# `--model PREFIX:...` is read by this module's `locate`: other formats than a Hugging Face folder. Loaded by name, because
+# Other formats than a Hugging Face folder: `locate` of this module reads `--model PREFIX:...`. It is loaded by name, because
 # nothing imports an integration.
 _FORMATS = {"nanochat": "embstore.integrations.nanochat.checkpoint"}
 
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-class ForeignFiles(Protocol):
-    """A checkpoint in another format than a Hugging Face folder."""
+class Checkpoint(Protocol):
+    """A checkpoint that is located and not loaded, in any format; what another loader than ``ModelFiles`` implements.
+
+    Its module is named in ``_FORMATS`` and offers ``locate(given, *, trust_pickle) -> Checkpoint`` for ``PREFIX:...``.
+    The model must offer what ``SplitModel`` asks of a class of transformers: ``config.get_text_config()``, ``base_model``,
+    ``get_input_embeddings``, ``get_output_embeddings``, and calls with ``input_ids`` that return ``logits``.
+    """
 
     @property
     def name(self) -> str:
-        """For people; no path."""
+        """For people; contains no path."""
 
     def identity(self) -> ModelIdentity:
         """Digests of everything that decides a row."""
 
-    def load(self, space: Space) -> tuple[Any, Any]:
-        """Model (without its head for ``space`` hidden) and tokenizer."""
+    def load(self, space: str) -> tuple[Any, Any]:
+        """Model in float32 on the CPU (without its head for ``space`` hidden) and tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFiles:
-    """A model folder on this machine, checked for what it must hold."""
+    """A model folder on this machine, checked for the files it must contain."""
 
     folder: Path
     name: str
@@ -76,7 +82,7 @@ class ModelFiles:
 
     @property
     def use_safetensors(self) -> bool:
-        """False only for folders that have nothing but ``.bin``, which load through weights_only."""
+        """False only for folders whose weights are all ``.bin``, which load through weights_only."""
         return self.weight_files[0].suffix == ".safetensors"
 
     @property
@@ -91,36 +97,82 @@ class ModelFiles:
         if self.adapter is not None:
             weights.append(self.adapter / _ADAPTER_WEIGHTS)
             adapter = json.loads((self.adapter / _ADAPTER).read_bytes())
-            config = {"model": config, "adapter": {**adapter, "base_model_name_or_path": None}}  # a place is no identity
+            config = {
+                "model": config,
+                "adapter": {**adapter, "base_model_name_or_path": None},
+            }  # a path is not part of the identity
         present = [self.tokenizer_folder / name for name in _TOKENIZER_FILES if (self.tokenizer_folder / name).is_file()]
         model_config = config.get("model", config)
         return ModelIdentity(
             name=self.name,
             architecture=", ".join(model_config.get("architectures") or ["unknown"]),
             revision=self.revision,
-            weights_sha256=digest_of(weights),
+            weights_sha256=files_sha256(weights),
             config_sha256=hashlib.sha256(canonical_json(config).encode()).hexdigest(),
-            tokenizer_sha256=digest_of(present),
+            tokenizer_sha256=files_sha256(present),
             trust_remote_code=self.trust_remote_code,
         )
 
+    def load(self, space: str) -> tuple[Any, Any]:
+        """Model and tokenizer by transformers, whose own messages are silenced.
 
-AnyModelFiles = ModelFiles | ForeignFiles
+        Raises
+        ------
+        ModelError
+            The library cannot load it (its own message is included), or tensors are missing.
+        """
+        common: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "local_files_only": True}
+        with _quiet_transformers():
+            try:
+                tokenizer = _tokenizer_class(self.tokenizer_folder).from_pretrained(self.tokenizer_folder, **common)
+                # an adapter names its layers as the model with a head has them
+                headless = space == "hidden" and self.adapter is None
+                model_class = transformers.AutoModel if headless else transformers.AutoModelForCausalLM
+                model, found = model_class.from_pretrained(
+                    self.folder,
+                    dtype=torch.float32,
+                    use_safetensors=self.use_safetensors,
+                    weights_only=True,
+                    output_loading_info=True,
+                    **common,
+                )
+            except Exception as error:  # any class's constructor runs here
+                message = str(error).strip().splitlines() or [type(error).__name__]
+                raise ModelError(
+                    f"loading {self.name} failed: {message[0][:300]}", hint="does it load with transformers alone?"
+                ) from error
+        # the pooler is a layer after the hidden states, which many checkpoints of encoders do not have
+        if missing := sorted(key for key in found["missing_keys"] if space == "logits" or "pooler" not in key.split(".")):
+            # the library fills them with random numbers and goes on
+            raise ModelError(
+                f"{self.name}: the weight files lack {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}",
+                hint="is it a causal LM with its head, and is the download complete?",
+            )
+        if self.adapter is None:
+            return model, tokenizer
+        try:
+            model = _merged(model, self.adapter)
+        except (RuntimeError, ValueError, KeyError, Warning) as error:
+            raise ModelError(
+                f"{self.adapter} does not fit {self.folder}: {str(error).splitlines()[0][:300]}",
+                hint="was it trained on this base model?",
+            ) from error
+        return (model.base_model if space == "hidden" else model), tokenizer
 
 
-def locate_model(config: EmbeddingConfig) -> AnyModelFiles:
+def locate_model(config: EmbeddingConfig) -> Checkpoint:
     """The files of a local folder, or of a hub id (downloaded to the hub's cache when absent).
 
     Raises
     ------
     ModelError
-        No such folder or id, no configuration, no tokenizer, or no weights.
+        There is no such folder or id, or it lacks a configuration, a tokenizer or weights.
     """
     if config.model is None:
         raise ConfigError("no model was given", hint="add --model, a folder or a hub id such as org/name")
     prefix, is_prefixed, _ = config.model.partition(":")
     if is_prefixed and prefix in _FORMATS:
-        files: ForeignFiles = importlib.import_module(_FORMATS[prefix]).locate(
+        files: Checkpoint = importlib.import_module(_FORMATS[prefix]).locate(
             config.model, trust_pickle=bool(config.trust_tokenizer_pickle)
         )
         return files
@@ -128,7 +180,7 @@ def locate_model(config: EmbeddingConfig) -> AnyModelFiles:
     looks_local = folder.exists() or config.model.startswith((".", "/", "~")) or config.model.count("/") > 1
     if looks_local:
         if not folder.is_dir():
-            raise ModelError(f"{config.model} is no folder", hint="give a model folder or a hub id such as org/name")
+            raise ModelError(f"{config.model} is not a folder", hint="give a model folder or a hub id such as org/name")
         if config.revision is not None:
             raise ConfigError(f"--revision {config.revision} needs a hub id, {config.model} is a local folder")
         name = folder.resolve().name
@@ -137,13 +189,13 @@ def locate_model(config: EmbeddingConfig) -> AnyModelFiles:
     if (folder / _ADAPTER).is_file():
         return _with_adapter(folder, name, config)
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} holds no model: config.json is missing", hint="give a Hugging Face model folder")
+        raise ModelError(f"{folder} is not a model folder: config.json is missing", hint="give a Hugging Face model folder")
     if not _has_tokenizer(folder):
-        raise ModelError(f"{folder} holds no tokenizer", hint="save the tokenizer beside the model")
+        raise ModelError(f"{folder} contains no tokenizer", hint="save the tokenizer beside the model")
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not weights:
         raise ModelError(
-            f"{folder} holds no weights: neither *.safetensors nor pytorch_model*.bin", hint="is the download complete?"
+            f"{folder} contains no weights: neither *.safetensors nor pytorch_model*.bin", hint="is the download complete?"
         )
     return ModelFiles(
         folder=folder,
@@ -158,15 +210,15 @@ def _with_adapter(folder: Path, name: str, config: EmbeddingConfig) -> ModelFile
     """A PEFT adapter over the base model that it names; a relative path there counts from the adapter's folder."""
     given = json.loads((folder / _ADAPTER).read_bytes()).get("base_model_name_or_path")
     if not isinstance(given, str) or not given:
-        raise ModelError(f"{folder / _ADAPTER} names no base model", hint="put base_model_name_or_path into it")
+        raise ModelError(f"{folder / _ADAPTER} does not name a base model", hint="put base_model_name_or_path into it")
     if not (folder / _ADAPTER_WEIGHTS).is_file():
-        raise ModelError(f"{folder} holds no {_ADAPTER_WEIGHTS}", hint="save the adapter with safetensors")
+        raise ModelError(f"{folder} contains no {_ADAPTER_WEIGHTS}", hint="save the adapter with safetensors")
     beside = folder / given
     base = locate_model(
         dataclasses.replace(config, model=str(beside.resolve()) if beside.is_dir() else given, revision=None)
     )
     if not isinstance(base, ModelFiles) or base.adapter is not None:
-        raise ModelError(f"{folder} adapts {given}, which is no Hugging Face model", hint="merge that one first")
+        raise ModelError(f"{folder} adapts {given}, which is not a Hugging Face model", hint="merge that one first")
     return dataclasses.replace(base, name=name, adapter=folder)
 
 
@@ -179,9 +231,17 @@ def _merged(model: Any, adapter: Path) -> Any:  # noqa: ANN401
             f"{adapter} is a PEFT adapter, and peft is not installed", hint="pip install 'embstore[peft]'"
         ) from error
     with warnings.catch_warnings():
-        # otherwise an adapter of another model changes nothing and nobody is told
+        # otherwise an adapter of another model changes nothing, silently
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         return peft.PeftModel.from_pretrained(model, adapter, is_trainable=False).merge_and_unload(safe_merge=True)
+
+
+def _tokenizer_class(folder: Path) -> Any:  # noqa: ANN401
+    """transformers 5 saves tokenizers under a new name of PreTrainedTokenizerFast, which transformers 4 does not know."""
+    config = folder / "tokenizer_config.json"
+    name = json.loads(config.read_bytes()).get("tokenizer_class") if config.is_file() else None
+    is_unknown = name == "TokenizersBackend" and not hasattr(transformers, name)
+    return transformers.PreTrainedTokenizerFast if is_unknown else transformers.AutoTokenizer
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -198,8 +258,8 @@ class LoadedModel:
     max_positions: int | None
 
 
-def load_model(files: AnyModelFiles, device: str, *, space: Space = "logits") -> LoadedModel:
-    """Load weights in float32 and the tokenizer; every library message that is no error is silenced.
+def load_model(files: Checkpoint, device: str, *, space: str = "logits") -> LoadedModel:
+    """Load weights in float32 and the tokenizer.
 
     Raises
     ------
@@ -207,46 +267,7 @@ def load_model(files: AnyModelFiles, device: str, *, space: Space = "logits") ->
         The library cannot load it (its own message is included), or tensors are missing.
     """
     target = resolve_device(device)
-    if not isinstance(files, ModelFiles):
-        model, tokenizer = files.load(space)
-        return _ready(model, tokenizer, target)
-    common: dict[str, Any] = {"trust_remote_code": files.trust_remote_code, "local_files_only": True}
-    with _quiet_transformers():
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(files.tokenizer_folder, **common)
-            # an adapter names its layers as the model with a head has them
-            model_class = (
-                transformers.AutoModel if space == "hidden" and files.adapter is None else transformers.AutoModelForCausalLM
-            )
-            model, found = model_class.from_pretrained(
-                files.folder,
-                dtype=torch.float32,
-                use_safetensors=files.use_safetensors,
-                weights_only=True,
-                output_loading_info=True,
-                **common,
-            )
-        except Exception as error:  # any class's constructor runs here
-            message = str(error).strip().splitlines() or [type(error).__name__]
-            raise ModelError(
-                f"loading {files.name} failed: {message[0][:300]}", hint="does it load with transformers alone?"
-            ) from error
-    # the pooler is a layer after the hidden states, which many checkpoints of encoders do not have
-    if missing := sorted(key for key in found["missing_keys"] if space == "logits" or "pooler" not in key.split(".")):
-        # the library fills them with random numbers and goes on
-        raise ModelError(
-            f"{files.name}: the weight files lack {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}",
-            hint="is it a causal LM with its head, and is the download complete?",
-        )
-    if files.adapter is not None:
-        try:
-            model = _merged(model, files.adapter)
-        except (RuntimeError, ValueError, KeyError, Warning) as error:
-            raise ModelError(
-                f"{files.adapter} does not fit {files.folder}: {str(error).splitlines()[0][:300]}",
-                hint="was it trained on this base model?",
-            ) from error
-        model = model.base_model if space == "hidden" else model
+    model, tokenizer = files.load(space)
     return _ready(model, tokenizer, target)
 
 
@@ -262,24 +283,6 @@ def _ready(model: Any, tokenizer: Any, target: torch.device) -> LoadedModel:  # 
     return LoadedModel(model=model, tokenizer=tokenizer, device=target, max_positions=positions)
 
 
-def resolve_device(device: str) -> torch.device:
-    """``auto`` is cuda, then mps, then cpu; a device that is not there is a ConfigError."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"no such device: {device!r}", hint="use auto, cpu, cuda, cuda:N or mps") from error
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (target.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available.get(target.type, False):
-        raise ConfigError(f"device {device!r} is not available here", hint="use --device auto or cpu")
-    return target
-
-
 def _download(model: str, revision: str | None) -> Path:
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
@@ -290,7 +293,7 @@ def _download(model: str, revision: str | None) -> Path:
     except Exception as error:  # the hub client raises errors of three libraries
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"{model} is no local folder, and the hub gave: {reason[0][:200]}", hint="check the path or the id"
+            f"{model} is not a local folder, and the hub answered: {reason[0][:200]}", hint="check the path or the id"
         ) from error
     return folder
 

@@ -1,7 +1,7 @@
 """Linear layers on a CPU with their weights packed once, in oneDNN's layout, and not again at every product.
 
 The operators are those that torch's compiler calls; they have no public name, so a torch without them runs the layers as
-they are. Rows differ in low bits, so ``spec.json`` says which of the two made them (docs/decisions/0025).
+they are. The two give rows that differ in low bits, so ``spec.json`` says which one made them (docs/decisions/0025).
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from embstore.core.spec import PACKED_HEAD, PACKED_LAYERS
-from embstore.host.device import capability_of
+from embstore.model.backbone import SplitModel
+from embstore.model.probe import TOLERANCE, made_up_rows, relative_error
 
+_TOLERANCE_16 = 2.0**-5  # relative, in 16 bits
 _TOKENS = 1024  # of a product of the backbone
 _DTYPES = (torch.float32, torch.bfloat16)
 _OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")
 
 
 def can_pack(device: torch.device) -> bool:
-    """Whether packed layers can be had on this device at all."""
+    """Whether this torch can pack layers on this device at all."""
     return (
         device.type == "cpu"
         and torch._C._has_mkldnn
@@ -32,14 +33,34 @@ def can_pack(device: torch.device) -> bool:
     )
 
 
-def best_capability(device: torch.device) -> str:
-    """What decides a kernel's bits on this device, with everything packed that can be; see ``core.spec.EmbeddingSpec``."""
-    return capability_of(device) + (PACKED_LAYERS + PACKED_HEAD if can_pack(device) else "")
+@torch.inference_mode()
+def pack_layers(model: SplitModel) -> bool:
+    """Pack the backbone's linear layers, once its dtype is settled; tells whether any is packed.
+
+    Made-up rows are tried before and after: where the class then gives something else, as one does that multiplies with a
+    layer's weight itself, everything is put back. A layer that is not given all tokens of a batch (an expert's) is left
+    alone, because every number of tokens makes a kernel that is kept.
+    """
+    if not can_pack(model.device):
+        return False
+    tokens_2T = made_up_rows(model)
+    with watched_layers(model.backbone) as seen:
+        plain_2TD = model.backbone(input_ids=tokens_2T, use_cache=False).last_hidden_state
+    layers = [layer for layer, counts in seen.items() if counts == {tokens_2T.numel()}]
+    pack(layers)
+    try:
+        packed_2TD = model.backbone(input_ids=tokens_2T, use_cache=False).last_hidden_state
+    except Exception:  # noqa: BLE001 - any class's code runs here
+        packed_2TD = torch.full_like(plain_2TD, torch.nan)
+    if relative_error(packed_2TD, plain_2TD) < (TOLERANCE if model.dtype == torch.float32 else _TOLERANCE_16):
+        return bool(layers)
+    unpack(layers)
+    return False
 
 
 @contextlib.contextmanager
 def watched_layers(module: nn.Module) -> Iterator[dict[nn.Linear, set[int]]]:
-    """The plain linear layers of ``module`` that are called meanwhile, each with the numbers of tokens that it was given."""
+    """The plain linear layers of ``module`` that are called in this context, with the numbers of tokens they were given."""
     seen: dict[nn.Linear, set[int]] = {}
 
     def note(layer: nn.Linear, arguments: tuple[Tensor, ...]) -> None:
@@ -59,7 +80,7 @@ def watched_layers(module: nn.Module) -> Iterator[dict[nn.Linear, set[int]]]:
 def pack(layers: Iterable[nn.Linear]) -> None:
     """Pack the weights of plain layers, in place.
 
-    The weights as they were are gone, one after the other, so the model takes no more memory than before. A packed layer
+    Each plain weight is freed before the next one is packed, so the model takes no more memory than before. A packed layer
     keeps its dtype, shape and hooks; code that multiplies with its weight itself fails.
     """
     for layer in layers:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers.tokenization_utils_tokenizers import TokenizersBackend
+from transformers import PreTrainedTokenizerFast
 
 from embstore.core.errors import ModelError
 from embstore.core.prompts import Prompt, render_messages
@@ -38,7 +38,7 @@ class PromptTokenizer:
 
     def __init__(self, tokenizer: Any, max_tokens: int, num_tokens: int) -> None:  # noqa: ANN401 - transformers is untyped
         self._tokenizer = tokenizer
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._num_tokens = num_tokens
         self._backend = _plain_backend(tokenizer)
         # tokens that are special only to the chat template (turn markers) are flagged in no list of names
@@ -105,18 +105,22 @@ class PromptTokenizer:
                 f"the tokenizer gives token {ids_T.max()}, the model knows {self._num_tokens} tokens",
                 hint="is this the model's own tokenizer?",
             )
-        keep = slice(0, self._max_tokens)
-        return TokenRow(ids_T=ids_T[keep], pooled_T=pooled_T[keep], was_cut=len(ids_T) > self._max_tokens)
+        keep = slice(0, self.max_tokens)
+        return TokenRow(ids_T=ids_T[keep], pooled_T=pooled_T[keep], was_cut=len(ids_T) > self.max_tokens)
 
 
 def _plain_backend(tokenizer: Any) -> Any:  # noqa: ANN401
     """The Rust tokenizer behind ``tokenizer`` where calling it gives the same tokens, else None.
 
-    It takes two thirds of the time: offsets and Python copies of lists that nobody reads are left out.
+    It takes two thirds of the time, because it makes neither offsets nor Python copies of unused lists.
     """
-    if not isinstance(tokenizer, TokenizersBackend) or type(tokenizer)._encode_plus is not TokenizersBackend._encode_plus:
-        return None  # slow, or its class adds something of its own
-    tokenizer("")  # leaves truncation, padding and the reading of special tokens as every call without options sets them
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return None  # slow
+    # transformers 4 has both methods, 5 only the second one
+    for name in ("_batch_encode_plus", "_encode_plus"):
+        if getattr(type(tokenizer), name, None) is not getattr(PreTrainedTokenizerFast, name, None):
+            return None  # its class adds something of its own
+    tokenizer("")  # sets truncation, padding and the reading of special tokens as every call without options does
     return tokenizer.backend_tokenizer
 
 

@@ -67,7 +67,7 @@ def test_neighbours_by_coordinates_are_those_of_the_classes_own_rows(
     with torch.inference_mode():
         assert model(input_ids=torch.tensor([max(ids, key=len)])).logits.std() >= 5
     embedder = open_embedder(save_model(tmp_path / "model", model, tokenizer), prompts, tmp_path / "work")
-    assert (embedder.spec.head, embedder.spec.basis) == ("capped", "range-finder")
+    assert (embedder.spec.head.kind, embedder.spec.basis) == ("capped", "range-finder")
     blocks = embed(embedder, prompts)
     stored, coordinates = (np.concatenate(parts) for parts in zip(*((b.emb_BV, b.coord_BR) for b in blocks), strict=True))
     residual = np.concatenate([block.residual_B for block in blocks]).astype(np.float64)

@@ -15,6 +15,7 @@ import transformers
 from embstore.core.errors import ModelError
 from embstore.core.events import Event, Notice
 from embstore.core.prompts import Prompt
+from embstore.core.spec import Head
 from embstore.model.packed import can_pack
 from tests.support.models import (
     PROMPTS,
@@ -63,16 +64,24 @@ def test_rows_are_the_float64_mean_of_full_logits(case_of: CaseOf, name: str) ->
 @pytest.mark.parametrize(("name", "scale"), AFFINE_SCALES.items())
 def test_a_linear_head_is_pooled_before(case_of: CaseOf, name: str, scale: float) -> None:
     spec = case_of(name).embedder.spec
-    assert spec.head == "affine"
-    assert spec.head_scale == pytest.approx(scale, rel=1e-6)
+    assert spec.head.kind == "affine"
+    assert spec.head.scale == pytest.approx(scale, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", [*CAPPED, *NETWORK])
-def test_a_capped_head_is_fused_and_a_network_pooled_behind(case_of: CaseOf, name: str) -> None:
+def test_a_capped_head_is_fused_and_any_other_streamed(case_of: CaseOf, name: str) -> None:
     spec = case_of(name).embedder.spec
-    assert spec.head == ("capped" if name in CAPPED else "network")
-    assert spec.basis == ("range-finder" if name in CAPPED else "head")
-    assert spec.rank <= (16 if name == "opt-projected" else 33)  # as wide as what the output layer is given, and a bias
+    assert spec.head == Head(kind="capped" if name in CAPPED else "streamed")
+    assert spec.basis == "range-finder"
+    assert spec.rank <= 33
+
+
+def test_a_store_that_pooled_behind_a_network_is_not_continued(case_of: CaseOf) -> None:
+    """The releases until November 2026 did that; rows of this one would differ in low bits, in another basis."""
+    case = case_of("modernbert-decoder")
+    with pytest.raises(ModelError, match="head is a network") as caught:
+        reopened(case.folder, case.embedder, head=Head(kind="network"))
+    assert "embstore build PROMPTS --model MODEL" in str(caught.value.hint)
 
 
 def test_a_head_that_nothing_describes_is_streamed_by_its_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +94,7 @@ def test_a_head_that_nothing_describes_is_streamed_by_its_class(tmp_path: Path, 
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
     case = make_case("llama", tmp_path)
-    assert case.embedder.spec.head == "streamed"
+    assert case.embedder.spec.head.kind == "streamed"
     expected_NV = np.stack([unit_mean(logits_TV) for logits_TV in case.logits])
     assert distances(case.rows_NV, expected_NV).max() <= 5e-6
     stored = [block.emb_BV for block in embed(reopened(case.folder, case.embedder), PROMPTS)]
@@ -93,7 +102,7 @@ def test_a_head_that_nothing_describes_is_streamed_by_its_class(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", NETWORK)
-def test_threads_do_not_share_what_a_network_was_given(case_of: CaseOf, name: str, tmp_path: Path) -> None:
+def test_threads_do_not_share_what_a_class_was_given(case_of: CaseOf, name: str, tmp_path: Path) -> None:
     case = case_of(name)
     rows = []
     for threads in (1, 3):
@@ -108,7 +117,7 @@ def test_a_cap_streams_even_where_logits_never_reach_it(name: str, tmp_path: Pat
     model = make_model(name, logit_std=0.0)
     model.get_output_embeddings().weight.mul_(1e-4)
     embedder = open_embedder(save_model(tmp_path / "model", model, make_tokenizer()), PROMPTS, tmp_path / "work")
-    assert embedder.spec.head == "capped"
+    assert embedder.spec.head.kind == "capped"
 
 
 @pytest.mark.parametrize("name", CLASSES)

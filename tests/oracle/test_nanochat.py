@@ -97,7 +97,7 @@ def test_rows_are_those_of_nanochats_own_forward_pass(compiled: bool, base: Path
     saved = {f"_orig_mod.{name}": tensor for name, tensor in state.items()} if compiled else state
     make_base(base, CONFIG, saved)
     embedder = open_embedder(Path("nanochat:base"), PROMPTS, tmp_path / "work", trust_tokenizer_pickle=True)
-    assert embedder.spec.head == "capped"
+    assert embedder.spec.head.kind == "capped"
     assert [list(row.ids_T) for row in embedder.tokens(PROMPTS)] == [tokens_of(prompt.text or "") for prompt in PROMPTS]
     # <|bos|> conditions every token and is not pooled
     logits = [reference_logits(state, tokens_of(prompt.text or ""))[1:] for prompt in PROMPTS]
@@ -119,7 +119,7 @@ def test_rows_that_only_pad_the_vocabulary_are_left_out(base: Path, tmp_path: Pa
     state = make_state()  # 320 rows, a multiple of 64
     make_base(base, CONFIG | {"vocab_size": 290}, state)
     embedder = open_embedder(Path("nanochat:base"), PROMPTS[:4], tmp_path / "work", trust_tokenizer_pickle=True)
-    assert (embedder.spec.head, embedder.spec.dimension) == ("capped", 290)
+    assert (embedder.spec.head.kind, embedder.spec.dimension) == ("capped", 290)
     logits = [reference_logits(state, tokens_of(prompt.text or ""))[1:, :290] for prompt in PROMPTS[:4]]
     expected_NV = np.stack([unit_mean(logits_TV) for logits_TV in logits])
     assert distances(rows_before_rounding(embedder, PROMPTS[:4]), expected_NV).max() <= 5e-6

@@ -103,7 +103,7 @@ def test_rows_are_means_of_the_packages_own_logits(
     capfd.readouterr()
     embedder = open_embedder(MODEL, PROMPTS, tmp_path / "work", **TRUSTED)
     assert capfd.readouterr().out == ""  # the package prints what it pads: not into --json
-    assert (embedder.spec.head, embedder.spec.dimension) == ("capped", 290)
+    assert (embedder.spec.head.kind, embedder.spec.dimension) == ("capped", 290)
     assert max(map(len, IDS)) > 40
     logits, _ = oracle(state, monkeypatch)
     assert np.concatenate(logits).std() > 5
@@ -115,7 +115,7 @@ def test_hidden_rows_are_what_the_output_layer_is_given(base: Path, tmp_path: Pa
     state = make_state()
     make_base(base, CONFIG, state)
     embedder = open_embedder(MODEL, PROMPTS, tmp_path / "work", space="hidden", **TRUSTED)
-    assert (embedder.spec.head, embedder.spec.dimension) == ("none", 32)
+    assert (embedder.spec.head.kind, embedder.spec.dimension) == ("none", 32)
     expected_ND = np.stack([unit_mean(state_TD[1:]) for state_TD in oracle(state, monkeypatch)[1]])
     assert distances(rows_before_rounding(embedder, PROMPTS), expected_ND).max() <= 5e-6
 
@@ -139,7 +139,7 @@ def test_the_soft_cap_is_the_packages_own(
     state = make_state()
     make_base(base, CONFIG, state)
     embedder = open_embedder(MODEL, PROMPTS, tmp_path / "work", **TRUSTED)
-    assert embedder.spec.head == head
+    assert embedder.spec.head.kind == head
     expected_NV = np.stack([unit_mean(logits_TV[1:]) for logits_TV in oracle(state, monkeypatch)[0]])
     assert distances(rows_before_rounding(embedder, PROMPTS), expected_NV).max() <= 5e-6
 
@@ -155,7 +155,7 @@ def test_a_head_of_another_kind_is_streamed_by_the_packages_code(
     state = make_state()
     make_base(base, CONFIG, state)
     embedder = open_embedder(MODEL, PROMPTS, tmp_path / "work", **TRUSTED)
-    assert embedder.spec.head == "streamed"
+    assert embedder.spec.head.kind == "streamed"
     expected_NV = np.stack([unit_mean(logits_TV[1:].clip(-5)) for logits_TV in oracle(state, monkeypatch)[0]])
     assert distances(rows_before_rounding(embedder, PROMPTS), expected_NV).max() <= 5e-6
 

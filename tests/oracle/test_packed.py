@@ -23,14 +23,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
 from embstore.core.plan import as_stored, refuse_other_input
-from embstore.core.spec import PACKED_HEAD, PACKED_LAYERS
-from embstore.host import device
 from embstore.host.memory import read_memory
 from embstore.model import packed
-from embstore.model.backbone import AffineHead, SplitModel
+from embstore.model.backbone import SplitModel
 from embstore.model.basis import orthonormal_basis
 from embstore.model.embed import LogitEmbedder
 from embstore.model.finish import AffineFinisher, finish, spanning_columns
+from embstore.model.heads import AffineHead
 from embstore.model.packed import can_pack, pack, unpack, watched_layers
 from tests.support import records
 from tests.support.models import (
@@ -47,7 +46,6 @@ from tests.support.models import (
 )
 
 CPU = torch.device("cpu")
-PLAIN = device.capability_of(CPU).removesuffix(PACKED_LAYERS + PACKED_HEAD)
 CaseOf = Callable[[str], Case]
 
 needs_memory = pytest.mark.skipif(read_memory() is None, reason="the kernel does not tell anonymous memory (not Linux)")
@@ -63,6 +61,10 @@ def printed_by(script: str) -> int:
 
 def stored_rows(embedder: LogitEmbedder) -> np.ndarray[Any, Any]:
     return np.concatenate([block.emb_BV for block in embed(embedder, PROMPTS)])
+
+
+def packing(embedder: LogitEmbedder) -> tuple[bool, bool]:
+    return embedder.spec.packed_layers, embedder.spec.packed_head
 
 
 def are_packed(embedder: LogitEmbedder) -> set[bool]:
@@ -124,7 +126,7 @@ def test_only_plain_layers_are_watched_with_the_tokens_they_get() -> None:
 def test_a_new_build_packs_and_a_reopened_one_gives_the_same_bytes(case_of: CaseOf, dtype: str, tmp_path: Path) -> None:
     folder = case_of("llama").folder
     embedder = open_embedder(folder, PROMPTS, tmp_path, dtype=dtype)
-    assert embedder.spec.capability == PLAIN + PACKED_LAYERS + PACKED_HEAD
+    assert packing(embedder) == (True, True)
     assert are_packed(embedder) == {True}
     again = reopened(folder, embedder)
     assert are_packed(again) == {True}
@@ -155,16 +157,15 @@ def test_a_packed_head_gives_the_rows_of_float64(columns: int, bias: bool) -> No
 
 
 @needs_packing
-@pytest.mark.parametrize("name", ["llama-tied", "phi", "granite", "modernbert-decoder"])
+@pytest.mark.parametrize("name", ["llama-tied", "phi", "granite"])
 def test_a_store_with_a_plain_head_is_continued_with_one(case_of: CaseOf, name: str) -> None:
     case = case_of(name)
-    assert case.embedder.spec.has_packed_head
-    older = reopened(case.folder, case.embedder, capability=PLAIN + PACKED_LAYERS)
+    assert packing(case.embedder) == (True, True)
+    older = reopened(case.folder, case.embedder, packed_head=False)
     assert are_packed(older) == {True}
     assert older._finisher._packed == []
     found_NV = rows_before_rounding(older, PROMPTS)
     assert distances(found_NV, case.rows_NV).max() <= 2e-6
-    assert as_stored({"capability": device.capability_of(CPU)}, older.spec)["capability"] == older.spec.capability
 
 
 @needs_packing
@@ -173,7 +174,7 @@ def test_heads_that_are_no_product_are_not_packed(
     case_of: CaseOf, name: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     embedder = open_embedder(case_of(name).folder, PROMPTS, tmp_path, **settings)
-    assert embedder.spec.capability == PLAIN + PACKED_LAYERS
+    assert packing(embedder) == (True, False)
     assert stored_rows(reopened(case_of(name).folder, embedder)).tobytes() == stored_rows(embedder).tobytes()
 
 
@@ -185,7 +186,7 @@ def test_a_packed_head_is_in_memory_once_and_gives_no_logits(
     genuine = SplitModel.drop_head
 
     def drop_head(self: SplitModel) -> None:
-        plain.append(StorageWeakRef(self._model.get_output_embeddings().weight.untyped_storage()))
+        plain.append(StorageWeakRef(self.module.get_output_embeddings().weight.untyped_storage()))
         genuine(self)
 
     monkeypatch.setattr(SplitModel, "drop_head", drop_head)
@@ -205,7 +206,7 @@ def test_what_does_not_fit_the_memory_is_left_unpacked_and_stays_so(case_of: Cas
     case = case_of("llama")
     kernels = case.embedder.memory_bytes(16)
     embedder = open_embedder(case.folder, PROMPTS, tmp_path, memory_bytes=kernels - 1)
-    assert embedder.spec.capability == PLAIN
+    assert packing(embedder) == (False, False)
     assert embedder.memory_bytes(16) < kernels
     assert are_packed(embedder) == {False}
     again = reopened(case.folder, embedder)
@@ -228,7 +229,7 @@ def test_a_class_that_minds_is_left_as_it_was(fails: str, tmp_path: Path, monkey
     monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", forward)
     folder = save_model(tmp_path / "model", make_model("llama"), make_tokenizer())
     embedder = open_embedder(folder, PROMPTS, tmp_path / "work")
-    assert embedder.spec.capability == PLAIN
+    assert packing(embedder) == (False, False)
     assert are_packed(embedder) == {False}
     monkeypatch.setattr(packed, "_OPERATORS", ("no such operator",))
     never_tried = open_embedder(folder, PROMPTS, tmp_path / "work")
@@ -247,7 +248,7 @@ def test_a_layer_that_is_given_some_tokens_is_left_alone(tmp_path: Path, monkeyp
     monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", forward)
     folder = save_model(tmp_path / "model", make_model("llama"), make_tokenizer())
     embedder = open_embedder(folder, PROMPTS, tmp_path / "work")
-    assert embedder.spec.has_packed_layers
+    assert embedder.spec.packed_layers
     for layer in embedder.model.backbone.layers:
         for block, is_packed in ((layer.self_attn, True), (layer.mlp, False)):
             assert {each.weight.is_mkldnn for each in block.modules() if isinstance(each, nn.Linear)} == {is_packed}
@@ -257,8 +258,7 @@ def test_a_layer_that_is_given_some_tokens_is_left_alone(tmp_path: Path, monkeyp
 def test_a_packed_store_is_not_continued_by_a_torch_that_cannot(case_of: CaseOf, monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of("llama")
     monkeypatch.setattr(packed, "_OPERATORS", ("no such operator",))
-    assert device.capability_of(CPU) == PLAIN
-    with pytest.raises(ModelError, match="LlamaForCausalLM cannot be packed here, as the store's spec has them") as caught:
+    with pytest.raises(ModelError, match="LlamaForCausalLM cannot be packed here, as the store's rows need it") as caught:
         reopened(case.folder, case.embedder)
     assert "versions of torch and transformers" in str(caught.value.hint)
 
@@ -266,31 +266,35 @@ def test_a_packed_store_is_not_continued_by_a_torch_that_cannot(case_of: CaseOf,
 @pytest.mark.parametrize(
     ("stored", "given", "drift"),
     [
-        ("AVX2", "AVX2" + PACKED_LAYERS, []),  # it fitted no more, or an older version began it: left so
-        ("AVX2" + PACKED_LAYERS, "AVX2" + PACKED_LAYERS, []),
-        ("AVX2" + PACKED_LAYERS, "AVX2", ["capability"]),
-        ("AVX2", "AVX512" + PACKED_LAYERS, ["capability"]),
-        ("AVX2", "AVX2" + PACKED_LAYERS + PACKED_HEAD, []),
-        ("AVX2" + PACKED_LAYERS, "AVX2" + PACKED_LAYERS + PACKED_HEAD, []),  # a capped head, or an older version
-        ("AVX2" + PACKED_LAYERS + PACKED_HEAD, "AVX2" + PACKED_LAYERS + PACKED_HEAD, []),
-        ("AVX2" + PACKED_LAYERS + PACKED_HEAD, "AVX2", ["capability"]),
-        ("AVX2" + PACKED_LAYERS + PACKED_HEAD, "AVX512" + PACKED_LAYERS + PACKED_HEAD, ["capability"]),
+        (("AVX2", 0, 0), ("AVX2", 1, 0), []),  # it did not fit any more, or an older version began it: left so
+        (("AVX2", 1, 0), ("AVX2", 1, 0), []),
+        (("AVX2", 1, 0), ("AVX2", 0, 0), ["packed_layers"]),
+        (("AVX2", 0, 0), ("AVX512", 1, 0), ["capability"]),
+        (("AVX2", 0, 0), ("AVX2", 1, 1), []),
+        (("AVX2", 1, 0), ("AVX2", 1, 1), []),  # a capped head, or an older version
+        (("AVX2", 1, 1), ("AVX2", 1, 1), []),
+        (("AVX2", 1, 1), ("AVX2", 0, 0), ["packed_layers", "packed_head"]),
+        (("AVX2", 1, 1), ("AVX512", 1, 1), ["capability"]),
     ],
 )
-def test_layers_are_packed_as_the_store_has_them(stored: str, given: str, drift: list[str]) -> None:
-    spec = records.spec(embedding=dataclasses.replace(records.EMBEDDING, capability=stored))
-    hardware = as_stored({"device": "cpu", "capability": given, "threads": 2}, spec.embedding)
+def test_layers_are_packed_as_the_store_has_them(
+    stored: tuple[str, int, int], given: tuple[str, int, int], drift: list[str]
+) -> None:
+    names = ("capability", "packed_layers", "packed_head")
+    as_fields = [(values[0], bool(values[1]), bool(values[2])) for values in (stored, given)]
+    fields, found = (dict(zip(names, values, strict=True)) for values in as_fields)
+    spec = records.spec(embedding=dataclasses.replace(records.EMBEDDING, **fields))
+    hardware = as_stored({"device": "cpu", "threads": 2, **found}, spec.embedding)
     assert refuse_other_input(spec, EmbeddingConfig(), None, hardware) == drift
-    taken = str(hardware["capability"])
-    assert (PACKED_LAYERS in taken) == (PACKED_LAYERS in given and PACKED_LAYERS in stored)
-    assert taken.endswith(PACKED_HEAD) == (given.endswith(PACKED_HEAD) and stored.endswith(PACKED_HEAD))
+    for name in names[1:]:
+        assert hardware[name] == (found[name] and fields[name])
 
 
 _HEIGHTS = """
 import numpy as np
 import torch
 from embstore.model.finish import SLAB_ROWS, AffineFinisher
-from embstore.model.backbone import AffineHead
+from embstore.model.heads import AffineHead
 from embstore.host.memory import MemoryMeter
 
 torch.set_num_threads(1)

@@ -59,7 +59,7 @@ def test_hidden_rows_are_pooled_float64_states(name: str, pooling: str, tmp_path
     model = _encoder(name) if "bert" in name else make_model(name)
     folder = save_model(tmp_path / "model", model, make_tokenizer())
     embedder = open_embedder(folder, PROMPTS, tmp_path / "work", space="hidden", pooling=pooling)
-    assert (embedder.spec.head, embedder.spec.columns, embedder.spec.dimension) == ("none", "hidden", 32)
+    assert (embedder.spec.head.kind, embedder.spec.columns, embedder.spec.dimension) == ("none", "hidden", 32)
     states = _states(folder)
     expected_ND = np.stack([unit_mean(state_TD if pooling == "mean" else state_TD[-1:]) for state_TD in states])
     assert distances(rows_before_rounding(embedder, PROMPTS), expected_ND).max() <= 5e-6

@@ -20,7 +20,7 @@ from embstore.core.events import Observer
 from embstore.core.interfaces import Check, PromptReader, RowBlock, WindowCounts
 from embstore.core.prompts import Prompt
 from embstore.core.records import FailedRow
-from embstore.core.spec import EmbeddingSpec, ModelIdentity
+from embstore.core.spec import EmbeddingSpec, Head, ModelIdentity
 
 DIMENSION = 64
 RANK = 12
@@ -60,9 +60,9 @@ class FakeSource:
             dimension=self.dimension,
             rank=self.rank,
             columns=config.vocab or "model",
-            head="affine",
-            head_scale=1.0,
-            pooling="mean of logits over own tokens",
+            head=Head(kind="affine"),
+            space="logits",
+            pooling="mean",
             normalization="l2",
             token_rule="characters",
             max_tokens=config.max_tokens or 512,

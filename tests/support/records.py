@@ -7,7 +7,7 @@ from typing import Any
 
 from embstore.core.format import FileDigest, Manifest
 from embstore.core.records import ChunkRecord, PromptsRecord, SpecRecord, WindowRecord
-from embstore.core.spec import EmbeddingSpec, ModelIdentity, StoreSpec
+from embstore.core.spec import EmbeddingSpec, Head, ModelIdentity, StoreSpec
 
 DIGEST = FileDigest(bytes=3, sha256="ab" * 32)
 MODEL = ModelIdentity(
@@ -23,9 +23,9 @@ EMBEDDING = EmbeddingSpec(
     dimension=64,
     rank=12,
     columns="model",
-    head="affine",
-    head_scale=1.0,
-    pooling="mean of logits over own tokens",
+    head=Head(kind="affine"),
+    space="logits",
+    pooling="mean",
     normalization="l2",
     token_rule="default",
     max_tokens=512,

@@ -249,7 +249,7 @@ def test_records_read_back_exactly() -> None:
         (("model",), "tiny"),
         (("model", "revision"), 7),
         (("model", "trust_remote_code"), 0),
-        (("embedding", "head_scale"), "1"),
+        (("embedding", "head", "scale"), "1"),
         (("embedding", "threads"), [2]),
     ],
 )
@@ -274,10 +274,10 @@ def test_a_field_missing_or_unknown_is_refused_by_name() -> None:
 
 def test_an_integer_is_a_valid_float_and_null_a_valid_optional() -> None:
     whole = json.loads(document(dataclasses.asdict(spec())))
-    whole["embedding"]["head_scale"] = 2
+    whole["embedding"]["head"]["scale"] = 2
     whole["model"]["revision"] = "main"
     found = decode_spec(document(whole))
-    assert found.embedding.head_scale == 2
+    assert found.embedding.head.scale == 2
     assert found.model.revision == "main"
 
 

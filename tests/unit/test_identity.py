@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 import typing
@@ -60,15 +61,15 @@ FIELDS = [
 MODEL_FIELDS = ["weights_sha256", "tokenizer_sha256", "config_sha256", "architecture", "revision"]
 # how a run can be given another value of a field of spec.json: a field that is missing here has no test
 GIVEN_BY: dict[str, set[str]] = {
-    "an option": {f"embedding.{name}" for name in ("max_tokens", "dtype", "columns", "pooling", "batch_tokens")}
+    "an option": {f"embedding.{name}" for name in ("max_tokens", "dtype", "columns", "space", "pooling", "batch_tokens")}
     | {"compressor", "window_rows", "chunk_rows", "model.trust_remote_code"},
-    "the hardware": {"embedding.threads", "embedding.device", "embedding.capability"},
+    "the hardware": {f"embedding.{name}" for name in ("threads", "device", "capability", "packed_layers", "packed_head")},
     "the model": {f"model.{field}" for field in MODEL_FIELDS},
     "the prompts": {"rows", "prompts_fingerprint"},
     "another release": {"format_version"},
     "nobody, it is for people": {"model.name"},
     # these follow from the others, and from code
-    "a changed spec.json only": {f"embedding.{name}" for name in ("dimension", "rank", "head", "head_scale")}
+    "a changed spec.json only": {f"embedding.{name}" for name in ("dimension", "rank", "head.kind", "head.scale")}
     | {f"embedding.{name}" for name in ("normalization", "token_rule", "basis")}
     | {"basis_sha256"},
 }
@@ -116,7 +117,7 @@ def _named(error: IdentityMismatchError, field: str, stored: str, given: str) ->
 def test_every_field_of_the_spec_has_a_test_of_another_value() -> None:
     named = [field for fields in GIVEN_BY.values() for field in fields]
     assert sorted(named) == sorted(SPEC_FIELDS)
-    stored_as = {"vocab": "columns", "space": "pooling"}  # the rule of pooling says both
+    stored_as = {"vocab": "columns"}
     options = {stored_as.get(field, field) for _, field, _, _ in FIELDS}
     assert {field.rpartition(".")[2] for field in GIVEN_BY["an option"]} == options
     # what a user may set is a field of the spec, or names the model
@@ -133,7 +134,7 @@ def test_a_spec_with_any_field_changed_is_refused_as_damaged(
     store: Path = request.getfixturevalue(state)
     spec = json.loads((store / "spec.json").read_bytes())
     *above, name = field.split(".")
-    record = spec[above[0]] if above else spec
+    record = functools.reduce(dict.__getitem__, above, spec)
     record[name] = _another(record[name])
     (store / "spec.json").write_bytes(document(spec))
     source = FakeSource()
@@ -206,7 +207,7 @@ def test_another_processor_is_refused_and_drift_is_named_as_the_way(unfinished: 
 
 def test_every_field_that_differs_is_named_at_once(unfinished: Path) -> None:
     source = renamed(FakeSource(), weights_sha256="other")
-    error = _refusal(unfinished, config=with_embedding(dtype="float16", max_tokens=7), source=source)
+    error = _refusal(unfinished, config=with_embedding(dtype="bfloat16", max_tokens=7), source=source)
     assert {item.field for item in error.mismatches} == {"dtype", "max_tokens", "model.weights_sha256"}
 
 
@@ -340,7 +341,7 @@ def test_a_build_without_drift_says_so(finished_store: Path) -> None:
 
 
 def test_drift_excuses_hardware_only(unfinished: Path) -> None:
-    config = dataclasses.replace(with_embedding(threads=2, dtype="float16"), allow_drift=True)
+    config = dataclasses.replace(with_embedding(threads=2, dtype="bfloat16"), allow_drift=True)
     error = _refusal(unfinished, config=config)
     assert [item.field for item in error.mismatches] == ["dtype"]
 

@@ -33,7 +33,7 @@ from embstore.core.errors import ModelError
 from embstore.core.format import canonical_json
 from embstore.core.spec import ModelIdentity
 from embstore.integrations.nanochat.package import NanochatPackage, find_package
-from embstore.model.digests import digest_of
+from embstore.model.digests import files_sha256
 
 PREFIX = "nanochat:"
 _FOLDERS = {
@@ -90,9 +90,9 @@ class NanochatFiles:
             name=self.name,
             architecture="NanoChatForCausalLM" if package is None else "nanochat.gpt.GPT",
             revision=None,
-            weights_sha256=digest_of([self.weights]),
+            weights_sha256=files_sha256([self.weights]),
             config_sha256=hashlib.sha256(canonical_json(config).encode()).hexdigest(),
-            tokenizer_sha256=digest_of([self.tokenizer]),
+            tokenizer_sha256=files_sha256([self.tokenizer]),
             trust_remote_code=False,
         )
 

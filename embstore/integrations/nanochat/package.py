@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from embstore.core.errors import ModelError
-from embstore.model.digests import digest_of
+from embstore.model.digests import files_sha256
 
 _PACKAGE = "nanochat"
 _DTYPE_VARIABLE = "NANOCHAT_DTYPE"
@@ -56,7 +56,7 @@ class NanochatPackage:
 
     def sha256(self) -> str:
         """Digest of the package's modules: the code is what decides the logits, as much as the settings."""
-        return digest_of(self.folder.glob("*.py"))
+        return files_sha256(self.folder.glob("*.py"))
 
     def build(self, settings: Mapping[str, Any], state: Mapping[str, Tensor], *, name: str) -> NanochatModel:
         """The package's GPT with these weights, in float32 on the CPU.

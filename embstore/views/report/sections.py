@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from embstore.core.config import format_bytes
+from embstore.core.config import format_bytes, pooling_rule
 from embstore.core.decode import printable
 from embstore.core.diagnostics import MILD_ESS_SHARE
 from embstore.core.format import FORMAT_VERSION
@@ -200,12 +200,13 @@ def origin(data: ReportData) -> str:
     """What the store was made from."""
     spec = data.info.spec or {}
     model, embedding, neighbors = spec["model"], spec["embedding"], data.metadata["neighbors"]
+    rule = pooling_rule(embedding["space"], embedding["pooling"])
     search = "exact scan" if neighbors.get("knn") == "exact" else f"HNSW in {_text(neighbors.get('shards'))} shards"
     facts = [
         ("Model", f"{_text(model['name'])} ({_text(model['architecture'])})"),
         ("Fingerprints", f"weights {_code(model['weights_sha256'])}, tokenizer {_code(model['tokenizer_sha256'])}, "
                          f"prompts {_code(spec['prompts_fingerprint'])}"),
-        ("Rows", f"{embedding['dimension']:,} columns in {embedding['rank']:,} coordinates, {_text(embedding['pooling'])}"),
+        ("Rows", f"{embedding['dimension']:,} columns in {embedding['rank']:,} coordinates, {_text(rule)}"),
         ("Computed", f"{_text(embedding['dtype'])} on {_text(embedding['device'])} ({_text(embedding['capability'])}), "
                      f"at most {embedding['max_tokens']:,} tokens a prompt"),
         ("Neighbours", f"{search}, {_text(neighbors.get('distinct_vectors'))} distinct vectors"),

@@ -1,0 +1,116 @@
+"""What a new store finds out by embedding a sample before row 0: the basis, the dtype, and the time a row takes.
+
+Shapes: N sampled rows, B rows of a window, V columns, R coordinates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from embstore.core.density import NOISE_FLOOR, total_variation
+from embstore.core.errors import RowError
+from embstore.core.interfaces import PromptReader
+from embstore.core.sampling import seeded_sample
+from embstore.host.scratch import map_scratch
+from embstore.model.backbone import SplitModel
+from embstore.model.basis import orthonormal_basis
+from embstore.model.embed import LogitEmbedder, ModelParts
+from embstore.model.finish import Finisher, identity_columns, make_finisher, spanning_columns
+from embstore.model.heads import AffineHead
+from embstore.model.settings import Settings
+from embstore.model.tokens import TokenRow
+
+_TIMED_ROWS = 32
+_DTYPE_PROBE_K = 10
+
+
+def find_basis(parts: ModelParts, settings: Settings, prompts: PromptReader, work: Path) -> NDArray[np.float32]:
+    """The orthonormal basis float32 [V, R] of all rows: the head's own span, or that of min(N, 4 R) embedded prompts."""
+    spec = settings.spec
+    max_rank = min(parts.model.width + 1, spec.dimension)
+    if isinstance(parts.head, AffineHead):
+        read_block, width = spanning_columns(parts.head, spec.dimension)
+    elif not spec.head.pools_logits:
+        read_block, width = identity_columns(spec.dimension, parts.device)
+    else:
+        pilot_NV = _pilot_rows(parts, settings, prompts, 4 * max_rank, work)
+        width = len(pilot_NV)
+
+        def read_block(start: int, stop: int) -> torch.Tensor:
+            return torch.from_numpy(np.asarray(pilot_NV[:, start:stop])).T
+
+    # a mapped scratch file: the basis does not count as anonymous memory
+    flat = map_scratch(work / "basis.npy", (spec.dimension * min(max_rank, width),), np.float32)
+    return orthonormal_basis(read_block, spec.dimension, width, max_rank=max_rank, scratch=flat)
+
+
+def weights_moved(
+    parts: ModelParts, other: SplitModel, settings: Settings, finisher: Finisher, sample: Sequence[TokenRow]
+) -> float:
+    """The total variation between the sample's weights by the model and by ``other``, the same in another dtype."""
+    first, second = (
+        _mean_distances(dataclasses.replace(parts, model=model), settings, finisher, sample)
+        for model in (parts.model, other)
+    )
+    return total_variation(first, second)
+
+
+def note_plan(embedder: LogitEmbedder, sample: Sequence[TokenRow], window_rows: int) -> None:
+    """Note what the plan of a new store needs: rows of a window, the share of prompts that are cut, and a timed estimate."""
+    started = time.perf_counter()
+    embedder.pool(sample[:_TIMED_ROWS], no_check)
+    embedder.seconds_per_row = (time.perf_counter() - started) / len(sample[:_TIMED_ROWS])
+    embedder.max_window_rows = window_rows
+    embedder.truncated_share = sum(row.was_cut for row in sample) / len(sample)
+
+
+def no_check() -> None:
+    """Probes are short: nothing interrupts them."""
+
+
+def _pilot_rows(
+    parts: ModelParts, settings: Settings, prompts: PromptReader, wanted: int, work: Path
+) -> NDArray[np.float32]:
+    """Unit rows float32 [N, V] of a seeded sample, in a mapped scratch file."""
+    spec = settings.spec
+    rows = seeded_sample(len(prompts), wanted, 0).tolist()
+    pilot_NV = map_scratch(work / "pilot.npy", (len(rows), spec.dimension), np.float32)
+    no_basis_VR = np.zeros((spec.dimension, 0), dtype=np.float32)
+    pilot = LogitEmbedder(parts, spec, no_basis_VR, make_finisher(spec, parts.head, no_basis_VR, parts.device))
+    count = 0
+    for start in range(0, len(rows), settings.window_rows):
+        window = pilot.pool(pilot.tokens(prompts.sample(rows[start : start + settings.window_rows])), no_check)
+        unit_BV, _, norm_B = pilot.unit_rows(window, 0, len(window.ok_W))
+        norms = norm_B.cpu().numpy()
+        chosen = unit_BV.cpu().numpy()[window.ok_W & np.isfinite(norms) & (norms > 0)]
+        pilot_NV[count : count + len(chosen)] = chosen
+        count += len(chosen)
+    if count == 0:
+        raise RowError("no sampled prompt gives a usable row", hint="can this model process any of these prompts?")
+    return pilot_NV[:count]
+
+
+def _mean_distances(
+    parts: ModelParts, settings: Settings, finisher: Finisher, sample: Sequence[TokenRow]
+) -> NDArray[np.float64]:
+    """Floored mean distance float64 [N] of each sampled prompt to its nearest others in the sample."""
+    embedder = LogitEmbedder(parts, settings.spec, np.empty((0, 0), dtype=np.float32), finisher)
+    window = embedder.pool(sample, no_check)
+    coordinates = embedder.unit_rows(window, 0, len(sample))[1].cpu().numpy()
+    coordinates = coordinates[np.isfinite(coordinates).all(axis=1)]
+    k = min(_DTYPE_PROBE_K, len(coordinates) - 1)
+    if k < 1:
+        return np.ones(max(1, len(coordinates)))
+    points = torch.from_numpy(coordinates.astype(np.float64))
+    # differences, not a Gram matrix: at these distances cancellation would be felt even in float64
+    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+    nearest = distances.topk(k, largest=False).values.numpy()
+    floored: NDArray[np.float64] = np.maximum(nearest.mean(axis=1), NOISE_FLOOR)
+    return floored

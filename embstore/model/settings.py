@@ -1,0 +1,150 @@
+"""Settings of a new store: tokens of a batch, rows of a window, the backbone's dtype; and the memory that they take.
+
+Everything here changes bytes, so it is decided by arithmetic and capabilities, never by a clock: two builds of the same
+input must pin the same spec (docs/decisions/0003).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from embstore.core.config import EmbeddingConfig, format_bytes
+from embstore.core.errors import BudgetError
+from embstore.core.spec import EmbeddingSpec
+from embstore.host.threads import workers_for
+from embstore.model.backbone import SplitModel
+from embstore.model.finish import slab_bytes
+from embstore.model.heads import streamed_tokens
+
+# Padding waste falls with the window: 18.6 % at 256 rows, 6.6 % at 1024, 2.0 % at 4096 (batches of 4096 tokens, each
+# as long as its longest row).
+MAX_WINDOW_ROWS = 4096
+
+# In float32. On a CPU activations still fit the cores' caches, as do those of twice as many tokens in 16 bits
+# (docs/decisions/0019); an accelerator wants more work at once (docs/performance.md).
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+_MIN_BATCH_TOKENS = 256
+_DEVICE_MEMORY_SHARE = 4  # activations may take a quarter of an accelerator's memory
+# Nominal rates for "a window is about a minute of work"; a constant, so that the window does not depend on the day's load.
+_NOMINAL_FLOPS = {"cpu": 1e11, "cuda": 5e13}
+_WINDOW_SECONDS = 60
+_STREAMED_WINDOW_BYTES = 128 << 20  # of V-wide float32 means; two windows are under way at a time
+_LEAST_CHUNK_ROWS = 16
+_KERNEL_BYTES = 160 << 20  # oneDNN's: three for each of about a hundred lengths
+_FIXED_BYTES = 48 << 20  # token lists, allocator slack, thread pools
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """A spec whose batches are decided, and the largest number of rows a window may have."""
+
+    spec: EmbeddingSpec
+    window_rows: int
+
+    def changed(self, **changes: object) -> Settings:
+        """The same with other fields of the spec."""
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, **changes))  # type: ignore[arg-type]
+
+    def needed_bytes(self, model: SplitModel) -> int:
+        """Memory of a window with the smallest chunk."""
+        return window_bytes(self.spec, model, chunk_rows=_LEAST_CHUNK_ROWS, window_rows=self.window_rows)
+
+
+def settle_batches(
+    spec: EmbeddingSpec, config: EmbeddingConfig, model: SplitModel, *, mean_tokens: float, memory_bytes: int
+) -> Settings:
+    """Tokens of a batch and rows of a window, as large as is useful and as the memory budget allows.
+
+    Batches are halved until a window with the smallest chunk fits the budget; a batch that the user chose stays.
+
+    Raises
+    ------
+    BudgetError
+        Not even the smallest batches fit.
+    """
+    settings = Settings(
+        spec=spec, window_rows=window_rows_of(spec, model, mean_tokens=mean_tokens, memory_bytes=memory_bytes)
+    )
+    dtype = config.dtype if config.dtype not in (None, "auto") else "float32"
+    rank = min(model.width + 1, spec.dimension)
+
+    def needed(tokens: int) -> int:
+        return settings.changed(batch_tokens=tokens, rank=rank, dtype=dtype).needed_bytes(model)
+
+    tokens = config.batch_tokens or _batch_tokens(model)
+    while config.batch_tokens is None and tokens > _MIN_BATCH_TOKENS and needed(tokens) > memory_bytes:
+        tokens //= 2
+    if needed(tokens) > memory_bytes:
+        raise BudgetError(
+            f"embedding needs at least {format_bytes(needed(tokens))}, --memory-budget is {format_bytes(memory_bytes)}",
+            hint=f"give --memory-budget {-(-needed(tokens) // (1 << 20))}MiB or more",
+        )
+    return settings.changed(batch_tokens=tokens)
+
+
+def window_rows_of(spec: EmbeddingSpec, model: SplitModel, *, mean_tokens: float, memory_bytes: int) -> int:
+    """Rows of one window: 4096, about a minute of work at most, and what V-wide means allow on the streaming path."""
+    minute = int(_WINDOW_SECONDS * _NOMINAL_FLOPS[spec.device] / max(1.0, 2 * model.backbone_parameters * mean_tokens))
+    wide = MAX_WINDOW_ROWS
+    if spec.head.pools_logits:
+        wide = min(_STREAMED_WINDOW_BYTES, memory_bytes // 8) // (4 * spec.dimension)
+    return max(16, min(MAX_WINDOW_ROWS, minute, wide))
+
+
+def in_16_bits(settings: Settings, config: EmbeddingConfig, model: SplitModel, *, memory_bytes: int) -> Settings:
+    """bfloat16, on a CPU with twice the tokens a batch, which take the same bytes, unless batches were chosen or reduced."""
+    narrow = settings.changed(dtype="bfloat16")
+    full = _BATCH_TOKENS["cpu"]
+    wider = narrow.changed(batch_tokens=2 * full)
+    is_free = narrow.spec.device == "cpu" and config.batch_tokens is None and narrow.spec.batch_tokens == full
+    return wider if is_free and wider.needed_bytes(model) <= memory_bytes else narrow
+
+
+def _batch_tokens(model: SplitModel) -> int:
+    """Padded tokens of a batch: a constant of the device's kind, halved while activations would crowd its memory."""
+    tokens = _BATCH_TOKENS[model.device.type]
+    if model.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(model.device).total_memory // _DEVICE_MEMORY_SHARE
+        while tokens > _MIN_BATCH_TOKENS and activation_bytes(tokens, model) > memory:
+            tokens //= 2
+    return tokens
+
+
+def makes_kernels(spec: EmbeddingSpec) -> bool:
+    """Whether oneDNN makes kernels for every number of tokens in a batch, and keeps them."""
+    return spec.device == "cpu" and (spec.dtype != "float32" or spec.packed_layers)
+
+
+def num_workers(spec: EmbeddingSpec, model: SplitModel) -> int:
+    """Batches in flight; follows from pinned values and the model, because it decides how torch splits its sums."""
+    tokens = max(spec.batch_tokens, spec.max_tokens)
+    return workers_for(spec.threads, activation_bytes(tokens, model)) if spec.device == "cpu" else 1
+
+
+def activation_bytes(tokens: int, model: SplitModel) -> int:
+    """Of one batch in float32, calibrated with VmRSS - RssFile on the CPU."""
+    return tokens * (12 * model.width + 4 * model.inner_width) * 4
+
+
+def window_bytes(spec: EmbeddingSpec, model: SplitModel, *, chunk_rows: int, window_rows: int) -> int:
+    """Upper estimate of host memory of one window: activations, pooled means, slabs in work, and chunks.
+
+    On another device than the CPU activations are in that device's memory.
+    """
+    workers = num_workers(spec, model)
+    tokens = max(spec.batch_tokens, spec.max_tokens)
+    activations = workers * activation_bytes(tokens, model) if spec.device == "cpu" else 0
+    pooled_width = spec.dimension if spec.head.pools_logits else model.width
+    means = 2 * window_rows * pooled_width * 4  # of a window and the one that follows
+    wide = workers * slab_bytes(spec.dimension, spec.rank)
+    if spec.head.pools_logits:
+        # the logits, the class's own copies while it caps them, and what is added and gathered
+        wide += workers * 6 * streamed_tokens(spec.dimension) * spec.dimension * 4
+    # one is being written and two wait with their encoded copies, the next one is ready and another one begun
+    chunks = 8 * chunk_rows * (spec.dimension * 2 + spec.rank * 4)
+    coordinates = 2 * window_rows * spec.rank * 4
+    kernels = _KERNEL_BYTES if makes_kernels(spec) else 0
+    return activations + means + wide + chunks + coordinates + kernels + _FIXED_BYTES
