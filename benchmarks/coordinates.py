@@ -182,7 +182,7 @@ def measure(case: Case, prompts: list[Prompt], tokenizer: Any, work: Path, max_t
         "class": type(model).__name__,
         "cap": case.cap,
         "logit_std": round(found_std, 2),
-        "head": embedder.spec.head,
+        "head": embedder.spec.head.kind,
         "rows": len(rows),
         "rank": embedder.spec.rank,
         "common": case.common,

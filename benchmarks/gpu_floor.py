@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu_run import DEVICE, Figures, Run, Subject
 from benchmarks.methods import MAX_TOKENS, plain
-from embstore.model.estimates import MAX_WINDOW_ROWS
+from embstore.model.settings import MAX_WINDOW_ROWS
 
 SWEPT_TOKENS = (8192, 16384, 32768, 65536)
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor | None]]

@@ -29,7 +29,8 @@ from embstore.host.threads import Workers, finish_all
 from embstore.model.backbone import SplitModel
 from embstore.model.batches import TokenBatch
 from embstore.model.embed import DTYPES, LogitEmbedder
-from embstore.model.estimates import MAX_WINDOW_ROWS
+from embstore.model.packed import pack_layers
+from embstore.model.settings import MAX_WINDOW_ROWS
 from embstore.storage.atomic import DurableFile, fsync_directory
 from embstore.storage.chunks import encode_chunk
 from embstore.storage.direct import DirectBuffer
@@ -51,7 +52,7 @@ def backbone(bench: Bench) -> Figures:
     groups = []
     for dtype in _DTYPES:
         model, packed = bench.model(dtype), bench.model(dtype)
-        packs = packed.pack_layers()
+        packs = pack_layers(packed)
         no_mask, mask = (methods._forward(model, mask=masked) for masked in (False, True))
         one_each = functools.partial(_over, bench.workers, batches, no_mask)
         all_on_one = functools.partial(_over, Workers(bench.threads, 1), batches, no_mask)

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from benchmarks import methods
 from benchmarks.lever_tools import MEDIUM, Bench, Figures, Way, at_medium, batches_of, compare, unit_error
-from embstore.model.estimates import MAX_WINDOW_ROWS
 from embstore.model.finish import SLAB_ROWS, AffineFinisher, Finisher, finish
 from embstore.model.packed import can_pack, packed_product, packed_weight
 from embstore.model.recycled import ChunkMemory
+from embstore.model.settings import MAX_WINDOW_ROWS
 from embstore.model.tokens import PromptTokenizer
 from embstore.storage.atomic import DurableFile
 from embstore.storage.chunks import crc32c, encode_chunk
@@ -290,7 +290,7 @@ def tokens(bench: Bench) -> Figures:
     """Tokens of a window: the Rust tokenizer, or transformers' call around it."""
     prompts = bench.prompts(1024)
     direct = bench.embedder("float32")._tokenizer
-    call = PromptTokenizer(direct._tokenizer, direct._max_tokens, direct._num_tokens)
+    call = PromptTokenizer(direct._tokenizer, direct.max_tokens, direct._num_tokens)
     call._backend = None  # as for tokenizers that have none
     ways = [
         Way(name="the Rust tokenizer, asked directly", run=lambda: direct.encode(prompts), is_ours=True),

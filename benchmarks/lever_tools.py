@@ -19,11 +19,13 @@ from benchmarks import methods
 from embstore.core.config import EmbeddingConfig
 from embstore.core.prompts import Prompt
 from embstore.host.threads import Workers, finish_all
-from embstore.model.backbone import AffineHead, SplitModel
+from embstore.model.backbone import SplitModel
 from embstore.model.batches import TokenBatch, batches_by_length, padded_batch
 from embstore.model.embed import DTYPES, LogitEmbedder
 from embstore.model.finish import SLAB_ROWS
+from embstore.model.heads import AffineHead
 from embstore.model.load import load_model, locate_model
+from embstore.model.probe import split_model
 from embstore.model.tokens import TokenRow
 
 Figures = dict[str, Any]
@@ -99,8 +101,8 @@ class Bench:
     @functools.cached_property
     def head(self) -> AffineHead:
         """The affine head; the levers are about models that have one."""
-        spec = self.embedder("float32").spec
-        head = self.model("float32").stored_affine_head(spec.head_scale) if spec.head == "affine" else None
+        found = self.embedder("float32").spec.head
+        head = self.model("float32").output_layer(found.scale) if found.kind == "affine" else None
         if head is None:
             raise SystemExit("the levers need a model with an affine head")
         return head
@@ -148,7 +150,7 @@ def at_medium(run: Callable[[], Result]) -> Callable[[], Result]:
 
 def fresh_model(folder: Path, dtype: str) -> SplitModel:
     """The model as embstore loads it, its backbone in ``dtype``."""
-    model = SplitModel(load_model(locate_model(EmbeddingConfig(model=str(folder))), "cpu").model)
+    model = split_model(load_model(locate_model(EmbeddingConfig(model=str(folder))), "cpu").model)
     model.to_dtype(DTYPES[dtype])
     return model
 

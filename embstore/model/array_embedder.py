@@ -56,7 +56,7 @@ class ArraySource:
         return self._rows.fingerprint()
 
     def identity(self) -> ModelIdentity:
-        """The digest of the array's values; there are no configuration and tokenizer."""
+        """The digest of the array's values; an array has neither configuration nor tokenizer."""
         return ModelIdentity(
             name=self._rows.name,
             architecture="imported array",

@@ -34,7 +34,7 @@ class SplitModel:
         self.backbone = _backbone_of(module)
         if self.backbone is module and not headless:
             raise ModelError(
-                f"{type(module).__name__} names no backbone (base_model), so logits cannot be pooled",
+                f"{type(module).__name__} does not name a backbone (base_model), so its logits cannot be pooled",
                 hint="use a causal LM class of transformers",
             )
         config = module.config.get_text_config()

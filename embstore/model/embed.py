@@ -340,7 +340,7 @@ def _with_rows(values_BT: Tensor, num_rows: int) -> Tensor:
 
 def _failure(has_tokens_B: NDArray[np.bool_], local: int, norm: float) -> str | None:
     if not has_tokens_B[local]:
-        return "the tokenizer gives no tokens of its own"
+        return "the tokenizer gives only special tokens, or none"
     if not np.isfinite(norm):
         return "the model gives a non-finite logit"
     if norm == 0:

@@ -237,7 +237,7 @@ def _merged(model: Any, adapter: Path) -> Any:  # noqa: ANN401
 
 
 def _tokenizer_class(folder: Path) -> Any:  # noqa: ANN401
-    """transformers 5 saves tokenizers under a new name of PreTrainedTokenizerFast, which transformers 4 does not know."""
+    """Transformers 5 saves tokenizers under a new name of PreTrainedTokenizerFast, which transformers 4 does not know."""
     config = folder / "tokenizer_config.json"
     name = json.loads(config.read_bytes()).get("tokenizer_class") if config.is_file() else None
     is_unknown = name == "TokenizersBackend" and not hasattr(transformers, name)

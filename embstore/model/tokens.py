@@ -47,7 +47,7 @@ class PromptTokenizer:
 
     @property
     def pad_id(self) -> int:
-        """What fills a batch; masked, so any valid id does when the tokenizer names none."""
+        """What fills a batch; masked, so any valid id does when the tokenizer does not name one."""
         pad = self._tokenizer.pad_token_id
         return int(pad) if pad is not None else int(self._tokenizer.eos_token_id or 0)
 

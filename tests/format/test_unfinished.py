@@ -1,4 +1,4 @@
-"""A build that an earlier release began: its ``spec.json`` has sentences where later ones have fields, and is never rewritten.
+"""A build that an earlier release began: its ``spec.json`` has sentences instead of fields, and is never rewritten.
 
 ``data/unfinished`` is a store of 70 rows that b2eabab (2026-11-28) left after its first window, ``unfinished.manifest.json``
 the manifest that b2eabab itself wrote at the end of an uninterrupted build. Made with ``build_part`` and ``build_small`` of

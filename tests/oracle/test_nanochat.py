@@ -151,9 +151,9 @@ def test_the_deepest_tag_and_the_last_step_are_taken_unless_named(base: Path) ->
     ("given", "message"),
     [
         ("nanochat:pretrained", "has the sources base, mid, sft, rl"),
-        ("nanochat:rl", "chatrl_checkpoints holds no checkpoint folder"),
-        ("nanochat:base:d99", "holds no checkpoint d99; there are: d2"),
-        ("nanochat:base:d2:5", "holds no step 5; the last are: 100"),
+        ("nanochat:rl", "chatrl_checkpoints does not contain checkpoint folders"),
+        ("nanochat:base:d99", "does not contain checkpoint d99; it contains: d2"),
+        ("nanochat:base:d2:5", "does not contain step 5; the last are: 100"),
     ],
 )
 def test_what_is_not_there_is_said_with_what_is(given: str, message: str, base: Path) -> None:

@@ -337,7 +337,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(content: bytes, message: str, b
 
 
 def test_a_file_that_is_no_state_dict_is_refused(base: Path) -> None:
-    assert "is no state dict" in _refusal(base, {"model": {"lm_head.weight": torch.ones(1)}}).message
+    assert "is not a state dict" in _refusal(base, {"model": {"lm_head.weight": torch.ones(1)}}).message
 
 
 def test_what_is_mapped_needs_no_package(base: Path) -> None:

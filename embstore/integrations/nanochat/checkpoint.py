@@ -5,7 +5,7 @@ A checkpoint is ``model_<step>.pt`` (a state dict) and ``meta_<step>.json`` unde
 that is exact: every tensor has its place there and the configuration has no field that the class does not know. That is the
 first generation, until January 2026: what changed in nanochat's code without a trace in its files changed later. Models of
 later generations (value embeddings, sliding windows, residual scales) are built with an installed nanochat
-(``nanochat_package``), and refused by name where there is none. Weights load with ``weights_only``; the pickled tokenizer
+(``package``), and refused by name where none is installed. Weights load with ``weights_only``; the pickled tokenizer
 runs whatever code it holds, so it is opened only where the user said so.
 
 Mapped weights are taken in float32 with float32 rotary tables and norms; nanochat itself rounds its tables to bfloat16.
@@ -102,7 +102,7 @@ class NanochatFiles:
         Raises
         ------
         ModelError
-            The checkpoint is no state dict, has tensors or settings that neither transformers' class nor an installed
+            The checkpoint is not a state dict, has tensors or settings that neither transformers' class nor an installed
             nanochat knows, or lacks some, or the tokenizer cannot be read.
         """
         settings, state = self._settings(), self._state()
@@ -136,7 +136,7 @@ class NanochatFiles:
             model.load_state_dict(weights, strict=True, assign=True)
         except RuntimeError as error:
             raise ModelError(f"{self.weights} does not fit {self.meta.name}: {str(error).splitlines()[-1][:200]}") from error
-        # the rotary frequencies are no weights: they were made on the meta device
+        # the rotary frequencies are not among the weights: they were made on the meta device
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
         return model
 
@@ -144,7 +144,7 @@ class NanochatFiles:
         try:
             settings = json.loads(self.meta.read_bytes())["model_config"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{self.meta} holds no model_config", hint="copy it again from where it was trained") from error
+            raise ModelError(f"{self.meta} lacks a model_config", hint="copy it again from where it was trained") from error
         if not isinstance(settings, dict) or not isinstance(settings.get("n_layer"), int):
             raise ModelError(f"{self.meta}: model_config has no n_layer", hint="copy it again from where it was trained")
         return settings
@@ -155,23 +155,23 @@ class NanochatFiles:
             state = torch.load(self.weights, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             raise ModelError(
-                f"{self.weights} cannot be read: it holds more than tensors, which could run code",
+                f"{self.weights} cannot be read: it contains more than tensors, which could run code",
                 hint="save its state dict alone, where you trust it",
             ) from error
         except (OSError, RuntimeError, EOFError, ValueError) as error:
             lines = str(error).splitlines() or [type(error).__name__]
             raise ModelError(f"{self.weights} cannot be read: {lines[0][:200]}", hint="is the copy complete?") from error
         if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-            raise ModelError(f"{self.weights} is no state dict", hint="give the folder that nanochat wrote")
+            raise ModelError(f"{self.weights} is not a state dict", hint="give the folder that nanochat wrote")
         return {name.removeprefix(_COMPILED): tensor for name, tensor in state.items()}
 
     def _package_for(self, settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> NanochatPackage | None:
-        """None where transformers' class holds the model exactly, else the installed package."""
+        """None where transformers' class can represent the model exactly, else the installed package."""
         problem = _unmapped(settings, state)
         package = None if problem is None else find_package()
         if problem is not None and package is None:
             raise ModelError(
-                f"{self.name} is no model of the first nanochat generation: {problem}; and no nanochat is installed",
+                f"{self.name} needs nanochat's own code ({problem}), and nanochat is not installed",
                 hint="clone https://github.com/karpathy/nanochat at the commit that trained it and put that folder on "
                 "PYTHONPATH; or convert the model to a Hugging Face folder and give that",
             )
@@ -210,7 +210,7 @@ def locate(given: str, *, trust_pickle: bool) -> NanochatFiles:
     Raises
     ------
     ModelError
-        No such source, tag, step, or tokenizer.
+        The source, tag, step or tokenizer does not exist.
     """
     source, tag, step = ([*given.removeprefix(PREFIX).split(":"), "", ""])[:3]
     if source not in _FOLDERS or given.count(":") > 3:
@@ -222,21 +222,21 @@ def locate(given: str, *, trust_pickle: bool) -> NanochatFiles:
     tags = sorted((folder.name for folder in root.glob("*") if folder.is_dir()), key=_depth) if root.is_dir() else []
     if not tags or (tag and tag not in tags):
         raise ModelError(
-            f"{root} holds no checkpoint {tag or 'folder'}; there are: {', '.join(tags) or 'none'}",
-            hint="set NANOCHAT_BASE_DIR to the folder that holds base_checkpoints",
+            f"{root} does not contain checkpoint {tag or 'folders'}; it contains: {', '.join(tags) or 'none'}",
+            hint="set NANOCHAT_BASE_DIR to the folder that contains base_checkpoints",
         )
     folder = root / (tag or tags[-1])
     steps = sorted(int(found[1]) for path in folder.iterdir() if (found := re.fullmatch(r"model_(\d+)\.pt", path.name)))
     if not steps or (step and (not step.isdigit() or int(step) not in steps)):
         shown = ", ".join(map(str, steps[-5:])) or "none"
-        raise ModelError(f"{folder} holds no step {step or 'at all'}; the last are: {shown}")
+        raise ModelError(f"{folder} does not contain step {step or 'files'}; the last are: {shown}")
     number = f"{int(step) if step else steps[-1]:06d}"
     meta = folder / f"meta_{number}.json"
     if not meta.is_file():
         raise ModelError(f"{meta} is missing", hint="it is written beside the model; copy it too")
     present = [path for name in ("tokenizer.json", "tokenizer.pkl") if (path := base / "tokenizer" / name).is_file()]
     if not present:
-        raise ModelError(f"{base / 'tokenizer'} holds no tokenizer", hint="copy tokenizer.json or tokenizer.pkl there")
+        raise ModelError(f"{base / 'tokenizer'} lacks a tokenizer", hint="copy tokenizer.json or tokenizer.pkl there")
     return NanochatFiles(
         name=f"{PREFIX}{source}:{folder.name}:{int(number)}",
         weights=folder / f"model_{number}.pt",
@@ -253,6 +253,8 @@ def _depth(tag: str) -> tuple[int, str]:
 
 def _unmapped(settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> str | None:
     """The first setting or tensor that keeps a model from being transformers' NanoChat, None where nothing does."""
+    if not hasattr(transformers, "NanoChatForCausalLM"):
+        return f"transformers {transformers.__version__} does not have a NanoChat class"
     known_tensors = set(_names(settings["n_layer"]))
     for what, found, known in (("setting", set(settings), set(_SETTINGS)), ("tensor", set(state), known_tensors)):
         for names, problem in (

@@ -1,4 +1,4 @@
-"""Checkpoints of nanochat through an installed ``nanochat``: for models that transformers' NanoChat class cannot hold.
+"""Checkpoints of nanochat through an installed ``nanochat``: for models that transformers' NanoChat class cannot represent.
 
 nanochat has no releases, so a checkpoint belongs to the commit that trained it: later commits changed not only tensors and
 settings but constants in the code (the rotary base, a factor on queries and keys, the soft cap). Therefore nothing is
@@ -105,7 +105,7 @@ def find_package() -> NanochatPackage | None:
     """The ``nanochat`` that ``import nanochat`` would take; nothing of it runs."""
     try:
         spec = importlib.util.find_spec(_PACKAGE)
-    except ValueError:  # something that is no package goes by that name in sys.modules
+    except ValueError:  # sys.modules has something else than a package under that name
         spec = None
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
     # any folder named nanochat counts as a package, a folder of checkpoints too
@@ -121,7 +121,7 @@ class NanochatConfig:
     final_logit_softcapping: float | None
 
     def get_text_config(self) -> Self:
-        """Itself: there is no other part than text."""
+        """Itself: all of it is about text."""
         return self
 
     def to_dict(self) -> dict[str, object]:
