@@ -9,17 +9,19 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from numpy.typing import NDArray
 
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ConfigError, EmbstoreError, ModelError
 from embstore.core.events import Event, Notice
-from embstore.host.device import resolve_device
+from embstore.host.device import has_fast_bfloat16, resolve_device
 from embstore.model import source
 from embstore.model.load import load_model, locate_model
 from tests.support.models import PROMPTS, make_model, make_tokenizer, open_embedder, rows_before_rounding, save_model
@@ -217,6 +219,50 @@ def test_a_gpu_number_beyond_the_last_is_a_config_error(monkeypatch: pytest.Monk
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert "cuda:2" in refusal(ConfigError, lambda: resolve_device("cuda:2"))
     assert resolve_device("cuda:1").index == 1
+
+
+def test_fast_bfloat16_is_what_the_kernel_says_of_the_processor() -> None:
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        pytest.skip("no /proc/cpuinfo")
+    assert has_fast_bfloat16(torch.device("cpu")) == bool(words & {"avx512_bf16", "amx_bf16"})
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ({"_is_avx512_bf16_supported": True, "_is_amx_tile_supported": False}, True),
+        ({"_is_avx512_bf16_supported": False, "_is_amx_tile_supported": True}, True),
+        ({"_is_avx512_bf16_supported": False, "_is_amx_tile_supported": False}, False),
+        ({}, False),
+    ],
+)
+def test_torch_before_2_11_is_asked_by_its_private_names(
+    answers: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functions = {name: lambda answer=answer: answer for name, answer in answers.items()}
+    monkeypatch.setattr("torch.cpu", SimpleNamespace(**functions))
+    assert has_fast_bfloat16(torch.device("cpu")) == expected
+
+
+class OlderTransformers:
+    """transformers without the name that version 5 gave to PreTrainedTokenizerFast."""
+
+    def __getattr__(self, name: str) -> object:
+        if name == "TokenizersBackend":
+            raise AttributeError(name)
+        return getattr(transformers, name)
+
+
+def test_transformers_4_loads_a_tokenizer_that_transformers_5_saved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 4 gives up at the new name of the class."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "TokenizersBackend"}))
+    monkeypatch.setattr("embstore.model.load.transformers", OlderTransformers())
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: pytest.fail("asked by that name"))
+    found = load_model(locate_model(EmbeddingConfig(model=str(folder))), "cpu").tokenizer
+    assert [found(each.text).input_ids for each in PROMPTS] == [make_tokenizer()(each.text).input_ids for each in PROMPTS]
 
 
 def auto_dtype(folder: Path, work: Path, *, fast: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[str]]:
