@@ -268,9 +268,9 @@ def bad_input(case: str, model: Path, folder: Path) -> tuple[list[object], int, 
         empty = folder / "model"
         shutil.copytree(model, empty)
         (empty / "model.safetensors").unlink()
-        return [file, "--model", empty, "--out", out], 1, "holds no weights"
+        return [file, "--model", empty, "--out", out], 1, "contains no weights"
     if case == "no model":
-        return [file, "--model", folder / "no-model", "--out", out], 1, "is no folder"
+        return [file, "--model", folder / "no-model", "--out", out], 1, "is not a folder"
     if case == "foreign folder":
         (out / "sub").mkdir(parents=True)
         return [file, "--model", model, "--out", out], 1, "is not a store"
