@@ -1,6 +1,6 @@
 """What a store is: the spec, ``spec.json``, and the array metadata that follows from it. Pure, as ``core.format`` is.
 
-A module of its own, because training follows the manifest and never asks how rows were made.
+This is a separate module, because training follows the manifest and never asks how rows were made.
 """
 
 from __future__ import annotations

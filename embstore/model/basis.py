@@ -1,7 +1,7 @@
 """An orthonormal basis in which rows are tens of times narrower and keep their distances.
 
 Pooled logits of an affine head lie in the column span of [W | b] (Finlayson et al. 2024, arXiv:2403.09539), so R <= d_model
-+ 1 coordinates hold them exactly. Other heads get the span of a sample of their own rows (a range finder, Halko et al.
++ 1 coordinates hold them exactly. Other heads get the span of a sample of their rows (a range finder, Halko et al.
 2011, arXiv:0909.4061): better at equal rank than the head's own basis. What a basis misses, and
 what float16 rounds away, is stored as each row's residual r = |x16 - Q c| and bounds every distance: |d - dc| <= ra + rb.
 (Rounding is not orthogonal to the basis, so squares do not simply add.)

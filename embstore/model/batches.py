@@ -46,7 +46,7 @@ def batches_by_length(
     """Rows and padded length of batches of at most ``batch_tokens`` padded tokens, longest first.
 
     Rows that pool nothing are left out. Sorting by length inside a window keeps padding near 2 % at 4096 rows (18.6 % at
-    256). A row longer than ``batch_tokens`` is a batch of its own.
+    256). A row longer than ``batch_tokens`` is a batch alone.
     """
     lengths = np.array([len(row.ids_T) for row in rows], dtype=np.int64)
     usable = np.array([row.pooled_T.any() for row in rows], dtype=np.bool_)

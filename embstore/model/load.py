@@ -125,7 +125,7 @@ class ModelFiles:
         with _quiet_transformers():
             try:
                 tokenizer = _tokenizer_class(self.tokenizer_folder).from_pretrained(self.tokenizer_folder, **common)
-                # an adapter names its layers as the model with a head has them
+                # an adapter's names of layers are those of the model with a head
                 headless = space == "hidden" and self.adapter is None
                 model_class = transformers.AutoModel if headless else transformers.AutoModelForCausalLM
                 model, found = model_class.from_pretrained(
@@ -191,7 +191,7 @@ def locate_model(config: EmbeddingConfig) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is not a model folder: config.json is missing", hint="give a Hugging Face model folder")
     if not _has_tokenizer(folder):
-        raise ModelError(f"{folder} contains no tokenizer", hint="save the tokenizer beside the model")
+        raise ModelError(f"{folder} contains no tokenizer", hint="save the tokenizer into the model's folder")
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not weights:
         raise ModelError(

@@ -96,7 +96,7 @@ class PromptTokenizer:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
         except Exception as error:  # jinja raises whatever the model's template raises
             raise ModelError(
-                f"the chat template refuses prompt {prompt.id!r}: {error}", hint="mend or remove that prompt"
+                f"the chat template refuses prompt {prompt.id!r}: {error}", hint="correct or remove that prompt"
             ) from error
 
     def _cut(self, ids_T: NDArray[np.int64], pooled_T: NDArray[np.bool_]) -> TokenRow:
@@ -119,7 +119,7 @@ def _plain_backend(tokenizer: Any) -> Any:  # noqa: ANN401
     # transformers 4 has both methods, 5 only the second one
     for name in ("_batch_encode_plus", "_encode_plus"):
         if getattr(type(tokenizer), name, None) is not getattr(PreTrainedTokenizerFast, name, None):
-            return None  # its class adds something of its own
+            return None  # its class adds something
     tokenizer("")  # sets truncation, padding and the reading of special tokens as every call without options does
     return tokenizer.backend_tokenizer
 

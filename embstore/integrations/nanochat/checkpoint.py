@@ -1,7 +1,7 @@
 """nanochat's own checkpoints: ``--model nanochat:SOURCE[:TAG[:STEP]]``.
 
 A checkpoint is ``model_<step>.pt`` (a state dict) and ``meta_<step>.json`` under ``$NANOCHAT_BASE_DIR`` (by default
-``~/.cache/nanochat``); the tokenizer lies beside the checkpoints. It is mapped onto the NanoChat class of transformers where
+``~/.cache/nanochat``); the tokenizer is there, too. The model is mapped onto the NanoChat class of transformers where
 that is exact: every tensor has its place there and the configuration has no field that the class does not know. That is the
 first generation, until January 2026: what changed in nanochat's code without a trace in its files changed later. Models of
 later generations (value embeddings, sliding windows, residual scales) are built with an installed nanochat
@@ -233,7 +233,7 @@ def locate(given: str, *, trust_pickle: bool) -> NanochatFiles:
     number = f"{int(step) if step else steps[-1]:06d}"
     meta = folder / f"meta_{number}.json"
     if not meta.is_file():
-        raise ModelError(f"{meta} is missing", hint="it is written beside the model; copy it too")
+        raise ModelError(f"{meta} is missing", hint="nanochat writes it next to the model; copy it, too")
     present = [path for name in ("tokenizer.json", "tokenizer.pkl") if (path := base / "tokenizer" / name).is_file()]
     if not present:
         raise ModelError(f"{base / 'tokenizer'} lacks a tokenizer", hint="copy tokenizer.json or tokenizer.pkl there")

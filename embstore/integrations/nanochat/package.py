@@ -131,7 +131,7 @@ class NanochatConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class States:
-    """What a backbone gives. ``tokens_BT`` is None where somebody else put hidden states in the place of its own."""
+    """What a backbone gives. ``tokens_BT`` is None where the caller replaced its hidden states."""
 
     last_hidden_state: Tensor
     tokens_BT: Tensor | None = None
@@ -163,7 +163,7 @@ class NanochatBackbone(nn.Module):
         """The token table; it may have more rows than the vocabulary."""
         return self.trunk.transformer.wte
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - as torch has it
+    def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - as in torch
         """Also the dtype the package computes in; tables of a package that fixes theirs in bfloat16 stay as they are."""
         super().to(*args, **kwargs)
         if hasattr(self._code, "COMPUTE_DTYPE"):
@@ -280,7 +280,7 @@ def _soft_cap(gpt: Any) -> float | None:  # noqa: ANN401
 
 
 def _imported_apart() -> Any:  # noqa: ANN401
-    """A ``nanochat.gpt`` of our own, set to float32, that leaves the process as it was.
+    """A private ``nanochat.gpt``, set to float32, that leaves the process as it was.
 
     flash-attention 3 is hidden from it: the package would download and load a kernel, which float32 cannot use.
     """
