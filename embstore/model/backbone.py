@@ -1,7 +1,7 @@
 """A causal LM taken apart into its backbone and its head, so that most rows never need the logits of every token.
 
-For an affine head mean_t(W h_t + b) = W mean_t(h_t) + b: one V-wide product per prompt replaces one per token. ``probe`` finds
-out which kind of head a model has. Both halves run the class's own code.
+For an affine head mean_t(W h_t + b) = W mean_t(h_t) + b: one V-wide product per prompt replaces one per token. ``probe``
+finds out which kind of head a model has. Both halves run the class's own code.
 
 Shapes: B rows, T tokens, D model width, V vocabulary, L tokens in a flat list.
 """
