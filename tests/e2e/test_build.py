@@ -347,5 +347,5 @@ def test_a_soft_capped_model_streams_and_stays_under_its_budget(prompts: Path, t
     result = run("build", prompts, "--model", capped, "--out", tmp_path / "store", *SMALL, "--json")
     assert result.exit_code == 0, result.stderr
     info: dict[str, Any] = json.loads(run("inspect", tmp_path / "store", "--json").stdout)
-    assert info["spec"]["embedding"]["head"] == "capped"
+    assert info["spec"]["embedding"]["head"]["kind"] == "capped"
     assert info["metadata"]["neighbors"]["meets_target"]
