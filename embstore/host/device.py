@@ -31,7 +31,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def capability_of(device: torch.device) -> str:
-    """The hardware properties that determine rounding on this device; see ``core.spec.EmbeddingSpec``."""
+    """What decides a kernel's bits on this device: the GPU's model, or the CPU's vector instructions."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"

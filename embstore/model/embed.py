@@ -110,7 +110,7 @@ class LogitEmbedder:
         self._capped = parts.head if isinstance(parts.head, CappedHead) else None
         self.spec = spec
         self.basis_VR = basis_VR
-        self.truncated_share = 0.0  # the caller sets these three, for the plan of a new store
+        self.truncated_share = 0.0  # ``pilot.note_plan`` sets these three, for the plan of a new store
         self.seconds_per_row = 0.0
         self.max_window_rows = MAX_WINDOW_ROWS
         self.counts = WindowCounts(tokens=0, truncated=0, splits=0)

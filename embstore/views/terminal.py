@@ -335,7 +335,7 @@ def _print_spec(console: Console, spec: JsonObject) -> None:
         f"tokenizer {plain(model['tokenizer_sha256'][:12])}, prompts {plain(spec['prompts_fingerprint'][:12])}",
         highlight=False,
     )
-    if embedding["head"] == "imported":
+    if embedding["head"]["kind"] == "imported":
         console.print(
             f"  {embedding['dimension']:,} columns in {embedding['rank']} coordinates, imported from "
             f"{plain(embedding['dtype'])} rows ({plain(embedding['capability'])}, {embedding['threads']} threads)",
@@ -343,7 +343,7 @@ def _print_spec(console: Console, spec: JsonObject) -> None:
         )
         return
     console.print(
-        f"  {embedding['dimension']:,} columns in {embedding['rank']} coordinates, {plain(embedding['head'])} head, "
+        f"  {embedding['dimension']:,} columns in {embedding['rank']} coordinates, {plain(embedding['head']['kind'])} head, "
         f"{plain(embedding['dtype'])} on {plain(embedding['device'])} "
         f"({plain(embedding['capability'])}, {embedding['threads']} threads), "
         f"at most {embedding['max_tokens']} tokens",

@@ -268,9 +268,9 @@ def bad_input(case: str, model: Path, folder: Path) -> tuple[list[object], int, 
         empty = folder / "model"
         shutil.copytree(model, empty)
         (empty / "model.safetensors").unlink()
-        return [file, "--model", empty, "--out", out], 1, "holds no weights"
+        return [file, "--model", empty, "--out", out], 1, "contains no weights"
     if case == "no model":
-        return [file, "--model", folder / "no-model", "--out", out], 1, "is no folder"
+        return [file, "--model", folder / "no-model", "--out", out], 1, "is not a folder"
     if case == "foreign folder":
         (out / "sub").mkdir(parents=True)
         return [file, "--model", model, "--out", out], 1, "is not a store"
@@ -347,5 +347,5 @@ def test_a_soft_capped_model_streams_and_stays_under_its_budget(prompts: Path, t
     result = run("build", prompts, "--model", capped, "--out", tmp_path / "store", *SMALL, "--json")
     assert result.exit_code == 0, result.stderr
     info: dict[str, Any] = json.loads(run("inspect", tmp_path / "store", "--json").stdout)
-    assert info["spec"]["embedding"]["head"] == "capped"
+    assert info["spec"]["embedding"]["head"]["kind"] == "capped"
     assert info["metadata"]["neighbors"]["meets_target"]

@@ -97,7 +97,7 @@ def test_an_adapter_of_another_model_is_refused(base: Path, tmp_path: Path) -> N
 
 def test_an_adapter_without_its_base_or_its_weights_is_refused(base: Path, tmp_path: Path) -> None:
     make_adapter(tmp_path / "adapter", base, "")
-    with pytest.raises(ModelError, match="names no base model"):
+    with pytest.raises(ModelError, match="does not name a base model"):
         locate_model(EmbeddingConfig(model=str(tmp_path / "adapter")))
     make_adapter(tmp_path / "second", base, "../base")
     (tmp_path / "second" / "adapter_model.safetensors").unlink()

@@ -249,7 +249,7 @@ def _refusal(base: Path, state: dict[str, Any], config: dict[str, Any] = CONFIG)
     return caught.value
 
 
-def test_without_the_package_it_is_said_what_is_not_mapped(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_first_misfit_is_named(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nanochat", None)
     refusal = _refusal(base, make_state())
     assert "setting window_pattern, which transformers' NanoChat class does not know (1 in total)" in refusal.message
