@@ -34,7 +34,18 @@ def test_a_resume_ends_with_the_bytes_of_an_uninterrupted_build(unfinished: Path
     source = FakeSource()
     build_small(write_small_prompts(tmp_path / "prompts.jsonl"), unfinished, source=source)
     assert source.calls == [(32, 64), (64, 70)]
-    assert (unfinished / "manifest.json").read_bytes() == MANIFEST.read_bytes()
+    found, expected = (json.loads(path.read_bytes())["files"] for path in (unfinished / "manifest.json", MANIFEST))
+    # the neighbours' record tells of a re-ranking now (decision 0042); metadata has it, and names the weights' files
+    kept = {name: digest for name, digest in expected.items() if not name.startswith(("weights/", "neighbors/"))}
+    assert {name: found.get(name) for name in kept} == kept
+    arrays = {name: digest for name, digest in expected.items() if name.startswith("neighbors/") and name.endswith(".npy")}
+    assert len(arrays) == 3
+    assert {name: found.get(name) for name in arrays} == arrays
+    old, new = (
+        [files[name] for name in files if name.startswith("weights/") and name.endswith(".npy")]
+        for files in (expected, found)
+    )
+    assert new == old != []
     assert embstore.verify(unfinished).findings == []
 
 
