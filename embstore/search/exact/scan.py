@@ -272,7 +272,7 @@ def settle_rows(
 ) -> tuple[IntMatrix, FloatMatrix, NDArray[np.bool_]]:
     """Neighbours from candidate nodes, best first, with the magnitudes of their scores; and for which rows in doubt.
 
-    A node that is no candidate scores at least ``left_out_Q``.
+    A node that is not a candidate scores at least ``left_out_Q``.
     """
     nodes_Q = order_G[positions_Q]
     distance_QC = np.full(candidates_QC.shape, np.inf)
