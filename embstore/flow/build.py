@@ -333,7 +333,7 @@ def _rerank(run: Run, store: EmbeddingStore, graph: KnnGraph) -> Rerank:
         StoredRows(read=store.rows_at, dimension=store.spec.embedding.dimension, chunk_rows=store.spec.chunk_rows),
         k=AUDIT_K,
         threads=store.spec.embedding.threads,
-        memory_bytes=run.config.memory_budget_bytes // 2,  # beside what the search still holds
+        memory_bytes=run.config.memory_budget_bytes // 2,  # the search still holds the rest
         observer=run.observer,
         clock=time.perf_counter,
     )

@@ -185,7 +185,7 @@ def _audit(search: NeighborSearch, to_repair: NDArray[np.int64], config: Density
         return None
     others = np.setdiff1d(np.arange(num_nodes), to_repair, assume_unique=True)
     sample = others[sample_nodes(len(others), config.audit_rows, seed=config.seed, level=search.level)]
-    give_back()  # what the search freed would lie beside what this takes
+    give_back()  # what the search freed would count with what this takes
     exact = brute_force(search.coord_GR, sample, AUDIT_K)[1]
     found = search.distances_GK[sample, :AUDIT_K].astype(np.float64)
     return compare(found, exact, num_nodes=len(others))

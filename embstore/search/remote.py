@@ -47,11 +47,11 @@ class GraphJob:
     needs: Needs = "core"
 
     def start(self, number: int) -> _GraphWorker:
-        """As ``core.interfaces.Job``."""
+        """Map the coordinates and cells of all nodes."""
         return _GraphWorker(self, number)
 
     def name(self, task: ShardQueries) -> str:
-        """As ``core.interfaces.Job``."""
+        """The shard, for a message."""
         return f"the graph of shard {task[0]} of {self.shards} of the neighbour search"
 
     def lost(self, number: int) -> None:
@@ -101,11 +101,11 @@ class ScanJob:
     needs: Needs = "device"
 
     def start(self, number: int) -> _ScanWorker:
-        """As ``core.interfaces.Job``."""
+        """Map the coordinates, and make a scratch folder for the worker."""
         return _ScanWorker(self, number)
 
     def name(self, task: NDArray[np.int64]) -> str:
-        """As ``core.interfaces.Job``."""
+        """The nodes, for a message."""
         return f"the exact neighbours of {len(task)} nodes from node {task[0]} on"
 
     def lost(self, number: int) -> None:

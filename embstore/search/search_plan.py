@@ -48,7 +48,7 @@ def plan_search(num_rows: int, rank: int, config: DensityConfig, *, threads: int
     Raises
     ------
     BudgetError
-        The budget is too small for a graph of 64 rows and the buffers beside it; the message has the least that suffices.
+        The budget is too small for a graph of 64 rows and its buffers; the message has the least that suffices.
     """
     held_bytes = _held_bytes(num_rows)
     scan_memory = max(0, memory_bytes - held_bytes)
@@ -80,7 +80,7 @@ def _held_bytes(num_rows: int) -> int:
 
 
 def _hnsw_buffers(num_rows: int, rank: int, threads: int) -> int:
-    """Memory beside the graphs."""
+    """Memory in addition to the graphs."""
     return _held_bytes(num_rows) + query_bytes(rank, K_MAX + 1) + threads * rerank_bytes(rank, K_MAX + 1)
 
 

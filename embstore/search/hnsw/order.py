@@ -4,7 +4,7 @@ A search touches a few thousand vectors around its node. When the next node lies
 shuffled order every one comes from memory, and a graph of a hundred thousand nodes of 256 coordinates waits for it more than
 half of the time (docs/decisions/0022).
 
-Shapes: G nodes, P pivots (one a cell), R coordinates.
+Shapes: G nodes, P pivots (one per cell), R coordinates.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def graph_bytes(num_nodes: int, rank: int, links: int) -> int:
 
 
 def query_bytes(rank: int, num_candidates: int) -> int:
-    """Memory beside the graphs: two blocks of coordinates, and the merge of their answers."""
+    """Memory in addition to the graphs: two blocks of coordinates, and the merge of their answers."""
     return BLOCK_ROWS * (2 * 4 * rank + 3 * num_candidates * _MERGE_BYTES)
 
 
