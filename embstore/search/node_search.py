@@ -132,7 +132,7 @@ class NeighborSearch:
             first += len(nodes)
 
     def _scan_on_workers(self, remote: RemoteSearch, nodes: NDArray[np.int64], first: int) -> None:
-        """Search for these nodes on workers. Blocks that an earlier run saved out of order count if they have the same ranges."""
+        """Search for these nodes on workers. Blocks saved out of order count if they have the same ranges."""
         todo, first_of = [], {}
         for part in remote.cut(nodes):
             first_of[int(part[0])] = first
