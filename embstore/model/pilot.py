@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from embstore.core.density import NOISE_FLOOR, total_variation
 from embstore.core.errors import RowError
-from embstore.core.interfaces import PromptReader
+from embstore.core.interfaces import PromptReader, no_check
 from embstore.core.sampling import seeded_sample
 from embstore.host.scratch import map_scratch
 from embstore.model.backbone import SplitModel
@@ -69,10 +69,6 @@ def note_plan(embedder: LogitEmbedder, sample: Sequence[TokenRow], window_rows: 
     embedder.seconds_per_row = (time.perf_counter() - started) / len(sample[:_TIMED_ROWS])
     embedder.max_window_rows = window_rows
     embedder.truncated_share = sum(row.was_cut for row in sample) / len(sample)
-
-
-def no_check() -> None:
-    """Probes are short: nothing interrupts them."""
 
 
 def _pilot_rows(
