@@ -147,7 +147,7 @@ def test_a_task_that_takes_long_is_named_meanwhile(script: Script, tmp_path: Pat
     )
     assert [task for task, _ in results] == [0]
     said = [event.message for event in events if isinstance(event, Notice)]
-    assert any("no task has finished for 0.5 s; at work: number 0 on " in message for message in said)
+    assert any("no task has finished for 0.5 s; running: number 0 on " in message for message in said)
 
 
 # --- workers that are no use -----------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_a_worker_that_does_not_see_the_store_is_refused(
     with pytest.raises(EngineError, match="does not see the store") as caught:
         build_by_workers(small_prompts, tmp_path / "store", script)
     assert str(tmp_path / "store" / WORK / "engine-") in str(caught.value)
-    assert re.search(f"holds {found or 'nothing'} there, [0-9a-f]{{32}} here", str(caught.value))
+    assert re.search(f"contains {found or 'nothing'} there, [0-9a-f]{{32}} here", str(caught.value))
     assert "every machine mounts under the same path" in str(caught.value.hint)
     assert script.calls == []
 
@@ -181,7 +181,7 @@ def test_a_worker_with_another_embstore_is_refused(
 ) -> None:
     here = embstore.__version__
     monkeypatch.setattr(embstore, "__version__", "99.0")
-    with pytest.raises(EngineError, match=rf"has embstore {re.escape(here)}, here is 99\.0"):
+    with pytest.raises(EngineError, match=rf"has embstore {re.escape(here)}, this process 99\.0"):
         build_by_workers(small_prompts, tmp_path / "store", script)
     assert script.calls == []
 

@@ -254,7 +254,7 @@ def bad_input(case: str, model: Path, folder: Path) -> tuple[list[object], int, 
         "two texts": b'{"id": "x", "prompt": "one"}\n{"id": "x", "prompt": "two"}\n',
         "truncated gzip": gzip.compress(good.encode() * 1000)[:-20],
     }
-    says = {"empty": "empty", "binary": "unusable", "utf16": "UTF-8", "two texts": "line 2", "truncated gzip": "failed"}
+    says = {"empty": "empty", "binary": "none of its", "utf16": "UTF-8", "two texts": "line 2", "truncated gzip": "failed"}
     if case in content:
         file.write_bytes(content[case])
         return [file, "--model", model, "--out", out], 1, says[case]

@@ -59,8 +59,8 @@ def test_a_cluster_that_is_not_there_is_an_error_with_the_next_step(model: Path,
     given = ("build", prompts, "--model", model, "--out", tmp_path / "store", "--engine", "ray")
     done = run(*given, "--ray-address", "127.0.0.1:1")
     assert done.returncode == 6, done.stderr
-    assert "error: Ray on 127.0.0.1:1 gave: " in done.stderr
-    assert "hint: is a cluster up" in done.stderr
+    assert "error: connecting to Ray on 127.0.0.1:1 failed: " in done.stderr
+    assert "hint: check with `ray status`" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -253,7 +253,7 @@ def test_without_the_package_the_first_misfit_is_named(base: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "nanochat", None)
     refusal = _refusal(base, make_state())
     assert "setting window_pattern, which transformers' NanoChat class does not know (1 in total)" in refusal.message
-    assert "no nanochat is installed" in refusal.message
+    assert "nanochat is not installed" in refusal.message
     assert "https://github.com/karpathy/nanochat" in str(refusal.hint)
     assert "PYTHONPATH" in str(refusal.hint)
     with pytest.raises(ModelError, match="window_pattern"):
