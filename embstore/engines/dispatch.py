@@ -179,7 +179,7 @@ class Dispatch(Generic[Task, Result]):
         Raises
         ------
         EngineError
-            The task, or starting a worker, has failed ``max_attempts`` times.
+            The task, or starting a worker, has failed ``_MAX_ATTEMPTS`` times.
         """
         self._hands.remove(hand)
         self._give_up(hand)
@@ -187,11 +187,10 @@ class Dispatch(Generic[Task, Result]):
         todo, reserved = hand.todo, hand.reserved
         if reserved is not None:
             self._queue.appendleft(reserved)
-        most = _MAX_ATTEMPTS
         if todo is not None:
             todo.attempts += 1
             self._retries += 1
-            if todo.attempts >= most:
+            if todo.attempts >= _MAX_ATTEMPTS:
                 raise EngineError(
                     f"{self._job.name(todo.task)} failed {todo.attempts} times, last on {hand.node}: {reason}",
                     hint=f"check that prompt and that machine, {RESUME}",
@@ -199,7 +198,7 @@ class Dispatch(Generic[Task, Result]):
             self._queue.appendleft(todo)
         elif not hand.is_ready:
             self._failed_starts += 1
-            if self._failed_starts >= most:
+            if self._failed_starts >= _MAX_ATTEMPTS:
                 raise EngineError(
                     f"{self._failed_starts} workers in a row could not start, last on {hand.node}: {reason}",
                     hint=f"free memory for the model there or set a smaller --num-workers, {RESUME}",

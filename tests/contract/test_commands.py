@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -27,6 +28,8 @@ from typer.testing import CliRunner
 
 from embstore.cli import app
 from embstore.core.errors import EmbstoreError
+from embstore.storage.reader import open_store
+from embstore.training import load_weights
 from tests.support.models import make_model, make_tokenizer, save_model
 from tests.support.stores import small_lines, write_lines
 
@@ -124,16 +127,18 @@ def test_every_python_snippet_runs(folder: Path, tmp_path: Path, monkeypatch: py
     here = Path(shutil.copytree(folder, tmp_path / "here"))
     monkeypatch.chdir(here)
     assert CliRunner().invoke(app, ["build", "prompts.jsonl", "--model", "MODEL", "--out", "STORE"]).exit_code == 0
-    from torch.utils.data import DataLoader
-
     # not in the store's order: the snippets must join
     dataset = [json.loads(line) for line in reversed((here / "prompts.jsonl").read_text().splitlines())]
+    stored = [json.loads(line)["prompt"] for line in (here / "STORE" / "prompts.jsonl").read_text().splitlines()]
+    weight_of = dict(zip(stored, open_store("STORE").weights.tolist(), strict=True))
+    expected = [weight_of[item["prompt"]] for item in dataset]
+    assert load_weights("STORE").array != pytest.approx(expected)  # by position: what a snippet must not do
     snippets = [body for page in RUN for language, body in _blocks(ROOT / page) if language == "python"]
     assert snippets
     for body in snippets:
-        names: dict[str, object] = {"dataset": dataset, "DataLoader": DataLoader}
+        names: dict[str, Any] = {"dataset": dataset}
         exec(compile(body, "snippet", "exec"), names)
-        assert "weights" in names
+        assert names["weights"].array == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -166,7 +166,7 @@ def save_model(folder: Path, model: Any, tokenizer: Any) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class PromptList:
-    """Prompts in memory; a ``core.embedder.PromptReader``."""
+    """Prompts in memory; a ``core.interfaces.PromptReader``."""
 
     prompts: list[Prompt]
 
