@@ -226,16 +226,11 @@ def _summary(rounds: list[Figures]) -> Figures:
 
 
 def streamed(run: Run) -> Figures:
-    """Heads that cannot be pooled before, of the given model's size: a soft cap, and a network; float32."""
+    """A head that cannot be pooled before, of the given model's size: a soft cap; float32."""
     given = json.loads((run.options.model / "config.json").read_text())
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     sizes = {name: given[name] for name in (*names, "bos_token_id", "eos_token_id", "pad_token_id")}
-    configs = {
-        "capped": transformers.NanoChatConfig(**sizes, max_position_embeddings=512, final_logit_softcapping=15.0),
-        "network": transformers.ModernBertDecoderConfig(
-            **sizes, max_position_embeddings=512, cls_token_id=0, sep_token_id=0
-        ),
-    }
+    configs = {"capped": transformers.NanoChatConfig(**sizes, max_position_embeddings=512, final_logit_softcapping=15.0)}
     found: Figures = {}
     for name, config in configs.items():
         torch.manual_seed(0)

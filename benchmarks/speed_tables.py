@@ -72,7 +72,7 @@ def sweep(embedding: Report) -> str:
 
 def streamed(embedding: Report) -> str:
     """Heads that are not affine against the original method."""
-    titles = {"capped": "soft cap (NanoChat)", "network": "network (ModernBERT decoder)"}
+    titles = {"capped": "soft cap (NanoChat)"}
     rows = [{"title": titles[name], **each} for name, each in embedding["streamed"].items() if name in titles]
     columns = {
         "head": "{title}",
