@@ -68,7 +68,7 @@ CASES = (
 def main() -> int:
     """Measure every case and write the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--prompts", type=Path, required=True, help="JSONL, one prompt a line")
+    parser.add_argument("--prompts", type=Path, required=True, help="JSONL, one prompt per line")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer of at most 50,304 tokens")
     parser.add_argument("--rows", type=int, default=2000, help="distinct prompts")
     parser.add_argument("--max-tokens", type=int, default=64)

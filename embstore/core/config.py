@@ -54,7 +54,8 @@ class EmbeddingConfig:
     device: str | None = option(None, "Where the model runs: auto, cpu, cuda or cuda:N.", "model")
     dtype: DTypeChoice | None = option(
         None,
-        "Type of the layers; pooling and head are float32. auto: fastest dtype that changes the weights by TV <= 1e-3.",
+        "Type of the layers; pooling and head are float32. auto: bfloat16 if the hardware has it and the weights hardly "
+        "change (TV <= 1e-3), else float32.",
         "model",
     )
     max_tokens: int | None = option(None, "Keep the first N tokens of each prompt. Default: 512.", "model", unit="tokens")
@@ -113,7 +114,7 @@ class WeightingConfig:
     weighting: Weighting = option(
         "inverse-density", "legacy-inverse favours crowds, as the original scripts did; it is for comparison only."
     )
-    k: int = option(10, "Nearest distinct vectors, at most 32, whose mean distance says how rare a prompt is.", "weights")
+    k: int = option(10, "Number of nearest distinct vectors (at most 32); their mean distance measures rarity.", "weights")
     gamma: float = option(1.0, "Exponent: a weight is proportional to mean distance ** gamma.", "weights")
     target_ess: float | None = option(
         None, "Choose gamma for this effective sample size, as a share of the rows: 0.5 for half.", "weights"
@@ -123,7 +124,8 @@ class WeightingConfig:
         10.0, "Largest weight of a vector, as a multiple of the mean. inf: no limit.", "weights"
     )
     duplicates: Duplicates = option(
-        "collapse", "Rows with bit-equal vectors: collapse divides one weight among them, keep gives each of them all of it."
+        "collapse",
+        "Rows with bit-equal vectors: collapse divides one weight among them, keep gives each row the full weight.",
     )
 
     def __post_init__(self) -> None:

@@ -193,7 +193,7 @@ def digest_problem(pieces: Iterable[Buffer], digest: FileDigest) -> str | None:
         total.update(piece)
         size += memoryview(piece).nbytes
     if size != digest.bytes:
-        return f"has {size} bytes, committed were {digest.bytes}"
+        return f"has {size} bytes, but {digest.bytes} were committed"
     found = total.hexdigest()
     if found == digest.sha256:
         return None
@@ -214,7 +214,7 @@ def file_problem(root: Path, name: str, digest: FileDigest) -> str | None:
         try:
             size = os.fstat(handle).st_size
             if size != digest.bytes:
-                return f"has {size} bytes, committed were {digest.bytes}"
+                return f"has {size} bytes, but {digest.bytes} were committed"
             return digest_problem(_blocks(handle), digest)
         finally:
             os.close(handle)
@@ -298,7 +298,7 @@ def map_file(
         )
     needed = header.offset + np.dtype(header.descr).itemsize * math.prod(header.shape)
     if size != needed:
-        raise CorruptStoreError(f"{name} has {size} bytes, its header asks for {needed}", hint=hint)
+        raise CorruptStoreError(f"{name} has {size} bytes, but its header describes {needed}", hint=hint)
     order: Literal["F", "C"] = "F" if header.is_fortran else "C"
     try:
         return np.memmap(file, dtype=header.descr, mode=mode, offset=header.offset, shape=header.shape, order=order)

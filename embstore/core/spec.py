@@ -156,7 +156,7 @@ def _upgraded(whole: JsonObject) -> JsonObject:
     return {**whole, "embedding": new}
 
 
-def spec_problem(spec: StoreSpec) -> str | None:  # noqa: PLR0911 - one return a limit
+def spec_problem(spec: StoreSpec) -> str | None:  # noqa: PLR0911 - one return per limit
     """Which limit of the format a spec breaks, or None."""
     dimension, rank = spec.embedding.dimension, spec.embedding.rank
     if not 0 < spec.rows <= MAX_ROWS:

@@ -91,7 +91,8 @@ class ArraySource:
             raise BudgetError(
                 f"reading {rows.name} by its chunks needs {format_bytes(needed)}, --memory-budget is "
                 f"{format_bytes(memory_bytes)}",
-                hint=f"give --memory-budget {-(-needed // (1 << 20))}MiB or more, or save the array with fewer rows a chunk",
+                hint=f"give --memory-budget {-(-needed // (1 << 20))}MiB or more, or save the array with fewer rows per "
+                "chunk",
             )
         started = time.perf_counter()
         observer(StageStarted(stage="model", total=1, unit="model"))

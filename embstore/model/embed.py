@@ -72,7 +72,7 @@ class ModelParts:
 
 
 class _Window:
-    """A window under way: the workers make its tokens, then its means, one job a batch."""
+    """A window under way: the workers make its tokens, then its means, one job per batch."""
 
     def __init__(self, prompts: Sequence[Prompt]) -> None:
         self.prompts = prompts
@@ -328,7 +328,7 @@ class LogitEmbedder:
 def _refuse_tensor_float(device: torch.device) -> None:
     if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
         raise ConfigError(
-            f"float32 products are set to precision {torch.get_float32_matmul_precision()!r}, which moves every row",
+            f"torch is set to float32 precision {torch.get_float32_matmul_precision()!r}, which changes every row",
             hint='call torch.set_float32_matmul_precision("highest") before the build',
         )
 
@@ -340,7 +340,7 @@ def _with_rows(values_BT: Tensor, num_rows: int) -> Tensor:
 
 def _failure(has_tokens_B: NDArray[np.bool_], local: int, norm: float) -> str | None:
     if not has_tokens_B[local]:
-        return "the tokenizer gives only special tokens, or none"
+        return "the prompt has no tokens: the tokenizer returned none, or only special ones"
     if not np.isfinite(norm):
         return "the model gives a non-finite logit"
     if norm == 0:

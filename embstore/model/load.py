@@ -139,7 +139,8 @@ class ModelFiles:
             except Exception as error:  # any class's constructor runs here
                 message = str(error).strip().splitlines() or [type(error).__name__]
                 raise ModelError(
-                    f"loading {self.name} failed: {message[0][:300]}", hint="does it load with transformers alone?"
+                    f"loading {self.name} failed: {message[0][:300]}",
+                    hint=f"check whether AutoModelForCausalLM.from_pretrained({str(self.folder)!r}) loads it",
                 ) from error
         # the pooler is a layer after the hidden states, which many checkpoints of encoders do not have
         if missing := sorted(key for key in found["missing_keys"] if space == "logits" or "pooler" not in key.split(".")):
@@ -210,7 +211,7 @@ def _with_adapter(folder: Path, name: str, config: EmbeddingConfig) -> ModelFile
     """A PEFT adapter over the base model that it names; a relative path there counts from the adapter's folder."""
     given = json.loads((folder / _ADAPTER).read_bytes()).get("base_model_name_or_path")
     if not isinstance(given, str) or not given:
-        raise ModelError(f"{folder / _ADAPTER} does not name a base model", hint="put base_model_name_or_path into it")
+        raise ModelError(f"{folder / _ADAPTER} does not name a base model", hint="add base_model_name_or_path to that file")
     if not (folder / _ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"{folder} contains no {_ADAPTER_WEIGHTS}", hint="save the adapter with safetensors")
     beside = folder / given

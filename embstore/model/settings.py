@@ -125,7 +125,7 @@ def num_workers(spec: EmbeddingSpec, model: SplitModel) -> int:
 
 
 def activation_bytes(tokens: int, model: SplitModel) -> int:
-    """Of one batch in float32, calibrated with VmRSS - RssFile on the CPU."""
+    """Memory of one batch's activations in float32, calibrated with VmRSS - RssFile on the CPU."""
     return tokens * (12 * model.width + 4 * model.inner_width) * 4
 
 

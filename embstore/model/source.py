@@ -141,7 +141,7 @@ class TorchSource:
         model.to_dtype(DTYPES[spec.dtype])
         if spec.packed_layers and not pack_layers(model):
             raise ModelError(
-                f"linear layers of {type(loaded.model).__name__} cannot be packed here, as the store's rows need it",
+                "the store's rows were made with packed layers, which this version of torch cannot pack",
                 hint="continue with the versions of torch and transformers that began the store",
             )
         tokenizer = PromptTokenizer(loaded.tokenizer, spec.max_tokens, model.num_tokens)
@@ -179,7 +179,8 @@ class TorchSource:
         tv = weights_moved(parts, other, settings, finisher, sample)
         if tv <= _DTYPE_MAX_TV:
             return True
-        observer(Notice(message=f"bfloat16 would move the weights by TV {tv:.1e} on {len(sample)} prompts: float32 used"))
+        limits = f"limit {_DTYPE_MAX_TV:g}, {len(sample)} sampled prompts"
+        observer(Notice(message=f"using float32: bfloat16 would change the weights by TV {tv:.1e} ({limits})"))
         return False
 
 
@@ -218,7 +219,8 @@ def _mean_tokens(sample: Sequence[TokenRow]) -> float:
 def _max_tokens(config: EmbeddingConfig, loaded: LoadedModel, observer: Observer) -> int:
     wanted = config.max_tokens or _DEFAULT_MAX_TOKENS
     if loaded.max_positions is not None and wanted > loaded.max_positions:
-        observer(Notice(message=f"max_tokens {wanted} is more than the model's positions: {loaded.max_positions} used"))
+        taken = f"{loaded.max_positions}, the most that this model takes"
+        observer(Notice(message=f"--max-tokens {wanted} is reduced to {taken}"))
         return loaded.max_positions
     return wanted
 
@@ -235,8 +237,8 @@ def _pack_head(parts: ModelParts, finisher: Finisher) -> bool:
 def _refuse_unknown(spec: EmbeddingSpec) -> None:
     if spec.head.kind == "network":
         raise ModelError(
-            "the store's head is a network, pooled behind it (head.kind network): this embstore streams such heads, and its "
-            "rows would differ",
+            "this store pools after a network in front of the output layer; embstore no longer does, so new rows would "
+            "differ from the stored ones",
             hint="begin again with embstore build PROMPTS --model MODEL and another --out, or finish it with the embstore "
             "release that began it",
         )

@@ -42,8 +42,8 @@ _PILOT_RECALL = 0.9995
 class NeighborSearch:
     """Neighbours of all nodes: ``ids_GK`` int32 and ``distances_GK`` float32, ascending, maps of ``work`` when large.
 
-    ``effort``: of graphs, None: exact. ``level``: how often it was raised. ``missed_self_G``: nodes that their own graph did
-    not return.
+    ``effort``: of the graphs; None for the exact engine. ``level``: how often it was raised. ``missed_self_G``: nodes that
+    their own graph did not return.
     """
 
     def __init__(

@@ -114,7 +114,7 @@ class _NpyRows(_Rows):
             size, needed = os.fstat(file.fileno()).st_size, header.offset + dtype.itemsize * math.prod(header.shape)
             if size != needed:
                 raise ArrayError(
-                    f"{path} has {size} bytes, its header asks for {needed}", hint="copy it again: it is truncated"
+                    f"{path} has {size} bytes, but its header describes {needed}", hint="copy it again: it is truncated"
                 )
             self._rows = np.memmap(file, dtype=dtype, mode="r", offset=header.offset, shape=header.shape)
 
@@ -260,13 +260,13 @@ class RowIds:
             if len(content) > _LIST_BYTES:
                 raise PromptError(
                     f"{self.path} is a JSON list of more than {format_bytes(_LIST_BYTES)}",
-                    hint="give one id a line: such a file is read line by line",
+                    hint="give one id per line: such a file is read line by line",
                 )
         try:
             ids = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise PromptError(
-                f"{self.path} is not a JSON list of ids: {str(error)[:80]}", hint="give one id a line"
+                f"{self.path} is not a JSON list of ids: {str(error)[:80]}", hint="give one id per line"
             ) from error
         yield from (named_row(value) for value in ids)
 

@@ -74,7 +74,7 @@ def read_chunk(root: Path, spec: StoreSpec, record: ChunkRecord) -> bytes:
             raise CorruptStoreError(f"{name} is missing", hint=_REPAIR) from None
         try:
             if (size := os.fstat(handle).st_size) != record.bytes:
-                raise CorruptStoreError(f"{name} has {size} bytes, committed were {record.bytes}", hint=_REPAIR)
+                raise CorruptStoreError(f"{name} has {size} bytes, but {record.bytes} were committed", hint=_REPAIR)
             data = read_all(handle, name, record.bytes)
         finally:
             os.close(handle)
@@ -104,7 +104,7 @@ def check_chunk(data: bytes, record: ChunkRecord) -> None:
     """
     name = chunk_name(record.index)
     if len(data) != record.bytes:
-        raise CorruptStoreError(f"{name} has {len(data)} bytes, committed were {record.bytes}", hint=_REPAIR)
+        raise CorruptStoreError(f"{name} has {len(data)} bytes, but {record.bytes} were committed", hint=_REPAIR)
     found = crc32c(memoryview(data)[:-_TRAILER_BYTES])
     trailer = f"{int.from_bytes(data[-_TRAILER_BYTES:], 'little'):08x}"
     if found != record.crc32c or trailer != record.crc32c:

@@ -56,7 +56,7 @@ def open_prompts(source: str | Path) -> Iterator[Iterator[bytes]]:
             except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
                 reason = error.strerror if isinstance(error, OSError) else error
                 raise PromptError(
-                    f"cannot read prompts {source}: {reason}", hint="give a JSONL or Parquet file, one prompt a line"
+                    f"cannot read prompts {source}: {reason}", hint="give a JSONL or Parquet file, one prompt per line"
                 ) from error
         buffered = io.BufferedReader(raw) if not isinstance(raw, io.BufferedReader) else raw  # type: ignore[type-var]
         stream: BinaryIO = buffered

@@ -377,8 +377,8 @@ def _open(root: Path, manifest: Manifest, state: JournalState) -> EmbeddingStore
     for name, digest in manifest.files.items():
         size = file_size(root, name)
         if size != digest.bytes:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise CorruptStoreError(f"{name} {found}, committed were {digest.bytes}", hint=f"run embstore verify {root}")
+            found = f"is missing, but {digest.bytes} bytes" if size is None else f"has {size} bytes, but {digest.bytes}"
+            raise CorruptStoreError(f"{name} {found} were committed", hint=f"run embstore verify {root}")
     content = read_committed(root, SPEC)
     check_content(root, SPEC, [content], manifest.files[SPEC])
     spec = decode_spec(content)

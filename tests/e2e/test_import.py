@@ -316,7 +316,7 @@ def test_files_that_are_no_arrays_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, pickled, "is not a plain .npy array")
     cut = save(tmp_path / "cut.npy", np.ones((20, 8)))
     os.truncate(cut, cut.stat().st_size - 1)
-    refused(tmp_path, cut, "its header asks for")
+    refused(tmp_path, cut, "but its header describes")
     empty = tmp_path / "folder"
     empty.mkdir()
     refused(tmp_path, empty, "is a folder without a Zarr array")

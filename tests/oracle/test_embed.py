@@ -79,7 +79,7 @@ def test_a_capped_head_is_fused_and_any_other_streamed(case_of: CaseOf, name: st
 def test_a_store_that_pooled_behind_a_network_is_not_continued(case_of: CaseOf) -> None:
     """The releases until November 2026 did that; rows of this one would differ in low bits, in another basis."""
     case = case_of("modernbert-decoder")
-    with pytest.raises(ModelError, match="head is a network") as caught:
+    with pytest.raises(ModelError, match="pools after a network in front of the output layer") as caught:
         reopened(case.folder, case.embedder, head=Head(kind="network"))
     assert "embstore build PROMPTS --model MODEL" in str(caught.value.hint)
 

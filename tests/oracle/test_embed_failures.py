@@ -90,7 +90,7 @@ def test_a_prompt_without_own_tokens_fails_by_name(case_of: CaseOf, tmp_path: Pa
     only_markers = Prompt(id=None, text="")
     embedder = open_embedder(folder, PROMPTS, tmp_path / "work")
     blocks = embed(embedder, [PROMPTS[0], only_markers, PROMPTS[1]])
-    assert failures(blocks) == {1: "the tokenizer gives only special tokens, or none"}
+    assert failures(blocks) == {1: "the prompt has no tokens: the tokenizer returned none, or only special ones"}
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def test_a_digest_that_differs_behind_its_first_digits_is_shown_whole(tmp_path: 
     assert file_problem(tmp_path, "file", FileDigest(bytes=1, sha256=other)) == (
         f"has sha256 {found}, but committed was {other}"
     )
-    assert file_problem(tmp_path, "file", FileDigest(bytes=2, sha256=found)) == "has 1 bytes, committed were 2"
+    assert file_problem(tmp_path, "file", FileDigest(bytes=2, sha256=found)) == "has 1 bytes, but 2 were committed"
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,7 @@ def test_auto_stays_in_float32_where_bfloat16_moves_weights(tmp_path: Path, monk
     folder = save_model(tmp_path / "model", model, make_tokenizer())
     dtype, notices = auto_dtype(folder, tmp_path / "work", fast=True, monkeypatch=monkeypatch)
     assert dtype == "float32"
-    assert ["bfloat16 would move the weights" in notice for notice in notices] == [True]
+    assert ["using float32: bfloat16 would change the weights by TV" in notice for notice in notices] == [True]
 
 
 def test_auto_leaves_no_trace_of_its_probe(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

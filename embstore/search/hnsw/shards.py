@@ -1,4 +1,4 @@
-"""HNSW candidates out of core: one graph a shard of the nodes, as many shards as the memory asks for.
+"""HNSW candidates out of core: one graph per shard of the nodes, as many shards as the memory requires.
 
 Each graph is built by one thread, queried by all cores, and dropped. The method is that of Malkov & Yashunin 2018
 (arXiv:1603.09320), the library hnswlib. Its traps, and what is done about them:
