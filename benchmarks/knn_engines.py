@@ -198,7 +198,6 @@ def embstore_stage(points: knn_sets.Points, options: Figures) -> Iterator[tuple[
         memory_bytes=options["memory_bytes"],
         work=Path(options["work"]),
         observer=ignore,
-        clock=time.perf_counter,
     )
     figures = {
         "seconds": round(time.perf_counter() - started, 2),

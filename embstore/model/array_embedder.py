@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embstore.core.config import EmbeddingConfig, format_bytes
-from embstore.core.errors import ArrayError, BudgetError, ModelError, RowError
+from embstore.core.config import EmbeddingConfig, over_memory_budget
+from embstore.core.errors import ArrayError, ModelError, RowError
 from embstore.core.events import Observer, StageFinished, StageStarted
 from embstore.core.interfaces import Check, GivenRows, PromptReader, RowBlock, WindowCounts
 from embstore.core.prompts import Prompt
@@ -88,10 +88,8 @@ class ArraySource:
                 f"{rows.name} has {rows.num_rows} rows, the store has {len(prompts)}", hint="import the array it began with"
             )
         if (needed := 4 * rows.held_bytes) > memory_bytes:
-            raise BudgetError(
-                f"reading {rows.name} by its chunks needs {format_bytes(needed)}, --memory-budget is "
-                f"{format_bytes(memory_bytes)}",
-                hint=f"give --memory-budget {-(-needed // (1 << 20))}MiB or more, or save the array with fewer rows a chunk",
+            raise over_memory_budget(
+                f"reading {rows.name} by its chunks needs", needed, memory_bytes, hint=", or save the array with fewer rows a chunk"
             )
         started = time.perf_counter()
         observer(StageStarted(stage="model", total=1, unit="model"))

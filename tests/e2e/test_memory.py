@@ -132,7 +132,6 @@ with MemoryMeter() as meter:
     meter.set_baseline()
     graph = build_graph(
         coord_NR, failed_N, DensityConfig(knn=method, ef=256), threads=2, memory_bytes=budget, work=work, observer=ignore,
-        clock=time.perf_counter,
     )
     print(graph.method, graph.shards, graph.meets_target, meter.peak_anonymous_bytes)
 """

@@ -187,14 +187,14 @@ def test_the_bound_covers_the_true_recall_in_19_of_20_audits(
     assert np.median(lower) > 1 - 3 * (1 - recall)  # and is worth something
 
 
-def test_each_level_is_audited_on_other_distinct_nodes() -> None:
-    samples = [sample_nodes(5000, 200, seed=seed, level=level) for seed in (0, 1) for level in (0, 1, 2)]
+def test_each_draw_audits_other_distinct_nodes() -> None:
+    samples = [sample_nodes(5000, 200, seed=seed, draw=draw) for seed in (0, 1) for draw in (0, 1, 2)]
     for sample in samples:
         assert len(np.unique(sample)) == 200
         assert 0 <= sample.min() <= sample.max() < 5000
     assert len({sample.tobytes() for sample in samples}) == 6
-    assert np.array_equal(sample_nodes(5000, 200, seed=0, level=0), samples[0])
-    assert sample_nodes(7, 200, seed=0, level=0).tolist() == list(range(7))
+    assert np.array_equal(sample_nodes(5000, 200, seed=0, draw=0), samples[0])
+    assert sample_nodes(7, 200, seed=0, draw=0).tolist() == list(range(7))
 
 
 # --- plan -------------------------------------------------------------------------------------------------------------

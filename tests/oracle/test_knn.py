@@ -65,7 +65,6 @@ def graph_of(
         memory_bytes=1 << 30,
         work=work,
         observer=observer,
-        clock=time.perf_counter,
     )
 
 
