@@ -74,7 +74,7 @@ class ArraySource:
 
     def create(
         self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path, observer: Observer
-    ) -> GivenEmbedder:
+    ) -> ArrayEmbedder:
         """Find the basis.
 
         Raises
@@ -89,7 +89,10 @@ class ArraySource:
             )
         if (needed := 4 * rows.held_bytes) > memory_bytes:
             raise over_memory_budget(
-                f"reading {rows.name} by its chunks needs", needed, memory_bytes, hint=", or save the array with fewer rows a chunk"
+                f"reading {rows.name} by its chunks needs",
+                needed,
+                memory_bytes,
+                hint=", or save the array with fewer rows a chunk",
             )
         started = time.perf_counter()
         observer(StageStarted(stage="model", total=1, unit="model"))
@@ -113,7 +116,7 @@ class ArraySource:
             threads=int(str(hardware["threads"])),
             basis="range-finder",
         )
-        embedder = GivenEmbedder(rows, spec, basis_VR)
+        embedder = ArrayEmbedder(rows, spec, basis_VR)
         count = min(_TIMED_ROWS, len(prompts))
         for _ in range(2):  # the first one warms up
             timed = time.perf_counter()
@@ -125,11 +128,11 @@ class ArraySource:
 
     def take_over(
         self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
-    ) -> GivenEmbedder:
+    ) -> ArrayEmbedder:
         """Open the array under another store's spec, as ``reopen`` does: an array has no settings to probe."""
         return self.reopen(spec, basis_VR)
 
-    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> GivenEmbedder:
+    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> ArrayEmbedder:
         """Open the array under a stored spec."""
         if spec.head.kind != _HEAD:
             raise ModelError(
@@ -137,10 +140,10 @@ class ArraySource:
                 hint="continue it with embstore build PROMPTS --model MODEL --resume",
             )
         torch.set_num_threads(spec.threads)
-        return GivenEmbedder(self._rows, spec, basis_VR)
+        return ArrayEmbedder(self._rows, spec, basis_VR)
 
 
-class GivenEmbedder:
+class ArrayEmbedder:
     """Rows of an array under a resolved spec; implements ``core.interfaces.Embedder``. Row i of the array is row i."""
 
     truncated_share = 0.0
