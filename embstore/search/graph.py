@@ -25,8 +25,8 @@ from embstore.core.format import JsonObject
 from embstore.core.interfaces import BlockStore, NothingKept
 from embstore.host.allocator import give_back
 from embstore.search.audit import Audit, compare, sample_nodes
-from embstore.search.centering import center_rows
-from embstore.search.exact.reference import brute_force
+from embstore.search.directions import directions_from_mean
+from embstore.search.exact.pairwise import brute_force
 from embstore.search.hnsw.shards import BLOCK_ROWS, Effort
 from embstore.search.node_search import NeighborSearch
 from embstore.search.nodes import centred, expand, group_rows
@@ -117,7 +117,7 @@ def build_graph(
     """
     noise_floor = NOISE_FLOOR
     if config.center:
-        centered = center_rows(coord_NR, failed_N, work)
+        centered = directions_from_mean(coord_NR, failed_N, work)
         coord_NR, noise_floor = centered.coord_NR, NOISE_FLOOR * centered.stretch
     rows_G, node_N = group_rows(coord_NR, failed_N)
     num_nodes = len(rows_G)

@@ -23,7 +23,7 @@ from embstore.host.allocator import give_back
 from embstore.host.scratch import large_array
 from embstore.search.audit import compare, sample_nodes
 from embstore.search.distances import IntMatrix, rerank
-from embstore.search.exact.reference import brute_force
+from embstore.search.exact.pairwise import brute_force
 from embstore.search.hnsw.shards import Effort, QueryOnWorkers, hnsw_candidates
 from embstore.search.kept_blocks import has_layout
 from embstore.search.remote import RemoteSearch

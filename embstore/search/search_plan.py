@@ -12,7 +12,7 @@ from typing import Literal
 
 from embstore.core.config import K_MAX, DensityConfig, over_memory_budget
 from embstore.search.distances import rerank_bytes
-from embstore.search.exact.reference import brute_force_bytes
+from embstore.search.exact.pairwise import brute_force_bytes
 from embstore.search.hnsw.shards import graph_bytes, num_shards, query_bytes
 
 Method = Literal["hnsw", "exact", "pilot"]

@@ -6,7 +6,6 @@ one direction: distances must be taken after centring.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

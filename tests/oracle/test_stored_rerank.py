@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import time
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path

@@ -16,8 +16,8 @@ from embstore.core.config import DensityConfig, KnnMethod
 from embstore.core.errors import BudgetError
 from embstore.search.audit import TIE_TOLERANCE, Audit, compare, sample_nodes
 from embstore.search.distances import rerank
-from embstore.search.exact import reference
-from embstore.search.exact.reference import MARGIN, brute_force
+from embstore.search.exact import pairwise
+from embstore.search.exact.pairwise import MARGIN, brute_force
 from embstore.search.hnsw.shards import graph_bytes
 from embstore.search.search_plan import plan_search
 
@@ -78,8 +78,8 @@ def test_the_scan_does_not_depend_on_its_tiles(order: str, monkeypatch: pytest.M
     whole = brute_force(coord_GR, queries_Q, 7)
     assert np.array_equal(whole[0], by_definition(coord_GR, 7)[0][queries_Q])
     for base_rows, query_rows in ((64, 16), (320, 100), (699, 310), (5, 1000)):
-        monkeypatch.setattr(reference, "_BASE_ROWS", base_rows)
-        monkeypatch.setattr(reference, "_QUERY_ROWS", query_rows)
+        monkeypatch.setattr(pairwise, "_BASE_ROWS", base_rows)
+        monkeypatch.setattr(pairwise, "_QUERY_ROWS", query_rows)
         advanced: list[int] = []
         tiled = brute_force(coord_GR, queries_Q, 7, advance=advanced.append)
         assert sum(advanced) == 311
