@@ -110,7 +110,7 @@ def _batch_tokens(model: SplitModel) -> int:
 
 
 def makes_kernels(spec: EmbeddingSpec) -> bool:
-    """Whether oneDNN makes kernels for every number of tokens in a batch, and keeps them."""
+    """Whether oneDNN makes kernels for every number of tokens in a batch, and keeps them (docs/decisions/0015)."""
     return spec.device == "cpu" and (spec.dtype != "float32" or spec.packed_layers)
 
 
