@@ -115,7 +115,7 @@ def test_copying_rows_stays_under_the_budget(tmp_path: Path) -> None:
 
 
 _SEARCH = """
-import sys, time
+import sys
 from pathlib import Path
 import numpy as np
 from embstore.search.exact import scan  # what imports take is not the search's
