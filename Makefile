@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 # a worker for each core, at most eight: each holds torch and transformers; who is idle takes tests from who is not
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
-QUICK_TESTS := embstore/core tests/unit tests/format tests/oracle/test_exact.py tests/crash/test_order.py tests/e2e/test_build.py
+QUICK_TESTS := embstore/core tests/unit tests/format tests/oracle/test_pairwise.py tests/crash/test_order.py tests/e2e/test_build.py
 FAULT_TESTS := tests/crash tests/property/test_hostile.py tests/property/test_hostile_store.py
 
 .PHONY: demo test test-quick test-slow test-faults lint benchmark clean

@@ -30,6 +30,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from embstore import open_store
 from embstore.core.density import total_variation
+from embstore.host.threads import num_cores
 
 RESULTS = Path(__file__).parent / "results"
 ORACLE_ROWS = 5000
@@ -244,7 +245,7 @@ def machine(packages: Sequence[str] = ("torch", "transformers", "zarr", "hnswlib
     """Hardware and versions."""
     return {
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": num_cores(),
         "memory_GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("embstore", *packages)},

@@ -37,6 +37,7 @@ from embstore.core.density import total_variation
 from embstore.core.format import chunk_name
 from embstore.core.interfaces import RowBlock, WindowCounts
 from embstore.core.plan import grid_of
+from embstore.host.threads import num_cores
 from embstore.storage.chunk_writer import WindowWriter
 from embstore.storage.chunks import decode_chunk, read_chunk
 from embstore.storage.direct import open_direct
@@ -61,7 +62,7 @@ class Run:
         self.options = options
         self._path: Path = options.results
         self.results: Figures = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self.threads = len(os.sched_getaffinity(0))
+        self.threads = num_cores()
 
     def method(self, name: str, dtype: str, rows: int, **more: object) -> Figures:
         """One run of a method in a process of its own."""

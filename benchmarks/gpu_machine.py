@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from benchmarks.acceptance import cpu_name
 from benchmarks.gpu_run import DEVICE, Figures, Run
 from embstore.flow.admission import CHUNK_BYTES
+from embstore.host.threads import num_cores
 from embstore.storage.chunks import encode_chunk
 from embstore.storage.filesystem import file_system
 
@@ -36,7 +37,7 @@ def machine(run: Run) -> Figures:
         "device": properties.name,
         "device_bytes": properties.total_memory,
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": num_cores(),
         "file_system": file_system(work),
         "bfloat16_flops": _product_flops(8192, 8192, 8192, torch.bfloat16),
         "float32_flops": _product_flops(8192, 8192, 8192, torch.float32),

@@ -27,6 +27,7 @@ import torch
 
 from benchmarks import knn_sets
 from benchmarks.acceptance import cpu_name
+from embstore.host.threads import num_cores
 
 RESULTS = Path(__file__).parent / "results" / "knn.json"
 GRAPHS = ("hnswlib", "embstore-hnsw", "usearch", "faiss-hnsw")
@@ -90,7 +91,7 @@ class Bench:
         packages = ("embstore", "torch", "numpy", "scikit-learn", "faiss-cpu", "hnswlib", "usearch")
         self.results["versions"] = {name: importlib.metadata.version(name) for name in packages}
         self.results["versions"]["python"] = sys.version.split()[0]
-        cores = len(os.sched_getaffinity(0))
+        cores = num_cores()
         self.results["hardware"] = f"{cpu_name()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
         RESULTS.write_text(json.dumps(self.results, indent=1) + "\n")
 

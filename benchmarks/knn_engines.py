@@ -7,7 +7,6 @@ took. FOLDER holds points.npy and the truth. Every engine gets the same points, 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from benchmarks import knn_sets
 from embstore.core.config import DensityConfig
 from embstore.host.memory import MemoryMeter
+from embstore.host.threads import num_cores
 
 K = knn_sets.TRUTH_K
 Figures = dict[str, Any]
@@ -39,11 +39,6 @@ def main() -> None:
         for figures, ids_NK in engine(points, options):
             tried.append({**figures, "recall": round(knn_sets.recall(points, rows, true_QK, ids_NK), 5)})
     print(json.dumps({"tried": tried, "memory_mib": round((meter.peak_anonymous_bytes or 0) / 2**20)}))
-
-
-def threads() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _import(engine: str) -> None:
@@ -87,7 +82,7 @@ def faiss_flat(points: knn_sets.Points, options: Figures) -> Iterator[tuple[Figu
     """faiss-cpu IndexFlatL2."""
     import faiss  # noqa: PLC0415
 
-    faiss.omp_set_num_threads(threads())
+    faiss.omp_set_num_threads(num_cores())
     started = time.perf_counter()
     index = faiss.IndexFlatL2(points.shape[1])
     index.add(points)
@@ -99,7 +94,7 @@ def faiss_hnsw(points: knn_sets.Points, options: Figures) -> Iterator[tuple[Figu
     """faiss-cpu IndexHNSWFlat, M 16, both threads in one graph."""
     import faiss  # noqa: PLC0415
 
-    faiss.omp_set_num_threads(threads())
+    faiss.omp_set_num_threads(num_cores())
     started = time.perf_counter()
     index = faiss.IndexHNSWFlat(points.shape[1], 16)
     index.hnsw.efConstruction = options["ef_construction"]
@@ -119,12 +114,12 @@ def hnswlib(points: knn_sets.Points, options: Figures) -> Iterator[tuple[Figures
     started = time.perf_counter()
     index = library.Index(space="l2", dim=points.shape[1])
     index.init_index(max_elements=len(points), M=16, ef_construction=options["ef_construction"])
-    index.add_items(points, np.arange(len(points)), num_threads=threads())
+    index.add_items(points, np.arange(len(points)), num_threads=num_cores())
     build = time.perf_counter() - started
     for ef in options["ef"]:
         index.set_ef(max(ef, K + 1))
         started = time.perf_counter()
-        labels, _ = index.knn_query(points, k=K + 1, num_threads=threads())
+        labels, _ = index.knn_query(points, k=K + 1, num_threads=num_cores())
         yield _graph_figures(ef, build, started), labels.astype(np.int64)
 
 
@@ -136,12 +131,12 @@ def usearch(points: knn_sets.Points, options: Figures) -> Iterator[tuple[Figures
     index = Index(
         ndim=points.shape[1], metric="l2sq", dtype="f16", connectivity=16, expansion_add=options["ef_construction"]
     )
-    index.add(np.arange(len(points)), points, threads=threads())
+    index.add(np.arange(len(points)), points, threads=num_cores())
     build = time.perf_counter() - started
     for ef in options["ef"]:
         index.expansion_search = ef
         started = time.perf_counter()
-        matches = index.search(points, K + 1, threads=threads())
+        matches = index.search(points, K + 1, threads=num_cores())
         yield _graph_figures(ef, build, started), matches.keys.astype(np.int64)
 
 
@@ -161,8 +156,8 @@ def embstore_hnsw(points: knn_sets.Points, options: Figures) -> Iterator[tuple[F
             points,
             K + 1,
             effort=effort,
-            shards=options.get("shards", threads()),
-            threads=threads(),
+            shards=options.get("shards", num_cores()),
+            threads=num_cores(),
             seed=0,
             work=Path(options["work"]),
             kept=NothingKept(),
@@ -178,7 +173,7 @@ def embstore_exact(points: knn_sets.Points, options: Figures) -> Iterator[tuple[
     for k in options["k"]:
         ids = np.empty((len(points), k), dtype=np.int32)
         started = time.perf_counter()
-        blocks = all_neighbors(points, k, threads=threads(), memory_bytes=1 << 30, work=Path(options["work"]))
+        blocks = all_neighbors(points, k, threads=num_cores(), memory_bytes=1 << 30, work=Path(options["work"]))
         for block in blocks:
             ids[block.nodes_N] = block.ids_NK
         yield {"k": k, "seconds": round(time.perf_counter() - started, 2)}, ids
@@ -194,11 +189,10 @@ def embstore_stage(points: knn_sets.Points, options: Figures) -> Iterator[tuple[
         points,
         np.zeros(len(points), dtype=np.bool_),
         DensityConfig(knn=options["knn"], shards=options.get("shards")),
-        threads=threads(),
+        threads=num_cores(),
         memory_bytes=options["memory_bytes"],
         work=Path(options["work"]),
         observer=ignore,
-        clock=time.perf_counter,
     )
     figures = {
         "seconds": round(time.perf_counter() - started, 2),

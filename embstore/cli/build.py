@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+import functools
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from embstore.cli.frame import AsJson, Out, Resume, app, print_json, reporting
+from embstore.cli.frame import AsJson, Out, Resume, app, reporting, run_and_print
 from embstore.cli.options import HelpAll, PanelCommand, takes
 from embstore.core.config import BuildConfig
 
@@ -35,17 +34,11 @@ def build(
 
     If a build is killed, run the same command with --resume: it continues where it stopped.
     """
-    from embstore.flow import build as build_flow  # noqa: PLC0415 - other commands start without them
-    from embstore.views import info, terminal  # noqa: PLC0415 - other commands start without them
+    from embstore.flow import build as build_flow  # noqa: PLC0415 - other commands start without it
 
-    with terminal.TerminalObserver(Console(stderr=True, soft_wrap=not sys.stderr.isatty())) as observer:
-        if dry_run:
-            planned = build_flow.preflight(prompts, out=out, config=config, observer=observer)
-            if as_json:
-                print_json(planned)
-            return
-        report = build_flow.build(prompts, out=out, config=config, resume=resume, observer=observer)
-    if as_json:
-        print_json(report)
+    if dry_run:
+        planned = functools.partial(build_flow.preflight, prompts, out=out, config=config)
+        run_and_print(planned, out, as_json=as_json)
     else:
-        terminal.print_report(terminal.results(), report, info.inspect(out))
+        work = functools.partial(build_flow.build, prompts, out=out, config=config, resume=resume)
+        run_and_print(work, out, as_json=as_json)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
 
 import typer
 from rich.console import Console
@@ -19,7 +19,11 @@ from rich.markup import escape
 from embstore import __version__
 from embstore.core.decode import printable, printable_json
 from embstore.core.errors import EmbstoreError, ExitCode
+from embstore.core.events import Preflight
 from embstore.host.signals import STOP_SIGNALS
+
+if TYPE_CHECKING:
+    from embstore.flow.build import BuildReport
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -95,6 +99,18 @@ def _app(
     ] = False,
 ) -> None:
     """Offline embedding and density store for LLM post-training."""
+
+
+def run_and_print(work: Callable[..., BuildReport | Preflight], out: Path, *, as_json: bool) -> None:
+    """Run ``work(observer=...)`` with its progress on stderr; print the report of a build, and of a plan only its JSON."""
+    from embstore.views import info, terminal  # noqa: PLC0415 - other commands start without them
+
+    with terminal.TerminalObserver(Console(stderr=True, soft_wrap=not sys.stderr.isatty())) as observer:
+        result = work(observer=observer)
+    if as_json:
+        print_json(result)
+    elif not isinstance(result, Preflight):
+        terminal.print_report(terminal.results(), result, info.inspect(out))
 
 
 def print_json(value: object) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import functools
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from embstore.cli.frame import AsJson, Out, Resume, app, print_json, reporting
+from embstore.cli.frame import AsJson, Out, Resume, app, reporting, run_and_print
 from embstore.cli.options import HelpAll, PanelCommand, takes
 from embstore.core.config import BuildConfig
 
@@ -37,12 +36,7 @@ def import_array(
 
     Rows are scaled to unit length, then searched and weighted as build does it. Row i stays row i.
     """
-    from embstore.flow import array_import  # noqa: PLC0415 - other commands start without them
-    from embstore.views import info, terminal  # noqa: PLC0415 - other commands start without them
+    from embstore.flow import array_import  # noqa: PLC0415 - other commands start without it
 
-    with terminal.TerminalObserver(Console(stderr=True, soft_wrap=not sys.stderr.isatty())) as observer:
-        report = array_import.import_array(array, ids=ids, out=out, config=config, resume=resume, observer=observer)
-    if as_json:
-        print_json(report)
-    else:
-        terminal.print_report(terminal.results(), report, info.inspect(out))
+    work = functools.partial(array_import.import_array, array, ids=ids, out=out, config=config, resume=resume)
+    run_and_print(work, out, as_json=as_json)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from embstore.core.declared import documented, option, python_only
-from embstore.core.errors import ConfigError
+from embstore.core.errors import BudgetError, ConfigError
 
 K_MAX = 32  # neighbours kept on disk, so that `embstore weights --k` up to this needs no search
 
@@ -288,3 +288,11 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def over_memory_budget(needs: str, needed_bytes: int, budget_bytes: int, *, hint: str = "") -> BudgetError:
+    """The refusal of work that ``needs`` ("embedding needs") more memory than the budget; ``hint`` adds another way out."""
+    return BudgetError(
+        f"{needs} {format_bytes(needed_bytes)}, --memory-budget is {format_bytes(budget_bytes)}",
+        hint=f"give --memory-budget {-(-needed_bytes // (1 << 20))}MiB or more{hint}",
+    )

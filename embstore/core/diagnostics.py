@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from embstore.core.rows import slices
+
 # Fewer than a tenth of the prompts would then carry the training (docs/density.md).
 MIN_ESS_SHARE = 0.1
 # Above this, reports state that the weighting hardly differs from uniform sampling.
@@ -51,8 +53,8 @@ def hubness(ids_NK: NDArray[np.integer], groups_N: NDArray[np.integer], k: int) 
     if not len(first_G):
         return None
     counts_N = np.zeros(len(groups_N), dtype=np.int64)
-    for start in range(0, len(first_G), _BLOCK_ROWS):
-        found = ids_NK[first_G[start : start + _BLOCK_ROWS], :k]
+    for block in slices(0, len(first_G), _BLOCK_ROWS):
+        found = ids_NK[first_G[block], :k]
         counts_N += np.bincount(found[found >= 0], minlength=len(groups_N))
     counts_G = counts_N[first_G].astype(np.float64)
     deviation_G = counts_G - counts_G.mean()

@@ -110,15 +110,19 @@ def refuse_other_input(
         if right is not None and left != right
     ]
     if model is not None:
-        # the name is for people; a renamed or moved folder is the same model
-        mismatches += [
-            mismatch
-            for mismatch in diff_fields(spec.model, model, prefix="model.")
-            if mismatch.field not in ("model.name", "model.trust_remote_code")
-        ]
+        mismatches += model_mismatches(spec.model, model)
     if mismatches:
         raise IdentityMismatchError(mismatches)
     return [name for name, value in (hardware or {}).items() if getattr(stored, name) != value]
+
+
+def model_mismatches(stored: ModelIdentity, given: ModelIdentity) -> list[FieldMismatch]:
+    """Fields that make another model of it: all but the name (a renamed or moved folder) and the trust in its code."""
+    return [
+        mismatch
+        for mismatch in diff_fields(stored, given, prefix="model.")
+        if mismatch.field not in ("model.name", "model.trust_remote_code")
+    ]
 
 
 def as_stored(hardware: Mapping[str, object], stored: EmbeddingSpec) -> dict[str, object]:

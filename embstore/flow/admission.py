@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from embstore.core.config import K_MAX, BuildConfig, EmbeddingConfig, format_bytes
+from embstore.core.config import K_MAX, BuildConfig, Compressor, EmbeddingConfig, format_bytes, over_memory_budget
 from embstore.core.errors import BudgetError, ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.events import Notice, Preflight
 from embstore.core.files import file_problem, map_array
@@ -21,7 +21,7 @@ from embstore.core.interfaces import Embedder, EmbedderSource
 from embstore.core.plan import BuildPlan, as_stored, plan, refuse_drift, refuse_other_input
 from embstore.core.records import DemotedRecord, DriftRecord, PromptsRecord
 from embstore.core.rows import chunk_rows_near
-from embstore.core.spec import StoreSpec
+from embstore.core.spec import EmbeddingSpec, ModelIdentity, StoreSpec
 from embstore.flow.reuse import Reuse, match_rows, nothing_reused, open_again, open_reused, refuse_unlike
 from embstore.flow.run import Run
 from embstore.storage.filesystem import caveat
@@ -171,12 +171,7 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
     asked = config.embedding.device not in (None, "auto") or config.embedding.threads is not None
     hardware = None
     if run.source is not None and (remaining or asked):
-        known = dataclasses.replace(
-            config.embedding,
-            device=config.embedding.device or spec.embedding.device,
-            threads=config.embedding.threads or spec.embedding.threads,
-        )
-        hardware = as_stored(run.source.hardware(known), spec.embedding)
+        hardware = _hardware(run.source, config.embedding, spec.embedding)
     drifted = refuse_other_input(spec, config.embedding, model, hardware)
     if drifted and hardware is not None:
         if not config.allow_drift:
@@ -219,21 +214,40 @@ def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tup
             observer=run.observer,
         )
     chunk_rows, window_rows = _fit_rows(config, embedder, record.rows, nothing_reused(record.rows))
-    spec = StoreSpec(
-        format_version=FORMAT_VERSION,
-        rows=record.rows,
-        prompts_fingerprint=record.fingerprint,
-        model=identity,
-        embedding=embedder.spec,
-        window_rows=window_rows,
-        chunk_rows=chunk_rows,
-        compressor=config.embedding.compressor or "lz4",
-        basis_sha256="",
-    )
+    compressor = config.embedding.compressor or "lz4"
+    spec = _new_spec(record, identity, embedder.spec, window_rows, chunk_rows, compressor)
     free_bytes = shutil.disk_usage(writer.root).free
     check_fits(run, spec, embedder, plan(spec, writer.state), free_bytes, nothing_reused(spec.rows))
     run.log_start()
     return writer.create(spec, embedder.basis_VR), embedder
+
+
+def _new_spec(
+    record: PromptsRecord,
+    model: ModelIdentity,
+    embedding: EmbeddingSpec,
+    window_rows: int,
+    chunk_rows: int,
+    compressor: Compressor,
+) -> StoreSpec:
+    """The spec that the writer completes with the digest of the basis."""
+    return StoreSpec(
+        format_version=FORMAT_VERSION,
+        rows=record.rows,
+        prompts_fingerprint=record.fingerprint,
+        model=model,
+        embedding=embedding,
+        window_rows=window_rows,
+        chunk_rows=chunk_rows,
+        compressor=compressor,
+        basis_sha256="",
+    )
+
+
+def _hardware(source: EmbedderSource, config: EmbeddingConfig, stored: EmbeddingSpec) -> dict[str, object]:
+    """Hardware of this run, on the device and threads of a store where none were given."""
+    asked = dataclasses.replace(config, device=config.device or stored.device, threads=config.threads or stored.threads)
+    return as_stored(source.hardware(asked), stored)
 
 
 def _shared_cores(config: BuildConfig, source: EmbedderSource) -> EmbeddingConfig:
@@ -263,12 +277,7 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
     model = run.source.identity() if run.source is not None else None
     hardware = None
     if run.source is not None and num_computed:
-        asked = dataclasses.replace(
-            config.embedding,
-            device=config.embedding.device or old.embedding.device,
-            threads=config.embedding.threads or old.embedding.threads,
-        )
-        hardware = as_stored(run.source.hardware(asked), old.embedding)
+        hardware = _hardware(run.source, config.embedding, old.embedding)
     drifted = refuse_unlike(stores, config, model, hardware)
     # only in this run: the stored spec describes the copied rows
     embedding = dataclasses.replace(old.embedding, **hardware) if hardware is not None else old.embedding  # type: ignore[arg-type]
@@ -282,17 +291,8 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
         with run.stage("model"):
             embedder = run.source.take_over(prompts, embedding, basis_VR, memory_bytes=config.memory_budget_bytes)
         chunk_rows, window_rows = _fit_rows(config, embedder, record.rows, reuse)
-    spec = StoreSpec(
-        format_version=FORMAT_VERSION,
-        rows=record.rows,
-        prompts_fingerprint=record.fingerprint,
-        model=model or old.model,
-        embedding=old.embedding,
-        window_rows=window_rows,
-        chunk_rows=chunk_rows,
-        compressor=config.embedding.compressor or old.compressor,
-        basis_sha256="",
-    )
+    compressor = config.embedding.compressor or old.compressor
+    spec = _new_spec(record, model or old.model, old.embedding, window_rows, chunk_rows, compressor)
     check_fits(run, spec, embedder, plan(spec, writer.state), shutil.disk_usage(writer.root).free, reuse)
     run.log_start()
     if writer.state.reuse != reuse.record:
@@ -347,10 +347,7 @@ def _fit_rows(config: BuildConfig, embedder: Embedder, num_rows: int, reuse: Reu
         chunk_rows = max(16, chunk_rows // 2 // 16 * 16)
     needed = needs(chunk_rows)
     if needed > config.memory_budget_bytes:
-        raise BudgetError(
-            f"embedding needs {format_bytes(needed)}, but --memory-budget is {format_bytes(config.memory_budget_bytes)}",
-            hint=f"give --memory-budget {-(-needed // (1 << 20))}MiB or more",
-        )
+        raise over_memory_budget("embedding needs", needed, config.memory_budget_bytes)
     whole = -(-num_rows // chunk_rows) * chunk_rows
     window_rows = embedding.window_rows or min(max(1, embedder.max_window_rows // chunk_rows) * chunk_rows, whole)
     return chunk_rows, window_rows

@@ -14,7 +14,7 @@ from embstore.core.errors import ConfigError
 from embstore.core.events import Observer, ignore
 from embstore.core.format import JOURNAL
 from embstore.flow.build import BuildReport, build
-from embstore.storage.array_source import RowIds, open_array
+from embstore.storage.array_file import RowIds, open_array
 from embstore.storage.journal import read_journal
 
 

@@ -294,7 +294,6 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
             memory_bytes=memory_bytes,
             work=run.writer.work,
             observer=run.observer,
-            clock=time.perf_counter,
             kept=SearchBlocks(run.writer.work, digest),
             device=spec.embedding.device,
             remote=_search_workers(run, spec, search),
@@ -335,7 +334,6 @@ def _rerank(run: Run, store: EmbeddingStore, graph: KnnGraph) -> Rerank:
         threads=store.spec.embedding.threads,
         memory_bytes=run.config.memory_budget_bytes // 2,  # the search still uses the rest
         observer=run.observer,
-        clock=time.perf_counter,
     )
 
 

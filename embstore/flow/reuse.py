@@ -21,7 +21,7 @@ from embstore.core.config import BuildConfig
 from embstore.core.errors import ConfigError, FieldMismatch, IdentityMismatchError, StoreNotFoundError
 from embstore.core.files import storage_errors
 from embstore.core.format import BASIS, CHUNKS, COORDINATES, PROMPTS, RESIDUALS, SPEC, canonical_json
-from embstore.core.plan import refuse_drift, refuse_other_input
+from embstore.core.plan import model_mismatches, refuse_drift, refuse_other_input
 from embstore.core.records import ReusedStore, ReuseRecord
 from embstore.core.rows import RowRange
 from embstore.core.spec import ModelIdentity, diff_fields
@@ -215,11 +215,7 @@ def refuse_unlike(
         raise IdentityMismatchError(error.mismatches, hint=hint, reused=str(first.root)) from None
     for other in stores[1:]:
         unlike = diff_fields(first.spec.embedding, other.spec.embedding, prefix="embedding.")
-        unlike += [
-            mismatch
-            for mismatch in diff_fields(first.spec.model, other.spec.model, prefix="model.")
-            if mismatch.field not in ("model.name", "model.trust_remote_code")
-        ]
+        unlike += model_mismatches(first.spec.model, other.spec.model)
         digests = first.spec.basis_sha256[:16], other.spec.basis_sha256[:16]
         if digests[0] != digests[1]:
             unlike.append(FieldMismatch(field="basis_sha256", stored=digests[0], given=digests[1]))

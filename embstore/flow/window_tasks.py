@@ -7,7 +7,6 @@ pinned in the spec, after comparing model and hardware with it: a window has the
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from embstore.core.errors import EngineError, RowError
 from embstore.core.files import map_array, storage_errors
 from embstore.core.format import BASIS, PROMPTS
 from embstore.core.interfaces import Check, Embedder, EmbedderSource, Needs, RowBlock, WindowCounts
-from embstore.core.plan import as_stored, grid_of
+from embstore.core.plan import as_stored, grid_of, model_mismatches
 from embstore.core.prompts import Prompt
-from embstore.core.spec import StoreSpec, diff_fields
+from embstore.core.spec import StoreSpec
 from embstore.flow.reuse import Reuse, SavedReuse, nothing_reused
 from embstore.flow.row_copier import RowCopier
 from embstore.host.memory import MemoryMeter
@@ -259,11 +258,9 @@ class RemoteWindowJob:
             for name, value in found.items()
             if value != getattr(embedding, name)
         ]
-        model = dataclasses.replace(source.identity(), name=self.spec.model.name)
         unlike += [
             f"{each.field} {str(each.given)[:16]} here, {str(each.stored)[:16]} in the store's spec"
-            for each in diff_fields(self.spec.model, model, prefix="model.")
-            if each.field != "model.trust_remote_code"
+            for each in model_mismatches(self.spec.model, source.identity())
         ]
         if unlike:
             raise EngineError(

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embstore.core.config import EmbeddingConfig, format_bytes
-from embstore.core.errors import ArrayError, BudgetError, ModelError, RowError
+from embstore.core.config import EmbeddingConfig, over_memory_budget
+from embstore.core.errors import ArrayError, ModelError, RowError
 from embstore.core.events import Observer, StageFinished, StageStarted
 from embstore.core.interfaces import Check, GivenRows, PromptReader, RowBlock, WindowCounts
 from embstore.core.prompts import Prompt
@@ -74,7 +74,7 @@ class ArraySource:
 
     def create(
         self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path, observer: Observer
-    ) -> GivenEmbedder:
+    ) -> ArrayEmbedder:
         """Find the basis.
 
         Raises
@@ -88,11 +88,11 @@ class ArraySource:
                 f"{rows.name} has {rows.num_rows} rows, the store has {len(prompts)}", hint="import the array it began with"
             )
         if (needed := 4 * rows.held_bytes) > memory_bytes:
-            raise BudgetError(
-                f"reading {rows.name} by its chunks needs {format_bytes(needed)}, --memory-budget is "
-                f"{format_bytes(memory_bytes)}",
-                hint=f"give --memory-budget {-(-needed // (1 << 20))}MiB or more, or save the array with fewer rows per "
-                "chunk",
+            raise over_memory_budget(
+                f"reading {rows.name} by its chunks needs",
+                needed,
+                memory_bytes,
+                hint=", or save the array with fewer rows per chunk",
             )
         started = time.perf_counter()
         observer(StageStarted(stage="model", total=1, unit="model"))
@@ -116,7 +116,7 @@ class ArraySource:
             threads=int(str(hardware["threads"])),
             basis="range-finder",
         )
-        embedder = GivenEmbedder(rows, spec, basis_VR)
+        embedder = ArrayEmbedder(rows, spec, basis_VR)
         count = min(_TIMED_ROWS, len(prompts))
         for _ in range(2):  # the first one warms up
             timed = time.perf_counter()
@@ -128,11 +128,11 @@ class ArraySource:
 
     def take_over(
         self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
-    ) -> GivenEmbedder:
+    ) -> ArrayEmbedder:
         """Open the array under another store's spec, as ``reopen`` does: an array has no settings to probe."""
         return self.reopen(spec, basis_VR)
 
-    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> GivenEmbedder:
+    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> ArrayEmbedder:
         """Open the array under a stored spec."""
         if spec.head.kind != _HEAD:
             raise ModelError(
@@ -140,10 +140,10 @@ class ArraySource:
                 hint="continue it with embstore build PROMPTS --model MODEL --resume",
             )
         torch.set_num_threads(spec.threads)
-        return GivenEmbedder(self._rows, spec, basis_VR)
+        return ArrayEmbedder(self._rows, spec, basis_VR)
 
 
-class GivenEmbedder:
+class ArrayEmbedder:
     """Rows of an array under a resolved spec; implements ``core.interfaces.Embedder``. Row i of the array is row i."""
 
     truncated_share = 0.0

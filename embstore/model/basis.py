@@ -20,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from embstore.core.rows import slices
+
 # Directions weaker than this, relative to the strongest, are float32 noise of the weights.
 _SINGULAR_TOLERANCE = 1e-6
 _BLOCK_BYTES = 16 << 20
@@ -96,6 +98,5 @@ def project(basis_VR: NDArray[np.float32], read_block: ReadBlock, width: int) ->
 
 def _blocks(read_block: ReadBlock, num_columns: int, width: int) -> Iterator[tuple[int, Tensor]]:
     step = max(256, _BLOCK_BYTES // (8 * width))
-    for start in range(0, num_columns, step):
-        stop = min(start + step, num_columns)
-        yield start, read_block(start, stop).double()
+    for block in slices(0, num_columns, step):
+        yield block.start, read_block(block.start, block.stop).double()

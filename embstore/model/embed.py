@@ -226,14 +226,9 @@ class LogitEmbedder:
             pool = functools.partial(self._pool_rows, window, rows, rows_B, length, check)
             window.batches.append(self._workers.submit(pool, (_BATCHES, number)))
 
-    @property
-    def _is_made_to_shape(self) -> bool:
-        """Whether every new shape of a batch costs a kernel of 650 KB and a millisecond (docs/decisions/0015)."""
-        return makes_kernels(self.spec)
-
     def _padded_length(self, length: int) -> int:
         """As long as it is, or of a few lengths. Never 1: some classes take a single token for a step of generation."""
-        return max(2, min(few_lengths(length), self.spec.max_tokens) if self._is_made_to_shape else length)
+        return max(2, min(few_lengths(length), self.spec.max_tokens) if makes_kernels(self.spec) else length)
 
     def _pool_rows(
         self, window: _Window, rows: Sequence[TokenRow], rows_B: NDArray[np.int64], length: int, check: Check
@@ -268,7 +263,7 @@ class LogitEmbedder:
 
     def _pool_whole(self, batch: TokenBatch, mean_WX: Tensor) -> None:
         tokens_BT, real_BT, pooled_BT, rows_B = self._on_device(batch)
-        if self._is_made_to_shape:
+        if makes_kernels(self.spec):
             num_rows = self._few_rows(*tokens_BT.shape)
             tokens_BT, real_BT = _with_rows(tokens_BT, num_rows), _with_rows(real_BT, num_rows)
         hidden_BTD = self._model.hidden(tokens_BT, real_BT)[: len(rows_B)]

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from embstore.core.rows import slices
+
 _BLOCK_BYTES = 4 << 20
 _CAPPED_TOKENS, _CAPPED_COLUMNS = 256, 2048
 
@@ -67,8 +69,7 @@ def add_streamed(
     hidden_LD = hidden_BTD[pooled_BT]
     row_L, share_L = pooled_BT.nonzero()[:, 0], share_BT[pooled_BT]
     step = streamed_tokens(columns)
-    for start in range(0, len(hidden_LD), step):
-        part = slice(start, start + step)
+    for part in slices(0, len(hidden_LD), step):
         logits_LV = logits_of(hidden_LD[part])[:, :columns]
         first, last = int(row_L[part][0]), int(row_L[part][-1]) + 1
         # an indicator product sums each row in a fixed order, also on a GPU, where index_add does not
@@ -98,12 +99,10 @@ def add_capped(
     share_BL[row_L, torch.arange(len(row_L), device=device)] = (cap / pooled_BT.sum(dim=1))[row_L]
     buffer_LC = torch.empty((_CAPPED_TOKENS, _CAPPED_COLUMNS), device=device)
     is_finite = True
-    for start in range(0, columns, _CAPPED_COLUMNS):
-        block = slice(start, min(start + _CAPPED_COLUMNS, columns))
+    for block in slices(0, columns, _CAPPED_COLUMNS):
         weight_DC = (linear.weight_VD[block] * (linear.scale / cap)).T
         mean_BC = torch.zeros((len(pooled_BT), block.stop - block.start), device=device)
-        for low in range(0, len(row_L), _CAPPED_TOKENS):
-            part = slice(low, low + _CAPPED_TOKENS)
+        for part in slices(0, len(row_L), _CAPPED_TOKENS):
             first, last = int(row_L[part][0]), int(row_L[part][-1]) + 1
             z_LC = buffer_LC[: len(row_L[part]), : block.stop - block.start]
             torch.mm(hidden_LD[part], weight_DC, out=z_LC)

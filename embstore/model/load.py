@@ -21,7 +21,7 @@ import huggingface_hub
 import torch
 import transformers
 
-from embstore.core.config import EmbeddingConfig
+from embstore.core.config import EmbeddingConfig, Space
 from embstore.core.errors import ConfigError, ModelError
 from embstore.core.format import canonical_json
 from embstore.core.spec import ModelIdentity
@@ -65,7 +65,7 @@ class Checkpoint(Protocol):
     def identity(self) -> ModelIdentity:
         """Digests of everything that decides a row."""
 
-    def load(self, space: str) -> tuple[Any, Any]:
+    def load(self, space: Space) -> tuple[Any, Any]:
         """Model in float32 on the CPU (without its head for ``space`` hidden) and tokenizer."""
 
 
@@ -113,7 +113,7 @@ class ModelFiles:
             trust_remote_code=self.trust_remote_code,
         )
 
-    def load(self, space: str) -> tuple[Any, Any]:
+    def load(self, space: Space) -> tuple[Any, Any]:
         """Model and tokenizer by transformers, whose own messages are silenced.
 
         Raises
@@ -259,7 +259,7 @@ class LoadedModel:
     max_positions: int | None
 
 
-def load_model(files: Checkpoint, device: str, *, space: str = "logits") -> LoadedModel:
+def load_model(files: Checkpoint, device: str, *, space: Space = "logits") -> LoadedModel:
     """Load weights in float32 and the tokenizer.
 
     Raises

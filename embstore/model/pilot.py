@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from embstore.core.density import NOISE_FLOOR, total_variation
 from embstore.core.errors import RowError
 from embstore.core.interfaces import PromptReader, no_check
+from embstore.core.rows import slices
 from embstore.core.sampling import seeded_sample
 from embstore.host.scratch import map_scratch
 from embstore.model.backbone import SplitModel
@@ -81,8 +82,8 @@ def _pilot_rows(
     no_basis_VR = np.zeros((spec.dimension, 0), dtype=np.float32)
     pilot = LogitEmbedder(parts, spec, no_basis_VR, make_finisher(spec, parts.head, no_basis_VR, parts.device))
     count = 0
-    for start in range(0, len(rows), settings.window_rows):
-        window = pilot.pool(pilot.tokens(prompts.sample(rows[start : start + settings.window_rows])), no_check)
+    for part in slices(0, len(rows), settings.window_rows):
+        window = pilot.pool(pilot.tokens(prompts.sample(rows[part])), no_check)
         unit_BV, _, norm_B = pilot.unit_rows(window, 0, len(window.ok_W))
         norms = norm_B.cpu().numpy()
         chosen = unit_BV.cpu().numpy()[window.ok_W & np.isfinite(norms) & (norms > 0)]

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from embstore.core.config import EmbeddingConfig, format_bytes
-from embstore.core.errors import BudgetError
+from embstore.core.config import EmbeddingConfig, over_memory_budget
 from embstore.core.spec import EmbeddingSpec
 from embstore.host.threads import workers_for
 from embstore.model.backbone import SplitModel
@@ -78,10 +77,7 @@ def settle_batches(
     while config.batch_tokens is None and tokens > _MIN_BATCH_TOKENS and needed(tokens) > memory_bytes:
         tokens //= 2
     if needed(tokens) > memory_bytes:
-        raise BudgetError(
-            f"embedding needs at least {format_bytes(needed(tokens))}, --memory-budget is {format_bytes(memory_bytes)}",
-            hint=f"give --memory-budget {-(-needed(tokens) // (1 << 20))}MiB or more",
-        )
+        raise over_memory_budget("embedding needs at least", needed(tokens), memory_bytes)
     return settings.changed(batch_tokens=tokens)
 
 
@@ -114,7 +110,7 @@ def _batch_tokens(model: SplitModel) -> int:
 
 
 def makes_kernels(spec: EmbeddingSpec) -> bool:
-    """Whether oneDNN makes kernels for every number of tokens in a batch, and keeps them."""
+    """Whether oneDNN makes kernels for every number of tokens in a batch, and keeps them (docs/decisions/0015)."""
     return spec.device == "cpu" and (spec.dtype != "float32" or spec.packed_layers)
 
 

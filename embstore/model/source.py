@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from embstore.core.config import EmbeddingConfig
+from embstore.core.config import EmbeddingConfig, Space
 from embstore.core.errors import ModelError
 from embstore.core.events import Notice, Observer, StageFinished, StageStarted
 from embstore.core.interfaces import PromptReader
@@ -75,7 +75,7 @@ class TorchSource:
         observer(StageStarted(stage="model", total=1, unit="model"))
         threads = config.threads or num_cores()
         torch.set_num_threads(threads)
-        space = config.space or "logits"
+        space: Space = config.space or "logits"
         loaded = self._load(config.device or "auto", space)
         device = loaded.device
         model = split_model(loaded.model, headless=space == "hidden")
@@ -119,6 +119,7 @@ class TorchSource:
         self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
     ) -> LogitEmbedder:
         """Load the model under another store's settings and basis, for a new store; only its windows are decided here."""
+        _refuse_unknown(spec, hint="build without --reuse")
         embedder = self.reopen(spec, basis_VR)
         sample = _sampled(embedder.tokens, prompts)
         window_rows = window_rows_of(spec, embedder.model, mean_tokens=_mean_tokens(sample), memory_bytes=memory_bytes)
@@ -135,7 +136,7 @@ class TorchSource:
         """
         _refuse_unknown(spec)
         torch.set_num_threads(spec.threads)
-        loaded = self._load(spec.device, spec.space)
+        loaded = self._load(spec.device, _space_of(spec))
         model = split_model(loaded.model, headless=spec.space == "hidden")
         head = open_head(model, spec.head)
         model.to_dtype(DTYPES[spec.dtype])
@@ -151,7 +152,7 @@ class TorchSource:
             _pack_head(parts, finisher)
         return LogitEmbedder(parts, spec, basis_VR, finisher)
 
-    def _load(self, device: str, space: str) -> LoadedModel:
+    def _load(self, device: str, space: Space) -> LoadedModel:
         return load_model(self._files, device, space=space)
 
     def _takes_bfloat16(
@@ -173,7 +174,7 @@ class TorchSource:
         ):
             return False
         # a second copy: casting in place would lose the float32 weights
-        space = settings.spec.space
+        space = _space_of(settings.spec)
         other = split_model(self._load(str(parts.device), space).model, headless=space == "hidden")
         other.to_dtype(torch.bfloat16)
         tv = weights_moved(parts, other, settings, finisher, sample)
@@ -203,7 +204,7 @@ class InMemorySource(TorchSource):
             trust_remote_code=False,
         )
 
-    def _load(self, device: str, space: str) -> LoadedModel:
+    def _load(self, device: str, space: Space) -> LoadedModel:
         model: Any = copy.deepcopy(self._model).float()
         return as_loaded(model.base_model if space == "hidden" else model, self._tokenizer, device)
 
@@ -234,17 +235,22 @@ def _pack_head(parts: ModelParts, finisher: Finisher) -> bool:
     return True
 
 
-def _refuse_unknown(spec: EmbeddingSpec) -> None:
+def _space_of(spec: EmbeddingSpec) -> Space:
+    return "hidden" if spec.space == "hidden" else "logits"
+
+
+def _refuse_unknown(spec: EmbeddingSpec, *, hint: str | None = None) -> None:
     if spec.head.kind == "network":
         raise ModelError(
             "this store pools after a network in front of the output layer; embstore no longer does, so new rows would "
             "differ from the stored ones",
-            hint="begin again with embstore build PROMPTS --model MODEL and another --out, or finish it with the embstore "
+            hint=hint
+            or "begin again with embstore build PROMPTS --model MODEL and another --out, or finish it with the embstore "
             "release that began it",
         )
     known = (spec.head.kind in ("affine", "capped", "streamed", "none"), spec.pooling in ("mean", "last"))
     if not all(known) or spec.token_rule != TOKEN_RULE:
         raise ModelError(
             f"embstore cannot continue head {spec.head.kind!r}, pooling {spec.pooling!r}, token rule {spec.token_rule!r}",
-            hint="continue it with the embstore release that began it",
+            hint=hint or "continue it with the embstore release that began it",
         )

@@ -38,9 +38,9 @@ class Audit:
     tv: float
 
 
-def sample_nodes(num_nodes: int, size: int, *, seed: int, level: int) -> NDArray[np.int64]:
-    """Distinct nodes to audit, ascending; a fresh sample for every effort level, so repairs cannot overfit it."""
-    return seeded_sample(num_nodes, size, [seed, 1 + level])
+def sample_nodes(num_nodes: int, size: int, *, seed: int, draw: int) -> NDArray[np.int64]:
+    """Distinct nodes to audit, ascending; each ``draw`` is a fresh sample."""
+    return seeded_sample(num_nodes, size, [seed, 1 + draw])
 
 
 def compare(found_QK: NDArray[np.float64], exact_QK: NDArray[np.float64], *, num_nodes: int) -> Audit:

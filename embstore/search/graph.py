@@ -11,7 +11,7 @@ Shapes: N rows, G nodes (distinct vectors), K neighbours kept, R coordinates.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +25,8 @@ from embstore.core.format import JsonObject
 from embstore.core.interfaces import BlockStore, NothingKept
 from embstore.host.allocator import give_back
 from embstore.search.audit import Audit, compare, sample_nodes
-from embstore.search.centering import center_rows
-from embstore.search.exact.reference import brute_force
+from embstore.search.directions import directions_from_mean
+from embstore.search.exact.pairwise import brute_force
 from embstore.search.hnsw.shards import BLOCK_ROWS, Effort
 from embstore.search.node_search import NeighborSearch
 from embstore.search.nodes import centred, expand, group_rows
@@ -92,7 +92,6 @@ def build_graph(
     memory_bytes: int,
     work: Path,
     observer: Observer,
-    clock: Callable[[], float],
     kept: BlockStore | None = None,
     device: str = "cpu",
     remote: RemoteSearch | None = None,
@@ -109,8 +108,6 @@ def build_graph(
         Cores to use, and anonymous memory the search may take.
     work
         Scratch folder on the store's disk: large arrays are files there, mapped.
-    clock
-        Seconds, for the events.
     kept
         Where finished blocks survive a killed run; small searches keep none.
     device
@@ -120,7 +117,7 @@ def build_graph(
     """
     noise_floor = NOISE_FLOOR
     if config.center:
-        centered = center_rows(coord_NR, failed_N, work)
+        centered = directions_from_mean(coord_NR, failed_N, work)
         coord_NR, noise_floor = centered.coord_NR, NOISE_FLOOR * centered.stretch
     rows_G, node_N = group_rows(coord_NR, failed_N)
     num_nodes = len(rows_G)
@@ -130,14 +127,14 @@ def build_graph(
     search = NeighborSearch(
         coord_GR, config, plan, threads=threads, work=work, kept=blocks, observer=observer, device=device, remote=remote
     )
-    started = clock()
+    started = time.perf_counter()
     observer(StageStarted(stage="knn", total=search.total, unit="node visits"))
     search.run()
-    observer(StageFinished(stage="knn", seconds=clock() - started))
-    started = clock()
+    observer(StageFinished(stage="knn", seconds=time.perf_counter() - started))
+    started = time.perf_counter()
     observer(StageStarted(stage="audit", total=min(num_nodes, config.audit_rows)))
-    audit, meets_target, repaired = _raise_until_met(search, config, observer)
-    observer(StageFinished(stage="audit", seconds=clock() - started))
+    audit, meets_target, repaired = _audit_and_repair(search, config, observer)
+    observer(StageFinished(stage="audit", seconds=time.perf_counter() - started))
     ids_NK, distances_NK = expand(search.ids_GK, search.distances_GK, rows_G, node_N, work)
     return KnnGraph(
         config=config,
@@ -156,35 +153,38 @@ def build_graph(
     )
 
 
-def _raise_until_met(search: NeighborSearch, config: DensityConfig, observer: Observer) -> tuple[Audit | None, bool, int]:
+def _audit_and_repair(search: NeighborSearch, config: DensityConfig, observer: Observer) -> tuple[Audit | None, bool, int]:
     """Audit, and search again exactly where graphs miss the targets; then repair.
 
     Returns the last audit, whether it meets the targets, and the number of repaired nodes.
     """
-    while True:
+    to_repair = _worth_repair(search)
+    audit = _audit(search, to_repair, config, draw=0)
+    if audit is not None and not _meets(audit, config) and search.may_search_exactly:
+        observer(Notice(message=f"audit: {_seen(audit, config)}; searching again, exactly"))
+        search.search_exactly()
         to_repair = _worth_repair(search)
-        audit = _audit(search, to_repair, config)
-        if audit is None or _meets(audit, config):
-            break
-        seen = f"recall@{audit.k} lower bound {audit.recall_lower:.5f} (target {config.target_recall}), TV {audit.tv:.1e}"
-        if not search.can_raise_effort:
-            advice = "" if search.effort is None else "; --knn exact finds every neighbour"
-            observer(Notice(message=f"audit: {seen}: the target is NOT met, and the metadata says so{advice}"))
-            break
-        observer(Notice(message=f"audit: {seen}; searching again, exactly"))
-        search.raise_effort()
-        search.run()
+        audit = _audit(search, to_repair, config, draw=1)
+    meets_target = audit is None or _meets(audit, config)
+    if audit is not None and not meets_target:
+        advice = "" if search.effort is None else "; --knn exact finds every neighbour"
+        message = f"audit: {_seen(audit, config)}: the target is NOT met, and the metadata says so{advice}"
+        observer(Notice(message=message))
     search.repair(to_repair)
-    return audit, audit is None or _meets(audit, config), len(to_repair)
+    return audit, meets_target, len(to_repair)
 
 
-def _audit(search: NeighborSearch, to_repair: NDArray[np.int64], config: DensityConfig) -> Audit | None:
+def _seen(audit: Audit, config: DensityConfig) -> str:
+    return f"recall@{audit.k} lower bound {audit.recall_lower:.5f} (target {config.target_recall}), TV {audit.tv:.1e}"
+
+
+def _audit(search: NeighborSearch, to_repair: NDArray[np.int64], config: DensityConfig, *, draw: int) -> Audit | None:
     """Recall and TV on a fresh sample of the nodes that no repair touches; None when there are too few nodes."""
     num_nodes = len(search.coord_GR)
     if num_nodes <= AUDIT_K:
         return None
     others = np.setdiff1d(np.arange(num_nodes), to_repair, assume_unique=True)
-    sample = others[sample_nodes(len(others), config.audit_rows, seed=config.seed, level=search.level)]
+    sample = others[sample_nodes(len(others), config.audit_rows, seed=config.seed, draw=draw)]
     give_back()  # memory that the search freed would count against the budget
     exact = brute_force(search.coord_GR, sample, AUDIT_K)[1]
     found = search.distances_GK[sample, :AUDIT_K].astype(np.float64)

@@ -23,7 +23,7 @@ from embstore.host.allocator import give_back
 from embstore.host.scratch import large_array
 from embstore.search.audit import compare, sample_nodes
 from embstore.search.distances import IntMatrix, rerank
-from embstore.search.exact.reference import brute_force
+from embstore.search.exact.pairwise import brute_force
 from embstore.search.hnsw.shards import Effort, QueryOnWorkers, hnsw_candidates
 from embstore.search.kept_blocks import has_layout
 from embstore.search.remote import RemoteSearch
@@ -42,8 +42,7 @@ _PILOT_RECALL = 0.9995
 class NeighborSearch:
     """Neighbours of all nodes: ``ids_GK`` int32 and ``distances_GK`` float32, ascending, maps of ``work`` when large.
 
-    ``effort``: of the graphs; None for the exact engine. ``level``: how often it was raised. ``missed_self_G``: nodes that
-    their own graph did not return.
+    ``effort``: of the graphs; None for the exact engine. ``missed_self_G``: nodes that their own graph did not return.
     """
 
     def __init__(
@@ -70,7 +69,6 @@ class NeighborSearch:
         self.pilot_recall = self._pilot() if plan.method == "pilot" else None
         is_exact = plan.method == "exact" or (self.pilot_recall is not None and self.pilot_recall < _PILOT_RECALL)
         self.effort = None if is_exact else self._graph_effort
-        self.level = 0
 
     @property
     def total(self) -> int:
@@ -78,17 +76,12 @@ class NeighborSearch:
         return len(self.coord_GR) * (self._plan.shards + 1 if self.effort is not None else 1)
 
     @property
-    def can_raise_effort(self) -> bool:
+    def may_search_exactly(self) -> bool:
         """Whether the exact engine may follow (docs/decisions/0036)."""
         return self.effort is not None and (self._plan.method == "pilot" or len(self.coord_GR) <= EXACT_NODES)
 
-    def raise_effort(self) -> None:
-        """Take the exact engine from here on."""
-        self.level += 1
-        self.effort = None
-
     def run(self) -> None:
-        """Search with the present effort."""
+        """Search by graphs, or exactly where ``effort`` is None."""
         give_back()
         if self.effort is not None:
             self._search_graphs(self.effort)
@@ -99,6 +92,11 @@ class NeighborSearch:
             self._take(every_node, *brute_force(self.coord_GR, every_node, K_MAX, advance=self._advance))
         else:
             self._scan()
+
+    def search_exactly(self) -> None:
+        """Search again with the exact engine, and take what it finds in place of what graphs found."""
+        self.effort = None
+        self.run()
 
     def repair(self, nodes: NDArray[np.int64]) -> None:
         """Replace what was found for these nodes by their exact neighbours."""
@@ -220,7 +218,7 @@ class NeighborSearch:
             work=self._work,
             kept=NothingKept(),
         )
-        queries = sample_nodes(size, _PILOT_QUERIES, seed=self._config.seed, level=-1)
+        queries = sample_nodes(size, _PILOT_QUERIES, seed=self._config.seed, draw=-1)
         distances = rerank(sample_GR, queries, found.ids_GC[queries], _PILOT_K)[1]
         return compare(distances, brute_force(sample_GR, queries, _PILOT_K)[1], num_nodes=size).recall
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from embstore.core.config import K_MAX, DensityConfig, format_bytes
-from embstore.core.errors import BudgetError
+from embstore.core.config import K_MAX, DensityConfig, over_memory_budget
 from embstore.search.distances import rerank_bytes
-from embstore.search.exact.reference import brute_force_bytes
+from embstore.search.exact.pairwise import brute_force_bytes
 from embstore.search.hnsw.shards import graph_bytes, num_shards, query_bytes
 
 Method = Literal["hnsw", "exact", "pilot"]
@@ -60,10 +59,7 @@ def plan_search(num_rows: int, rank: int, config: DensityConfig, *, threads: int
         graphs = min(threads, shards) * graph_bytes(-(-num_rows // shards), rank, config.links)
         needed = max(needed, graphs + _hnsw_buffers(num_rows, rank, threads))
     if needed > memory_bytes:
-        raise BudgetError(
-            f"the neighbour search needs {format_bytes(needed)}, --memory-budget is {format_bytes(memory_bytes)}",
-            hint=f"give --memory-budget {-(-needed // (1 << 20))}MiB or more",
-        )
+        raise over_memory_budget("the neighbour search needs", needed, memory_bytes)
     return SearchPlan(method=method, shards=shards, memory_bytes=needed, scan_memory_bytes=scan_memory)
 
 

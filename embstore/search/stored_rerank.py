@@ -13,6 +13,7 @@ Shapes: N rows, K neighbours kept, V columns, B rows of a block, H rows held, S 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -71,7 +72,6 @@ def rerank_by_stored_rows(
     threads: int,
     memory_bytes: int,
     observer: Observer,
-    clock: Callable[[], float],
 ) -> Rerank:
     """Put distances between stored rows, and the order they give, in place of those between coordinates.
 
@@ -89,8 +89,6 @@ def rerank_by_stored_rows(
         Neighbours that ``uncertain_rows`` is about.
     threads, memory_bytes
         Cores to use, and anonymous memory that stored rows may take (five chunks at least).
-    clock
-        Seconds, for the events.
 
     Notes
     -----
@@ -102,7 +100,7 @@ def rerank_by_stored_rows(
     chosen = _chosen(ids_NK, groups_N, is_off_N)
     is_uncertain_N = np.zeros(len(groups_N), dtype=np.bool_)
     if len(chosen):
-        started = clock()
+        started = time.perf_counter()
         observer(StageStarted(stage="rerank", total=len(chosen)))
         has_unseen = np.count_nonzero(groups_N == np.arange(len(groups_N))) - 1 > ids_NK.shape[1]
         most_rows = memory_bytes // (2 * stored.dimension + _BESIDE_ROW_BYTES) - 4 * stored.chunk_rows
@@ -119,7 +117,7 @@ def rerank_by_stored_rows(
         for block in slices(0, len(copies), _BLOCK_ROWS):
             first_B = groups_N[copies[block]]
             ids_NK[copies[block]], distances_NK[copies[block]] = ids_NK[first_B], distances_NK[first_B]
-        observer(StageFinished(stage="rerank", seconds=clock() - started))
+        observer(StageFinished(stage="rerank", seconds=time.perf_counter() - started))
     is_chosen_N = np.zeros(len(groups_N), dtype=np.bool_)
     is_chosen_N[chosen] = True
     return Rerank(

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from embstore.core.decode import printable
 from embstore.core.density import mean_distance
 from embstore.core.errors import EmbstoreError
 from embstore.core.files import read_committed
@@ -37,6 +40,8 @@ from embstore.storage.writer import StoreWriter, lock_store
 
 _EXCERPT_CHARACTERS = 100
 _HISTOGRAM_BINS = 16
+NO_VALUE = "(none)"  # of a field that a prompt does not have
+_NAMED_FIELDS = 64
 # findings that leave the manifest in place: a resume cannot recompute these, or opening a writer repairs them
 _NOT_BY_A_RESUME = ONLY_A_NEW_BUILD | {JOURNAL, WEIGHTS_LINK, METADATA_LINK}
 
@@ -61,6 +66,11 @@ class Share:
     rows: int
     row_share: float
     weight_share: float
+
+    @property
+    def ratio(self) -> float:
+        """How often a prompt with this value is drawn, in units of the mean."""
+        return self.weight_share / self.row_share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -269,21 +279,25 @@ def _describe(
 
 
 def _shares(table: PromptTable, by: str, weights_N: NDArray[np.float32]) -> list[Share]:
-    """Share of weight by value of a field, largest first; rows without the field count under "(none)"."""
+    """Share of weight by value of a field, largest first; rows without the field count under NO_VALUE."""
     rows: dict[str, int] = {}
     weights: dict[str, float] = {}
     for row, prompt in enumerate(table):
-        value = str(prompt.fields.get(by, "(none)"))
+        value = str(prompt.fields.get(by, NO_VALUE))
         rows[value] = rows.get(value, 0) + 1
         weights[value] = weights.get(value, 0.0) + float(weights_N[row])
-    if set(rows) == {"(none)"}:
-        raise EmbstoreError(
-            f"no prompt has a field {by!r}", hint="fields are what the input lines contain besides the prompt"
-        )
+    if set(rows) == {NO_VALUE}:
+        raise missing_field(by, {name: None for prompt in table for name in prompt.fields})
     return [
         Share(value=value, rows=rows[value], row_share=rows[value] / len(table), weight_share=weight)
         for value, weight in sorted(weights.items(), key=lambda item: (-item[1], item[0]))
     ]
+
+
+def missing_field(name: str, known: Iterable[str]) -> EmbstoreError:
+    """The refusal of a field that no prompt has; ``known``: the fields that prompts have."""
+    named = ", ".join(printable(each) for each in itertools.islice(known, _NAMED_FIELDS))
+    return EmbstoreError(f"no prompt has a field {name!r}", hint=f"the input lines have {named or 'only prompts'}")
 
 
 def _excerpt(text: str) -> str:

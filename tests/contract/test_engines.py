@@ -263,7 +263,6 @@ def _graph(method: str, points: np.ndarray, work: Path, engine: Engine | None, e
         memory_bytes=1 << 28,
         work=work,
         observer=events.append,
-        clock=lambda: 0.0,
         remote=on_workers,
     )
 

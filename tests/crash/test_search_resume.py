@@ -49,7 +49,7 @@ def search(method, folder, kill):
     points = np.random.default_rng(0).standard_normal((6000, 12)).astype(np.float32)
     graph = build_graph(
         points, np.zeros(6000, dtype=np.bool_), DensityConfig(knn=method, shards=3 if method == "hnsw" else None),
-        threads=1, memory_bytes=1 << 30, work=folder, observer=ignore, clock=time.perf_counter,
+        threads=1, memory_bytes=1 << 30, work=folder, observer=ignore,
         kept=Blocks(folder, "a" * 64),
     )
     np.save(folder / "result.npy", np.concatenate([graph.ids_NK.view(np.float32), graph.distances_NK], axis=1))

@@ -44,7 +44,6 @@ ERRORS: Mapping[str, tuple[str, ...]] = {
 }
 # of a file or folder that is open for reading
 READING_ERRORS: Mapping[str, tuple[str, ...]] = {"openat": ("EIO", "EMFILE"), "close": ("EIO",)}
-_READS = ("read", "pread64", "getdents64")
 _JUDGED = ("openat", "close", "write", "pwrite64", "rename", *SYNCS)  # calls that the verdict looks at
 
 

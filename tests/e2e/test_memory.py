@@ -115,7 +115,7 @@ def test_copying_rows_stays_under_the_budget(tmp_path: Path) -> None:
 
 
 _SEARCH = """
-import sys, time
+import sys
 from pathlib import Path
 import numpy as np
 from embstore.search.exact import scan  # what imports take is not the search's
@@ -132,7 +132,6 @@ with MemoryMeter() as meter:
     meter.set_baseline()
     graph = build_graph(
         coord_NR, failed_N, DensityConfig(knn=knn, ef=ef), threads=2, memory_bytes=budget, work=work, observer=ignore,
-        clock=time.perf_counter,
     )
     print(graph.method, graph.shards, graph.meets_target, meter.peak_anonymous_bytes)
 """

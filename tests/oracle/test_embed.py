@@ -12,15 +12,19 @@ import pytest
 import torch
 import transformers
 
+from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
 from embstore.core.events import Event, Notice
 from embstore.core.prompts import Prompt
 from embstore.core.spec import Head
+from embstore.model.load import locate_model
 from embstore.model.packed import can_pack
+from embstore.model.source import TorchSource
 from tests.support.models import (
     PROMPTS,
     VOCABULARY,
     Case,
+    PromptList,
     distances,
     embed,
     make_case,
@@ -82,6 +86,15 @@ def test_a_store_that_pooled_behind_a_network_is_not_continued(case_of: CaseOf) 
     with pytest.raises(ModelError, match="pools after a network in front of the output layer") as caught:
         reopened(case.folder, case.embedder, head=Head(kind="network"))
     assert "embstore build PROMPTS --model MODEL" in str(caught.value.hint)
+
+
+def test_a_store_that_pooled_behind_a_network_is_not_reused(case_of: CaseOf) -> None:
+    case = case_of("modernbert-decoder")
+    old = dataclasses.replace(case.embedder.spec, head=Head(kind="network"))
+    source = TorchSource(locate_model(EmbeddingConfig(model=str(case.folder))))
+    with pytest.raises(ModelError, match="head is a network") as caught:
+        source.take_over(PromptList(PROMPTS), old, case.embedder.basis_VR, memory_bytes=1 << 30)
+    assert caught.value.hint == "build without --reuse"
 
 
 def test_a_head_that_nothing_describes_is_streamed_by_its_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,6 @@ from embstore.core.interfaces import RowBlock
 from embstore.core.prompts import Prompt
 from embstore.host.threads import Urgency, Workers
 from embstore.model.backbone import SplitModel
-from embstore.model.embed import LogitEmbedder
 from tests.support.models import (
     PROMPTS,
     Case,
@@ -117,7 +116,7 @@ def test_a_batch_that_does_not_fit_is_split_and_counted(
     case_of: CaseOf, name: str, device_memory: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = case_of(name)
-    monkeypatch.setattr(LogitEmbedder, "_is_made_to_shape", False)  # as on an accelerator
+    monkeypatch.setattr("embstore.model.embed.makes_kernels", lambda spec: False)  # as on an accelerator
     assert case.embedder.counts.splits == 0
     device_memory(7)
     rows_NV = np.concatenate([block.emb_BV for block in embed(case.embedder, PROMPTS)]).astype(np.float64)

@@ -6,7 +6,6 @@ one direction: distances must be taken after centring.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,6 @@ def graph_of(
         memory_bytes=1 << 30,
         work=work,
         observer=observer,
-        clock=time.perf_counter,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import time
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,7 +132,6 @@ def reranked(
         threads=threads,
         memory_bytes=memory_bytes,
         observer=observer,
-        clock=time.perf_counter,
     )
     return Ranked(ids_NK, distances_NK, figures)
 
@@ -209,7 +207,6 @@ def test_a_residual_of_rounding_alone_reads_nothing() -> None:
         threads=1,
         memory_bytes=1 << 20,
         observer=events.append,
-        clock=time.perf_counter,
     )
     assert figures == Rerank(k=K, residual_floor=RESIDUAL_FLOOR, off_basis_rows=0, reranked_rows=0, uncertain_rows=0)
     assert events == []
@@ -267,7 +264,6 @@ def test_memory_and_decoding_stay_bounded_and_change_nothing() -> None:
             threads=2,
             memory_bytes=budget,
             observer=events.append,
-            clock=time.perf_counter,
         )
         peak = tracemalloc.get_traced_memory()[1]
     finally:

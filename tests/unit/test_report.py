@@ -26,10 +26,11 @@ from embstore.core.density import mean_distance
 from embstore.core.errors import ConfigError, CorruptStoreError, EmbstoreError, IncompleteStoreError, StoreExistsError
 from embstore.core.prompts import parse_line
 from embstore.storage.reader import open_store
+from embstore.views.info import NO_VALUE
 from embstore.views.report import layout
 from embstore.views.report.charts import charts_of
 from embstore.views.report.clusters import components, crowded_neighbourhoods, near_distance, near_duplicates
-from embstore.views.report.data import NO_VALUE, one_line, read_report
+from embstore.views.report.data import one_line, read_report
 from embstore.views.report.page import _plotly, _templates, embedded_json, render_page
 from embstore.views.report.plots import render_picture
 from embstore.views.report.write import write_report

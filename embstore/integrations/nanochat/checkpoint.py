@@ -34,6 +34,7 @@ from embstore.core.format import canonical_json
 from embstore.core.spec import ModelIdentity
 from embstore.integrations.nanochat.package import NanochatPackage, find_package
 from embstore.model.digests import files_sha256
+from embstore.model.load import Checkpoint
 
 PREFIX = "nanochat:"
 _FOLDERS = {
@@ -206,6 +207,9 @@ class NanochatFiles:
             raise ModelError(
                 f"{self.tokenizer} needs the package {error.name}, which is not installed", hint=f"pip install {error.name}"
             ) from error
+
+
+_: type[Checkpoint] = NanochatFiles  # mypy compares the class with what the loader asks for
 
 
 def locate(given: str, *, trust_pickle: bool) -> NanochatFiles:

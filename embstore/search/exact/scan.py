@@ -2,7 +2,7 @@
 
 One product of quantised rows scores a tile (``tiles``); the best 2 k of each row are its candidates. Those that can
 be among the k nearest, given what quantisation may have done to their scores, are ranked by float64 direct differences.
-Rows whose candidates do not settle the answer are scanned again with 256 of them, and by float64 brute force (``reference``)
+Rows whose candidates do not settle the answer are scanned again with 256 of them, and by float64 brute force (``pairwise``)
 if these do not either. The result is therefore *the* answer, ties by index: the same for every tile size, thread count,
 memory and device.
 
@@ -31,7 +31,7 @@ from embstore.core.sampling import shuffled
 from embstore.host.device import has_fast_bfloat16
 from embstore.host.threads import Workers, abandon, finish_all
 from embstore.search.distances import FloatMatrix, IntMatrix, direct_distances, ranked, rerank_bytes
-from embstore.search.exact.reference import brute_force, brute_force_bytes
+from embstore.search.exact.pairwise import brute_force, brute_force_bytes
 from embstore.search.exact.tiles import Operand, TileScan, map_operand, quantise, state_bytes, tile_bytes
 
 _TILE_ROWS = (4096, 2048, 1024, 512, 256)

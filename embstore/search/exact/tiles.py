@@ -31,6 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from embstore.core.rows import slices
 from embstore.host.scratch import block_rows, map_scratch
 
 # Columns that hold a half norm in parts: three bfloat16 or two float32 carry it to below the product's own rounding.
@@ -110,14 +111,12 @@ def quantise(
         rows_GP = torch.from_numpy(scratch).view(dtype).view(num_nodes, width)
     norm_G, error_G = np.empty(num_nodes), np.empty(num_nodes)
     largest = 0.0
-    step = block_rows(rank)
-    for start in range(0, num_nodes, step):
-        block_BR = torch.from_numpy(coord_GR[order_G[start : start + step]])
-        stop = start + len(block_BR)
+    for block in slices(0, num_nodes, block_rows(rank)):
+        block_BR = torch.from_numpy(coord_GR[order_G[block]])
         rounded_BR = block_BR.to(dtype)
-        norm_G[start:stop] = torch.linalg.vector_norm(block_BR, dim=1, dtype=torch.float64)
+        norm_G[block] = torch.linalg.vector_norm(block_BR, dim=1, dtype=torch.float64)
         # the difference is a float32: what rounding takes off
-        error_G[start:stop] = torch.linalg.vector_norm(block_BR - rounded_BR.float(), dim=1, dtype=torch.float64)
+        error_G[block] = torch.linalg.vector_norm(block_BR - rounded_BR.float(), dim=1, dtype=torch.float64)
         rest_B = torch.linalg.vector_norm(rounded_BR, dim=1, dtype=torch.float64).square_() / 2
         largest = max(largest, float(rest_B.max()))
         packed_BP = torch.zeros((len(block_BR), width), dtype=dtype)
@@ -126,7 +125,7 @@ def quantise(
             packed_BP[:, rank + part] = rest_B.to(dtype)
             rest_B -= packed_BP[:, rank + part].double()
         packed_BP[:, rank + parts : rank + 2 * parts + 1] = 1
-        rows_GP[start:stop] = packed_BP.to(rows_GP.device)
+        rows_GP[block] = packed_BP.to(rows_GP.device)
     # |fl(sum) - sum| <= terms * 2^-24 * sum of magnitudes, and those are at most twice the two half norms
     rounding = 2 * (width + parts) * 2.0**-24
     return Operand(

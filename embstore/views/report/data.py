@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from embstore.core.decode import printable
 from embstore.core.density import mean_distance
-from embstore.core.errors import CorruptStoreError, EmbstoreError, StorageError
+from embstore.core.errors import CorruptStoreError, StorageError
 from embstore.core.files import file_size
 from embstore.core.format import JsonObject, chunk_name
 from embstore.core.prompts import Prompt
 from embstore.core.sampling import seeded_sample
 from embstore.flow.artifact import extremes
 from embstore.storage.reader import EmbeddingStore, open_store
-from embstore.views.info import StoreInfo, inspect
+from embstore.views.info import NO_VALUE, Share, StoreInfo, inspect, missing_field
 from embstore.views.report import clusters, layout
 
 MAP_ROWS = 100_000  # a browser draws more, but its file would no longer be one to send around
@@ -36,7 +36,6 @@ _RAREST = 15
 _SOURCE_VALUES = 1000
 _FIELDS = 64
 _LIKELY_SOURCES = ("src", "source", "dataset", "task", "domain", "category", "subset")
-NO_VALUE = "(none)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,21 +62,6 @@ class Group:
     source_share: float
     median_distance: float
     examples: list[Example]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SourceShare:
-    """One value of the source field."""
-
-    value: str
-    rows: int
-    row_share: float
-    weight_share: float
-
-    @property
-    def ratio(self) -> float:
-        """How often a prompt of this source is drawn, in units of the mean."""
-        return self.weight_share / self.row_share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +100,7 @@ class ReportData:
     source: NDArray[np.int32]
     source_values: list[str]
     source_field: str | None
-    sources: list[SourceShare]
+    sources: list[Share]
     map: PromptMap
     rarest: list[Example]
     crowded: list[Group]
@@ -278,10 +262,7 @@ class _Texts:
     def source(self, by: str | None) -> tuple[str | None, NDArray[np.int32], list[str]]:
         """The source field, a code for each row and the values of the codes; rows without the field count under (none)."""
         if by is not None and not (by in self._fields and self._fields[by].rows):
-            raise EmbstoreError(
-                f"no prompt has a field {by!r}",
-                hint=f"the input lines have {', '.join(map(printable, self._fields)) or 'only prompts'}",
-            )
+            raise missing_field(by, self._fields)
         name = by if by is not None else self._likely_source()
         if name is None:
             return None, np.zeros(len(self.length), dtype=np.int32), [""]
@@ -350,14 +331,12 @@ class _View:
         )
 
 
-def _shares(weights_N: NDArray[np.float32], source_N: NDArray[np.int32], values: Sequence[str]) -> list[SourceShare]:
+def _shares(weights_N: NDArray[np.float32], source_N: NDArray[np.int32], values: Sequence[str]) -> list[Share]:
     """Shares of every value, those that gain most first."""
     rows = np.bincount(source_N, minlength=len(values))
     weight = np.bincount(source_N, weights=weights_N.astype(np.float64), minlength=len(values))
     found = [
-        SourceShare(
-            value=value, rows=int(rows[code]), row_share=rows[code] / len(source_N), weight_share=float(weight[code])
-        )
+        Share(value=value, rows=int(rows[code]), row_share=rows[code] / len(source_N), weight_share=float(weight[code]))
         for code, value in enumerate(values)
     ]
     return sorted(found, key=lambda share: (-share.ratio, share.value))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from embstore.core.errors import CorruptStoreError
 from embstore.core.format import COORDINATES, LARGEST_COORDINATE
+from embstore.core.rows import slices
 
 _BLOCK_ROWS = 4096
 _UMAP_COMPONENTS = 50  # UMAP's own neighbour search is slow and no better in more dimensions than carry the variance
@@ -110,5 +111,5 @@ def umap_plane(coordinates_NR: NDArray[np.float32], rows: NDArray[np.int64]) -> 
 
 
 def _blocks(coordinates_NR: NDArray[np.float32], rows: NDArray[np.int64]) -> Iterator[NDArray[np.float64]]:
-    for start in range(0, len(rows), _BLOCK_ROWS):
-        yield coordinates_NR[rows[start : start + _BLOCK_ROWS]].astype(np.float64)
+    for block in slices(0, len(rows), _BLOCK_ROWS):
+        yield coordinates_NR[rows[block]].astype(np.float64)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
 from embstore.search.exact import scan, tiles
-from embstore.search.exact.reference import brute_force
+from embstore.search.exact.pairwise import brute_force
 from embstore.search.exact.scan import NeighborBlock, all_neighbors, plan_scan
 from embstore.search.exact.tiles import TileScan, quantise
 

@@ -16,8 +16,8 @@ from embstore.core.config import DensityConfig, KnnMethod
 from embstore.core.errors import BudgetError
 from embstore.search.audit import TIE_TOLERANCE, Audit, compare, sample_nodes
 from embstore.search.distances import rerank
-from embstore.search.exact import reference
-from embstore.search.exact.reference import MARGIN, brute_force
+from embstore.search.exact import pairwise
+from embstore.search.exact.pairwise import MARGIN, brute_force
 from embstore.search.hnsw.shards import graph_bytes
 from embstore.search.search_plan import plan_search
 
@@ -78,8 +78,8 @@ def test_the_scan_does_not_depend_on_its_tiles(order: str, monkeypatch: pytest.M
     whole = brute_force(coord_GR, queries_Q, 7)
     assert np.array_equal(whole[0], by_definition(coord_GR, 7)[0][queries_Q])
     for base_rows, query_rows in ((64, 16), (320, 100), (699, 310), (5, 1000)):
-        monkeypatch.setattr(reference, "_BASE_ROWS", base_rows)
-        monkeypatch.setattr(reference, "_QUERY_ROWS", query_rows)
+        monkeypatch.setattr(pairwise, "_BASE_ROWS", base_rows)
+        monkeypatch.setattr(pairwise, "_QUERY_ROWS", query_rows)
         advanced: list[int] = []
         tiled = brute_force(coord_GR, queries_Q, 7, advance=advanced.append)
         assert sum(advanced) == 311
@@ -187,14 +187,14 @@ def test_the_bound_covers_the_true_recall_in_19_of_20_audits(
     assert np.median(lower) > 1 - 3 * (1 - recall)  # and is worth something
 
 
-def test_each_level_is_audited_on_other_distinct_nodes() -> None:
-    samples = [sample_nodes(5000, 200, seed=seed, level=level) for seed in (0, 1) for level in (0, 1, 2)]
+def test_each_draw_audits_other_distinct_nodes() -> None:
+    samples = [sample_nodes(5000, 200, seed=seed, draw=draw) for seed in (0, 1) for draw in (0, 1, 2)]
     for sample in samples:
         assert len(np.unique(sample)) == 200
         assert 0 <= sample.min() <= sample.max() < 5000
     assert len({sample.tobytes() for sample in samples}) == 6
-    assert np.array_equal(sample_nodes(5000, 200, seed=0, level=0), samples[0])
-    assert sample_nodes(7, 200, seed=0, level=0).tolist() == list(range(7))
+    assert np.array_equal(sample_nodes(5000, 200, seed=0, draw=0), samples[0])
+    assert sample_nodes(7, 200, seed=0, draw=0).tolist() == list(range(7))
 
 
 # --- plan -------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 from embstore import build, open_store
 from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, WeightingConfig
 from embstore.core.density import NOISE_FLOOR, total_variation
-from embstore.search.centering import center_rows
+from embstore.search.directions import directions_from_mean
 from tests.support.fake import FakeSource
 
 
@@ -37,7 +37,7 @@ def test_rows_become_directions_from_the_mean_of_distinct_rows(tmp_path: Path) -
     failed = np.zeros(3000, dtype=np.bool_)
     failed[[5, 2999]] = True
     rows[failed] = np.nan
-    found = center_rows(rows, failed, tmp_path)
+    found = directions_from_mean(rows, failed, tmp_path)
     assert np.isnan(found.coord_NR[failed]).all()
     np.testing.assert_allclose(found.coord_NR[~failed], expected_directions(rows[~failed]), atol=2e-7)
     assert (found.coord_NR[700:900] == found.coord_NR[3]).all()  # bit-equal, so still one node
@@ -48,16 +48,16 @@ def test_rows_become_directions_from_the_mean_of_distinct_rows(tmp_path: Path) -
 
 def test_a_row_at_the_mean_has_no_direction(tmp_path: Path) -> None:
     rows = np.array([[1, 0.1], [1, -0.1], [1, 0], [1, NOISE_FLOOR / 2]], dtype=np.float32)
-    found = center_rows(rows, np.zeros(4, dtype=np.bool_), tmp_path).coord_NR
+    found = directions_from_mean(rows, np.zeros(4, dtype=np.bool_), tmp_path).coord_NR
     assert (found[2:] == 0).all()
     np.testing.assert_allclose(np.linalg.norm(found[:2], axis=1), 1, atol=1e-7)
 
 
 def test_rows_that_are_all_one_and_rows_that_all_failed_have_no_directions(tmp_path: Path) -> None:
-    same = center_rows(np.ones((5, 3), dtype=np.float32), np.zeros(5, dtype=np.bool_), tmp_path)
+    same = directions_from_mean(np.ones((5, 3), dtype=np.float32), np.zeros(5, dtype=np.bool_), tmp_path)
     assert (same.coord_NR == 0).all()
     assert np.isfinite(same.stretch)
-    none = center_rows(np.full((5, 3), np.nan, dtype=np.float32), np.ones(5, dtype=np.bool_), tmp_path)
+    none = directions_from_mean(np.full((5, 3), np.nan, dtype=np.float32), np.ones(5, dtype=np.bool_), tmp_path)
     assert np.isnan(none.coord_NR).all()
 
 

@@ -33,7 +33,7 @@ class CenteredRows:
     stretch: float
 
 
-def center_rows(coord_NR: NDArray[np.float32], failed_N: NDArray[np.bool_], work: Path) -> CenteredRows:
+def directions_from_mean(coord_NR: NDArray[np.float32], failed_N: NDArray[np.bool_], work: Path) -> CenteredRows:
     """Directions from the mean of the distinct vectors.
 
     Parameters
