@@ -69,7 +69,7 @@ def config_of(*words: str, monkeypatch: pytest.MonkeyPatch) -> BuildConfig:
     """The config that the command line hands to the library."""
     found: list[BuildConfig] = []
     monkeypatch.setattr("embstore.flow.build.preflight", lambda prompts, *, config, **others: found.append(config))
-    result = CliRunner().invoke(app, ["build", "prompts.jsonl", "--out", "STORE", "--dry-run", *words])
+    result = CliRunner().invoke(app, ["build", "prompts.jsonl", "--out", "STORE", "--dry-run", "--json", *words])
     assert result.exit_code == 0, result.stderr
     (config,) = found
     return config
