@@ -38,7 +38,6 @@ _DAMAGED = frozenset({WINDOWS[1]})
 
 # what is left out, a call on paths in the store: one of each way to make something durable; the model leaves out every sync
 LEFT_OUT = {
-    "chunk file": ("fsync", "embeddings.zarr/.c.*.tmp"),
     "coordinates": ("fdatasync", "coordinates.npy"),
     "journal line": ("fdatasync", "journal.jsonl"),
     "manifest": ("fsync", ".manifest.json.*.tmp"),
@@ -307,8 +306,8 @@ def test_power_cuts_notice_a_sync_that_is_left_out(
 ) -> None:
     """The loop above has teeth.
 
-    Some syncs a real disk cannot show missing, the folder of chunks for one: the journal line's fdatasync flushes the same
-    log, which holds the renames. test_left_out_syncs leaves out every sync on the modelled disk.
+    Some syncs a real disk cannot show missing. Chunks are written past the page cache, and the journal line's fdatasync
+    flushes the same log, which has their sizes and renames. test_left_out_syncs leaves out every sync on the modelled disk.
     """
     with new_disk(kind) as disk:
         cuts = PowerCuts(disk, fork_server, random.Random(0), environment=without(*LEFT_OUT[sync]))

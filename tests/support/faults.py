@@ -119,7 +119,9 @@ class SystemCalls:
         if self.error is not None:
             raise OSError(self.error, os.strerror(self.error), path)
         if self.torn and name in ("write", "pwrite"):
-            fcntl.fcntl(args[0], fcntl.F_SETFL, 0)  # half a block is no direct write
+            # half a block cannot be written directly; the journal stays in append mode
+            flags = fcntl.fcntl(args[0], fcntl.F_GETFL) & ~getattr(os, "O_DIRECT", 0)
+            fcntl.fcntl(args[0], fcntl.F_SETFL, flags)
             half = memoryview(args[1]).cast("B")[: memoryview(args[1]).nbytes // 2]
             written = real(args[0], half, *args[2:])
             if self.disk is not None:
