@@ -92,7 +92,7 @@ def test_a_store_that_pooled_behind_a_network_is_not_reused(case_of: CaseOf) -> 
     case = case_of("modernbert-decoder")
     old = dataclasses.replace(case.embedder.spec, head=Head(kind="network"))
     source = TorchSource(locate_model(EmbeddingConfig(model=str(case.folder))))
-    with pytest.raises(ModelError, match="head is a network") as caught:
+    with pytest.raises(ModelError, match="pools after a network") as caught:
         source.take_over(PromptList(PROMPTS), old, case.embedder.basis_VR, memory_bytes=1 << 30)
     assert caught.value.hint == "build without --reuse"
 
