@@ -50,7 +50,7 @@ class Held:
         """The embedder; it was made for the same prompts."""
         return self._embedder
 
-    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> LogitEmbedder:
+    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int = 0) -> LogitEmbedder:
         """A benchmark resumes nothing."""
         raise NotImplementedError
 

@@ -234,7 +234,9 @@ def drop_rows(embedder: LogitEmbedder, prompts: Sequence[Prompt]) -> int:
     windows = [prompts[start : start + step] for start in range(0, len(prompts), step)]
     tokens = 0
     for window, following in zip(windows, [*windows[1:], []], strict=True):
-        blocks = embedder.embed(window, first_row=0, chunk_rows=rows, check=lambda: None, following=following)
+        blocks = embedder.embed(
+            window, first_row=0, chunk_rows=rows, check=lambda: None, following=[following] if following else ()
+        )
         for block in blocks:
             block.release()
         tokens += embedder.counts.tokens

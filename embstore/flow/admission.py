@@ -131,7 +131,7 @@ def find_source(run: Run) -> EmbedderSource | None:
             )
         model, revision = _model_of_last_run(run.writer.root)
         embedding = dataclasses.replace(embedding, model=model, revision=revision)
-    return TorchSource(locate_model(embedding))
+    return TorchSource(locate_model(embedding), model_memory_bytes=embedding.model_memory)
 
 
 def _knows_model(root: Path) -> bool:
@@ -198,7 +198,8 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
     with run.stage("model"):
         # copy-on-write mapping: torch does not accept read-only arrays, and nothing writes to it
         shape = (spec.embedding.dimension, spec.embedding.rank)
-        return spec, run.source.reopen(spec.embedding, map_array(writer.root, BASIS, "<f4", shape, mode="c")), reuse
+        basis_VR = map_array(writer.root, BASIS, "<f4", shape, mode="c")
+        return spec, run.source.reopen(spec.embedding, basis_VR, memory_bytes=config.memory_budget_bytes), reuse
 
 
 def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tuple[StoreSpec, Embedder]:

@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -130,7 +130,7 @@ class ModelFiles:
                 model_class = transformers.AutoModel if headless else transformers.AutoModelForCausalLM
                 model, found = model_class.from_pretrained(
                     self.folder,
-                    dtype=torch.float32,
+                    dtype="auto",
                     use_safetensors=self.use_safetensors,
                     weights_only=True,
                     output_loading_info=True,
@@ -257,6 +257,7 @@ class LoadedModel:
     tokenizer: Any
     device: torch.device
     max_positions: int | None
+    merges: Mapping[Any, Callable[[torch.Tensor], torch.Tensor]] = dataclasses.field(default_factory=dict)
 
 
 def load_model(files: Checkpoint, device: str, *, space: Space = "logits") -> LoadedModel:
@@ -278,8 +279,7 @@ def as_loaded(model: Any, tokenizer: Any, device: str) -> LoadedModel:  # noqa: 
 
 
 def _ready(model: Any, tokenizer: Any, target: torch.device) -> LoadedModel:  # noqa: ANN401
-    model.requires_grad_(False)
-    model.eval().to(target)
+    model.eval()
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return LoadedModel(model=model, tokenizer=tokenizer, device=target, max_positions=positions)
 

@@ -1,7 +1,7 @@
 """From a located model to an embedder: a new store decides every setting once, a resume takes them from its spec.
 
-``TorchSource.create`` reads from top to bottom: load, take the model apart, find its head, settle batches and windows, find
-the basis, choose the dtype, pack, embed.
+``TorchSource.create`` reads from top to bottom: load, take the model apart, examine its class, settle batches and windows,
+find the basis, choose the dtype, pack, embed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from embstore.core.config import EmbeddingConfig, Space
+from embstore.core.density import total_variation
 from embstore.core.errors import ModelError
 from embstore.core.events import Notice, Observer, StageFinished, StageStarted
 from embstore.core.interfaces import PromptReader
@@ -25,13 +27,22 @@ from embstore.core.sampling import seeded_sample
 from embstore.core.spec import EmbeddingSpec, ModelIdentity
 from embstore.host.device import capability_of, has_fast_bfloat16, resolve_device
 from embstore.host.threads import num_cores
+from embstore.model.backbone import SplitModel
 from embstore.model.embed import DTYPES, LogitEmbedder, ModelParts
 from embstore.model.finish import AffineFinisher, Finisher, make_finisher
 from embstore.model.load import Checkpoint, LoadedModel, as_loaded, load_model
-from embstore.model.packed import can_pack, pack_layers
-from embstore.model.pilot import find_basis, note_plan, weights_moved
-from embstore.model.probe import find_head, open_head, probe_tokens, split_model
-from embstore.model.settings import Settings, in_16_bits, settle_batches, window_rows_of
+from embstore.model.packed import can_pack
+from embstore.model.pilot import find_basis, mean_distances, note_plan
+from embstore.model.probe import examine, open_head, packable_layers, probe_tokens
+from embstore.model.settings import (
+    LEAST_COMPARED,
+    Settings,
+    capacity_bytes,
+    compared_rows,
+    in_16_bits,
+    settle_batches,
+    window_rows_of,
+)
 from embstore.model.tokens import TOKEN_RULE, PromptTokenizer, TokenRow
 
 _SAMPLE_ROWS = 256
@@ -43,8 +54,8 @@ _BASIS_OF = {"affine": "head", "none": "identity"}  # any other head: "range-fin
 class TorchSource:
     """A Hugging Face causal LM; implements ``core.interfaces.EmbedderSource``."""
 
-    def __init__(self, files: Checkpoint) -> None:
-        self._files = files
+    def __init__(self, files: Checkpoint, *, model_memory_bytes: int | None = None) -> None:
+        self._files, self._model_memory_bytes = files, model_memory_bytes
 
     def identity(self) -> ModelIdentity:
         """Digests of weights, configuration and tokenizer; no model is loaded."""
@@ -78,10 +89,11 @@ class TorchSource:
         space: Space = config.space or "logits"
         loaded = self._load(config.device or "auto", space)
         device = loaded.device
-        model = split_model(loaded.model, headless=space == "hidden")
+        model = SplitModel(loaded.model, device, loaded.merges, headless=space == "hidden")
         tokenizer = PromptTokenizer(loaded.tokenizer, _max_tokens(config, loaded, observer), model.num_tokens)
         sample = _sampled(tokenizer.encode, prompts)
-        head, columns = find_head(model, probe_tokens(sample).to(device), space)
+        self._settle(model, torch.float32, asked=False)
+        head, columns = examine(model, None if space == "hidden" else probe_tokens(sample).to(device))
         parts = ModelParts(model=model, head=open_head(model, head), tokenizer=tokenizer, device=device)
         spec = EmbeddingSpec(
             dimension=min(columns, len(loaded.tokenizer)) if config.vocab == "tokenizer" else columns,
@@ -101,16 +113,19 @@ class TorchSource:
             basis=_BASIS_OF.get(head.kind, "range-finder"),
         )
         settings = settle_batches(spec, config, model, mean_tokens=_mean_tokens(sample), memory_bytes=memory_bytes)
-        basis_VR = find_basis(parts, settings, prompts, work)
-        settings = settings.changed(rank=basis_VR.shape[1])
-        finisher = make_finisher(settings.spec, parts.head, basis_VR, device)
-        if self._takes_bfloat16(parts, settings, finisher, config, sample, memory_bytes, observer):
-            model.to_dtype(torch.bfloat16)
-            settings = in_16_bits(settings, config, model, memory_bytes=memory_bytes)
+        basis_VR = None if head.pools_logits else find_basis(parts, settings, prompts, work)
+        if basis_VR is not None:
+            settings = settings.changed(rank=basis_VR.shape[1])
+        finisher = make_finisher(settings.spec, parts.head, _empty(spec) if basis_VR is None else basis_VR, device)
+        settings = self._with_dtype(parts, settings, finisher, config, sample, len(prompts), memory_bytes, observer)
+        if basis_VR is None:  # of embedded rows, so it is found by the dtype that makes them
+            basis_VR = find_basis(parts, settings, prompts, work)
+            settings = settings.changed(rank=basis_VR.shape[1])
+            finisher = make_finisher(settings.spec, parts.head, basis_VR, device)
         packed = settings.changed(packed_layers=True)
-        if packed.needed_bytes(model) <= memory_bytes and pack_layers(model):
-            settings = packed.changed(packed_head=_pack_head(parts, finisher))
-        embedder = LogitEmbedder(parts, settings.spec, basis_VR, finisher)
+        if packed.needed_bytes(model) <= memory_bytes and self._pack_layers(model):
+            settings = packed.changed(packed_head=_pack_head(finisher))
+        embedder = LogitEmbedder(parts, settings.spec, basis_VR, finisher, memory_bytes=memory_bytes)
         note_plan(embedder, sample, settings.window_rows)
         observer(StageFinished(stage="model", seconds=time.perf_counter() - started))
         return embedder
@@ -120,14 +135,14 @@ class TorchSource:
     ) -> LogitEmbedder:
         """Load the model under another store's settings and basis, for a new store; only its windows are decided here."""
         _refuse_unknown(spec, hint="build without --reuse")
-        embedder = self.reopen(spec, basis_VR)
+        embedder = self.reopen(spec, basis_VR, memory_bytes=memory_bytes)
         sample = _sampled(embedder.tokens, prompts)
         window_rows = window_rows_of(spec, embedder.model, mean_tokens=_mean_tokens(sample), memory_bytes=memory_bytes)
         note_plan(embedder, sample, window_rows)
         return embedder
 
-    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> LogitEmbedder:
-        """Load the model under a stored spec; nothing is probed or decided.
+    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int = 0) -> LogitEmbedder:
+        """Load the model under a stored spec; nothing is decided.
 
         Raises
         ------
@@ -137,10 +152,14 @@ class TorchSource:
         _refuse_unknown(spec)
         torch.set_num_threads(spec.threads)
         loaded = self._load(spec.device, _space_of(spec))
-        model = split_model(loaded.model, headless=spec.space == "hidden")
+        model = SplitModel(loaded.model, loaded.device, loaded.merges, headless=spec.space == "hidden")
+        self._settle(model, torch.float32, asked=False)
+        examine(model)
         head = open_head(model, spec.head)
-        model.to_dtype(DTYPES[spec.dtype])
-        if spec.packed_layers and not pack_layers(model):
+        if spec.head.kind == "streamed":
+            model.hold_head()
+        self._settle(model, DTYPES[spec.dtype])
+        if spec.packed_layers and not self._pack_layers(model):
             raise ModelError(
                 "the store's rows were made with packed layers, which this version of torch cannot pack",
                 hint="continue with the versions of torch and transformers that began the store",
@@ -149,48 +168,68 @@ class TorchSource:
         parts = ModelParts(model=model, head=head, tokenizer=tokenizer, device=loaded.device)
         finisher = make_finisher(spec, head, basis_VR, loaded.device)
         if spec.packed_head:
-            _pack_head(parts, finisher)
-        return LogitEmbedder(parts, spec, basis_VR, finisher)
+            _pack_head(finisher)
+        return LogitEmbedder(parts, spec, basis_VR, finisher, memory_bytes=memory_bytes)
 
     def _load(self, device: str, space: Space) -> LoadedModel:
         return load_model(self._files, device, space=space)
 
-    def _takes_bfloat16(
+    def _settle(
+        self, model: SplitModel, dtype: torch.dtype, packed: Sequence[nn.Linear] = (), *, asked: bool = True
+    ) -> None:
+        """Plain or layered order, by ``--model-memory``; a probe (not ``asked``) takes what it needs, a layer at a time."""
+        capacity = capacity_bytes(model, dtype, self._model_memory_bytes if asked else None)
+        model.settle(dtype, capacity, packed)
+
+    def _pack_layers(self, model: SplitModel) -> bool:
+        return bool(packable_layers(model, lambda layers: self._settle(model, model.dtype, layers)))
+
+    def _with_dtype(
         self,
         parts: ModelParts,
         settings: Settings,
         finisher: Finisher,
         config: EmbeddingConfig,
         sample: Sequence[TokenRow],
+        num_rows: int,
         memory_bytes: int,
         observer: Observer,
-    ) -> bool:
-        """Whether the backbone runs in bfloat16; ``auto`` takes it where it is fast and moves weights by a TV below 1e-3."""
+    ) -> Settings:
+        """Settle the backbone's dtype: as asked, or bfloat16 where it is fast and moves weights by a TV below 1e-3."""
+        model = parts.model
+        narrow = in_16_bits(settings, config, model, memory_bytes=memory_bytes)
         if config.dtype not in (None, "auto"):
-            return config.dtype == "bfloat16"
+            takes_bfloat16 = config.dtype == "bfloat16"
         # kernels of bfloat16 are made for every shape, and kept: where they do not fit, float32 may
-        if settings.changed(dtype="bfloat16").needed_bytes(parts.model) > memory_bytes or not has_fast_bfloat16(
-            parts.device
-        ):
-            return False
-        # a second copy: casting in place would lose the float32 weights
-        space = _space_of(settings.spec)
-        other = split_model(self._load(str(parts.device), space).model, headless=space == "hidden")
-        other.to_dtype(torch.bfloat16)
-        tv = weights_moved(parts, other, settings, finisher, sample)
-        if tv <= _DTYPE_MAX_TV:
-            return True
-        limits = f"limit {_DTYPE_MAX_TV:g}, {len(sample)} sampled prompts"
-        observer(Notice(message=f"using float32: bfloat16 would change the weights by TV {tv:.1e} ({limits})"))
-        return False
+        elif settings.changed(dtype="bfloat16").needed_bytes(model) > memory_bytes or not has_fast_bfloat16(parts.device):
+            takes_bfloat16 = False
+        elif (count := compared_rows(model, num_rows, mean_tokens=_mean_tokens(sample))) == 0:
+            takes_bfloat16 = model.stored_dtype == torch.bfloat16
+            kept = "bfloat16" if takes_bfloat16 else "float32"
+            observer(
+                Notice(
+                    message=f"using {kept}, the checkpoint's precision: comparing bfloat16 with float32 on "
+                    f"{LEAST_COMPARED} prompts would cost more than 5 % of the pass, so nothing was compared"
+                )
+            )
+        else:
+            self._settle(model, torch.float32)
+            exact = mean_distances(parts, settings, finisher, sample[:count])
+            self._settle(model, torch.bfloat16)
+            tv = total_variation(exact, mean_distances(parts, settings, finisher, sample[:count]))
+            takes_bfloat16 = tv <= _DTYPE_MAX_TV
+            if not takes_bfloat16:
+                limits = f"limit {_DTYPE_MAX_TV:g}, {len(sample[:count])} sampled prompts"
+                observer(Notice(message=f"using float32: bfloat16 would change the weights by TV {tv:.1e} ({limits})"))
+        self._settle(model, torch.bfloat16 if takes_bfloat16 else torch.float32)
+        return narrow if takes_bfloat16 else settings
 
 
 class InMemorySource(TorchSource):
     """A causal LM of transformers that is loaded already, with its tokenizer. It is copied, and stays as it is."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any) -> None:  # noqa: ANN401 - transformers is untyped
-        self._model = model
-        self._tokenizer = tokenizer
+        self._model, self._tokenizer, self._model_memory_bytes = model, tokenizer, None
 
     def identity(self) -> ModelIdentity:
         """Only the names of classes: another process cannot continue what is made from this model."""
@@ -205,7 +244,9 @@ class InMemorySource(TorchSource):
         )
 
     def _load(self, device: str, space: Space) -> LoadedModel:
-        model: Any = copy.deepcopy(self._model).float()
+        # its structure is copied, because layers are replaced while they compute; the weights are the caller's own
+        shared = {id(tensor): tensor for tensor in (*self._model.parameters(), *self._model.buffers())}
+        model: Any = copy.deepcopy(self._model, shared)
         return as_loaded(model.base_model if space == "hidden" else model, self._tokenizer, device)
 
 
@@ -226,13 +267,16 @@ def _max_tokens(config: EmbeddingConfig, loaded: LoadedModel, observer: Observer
     return wanted
 
 
-def _pack_head(parts: ModelParts, finisher: Finisher) -> bool:
-    """Pack the output layer, where rows are products with it; the model gives no logits from then on."""
+def _pack_head(finisher: Finisher) -> bool:
+    """Pack the output layer, where rows are products with it."""
     if not isinstance(finisher, AffineFinisher):
         return False
     finisher.pack()
-    parts.model.drop_head()
     return True
+
+
+def _empty(spec: EmbeddingSpec) -> NDArray[np.float32]:
+    return np.zeros((spec.dimension, 0), dtype=np.float32)
 
 
 def _space_of(spec: EmbeddingSpec) -> Space:
