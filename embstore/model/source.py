@@ -7,24 +7,26 @@ the basis, choose the dtype, pack, embed.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
+import transformers
 from numpy.typing import NDArray
 
 from embstore.core.config import EmbeddingConfig, Space
 from embstore.core.errors import ModelError
-from embstore.core.events import Notice, Observer, StageFinished, StageStarted
+from embstore.core.events import Notice, Observer, ignore, stage
 from embstore.core.interfaces import PromptReader
 from embstore.core.prompts import Prompt
 from embstore.core.sampling import seeded_sample
-from embstore.core.spec import EmbeddingSpec, ModelIdentity
-from embstore.host.device import capability_of, has_fast_bfloat16, resolve_device
+from embstore.core.spec import EmbeddingSpec, ModelIdentity, Versions
+from embstore.host.device import capability_of, has_fast_bfloat16, library_versions, resolve_device
 from embstore.host.threads import num_cores
+from embstore.model.digests import KnownDigests, counted_bytes
 from embstore.model.embed import DTYPES, LogitEmbedder, ModelParts
 from embstore.model.finish import AffineFinisher, Finisher, make_finisher
 from embstore.model.load import Checkpoint, LoadedModel, as_loaded, load_model
@@ -46,9 +48,22 @@ class TorchSource:
     def __init__(self, files: Checkpoint) -> None:
         self._files = files
 
-    def identity(self) -> ModelIdentity:
+    def __getstate__(self) -> dict[str, object]:
+        """With the digests of the files that were read: a worker on this host does not read them for that again."""
+        return {**vars(self), "digests": KnownDigests.of_this_process()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state.pop("digests").learn()
+        vars(self).update(state)
+
+    def identity(self, observer: Observer = ignore) -> ModelIdentity:
         """Digests of weights, configuration and tokenizer; no model is loaded."""
-        return self._files.identity()
+        with stage(observer, "hash", self._files.weight_bytes, "bytes") as advance, counted_bytes(advance):
+            return self._files.identity()
+
+    def device(self, name: str) -> str:
+        """The device of this name as this process sees it."""
+        return str(resolve_device(name))
 
     def hardware(self, config: EmbeddingConfig) -> dict[str, object]:
         """What this run would compute with, under the names of ``EmbeddingSpec``; packed is what could be packed."""
@@ -59,6 +74,7 @@ class TorchSource:
             "packed_layers": can_pack(device),
             "packed_head": can_pack(device),
             "threads": config.threads or num_cores(),
+            "versions": _versions(),
         }
 
     def create(
@@ -71,17 +87,17 @@ class TorchSource:
         ModelError, BudgetError, RowError
             The model cannot be used, cannot fit, or gives no usable row on any sampled prompt.
         """
-        started = time.perf_counter()
-        observer(StageStarted(stage="model", total=1, unit="model"))
         threads = config.threads or num_cores()
         torch.set_num_threads(threads)
         space: Space = config.space or "logits"
-        loaded = self._load(config.device or "auto", space)
+        with stage(observer, "load", self._files_bytes, "bytes"):
+            loaded = self._load(config.device or "auto", space)
         device = loaded.device
-        model = split_model(loaded.model, headless=space == "hidden")
-        tokenizer = PromptTokenizer(loaded.tokenizer, _max_tokens(config, loaded, observer), model.num_tokens)
-        sample = _sampled(tokenizer.encode, prompts)
-        head, columns = find_head(model, probe_tokens(sample).to(device), space)
+        with stage(observer, "probe"):
+            model = split_model(loaded.model, headless=space == "hidden")
+            tokenizer = PromptTokenizer(loaded.tokenizer, _max_tokens(config, loaded, observer), model.num_tokens)
+            sample = _sampled(tokenizer.encode, prompts)
+            head, columns = find_head(model, probe_tokens(sample).to(device), space)
         parts = ModelParts(model=model, head=open_head(model, head), tokenizer=tokenizer, device=device)
         spec = EmbeddingSpec(
             dimension=min(columns, len(loaded.tokenizer)) if config.vocab == "tokenizer" else columns,
@@ -99,34 +115,52 @@ class TorchSource:
             capability=capability_of(device),
             threads=threads,
             basis=_BASIS_OF.get(head.kind, "range-finder"),
+            token_limit=loaded.max_positions,
+            versions=_versions(),
         )
         settings = settle_batches(spec, config, model, mean_tokens=_mean_tokens(sample), memory_bytes=memory_bytes)
-        basis_VR = find_basis(parts, settings, prompts, work)
-        settings = settings.changed(rank=basis_VR.shape[1])
-        finisher = make_finisher(settings.spec, parts.head, basis_VR, device)
+        with stage(observer, "basis"):
+            basis_VR = find_basis(parts, settings, prompts, work)
+            settings = settings.changed(rank=basis_VR.shape[1])
+            finisher = make_finisher(settings.spec, parts.head, basis_VR, device)
         if self._takes_bfloat16(parts, settings, finisher, config, sample, memory_bytes, observer):
             model.to_dtype(torch.bfloat16)
             settings = in_16_bits(settings, config, model, memory_bytes=memory_bytes)
-        packed = settings.changed(packed_layers=True)
-        if packed.needed_bytes(model) <= memory_bytes and pack_layers(model):
-            settings = packed.changed(packed_head=_pack_head(parts, finisher))
-        embedder = LogitEmbedder(parts, settings.spec, basis_VR, finisher)
-        note_plan(embedder, sample, settings.window_rows)
-        observer(StageFinished(stage="model", seconds=time.perf_counter() - started))
+        with stage(observer, "pilot"):
+            packed = settings.changed(packed_layers=True)
+            if packed.needed_bytes(model) <= memory_bytes and pack_layers(model):
+                settings = packed.changed(packed_head=_pack_head(parts, finisher))
+            embedder = LogitEmbedder(parts, settings.spec, basis_VR, finisher)
+            note_plan(embedder, sample, settings.window_rows)
         return embedder
 
     def take_over(
-        self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
+        self,
+        prompts: PromptReader,
+        spec: EmbeddingSpec,
+        basis_VR: NDArray[np.float32],
+        *,
+        memory_bytes: int,
+        device: str | None = None,
+        observer: Observer = ignore,
     ) -> LogitEmbedder:
         """Load the model under another store's settings and basis, for a new store; only its windows are decided here."""
         _refuse_unknown(spec, hint="build without --reuse")
-        embedder = self.reopen(spec, basis_VR)
-        sample = _sampled(embedder.tokens, prompts)
-        window_rows = window_rows_of(spec, embedder.model, mean_tokens=_mean_tokens(sample), memory_bytes=memory_bytes)
-        note_plan(embedder, sample, window_rows)
+        embedder = self.reopen(spec, basis_VR, device=device, observer=observer)
+        with stage(observer, "pilot"):
+            sample = _sampled(embedder.tokens, prompts)
+            window_rows = window_rows_of(spec, embedder.model, mean_tokens=_mean_tokens(sample), memory_bytes=memory_bytes)
+            note_plan(embedder, sample, window_rows)
         return embedder
 
-    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> LogitEmbedder:
+    def reopen(
+        self,
+        spec: EmbeddingSpec,
+        basis_VR: NDArray[np.float32],
+        *,
+        device: str | None = None,
+        observer: Observer = ignore,
+    ) -> LogitEmbedder:
         """Load the model under a stored spec; nothing is probed or decided.
 
         Raises
@@ -136,7 +170,10 @@ class TorchSource:
         """
         _refuse_unknown(spec)
         torch.set_num_threads(spec.threads)
-        loaded = self._load(spec.device, _space_of(spec))
+        with stage(observer, "load", self._files_bytes, "bytes"):
+            return self._reopened(spec, basis_VR, self._load(device or spec.device, _space_of(spec)))
+
+    def _reopened(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], loaded: LoadedModel) -> LogitEmbedder:
         model = split_model(loaded.model, headless=spec.space == "hidden")
         head = open_head(model, spec.head)
         model.to_dtype(DTYPES[spec.dtype])
@@ -154,6 +191,10 @@ class TorchSource:
 
     def _load(self, device: str, space: Space) -> LoadedModel:
         return load_model(self._files, device, space=space)
+
+    @property
+    def _files_bytes(self) -> int | None:
+        return self._files.weight_bytes
 
     def _takes_bfloat16(
         self,
@@ -173,11 +214,12 @@ class TorchSource:
             parts.device
         ):
             return False
-        # a second copy: casting in place would lose the float32 weights
-        space = _space_of(settings.spec)
-        other = split_model(self._load(str(parts.device), space).model, headless=space == "hidden")
-        other.to_dtype(torch.bfloat16)
-        tv = weights_moved(parts, other, settings, finisher, sample)
+        with stage(observer, "dtype"):
+            # a second copy: casting in place would lose the float32 weights
+            space = _space_of(settings.spec)
+            other = split_model(self._load(str(parts.device), space).model, headless=space == "hidden")
+            other.to_dtype(torch.bfloat16)
+            tv = weights_moved(parts, other, settings, finisher, sample)
         if tv <= _DTYPE_MAX_TV:
             return True
         limits = f"limit {_DTYPE_MAX_TV:g}, {len(sample)} sampled prompts"
@@ -192,7 +234,7 @@ class InMemorySource(TorchSource):
         self._model = model
         self._tokenizer = tokenizer
 
-    def identity(self) -> ModelIdentity:
+    def identity(self, observer: Observer = ignore) -> ModelIdentity:
         """Only the names of classes: another process cannot continue what is made from this model."""
         return ModelIdentity(
             name="in memory",
@@ -207,6 +249,14 @@ class InMemorySource(TorchSource):
     def _load(self, device: str, space: Space) -> LoadedModel:
         model: Any = copy.deepcopy(self._model).float()
         return as_loaded(model.base_model if space == "hidden" else model, self._tokenizer, device)
+
+    @property
+    def _files_bytes(self) -> int | None:
+        return None
+
+
+def _versions() -> Versions:
+    return library_versions(transformers=transformers.__version__, tokenizers=tokenizers.__version__)
 
 
 def _sampled(encode: Callable[[Sequence[Prompt]], list[TokenRow]], prompts: PromptReader) -> list[TokenRow]:
