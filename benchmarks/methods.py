@@ -33,8 +33,8 @@ from embstore.core.config import BuildConfig, EmbeddingConfig
 from embstore.core.events import RowsCommitted, StageFinished, StageStarted
 from embstore.core.prompts import Prompt
 from embstore.core.rows import chunk_rows_near
-from embstore.flow.admission import CHUNK_BYTES
 from embstore.flow.build import build
+from embstore.flow.cost import CHUNK_BYTES
 from embstore.host.memory import MemoryMeter
 from embstore.host.threads import Workers, finish_all
 from embstore.model.backbone import SplitModel

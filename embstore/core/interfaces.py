@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.config import EmbeddingConfig
-from embstore.core.events import Observer
+from embstore.core.events import Observer, ignore
 from embstore.core.prompts import Prompt
 from embstore.core.records import FailedRow
 from embstore.core.spec import EmbeddingSpec, ModelIdentity
@@ -152,24 +152,45 @@ class PromptReader(Protocol):
 class EmbedderSource(Protocol):
     """A model that is located and identified but not loaded: a resume that computes no rows never loads it."""
 
-    def identity(self) -> ModelIdentity:
-        """Digests of weights, configuration and tokenizer."""
+    def identity(self, observer: Observer = ignore) -> ModelIdentity:
+        """Digests of weights, configuration and tokenizer; files are read once a run and host."""
+
+    def device(self, name: str) -> str:
+        """The device of this name (or ``auto``) as this process sees it, with its index: cpu or cuda:N."""
 
     def create(
         self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path, observer: Observer
     ) -> Embedder:
         """Load, probe on a seeded sample of ``prompts``, and resolve every open setting; ``work`` is scratch space."""
 
-    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int = 0) -> Embedder:
-        """Load with stored settings; ``memory_bytes`` is what windows that are computed together may take."""
+    def reopen(
+        self,
+        spec: EmbeddingSpec,
+        basis_VR: NDArray[np.float32],
+        *,
+        memory_bytes: int = 0,
+        device: str | None = None,
+        observer: Observer = ignore,
+    ) -> Embedder:
+        """Load with stored settings, on ``device`` (None: this process's own of the kind in the spec).
+
+        ``memory_bytes`` is what windows that are computed together may take.
+        """
 
     def take_over(
-        self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
+        self,
+        prompts: PromptReader,
+        spec: EmbeddingSpec,
+        basis_VR: NDArray[np.float32],
+        *,
+        memory_bytes: int,
+        device: str | None = None,
+        observer: Observer = ignore,
     ) -> Embedder:
         """Load with another store's settings for a new store; probe only what the plan needs, on a seeded sample."""
 
     def hardware(self, config: EmbeddingConfig) -> dict[str, object]:
-        """Device, capability and threads this run would use, under their names in EmbeddingSpec."""
+        """Device kind, capability, packing, threads and versions of this run, under their names in EmbeddingSpec."""
 
 
 # --- engines ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from embstore.core.errors import EngineError, RowError
 from embstore.core.files import map_array, storage_errors
 from embstore.core.format import BASIS, PROMPTS
 from embstore.core.interfaces import Check, Embedder, EmbedderSource, Needs, RowBlock, WindowCounts
-from embstore.core.plan import as_stored, grid_of, model_mismatches
+from embstore.core.plan import as_stored, grid_of, hardware_mismatches, model_mismatches
 from embstore.core.prompts import Prompt
 from embstore.core.spec import StoreSpec
 from embstore.flow.reuse import Reuse, SavedReuse, nothing_reused
@@ -57,10 +58,12 @@ class WindowWorker:
         temps: Path | None = None,
         todo: Sequence[int] = (),
         meter: MemoryMeter | None = None,
+        resources: contextlib.ExitStack | None = None,
     ) -> None:
         """``work`` is for scratch, ``temps`` for temp files of chunks (default: the folder of the chunks).
 
-        ``todo`` are all windows that this worker will be given, where that is known, in their order.
+        ``todo`` are all windows that this worker will be given, where that is known, in their order. ``resources`` are
+        closed with the worker.
         """
         self._spec, self._embedder, self._reuse, self._prompts = spec, embedder, reuse, prompts
         self._stops_at_failure = stops_at_failure
@@ -69,7 +72,7 @@ class WindowWorker:
         self._counts = _NOTHING_COMPUTED
         self._todo = todo
         self._read: dict[int, list[Prompt]] = {}  # prompts of windows for the model: announced ones keep their objects
-        self._resources = contextlib.ExitStack()
+        self._resources = resources or contextlib.ExitStack()
         self._meter = meter
         if meter is not None:
             self._resources.enter_context(meter)
@@ -237,11 +240,13 @@ class RemoteWindowJob:
         own = self.folder / str(number)
         with storage_errors("creating folder", own):
             own.mkdir()  # without parents: a removed driver's folder must not come back
-        embedder = None
+        embedder, resources = None, contextlib.ExitStack()
         if self.source is not None:
+            _compute_exactly(resources)
             self._refuse_other(self.source)
             shape = (self.spec.embedding.dimension, self.spec.embedding.rank)
             basis_VR = map_array(self.root, BASIS, "<f4", shape, mode="c")
+            # on this process's own device
             embedder = self.source.reopen(self.spec.embedding, basis_VR, memory_bytes=self.memory_bytes)
         offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
         return WindowWorker(
@@ -254,6 +259,7 @@ class RemoteWindowJob:
             work=own,
             temps=own,
             meter=MemoryMeter(),
+            resources=resources,
         )
 
     def name(self, task: int) -> str:
@@ -277,9 +283,8 @@ class RemoteWindowJob:
         asked = EmbeddingConfig(device=embedding.device, threads=embedding.threads)
         found = as_stored(source.hardware(asked), embedding)
         unlike = [
-            f"{name} {value} here, {getattr(embedding, name)} in the store's spec"
-            for name, value in found.items()
-            if value != getattr(embedding, name)
+            f"{each.field} {each.given} here, {each.stored} in the store's spec"
+            for each in hardware_mismatches(embedding, found)
         ]
         unlike += [
             f"{each.field} {str(each.given)[:16]} here, {str(each.stored)[:16]} in the store's spec"
@@ -288,8 +293,16 @@ class RemoteWindowJob:
         if unlike:
             raise EngineError(
                 f"this worker would compute different rows: {'; '.join(unlike)}",
-                hint="use identical machines that see the same model, then run the command again with --resume",
+                hint="use identical machines, versions and models, then run the command again with --resume",
             )
+
+
+def _compute_exactly(resources: contextlib.ExitStack) -> None:
+    """Full precision until the worker is closed, where torch computes: a source that needs it has loaded it."""
+    if "torch" in sys.modules:
+        from embstore.host.numerics import exact_arithmetic  # noqa: PLC0415
+
+        resources.enter_context(exact_arithmetic())
 
 
 def name_window(root: Path, spec: StoreSpec, window: int) -> str:

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from embstore.core.config import EmbeddingConfig, over_memory_budget
 from embstore.core.errors import ArrayError, ModelError, RowError
-from embstore.core.events import Observer, StageFinished, StageStarted
+from embstore.core.events import Observer, ignore, stage
 from embstore.core.interfaces import Check, GivenRows, PromptReader, RowBlock, WindowCounts
 from embstore.core.prompts import Prompt
 from embstore.core.rows import slices
 from embstore.core.sampling import seeded_sample
 from embstore.core.spec import EmbeddingSpec, Head, ModelIdentity
+from embstore.host.device import library_versions
 from embstore.host.scratch import map_scratch
 from embstore.host.threads import Workers, num_cores
 from embstore.model.basis import orthonormal_basis
@@ -55,22 +56,29 @@ class ArraySource:
     def _fingerprint(self) -> str:
         return self._rows.fingerprint()
 
-    def identity(self) -> ModelIdentity:
+    def identity(self, observer: Observer = ignore) -> ModelIdentity:
         """The digest of the array's values; an array has neither configuration nor tokenizer."""
+        with stage(observer, "hash"):
+            fingerprint = self._fingerprint
         return ModelIdentity(
             name=self._rows.name,
             architecture="imported array",
             revision=None,
-            weights_sha256=self._fingerprint,
+            weights_sha256=fingerprint,
             config_sha256="none",
             tokenizer_sha256="none",
             trust_remote_code=False,
         )
 
+    def device(self, name: str) -> str:
+        """An array is read and scaled by the CPU."""
+        return "cpu"
+
     def hardware(self, config: EmbeddingConfig) -> dict[str, object]:
-        """The CPU's instructions and threads decide low bits of the coordinates."""
+        """The CPU's instructions, threads and torch's version decide low bits of the coordinates."""
         capability = str(torch.backends.cpu.get_cpu_capability())
-        return {"device": "cpu", "capability": capability, "threads": config.threads or num_cores()}
+        threads = config.threads or num_cores()
+        return {"device": "cpu", "capability": capability, "threads": threads, "versions": library_versions()}
 
     def create(
         self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path, observer: Observer
@@ -94,11 +102,10 @@ class ArraySource:
                 memory_bytes,
                 hint=", or save the array with fewer rows per chunk",
             )
-        started = time.perf_counter()
-        observer(StageStarted(stage="model", total=1, unit="model"))
         hardware = self.hardware(config)
         torch.set_num_threads(int(str(hardware["threads"])))
-        basis_VR = _basis(rows, len(prompts), memory_bytes, work)
+        with stage(observer, "basis"):
+            basis_VR = _basis(rows, len(prompts), memory_bytes, work)
         spec = EmbeddingSpec(
             dimension=rows.dimension,
             rank=basis_VR.shape[1],
@@ -115,6 +122,7 @@ class ArraySource:
             capability=str(hardware["capability"]),
             threads=int(str(hardware["threads"])),
             basis="range-finder",
+            versions=library_versions(),
         )
         embedder = ArrayEmbedder(rows, spec, basis_VR)
         count = min(_TIMED_ROWS, len(prompts))
@@ -123,16 +131,30 @@ class ArraySource:
             for block in embedder.blocks(0, count, chunk_rows=count, check=lambda: None):
                 block.release()
             embedder.seconds_per_row = (time.perf_counter() - timed) / count
-        observer(StageFinished(stage="model", seconds=time.perf_counter() - started))
         return embedder
 
     def take_over(
-        self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
+        self,
+        prompts: PromptReader,
+        spec: EmbeddingSpec,
+        basis_VR: NDArray[np.float32],
+        *,
+        memory_bytes: int,
+        device: str | None = None,
+        observer: Observer = ignore,
     ) -> ArrayEmbedder:
         """Open the array under another store's spec, as ``reopen`` does: an array has no settings to probe."""
         return self.reopen(spec, basis_VR)
 
-    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int = 0) -> ArrayEmbedder:
+    def reopen(
+        self,
+        spec: EmbeddingSpec,
+        basis_VR: NDArray[np.float32],
+        *,
+        memory_bytes: int = 0,
+        device: str | None = None,
+        observer: Observer = ignore,
+    ) -> ArrayEmbedder:
         """Open the array under a stored spec."""
         if spec.head.kind != _HEAD:
             raise ModelError(

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embstore.core.errors import ConfigError, ModelError
+from embstore.core.errors import ModelError
 from embstore.core.interfaces import Check, RowBlock, WindowCounts
 from embstore.core.prompts import Prompt
 from embstore.core.spec import EmbeddingSpec
@@ -119,7 +119,6 @@ class LogitEmbedder:
         memory_bytes: int = 0,
     ) -> None:
         """``memory_bytes`` is what a lap of several windows may take; 0: a lap is one window."""
-        _refuse_tensor_float(parts.device)
         self._model, self._tokenizer, self._device = parts.model, parts.tokenizer, parts.device
         self._capped = parts.head if isinstance(parts.head, CappedHead) else None
         self.spec = spec
@@ -131,12 +130,13 @@ class LogitEmbedder:
         self._finisher = finisher
         self._memory_bytes = memory_bytes
         self.num_workers = num_workers(spec, self._model)
-        self._workers = Workers(spec.threads, self.num_workers)
-        self._lap_workers = Workers(spec.threads, self.num_workers)  # a lap keeps its threads until it ends
+        self._workers = Workers(spec.threads, self.num_workers, self._device)
+        # a lap keeps its threads until it ends
+        self._lap_workers = Workers(spec.threads, self.num_workers, self._device)
         self._token_workers = row_workers = self._workers
         if self._device.type != "cpu":
             # batches are computed while the next window is tokenised and finished rows are copied, two slabs at a time
-            self._token_workers, row_workers = Workers(1, 1), Workers(_ROW_STREAMS, _ROW_STREAMS)
+            self._token_workers, row_workers = Workers(1, 1, self._device), Workers(_ROW_STREAMS, _ROW_STREAMS, self._device)
         self._streams = threading.local()
         memory = RecycledMemory(spec.dimension, spec.rank, pinned=self._device.type == "cuda")
         self._slabs = SlabWorkers(row_workers, memory, SLAB_ROWS, (_ROWS,))
@@ -306,7 +306,7 @@ class LogitEmbedder:
         check()
         self._pool_batch(padded_batch(rows, rows_B, length, pad_id=self._tokenizer.pad_id), window)
         if self._device.type == "cuda":
-            window.ready = torch.cuda.current_stream().record_event()
+            window.ready = torch.cuda.current_stream(self._device).record_event()
 
     def _pool_batch(self, batch: TokenBatch, window: _Window) -> None:
         try:
@@ -392,14 +392,6 @@ class LogitEmbedder:
 
 def _nothing() -> None:
     """No lap to end."""
-
-
-def _refuse_tensor_float(device: torch.device) -> None:
-    if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
-        raise ConfigError(
-            f"torch is set to float32 precision {torch.get_float32_matmul_precision()!r}, which changes every row",
-            hint='call torch.set_float32_matmul_precision("highest") before the build',
-        )
 
 
 def _with_rows(values_BT: Tensor, num_rows: int) -> Tensor:

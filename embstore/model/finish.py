@@ -171,7 +171,7 @@ def finish(finisher: Finisher, mean_BX: Tensor, out_BV: Tensor, coord_BR: Tensor
     residual_B.copy_(square_B.sqrt_())
     norms: NDArray[np.float32] = norm_B.cpu().numpy()
     if mean_BX.device.type == "cuda":
-        torch.cuda.current_stream().synchronize()  # copies that did not block are over now
+        torch.cuda.current_stream(mean_BX.device).synchronize()  # copies that did not block are over now
     return norms
 
 

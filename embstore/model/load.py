@@ -62,6 +62,10 @@ class Checkpoint(Protocol):
     def name(self) -> str:
         """For people; contains no path."""
 
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the files that ``identity`` reads, apart from small ones: for progress."""
+
     def identity(self) -> ModelIdentity:
         """Digests of everything that decides a row."""
 
@@ -89,6 +93,12 @@ class ModelFiles:
     def tokenizer_folder(self) -> Path:
         """The adapter's own tokenizer where it has one: training may have added tokens."""
         return self.adapter if self.adapter is not None and _has_tokenizer(self.adapter) else self.folder
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weight files, and of an adapter's."""
+        adapter = [] if self.adapter is None else [self.adapter / _ADAPTER_WEIGHTS]
+        return sum(file.stat().st_size for file in (*self.weight_files, *adapter))
 
     def identity(self) -> ModelIdentity:
         """Digests of everything that decides a row. Price: one read of the weights, 1 to 2 GB/s."""

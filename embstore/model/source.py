@@ -7,27 +7,29 @@ find the basis, choose the dtype, pack, embed.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
+import transformers
 from numpy.typing import NDArray
 from torch import nn
 
 from embstore.core.config import EmbeddingConfig, Space
 from embstore.core.density import total_variation
 from embstore.core.errors import ModelError
-from embstore.core.events import Notice, Observer, StageFinished, StageStarted
+from embstore.core.events import Notice, Observer, ignore, stage
 from embstore.core.interfaces import PromptReader
 from embstore.core.prompts import Prompt
 from embstore.core.sampling import seeded_sample
-from embstore.core.spec import EmbeddingSpec, ModelIdentity
-from embstore.host.device import capability_of, has_fast_bfloat16, resolve_device
+from embstore.core.spec import EmbeddingSpec, ModelIdentity, Versions
+from embstore.host.device import capability_of, has_fast_bfloat16, library_versions, resolve_device
 from embstore.host.threads import num_cores
 from embstore.model.backbone import SplitModel
+from embstore.model.digests import KnownDigests, counted_bytes
 from embstore.model.embed import DTYPES, LogitEmbedder, ModelParts
 from embstore.model.finish import AffineFinisher, Finisher, make_finisher
 from embstore.model.load import Checkpoint, LoadedModel, as_loaded, load_model
@@ -57,9 +59,22 @@ class TorchSource:
     def __init__(self, files: Checkpoint, *, model_memory_bytes: int | None = None) -> None:
         self._files, self._model_memory_bytes = files, model_memory_bytes
 
-    def identity(self) -> ModelIdentity:
+    def __getstate__(self) -> dict[str, object]:
+        """With the digests of the files that were read: a worker on this host does not read them for that again."""
+        return {**vars(self), "digests": KnownDigests.of_this_process()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state.pop("digests").learn()
+        vars(self).update(state)
+
+    def identity(self, observer: Observer = ignore) -> ModelIdentity:
         """Digests of weights, configuration and tokenizer; no model is loaded."""
-        return self._files.identity()
+        with stage(observer, "hash", self._files.weight_bytes, "bytes") as advance, counted_bytes(advance):
+            return self._files.identity()
+
+    def device(self, name: str) -> str:
+        """The device of this name as this process sees it."""
+        return str(resolve_device(name))
 
     def hardware(self, config: EmbeddingConfig) -> dict[str, object]:
         """What this run would compute with, under the names of ``EmbeddingSpec``; packed is what could be packed."""
@@ -70,6 +85,7 @@ class TorchSource:
             "packed_layers": can_pack(device),
             "packed_head": can_pack(device),
             "threads": config.threads or num_cores(),
+            "versions": _versions(),
         }
 
     def create(
@@ -82,18 +98,18 @@ class TorchSource:
         ModelError, BudgetError, RowError
             The model cannot be used, cannot fit, or gives no usable row on any sampled prompt.
         """
-        started = time.perf_counter()
-        observer(StageStarted(stage="model", total=1, unit="model"))
         threads = config.threads or num_cores()
         torch.set_num_threads(threads)
         space: Space = config.space or "logits"
-        loaded = self._load(config.device or "auto", space)
+        with stage(observer, "load", self._files_bytes, "bytes"):
+            loaded = self._load(config.device or "auto", space)
         device = loaded.device
-        model = SplitModel(loaded.model, device, loaded.merges, headless=space == "hidden")
-        tokenizer = PromptTokenizer(loaded.tokenizer, _max_tokens(config, loaded, observer), model.num_tokens)
-        sample = _sampled(tokenizer.encode, prompts)
-        self._settle(model, torch.float32, asked=False)
-        head, columns = examine(model, None if space == "hidden" else probe_tokens(sample).to(device))
+        with stage(observer, "probe"):
+            model = SplitModel(loaded.model, device, loaded.merges, headless=space == "hidden")
+            tokenizer = PromptTokenizer(loaded.tokenizer, _max_tokens(config, loaded, observer), model.num_tokens)
+            sample = _sampled(tokenizer.encode, prompts)
+            self._settle(model, torch.float32, asked=False)
+            head, columns = examine(model, None if space == "hidden" else probe_tokens(sample).to(device))
         parts = ModelParts(model=model, head=open_head(model, head), tokenizer=tokenizer, device=device)
         spec = EmbeddingSpec(
             dimension=min(columns, len(loaded.tokenizer)) if config.vocab == "tokenizer" else columns,
@@ -111,37 +127,58 @@ class TorchSource:
             capability=capability_of(device),
             threads=threads,
             basis=_BASIS_OF.get(head.kind, "range-finder"),
+            token_limit=loaded.max_positions,
+            versions=_versions(),
         )
         settings = settle_batches(spec, config, model, mean_tokens=_mean_tokens(sample), memory_bytes=memory_bytes)
-        basis_VR = None if head.pools_logits else find_basis(parts, settings, prompts, work)
-        if basis_VR is not None:
+        basis_VR = None
+        if not head.pools_logits:
+            with stage(observer, "basis"):
+                basis_VR = find_basis(parts, settings, prompts, work)
             settings = settings.changed(rank=basis_VR.shape[1])
         finisher = make_finisher(settings.spec, parts.head, _empty(spec) if basis_VR is None else basis_VR, device)
         settings = self._with_dtype(parts, settings, finisher, config, sample, len(prompts), memory_bytes, observer)
         if basis_VR is None:  # of embedded rows, so it is found by the dtype that makes them
-            basis_VR = find_basis(parts, settings, prompts, work)
+            with stage(observer, "basis"):
+                basis_VR = find_basis(parts, settings, prompts, work)
             settings = settings.changed(rank=basis_VR.shape[1])
             finisher = make_finisher(settings.spec, parts.head, basis_VR, device)
-        packed = settings.changed(packed_layers=True)
-        if packed.needed_bytes(model) <= memory_bytes and self._pack_layers(model):
-            settings = packed.changed(packed_head=_pack_head(finisher))
-        embedder = LogitEmbedder(parts, settings.spec, basis_VR, finisher, memory_bytes=memory_bytes)
-        note_plan(embedder, sample, settings.window_rows)
-        observer(StageFinished(stage="model", seconds=time.perf_counter() - started))
+        with stage(observer, "pilot"):
+            packed = settings.changed(packed_layers=True)
+            if packed.needed_bytes(model) <= memory_bytes and self._pack_layers(model):
+                settings = packed.changed(packed_head=_pack_head(finisher))
+            embedder = LogitEmbedder(parts, settings.spec, basis_VR, finisher, memory_bytes=memory_bytes)
+            note_plan(embedder, sample, settings.window_rows)
         return embedder
 
     def take_over(
-        self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
+        self,
+        prompts: PromptReader,
+        spec: EmbeddingSpec,
+        basis_VR: NDArray[np.float32],
+        *,
+        memory_bytes: int,
+        device: str | None = None,
+        observer: Observer = ignore,
     ) -> LogitEmbedder:
         """Load the model under another store's settings and basis, for a new store; only its windows are decided here."""
         _refuse_unknown(spec, hint="build without --reuse")
-        embedder = self.reopen(spec, basis_VR, memory_bytes=memory_bytes)
-        sample = _sampled(embedder.tokens, prompts)
-        window_rows = window_rows_of(spec, embedder.model, mean_tokens=_mean_tokens(sample), memory_bytes=memory_bytes)
-        note_plan(embedder, sample, window_rows)
+        embedder = self.reopen(spec, basis_VR, memory_bytes=memory_bytes, device=device, observer=observer)
+        with stage(observer, "pilot"):
+            sample = _sampled(embedder.tokens, prompts)
+            window_rows = window_rows_of(spec, embedder.model, mean_tokens=_mean_tokens(sample), memory_bytes=memory_bytes)
+            note_plan(embedder, sample, window_rows)
         return embedder
 
-    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int = 0) -> LogitEmbedder:
+    def reopen(
+        self,
+        spec: EmbeddingSpec,
+        basis_VR: NDArray[np.float32],
+        *,
+        memory_bytes: int = 0,
+        device: str | None = None,
+        observer: Observer = ignore,
+    ) -> LogitEmbedder:
         """Load the model under a stored spec; nothing is decided.
 
         Raises
@@ -151,7 +188,14 @@ class TorchSource:
         """
         _refuse_unknown(spec)
         torch.set_num_threads(spec.threads)
-        loaded = self._load(spec.device, _space_of(spec))
+        with stage(observer, "load", self._files_bytes, "bytes"):
+            loaded = self._load(device or spec.device, _space_of(spec))
+        with stage(observer, "probe"):
+            return self._reopened(spec, basis_VR, loaded, memory_bytes)
+
+    def _reopened(
+        self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], loaded: LoadedModel, memory_bytes: int
+    ) -> LogitEmbedder:
         model = SplitModel(loaded.model, loaded.device, loaded.merges, headless=spec.space == "hidden")
         self._settle(model, torch.float32, asked=False)
         examine(model)
@@ -173,6 +217,10 @@ class TorchSource:
 
     def _load(self, device: str, space: Space) -> LoadedModel:
         return load_model(self._files, device, space=space)
+
+    @property
+    def _files_bytes(self) -> int | None:
+        return self._files.weight_bytes
 
     def _settle(
         self, model: SplitModel, dtype: torch.dtype, packed: Sequence[nn.Linear] = (), *, asked: bool = True
@@ -213,10 +261,11 @@ class TorchSource:
                 )
             )
         else:
-            self._settle(model, torch.float32)
-            exact = mean_distances(parts, settings, finisher, sample[:count])
-            self._settle(model, torch.bfloat16)
-            tv = total_variation(exact, mean_distances(parts, settings, finisher, sample[:count]))
+            with stage(observer, "dtype"):
+                self._settle(model, torch.float32, asked=False)
+                exact = mean_distances(parts, settings, finisher, sample[:count])
+                self._settle(model, torch.bfloat16)
+                tv = total_variation(exact, mean_distances(parts, settings, finisher, sample[:count]))
             takes_bfloat16 = tv <= _DTYPE_MAX_TV
             if not takes_bfloat16:
                 limits = f"limit {_DTYPE_MAX_TV:g}, {len(sample[:count])} sampled prompts"
@@ -231,7 +280,7 @@ class InMemorySource(TorchSource):
     def __init__(self, model: torch.nn.Module, tokenizer: Any) -> None:  # noqa: ANN401 - transformers is untyped
         self._model, self._tokenizer, self._model_memory_bytes = model, tokenizer, None
 
-    def identity(self) -> ModelIdentity:
+    def identity(self, observer: Observer = ignore) -> ModelIdentity:
         """Only the names of classes: another process cannot continue what is made from this model."""
         return ModelIdentity(
             name="in memory",
@@ -248,6 +297,14 @@ class InMemorySource(TorchSource):
         shared = {id(tensor): tensor for tensor in (*self._model.parameters(), *self._model.buffers())}
         model: Any = copy.deepcopy(self._model, shared)
         return as_loaded(model.base_model if space == "hidden" else model, self._tokenizer, device)
+
+    @property
+    def _files_bytes(self) -> int | None:
+        return None
+
+
+def _versions() -> Versions:
+    return library_versions(transformers=transformers.__version__, tokenizers=tokenizers.__version__)
 
 
 def _sampled(encode: Callable[[Sequence[Prompt]], list[TokenRow]], prompts: PromptReader) -> list[TokenRow]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,8 +98,12 @@ def check_stage0(root: Path, record: PromptsRecord) -> None:
             raise CorruptStoreError(f"{name} {problem}", hint=f"run embstore verify {root}; stage 0 cannot be recomputed")
 
 
-def damaged_windows(root: Path, spec: StoreSpec, state: JournalState) -> Iterator[tuple[int, str]]:
+def damaged_windows(
+    root: Path, spec: StoreSpec, state: JournalState, advance: Callable[[int], None] = lambda count: None
+) -> Iterator[tuple[int, str]]:
     """Committed windows whose bytes differ from their commit, with the first finding of each. Bound by the disk.
+
+    ``advance`` is called with the number of windows read since the last call.
 
     Raises
     ------
@@ -115,6 +119,7 @@ def damaged_windows(root: Path, spec: StoreSpec, state: JournalState) -> Iterato
     row_files = [RowFileCheck(root, spec, name) for name in ROW_FILES]
     for record in state.windows.values():
         finding = next(_window_findings(root, spec, record, row_files, decode=False), None)
+        advance(1)
         if finding is not None:
             yield record.window, f"{finding.path}: {finding.message}"
 

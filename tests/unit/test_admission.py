@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from embstore.core.config import BuildConfig, EmbeddingConfig
-from embstore.flow.admission import CHUNK_BYTES, _fit_rows
+from embstore.flow.cost import CHUNK_BYTES, fit_rows
 
 WIDTH = 50_304
 
@@ -18,7 +18,7 @@ def fitted(num_rows: int, config: BuildConfig | None = None, *, columns: int = W
         spec=SimpleNamespace(dimension=columns), max_window_rows=4096, memory_bytes=lambda rows: 16 * rows * columns
     )
     nothing: Any = SimpleNamespace(memory_bytes=lambda rows: 0)
-    return _fit_rows(config or BuildConfig(embedding=EmbeddingConfig(model="m")), embedder, num_rows, nothing)
+    return fit_rows(config or BuildConfig(embedding=EmbeddingConfig(model="m")), embedder, num_rows, nothing)
 
 
 @pytest.mark.parametrize("num_rows", [1, 40, 400, 1024, 2560, 2561, 28_000, 10_000_000])

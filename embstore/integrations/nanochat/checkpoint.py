@@ -82,6 +82,11 @@ class NanochatFiles:
     tokenizer: Path
     trust_pickle: bool
 
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weights' file."""
+        return self.weights.stat().st_size
+
     def identity(self) -> ModelIdentity:
         """Digests of weights, the model's configuration, the tokenizer, and the installed nanochat where that is needed."""
         settings = self._settings()
