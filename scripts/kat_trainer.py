@@ -25,7 +25,8 @@ from embstore.core.errors import ConfigError, ModelError
 from embstore.core.prompts import collapse_whitespace, render_messages
 from embstore.integrations.nanochat.checkpoint import NanochatFiles
 from embstore.integrations.trl import DensitySampling
-from embstore.model.load import ModelFiles, load_model, locate_model
+from embstore.model.load import load_model
+from embstore.model.locate import ModelFiles, locate_model
 from embstore.training import DensitySampler
 from scripts.kat_files import PromptLine
 from scripts.kat_rewards import Reward

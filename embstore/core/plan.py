@@ -117,12 +117,12 @@ def refuse_other_input(
 
 
 def model_mismatches(stored: ModelIdentity, given: ModelIdentity) -> list[FieldMismatch]:
-    """Fields that make another model of it: all but the name (a renamed or moved folder) and the trust in its code."""
-    return [
-        mismatch
-        for mismatch in diff_fields(stored, given, prefix="model.")
-        if mismatch.field not in ("model.name", "model.trust_remote_code")
-    ]
+    """Fields that make another model of it: all but the name (a renamed or moved folder) and the trust in its code.
+
+    Stores from before December 2026 have no digest of that code, so it is not compared.
+    """
+    ignored = ["model.name", "model.trust_remote_code", *([] if stored.code_sha256 else ["model.code_sha256"])]
+    return [each for each in diff_fields(stored, given, prefix="model.") if each.field not in ignored]
 
 
 def as_stored(hardware: Mapping[str, object], stored: EmbeddingSpec) -> dict[str, object]:

@@ -35,6 +35,7 @@ class ModelIdentity:
     config_sha256: str
     tokenizer_sha256: str
     trust_remote_code: bool
+    code_sha256: str = ""  # of trusted code in the folder; stores from before December 2026 have none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,7 +140,10 @@ _OLD_PACKED_LAYERS, _OLD_PACKED_HEAD = " with packed layers", " and head"
 
 
 def _upgraded(whole: JsonObject) -> JsonObject:
-    """``spec.json`` with the fields of ``EmbeddingSpec``, where it was written with "head_scale" and sentences."""
+    """``spec.json`` with today's fields, where it was written with "head_scale" and sentences, or no digest of code."""
+    model = whole.get("model")
+    if isinstance(model, dict) and "code_sha256" not in model:
+        whole = {**whole, "model": {**model, "code_sha256": ""}}
     old = whole.get("embedding")
     if not isinstance(old, dict) or "head_scale" not in old:
         return whole

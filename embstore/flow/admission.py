@@ -118,7 +118,7 @@ def find_source(run: Run) -> EmbedderSource | None:
     state = run.writer.state
     if embedding.model is None and (run.config.reuse or state.reuse) and not _knows_model(run.writer.root):
         return None  # the old stores may contain every row
-    from embstore.model.load import locate_model  # noqa: PLC0415 - torch loads only where rows may be computed
+    from embstore.model.locate import locate_model  # noqa: PLC0415 - torch loads only where rows may be computed
     from embstore.model.source import TorchSource  # noqa: PLC0415
 
     if embedding.model is None:

@@ -67,7 +67,7 @@ def compute_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtyp
 def fresh_buffers(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """The buffers that are in no file, on the CPU, as ``from_pretrained(dtype=dtype)`` would compute them.
 
-    A model that is not of transformers has no rules: its own buffers are given, the floating ones cast.
+    A model that is not of transformers has no rules, so nothing is computed: its own ``to`` casts it.
 
     Raises
     ------
@@ -75,8 +75,7 @@ def fresh_buffers(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         The class cannot be constructed a second time from its own configuration.
     """
     if not isinstance(model, transformers.PreTrainedModel):
-        buffers = _non_persistent(model)
-        return {name: each.to(dtype) if each.is_floating_point() else each for name, each in buffers.items()}
+        return {}
     twin = _twin(model, dtype)
     for tensor in twin.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True  # loaded from the file: nothing initialises it

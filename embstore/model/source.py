@@ -27,7 +27,8 @@ from embstore.host.device import capability_of, has_fast_bfloat16, resolve_devic
 from embstore.host.threads import num_cores
 from embstore.model.embed import DTYPES, LogitEmbedder, ModelParts
 from embstore.model.finish import AffineFinisher, Finisher, make_finisher
-from embstore.model.load import Checkpoint, LoadedModel, as_loaded, load_model
+from embstore.model.formats import Checkpoint
+from embstore.model.load import LoadedModel, as_loaded, load_model
 from embstore.model.packed import can_pack, pack_layers
 from embstore.model.pilot import find_basis, note_plan, weights_moved
 from embstore.model.probe import find_head, open_head, probe_tokens, split_model

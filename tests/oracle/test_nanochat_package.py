@@ -19,7 +19,8 @@ from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
 from embstore.integrations.nanochat.package import find_package
 from embstore.model.embed import LogitEmbedder
-from embstore.model.load import load_model, locate_model
+from embstore.model.load import load_model
+from embstore.model.locate import locate_model
 from embstore.model.source import TorchSource
 from tests.support import later_gpt
 from tests.support.checkpoints import Evil, State, make_base, tokens_of
