@@ -129,7 +129,7 @@ def find_source(run: Run) -> EmbedderSource | None:
         embedding = dataclasses.replace(embedding, model=model, revision=revision)
     # torch loads only where rows may be computed, and says so, because it takes seconds
     with stage(run.observer, "imports") if "transformers" not in sys.modules else contextlib.nullcontext():
-        from embstore.model.load import locate_model  # noqa: PLC0415
+        from embstore.model.locate import locate_model  # noqa: PLC0415
         from embstore.model.source import TorchSource  # noqa: PLC0415
     run.compute_exactly(needs_torch=True)
     return TorchSource(locate_model(embedding), model_memory_bytes=embedding.model_memory)

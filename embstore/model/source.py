@@ -32,9 +32,10 @@ from embstore.model.backbone import SplitModel
 from embstore.model.digests import KnownDigests, counted_bytes
 from embstore.model.embed import DTYPES, LogitEmbedder, ModelParts
 from embstore.model.finish import AffineFinisher, Finisher, make_finisher
-from embstore.model.load import Checkpoint, LoadedModel, as_loaded, load_model
+from embstore.model.formats import Checkpoint, LoadedCheckpoint
 from embstore.model.packed import can_pack
 from embstore.model.pilot import find_basis, mean_distances, note_plan
+from embstore.model.positions import usable_positions
 from embstore.model.probe import examine, open_head, packable_layers, probe_tokens
 from embstore.model.settings import (
     LEAST_COMPARED,
@@ -101,12 +102,13 @@ class TorchSource:
         threads = config.threads or num_cores()
         torch.set_num_threads(threads)
         space: Space = config.space or "logits"
+        device = resolve_device(config.device or "auto")
         with stage(observer, "load", self._files_bytes, "bytes"):
-            loaded = self._load(config.device or "auto", space)
-        device = loaded.device
+            loaded = self._load(space)
         with stage(observer, "probe"):
+            positions = usable_positions(loaded.model)
             model = SplitModel(loaded.model, device, loaded.merges, headless=space == "hidden")
-            tokenizer = PromptTokenizer(loaded.tokenizer, _max_tokens(config, loaded, observer), model.num_tokens)
+            tokenizer = PromptTokenizer(loaded.tokenizer, _max_tokens(config, positions, observer), model.num_tokens)
             sample = _sampled(tokenizer.encode, prompts)
             self._settle(model, torch.float32, asked=False)
             head, columns = examine(model, None if space == "hidden" else probe_tokens(sample).to(device))
@@ -127,7 +129,7 @@ class TorchSource:
             capability=capability_of(device),
             threads=threads,
             basis=_BASIS_OF.get(head.kind, "range-finder"),
-            token_limit=loaded.max_positions,
+            token_limit=positions,
             versions=_versions(),
         )
         settings = settle_batches(spec, config, model, mean_tokens=_mean_tokens(sample), memory_bytes=memory_bytes)
@@ -189,14 +191,19 @@ class TorchSource:
         _refuse_unknown(spec)
         torch.set_num_threads(spec.threads)
         with stage(observer, "load", self._files_bytes, "bytes"):
-            loaded = self._load(device or spec.device, _space_of(spec))
+            loaded = self._load(_space_of(spec))
         with stage(observer, "probe"):
-            return self._reopened(spec, basis_VR, loaded, memory_bytes)
+            return self._reopened(spec, basis_VR, loaded, resolve_device(device or spec.device), memory_bytes)
 
     def _reopened(
-        self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], loaded: LoadedModel, memory_bytes: int
+        self,
+        spec: EmbeddingSpec,
+        basis_VR: NDArray[np.float32],
+        loaded: LoadedCheckpoint,
+        device: torch.device,
+        memory_bytes: int,
     ) -> LogitEmbedder:
-        model = SplitModel(loaded.model, loaded.device, loaded.merges, headless=spec.space == "hidden")
+        model = SplitModel(loaded.model, device, loaded.merges, headless=spec.space == "hidden")
         self._settle(model, torch.float32, asked=False)
         examine(model)
         head = open_head(model, spec.head)
@@ -209,14 +216,14 @@ class TorchSource:
                 hint="continue with the versions of torch and transformers that began the store",
             )
         tokenizer = PromptTokenizer(loaded.tokenizer, spec.max_tokens, model.num_tokens)
-        parts = ModelParts(model=model, head=head, tokenizer=tokenizer, device=loaded.device)
-        finisher = make_finisher(spec, head, basis_VR, loaded.device)
+        parts = ModelParts(model=model, head=head, tokenizer=tokenizer, device=device)
+        finisher = make_finisher(spec, head, basis_VR, device)
         if spec.packed_head:
             _pack_head(finisher)
         return LogitEmbedder(parts, spec, basis_VR, finisher, memory_bytes=memory_bytes)
 
-    def _load(self, device: str, space: Space) -> LoadedModel:
-        return load_model(self._files, device, space=space)
+    def _load(self, space: Space) -> LoadedCheckpoint:
+        return self._files.load(space)
 
     @property
     def _files_bytes(self) -> int | None:
@@ -292,11 +299,11 @@ class InMemorySource(TorchSource):
             trust_remote_code=False,
         )
 
-    def _load(self, device: str, space: Space) -> LoadedModel:
+    def _load(self, space: Space) -> LoadedCheckpoint:
         # its structure is copied, because layers are replaced while they compute; the weights are the caller's own
         shared = {id(tensor): tensor for tensor in (*self._model.parameters(), *self._model.buffers())}
         model: Any = copy.deepcopy(self._model, shared)
-        return as_loaded(model.base_model if space == "hidden" else model, self._tokenizer, device)
+        return LoadedCheckpoint(model=(model.base_model if space == "hidden" else model).eval(), tokenizer=self._tokenizer)
 
     @property
     def _files_bytes(self) -> int | None:
@@ -315,12 +322,12 @@ def _mean_tokens(sample: Sequence[TokenRow]) -> float:
     return float(np.mean([len(row.ids_T) for row in sample]))
 
 
-def _max_tokens(config: EmbeddingConfig, loaded: LoadedModel, observer: Observer) -> int:
+def _max_tokens(config: EmbeddingConfig, positions: int | None, observer: Observer) -> int:
     wanted = config.max_tokens or _DEFAULT_MAX_TOKENS
-    if loaded.max_positions is not None and wanted > loaded.max_positions:
-        taken = f"{loaded.max_positions}, the most that this model takes"
+    if positions is not None and wanted > positions:
+        taken = f"{positions}, the most that this model takes"
         observer(Notice(message=f"--max-tokens {wanted} is reduced to {taken}"))
-        return loaded.max_positions
+        return positions
     return wanted
 
 
