@@ -123,7 +123,8 @@ class LogitEmbedder:
         self._capped = parts.head if isinstance(parts.head, CappedHead) else None
         self.spec = spec
         self.basis_VR = basis_VR
-        self.truncated_share = 0.0  # ``pilot.note_plan`` sets these three, for the plan of a new store
+        self.mean_tokens = float(spec.max_tokens)
+        self.truncated_share = 0.0  # ``pilot.note_plan`` sets these four, for the plan of a new store
         self.seconds_per_row = 0.0
         self.max_window_rows = MAX_WINDOW_ROWS
         self.counts = WindowCounts(tokens=0, truncated=0, splits=0)
@@ -145,7 +146,11 @@ class LogitEmbedder:
 
     def memory_bytes(self, chunk_rows: int) -> int:
         """Upper estimate of host memory one window takes above the loaded model."""
-        return window_bytes(self.spec, self._model, chunk_rows=chunk_rows, window_rows=self.max_window_rows)
+        needed = window_bytes(self.spec, self._model, chunk_rows=chunk_rows, window_rows=self.max_window_rows)
+        if self._model.residency is None or self._device.type != "cpu":
+            return needed
+        # between layers, a whole window waits
+        return needed + int(self.max_window_rows * self.mean_tokens * self._model.waiting_bytes_per_token)
 
     @property
     def model(self) -> SplitModel:
@@ -153,9 +158,10 @@ class LogitEmbedder:
         return self._model
 
     def close(self) -> None:
-        """Abandon the windows that were begun ahead, and drop the weights of layers."""
+        """Abandon the windows that were begun ahead, and drop the weights of layers that take turns."""
         self._abandon()
-        self._model.release()
+        if self._model.residency is not None:
+            self._model.residency.drop_all()
 
     def embed(
         self,

@@ -209,7 +209,7 @@ def _tokenizer_class(folder: Path) -> Any:  # noqa: ANN401
 
 
 def whole_in_float32(loaded: LoadedCheckpoint) -> Any:  # noqa: ANN401
-    """The model as ``from_pretrained(dtype=torch.float32)`` gives it, adapters merged, in place: to train or to compare with.
+    """The model as ``from_pretrained(dtype=torch.float32)`` gives it, adapters merged, in place: to train or compare with.
 
     Embedding never calls this: it casts a layer at a time (``weights``).
     """

@@ -87,7 +87,7 @@ def note_plan(embedder: LogitEmbedder, sample: Sequence[TokenRow], window_rows: 
         embedder.seconds_per_row = (time.perf_counter() - started) / len(sample[:_TIMED_ROWS])
     else:
         embedder.seconds_per_row = flops_per_row / (_PRODUCT_SHARE * _timed_rate(embedder.model))
-    embedder.max_window_rows = window_rows
+    embedder.max_window_rows, embedder.mean_tokens = window_rows, mean_tokens
     embedder.truncated_share = sum(row.was_cut for row in sample) / len(sample)
 
 

@@ -94,12 +94,18 @@ class Residency:
         with self._changed:
             return list(self._open)
 
-    def close(self) -> None:
-        """Drop every unit, and stop reading."""
-        self._loader.shutdown()
+    def drop_all(self) -> None:
+        """Free every unit once no batch lives; the next batch opens them again."""
         with self._changed:
+            while self._loading is not None:
+                self._changed.wait(_WAKE_SECONDS)
             for unit in list(self._open):
                 self._drop(unit)
+
+    def close(self) -> None:
+        """Drop every unit, and stop reading for good."""
+        self._loader.shutdown()
+        self.drop_all()
 
     # --- all below under the lock -----------------------------------------------------------------------------------
 

@@ -163,6 +163,17 @@ def capacity_bytes(model: SplitModel, dtype: torch.dtype, asked_bytes: int | Non
     return sum(sizes[:2]) if asked_bytes is None else asked_bytes - base_bytes
 
 
+def does_not_fit(model: SplitModel, dtype: torch.dtype, asked_bytes: int | None) -> BudgetError:
+    """The refusal of weights that turned out not to fit the device, with what would."""
+    sizes = sorted((model.weights.bytes_of(unit, dtype) for unit in model.weights.parts.units), reverse=True)
+    least_bytes = sum(sizes[:2]) + model.weights.base_bytes(dtype)
+    given = "auto" if asked_bytes is None else format_bytes(asked_bytes)
+    return BudgetError(
+        f"the layers of {type(model.module).__name__} do not fit the memory of {model.device} (--model-memory is {given})",
+        hint=f"free memory there, or give --model-memory {-(-least_bytes // (1 << 20))}MiB, the least that works",
+    )
+
+
 def _resident_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         return SMALL_BACKBONE_BYTES

@@ -42,6 +42,7 @@ from embstore.model.settings import (
     Settings,
     capacity_bytes,
     compared_rows,
+    does_not_fit,
     in_16_bits,
     settle_batches,
     window_rows_of,
@@ -234,7 +235,10 @@ class TorchSource:
     ) -> None:
         """Plain or layered order, by ``--model-memory``; a probe (not ``asked``) takes what it needs, a layer at a time."""
         capacity = capacity_bytes(model, dtype, self._model_memory_bytes if asked else None)
-        model.settle(dtype, capacity, packed)
+        try:
+            model.settle(dtype, capacity, packed)
+        except torch.OutOfMemoryError as error:
+            raise does_not_fit(model, dtype, self._model_memory_bytes) from error
 
     def _pack_layers(self, model: SplitModel) -> bool:
         return bool(packable_layers(model, lambda layers: self._settle(model, model.dtype, layers)))
@@ -300,14 +304,27 @@ class InMemorySource(TorchSource):
         )
 
     def _load(self, space: Space) -> LoadedCheckpoint:
+        _refuse_scattered(self._model)
         # its structure is copied, because layers are replaced while they compute; the weights are the caller's own
         shared = {id(tensor): tensor for tensor in (*self._model.parameters(), *self._model.buffers())}
         model: Any = copy.deepcopy(self._model, shared)
+        if getattr(model.config, "_attn_implementation", "sdpa") not in ("eager", "sdpa"):
+            model.set_attn_implementation("sdpa")  # kernels of training refuse float32
         return LoadedCheckpoint(model=(model.base_model if space == "hidden" else model).eval(), tokenizer=self._tokenizer)
 
     @property
     def _files_bytes(self) -> int | None:
         return None
+
+
+def _refuse_scattered(model: torch.nn.Module) -> None:
+    """Refuse a model whose weights are not whole in this process."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") or parameter.is_meta:
+            raise ModelError(
+                f"{type(model).__name__}.{name} is not whole in this process (FSDP, ZeRO-3 or offloading)",
+                hint="build a store from the checkpoint with embstore build, and give its weights to the trainer",
+            )
 
 
 def _versions() -> Versions:
