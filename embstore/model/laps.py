@@ -34,7 +34,7 @@ class Lap:
         self._is_cancelled.set()
 
     def share(self, jobs: Sequence[tuple[Job, int]], num_threads: int) -> list[Job]:
-        """Jobs with their costs dealt to threads: call each result in a thread of its own."""
+        """Jobs with their costs dealt to threads: call each result in a separate thread."""
         hands: list[list[Job]] = [[] for _ in range(max(1, min(num_threads, len(jobs))))]
         loads = [0] * len(hands)
         for job, cost in sorted(jobs, key=lambda each: -each[1]):

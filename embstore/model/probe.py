@@ -173,7 +173,7 @@ def _named(model: SplitModel) -> Iterator[None]:
 
 
 def _kept(backbone: nn.Module) -> dict[tuple[int, str], int]:
-    """The tensors that modules hold beside their parameters, by where they lie."""
+    """The tensors that modules hold in addition to their parameters, by where they lie."""
     return {
         (id(module), name): value.data_ptr()
         for module in backbone.modules()

@@ -82,7 +82,7 @@ def parts_of(backbone: nn.Module, prefix: str) -> Parts:
 
 
 def _gates(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules with a forward of their own that lie in a list."""
+    """The outermost modules that lie in a list and have their own forward."""
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList):
             yield from _elements(child, f"{prefix}{name}.")

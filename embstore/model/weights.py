@@ -100,7 +100,7 @@ class Weights:
             return merge(place.stored.to(dtype)).to(self.device)
         if self._stages is not None:
             return self._stages.copy(place.stored).to(dtype)
-        # always a copy: kernels are told by alignment, and a mapped tensor lies anywhere
+        # always a copy: a kernel depends on alignment, and a mapped tensor lies anywhere
         return place.stored.to(dtype) if dtype != place.stored.dtype else place.stored.clone()
 
     def _put(self, place: Place, tensor: Tensor) -> None:
@@ -114,7 +114,7 @@ class Weights:
         place.module._parameters[place.name] = nn.Parameter(nothing, requires_grad=False)
 
     def _buffers(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Buffers as the class has them in this dtype; persistent ones come from the file."""
+        """Buffers in the form that the class gives them for this dtype; persistent ones come from the file."""
         fresh, dtype_of = fresh_buffers(self._module, dtype), compute_dtypes(self._module, dtype)
         made: dict[int, Tensor] = {}  # shared ones stay shared
         for name, buffer in self._stored_buffers.items():
@@ -155,7 +155,7 @@ class _Table(Tensor):
 
 
 class _Stages:
-    """Copies from mapped files to a GPU: through two pinned buffers in turn, on a stream of its own."""
+    """Copies from mapped files to a GPU: through two pinned buffers in turn, on its own stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
