@@ -81,7 +81,7 @@ class Embedder(Protocol):
 
     @property
     def basis_VR(self) -> NDArray[np.float32]:
-        """Orthonormal basis of the coordinates, float32 [V, R]."""
+        """What the store keeps in ``format.basis_file``: an orthonormal basis float32 [V, R], or a coordinate map [M, R]."""
 
     def memory_bytes(self, chunk_rows: int) -> int:
         """Upper estimate of the anonymous memory that one window takes above the loaded model."""
@@ -161,7 +161,7 @@ class EmbedderSource(Protocol):
         """Load, probe on a seeded sample of ``prompts``, and resolve every open setting; ``work`` is scratch space."""
 
     def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> Embedder:
-        """Load with stored settings, without probing."""
+        """Load with stored settings and the array of ``Embedder.basis_VR``, without probing."""
 
     def take_over(
         self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int

@@ -70,6 +70,10 @@ class EmbeddingSpec:
     for an imported array. ``capability`` is what decides a kernel's bits: a CPU's vector instructions or a GPU's model;
     ``packed_layers`` and ``packed_head`` say whether the weights of the backbone's linear layers, and of the output layer,
     lie in oneDNN's layout (docs/decisions/0025).
+
+    ``basis`` says where coordinates come from, and ``format.basis_file`` which file has it: "gram" (a map of an affine
+    head's inputs), or an orthonormal basis: "range-finder" (of a sample of rows), "identity" (hidden states), "head" (an
+    affine head's span, in stores from before December 2026).
     """
 
     dimension: int
@@ -93,7 +97,10 @@ class EmbeddingSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreSpec:
-    """``spec.json``: the identity of a store, written once, before row 0."""
+    """``spec.json``: the identity of a store, written once, before row 0.
+
+    ``basis_sha256`` is the digest of the file that ``format.basis_file`` names.
+    """
 
     format_version: int
     rows: int

@@ -15,8 +15,8 @@ from pathlib import Path
 from embstore.core.config import K_MAX, BuildConfig, Compressor, EmbeddingConfig, format_bytes, over_memory_budget
 from embstore.core.errors import BudgetError, ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.events import Notice, Preflight
-from embstore.core.files import file_problem, map_array
-from embstore.core.format import BASIS, FORMAT_VERSION, MANIFEST, PROMPTS
+from embstore.core.files import file_problem
+from embstore.core.format import FORMAT_VERSION, MANIFEST, PROMPTS, basis_file
 from embstore.core.interfaces import Embedder, EmbedderSource
 from embstore.core.plan import BuildPlan, as_stored, plan, refuse_drift, refuse_other_input
 from embstore.core.records import DemotedRecord, DriftRecord, PromptsRecord
@@ -30,6 +30,7 @@ from embstore.storage.journal import run_entries
 from embstore.storage.prompt_source import PromptSource
 from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import open_published
+from embstore.storage.row_files import map_basis
 from embstore.storage.verify import check_stage0, damaged_windows
 
 CHUNK_BYTES = 32 << 20
@@ -196,9 +197,7 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
     if config.engine.is_remote:
         return spec, None, reuse  # workers load it
     with run.stage("model"):
-        # copy-on-write mapping: torch does not accept read-only arrays, and nothing writes to it
-        shape = (spec.embedding.dimension, spec.embedding.rank)
-        return spec, run.source.reopen(spec.embedding, map_array(writer.root, BASIS, "<f4", shape, mode="c")), reuse
+        return spec, run.source.reopen(spec.embedding, map_basis(writer.root, spec.embedding)), reuse
 
 
 def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tuple[StoreSpec, Embedder]:
@@ -281,10 +280,11 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
     drifted = refuse_unlike(stores, config, model, hardware)
     # only in this run: the stored spec describes the copied rows
     embedding = dataclasses.replace(old.embedding, **hardware) if hardware is not None else old.embedding  # type: ignore[arg-type]
-    problem = file_problem(stores[0].root, BASIS, stores[0].published.files[BASIS])
+    name = basis_file(old.embedding.basis)
+    problem = file_problem(stores[0].root, name, stores[0].published.files[name])
     if problem is not None:
-        raise CorruptStoreError(f"{stores[0].root}/{BASIS} {problem}", hint=f"run embstore verify {stores[0].root}")
-    basis_VR = map_array(stores[0].root, BASIS, "<f4", (old.embedding.dimension, old.embedding.rank), mode="c")
+        raise CorruptStoreError(f"{stores[0].root}/{name} {problem}", hint=f"run embstore verify {stores[0].root}")
+    basis_VR = map_basis(stores[0].root, old.embedding)
     embedder = None
     chunk_rows, window_rows = config.embedding.chunk_rows or old.chunk_rows, config.embedding.window_rows or old.window_rows
     if num_computed and run.source is not None:

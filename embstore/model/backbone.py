@@ -50,8 +50,8 @@ class SplitModel:
         self._given = _shadow_forward(self.backbone)
         head = None if headless else module.get_output_embeddings()
         if head is not None and getattr(head, "weight", None) is not None:
-            # untie: the backbone may go to bfloat16, the head stays in float32
-            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+            # untie without a copy: the backbone may go to bfloat16, the head keeps the tensor that was loaded
+            head.weight = nn.Parameter(head.weight.detach(), requires_grad=False)
 
     @property
     def device(self) -> torch.device:
@@ -99,12 +99,15 @@ class SplitModel:
         return output.float()
 
     def output_layer(self, scale: float = 1.0) -> AffineHead | None:
-        """The output layer's weight and bias with a known scale; None if it is not a linear layer over hidden states."""
+        """The output layer's weight as it is stored, and its bias, with a known scale.
+
+        None if it is not a linear layer over hidden states.
+        """
         linear: object = self.module.get_output_embeddings()
         if not isinstance(linear, nn.Linear) or linear.weight.shape[1] != self.width:
             return None
         bias_V = None if linear.bias is None else linear.bias.detach().float()  # type: ignore[redundant-expr]  # torch's stub
-        return AffineHead(weight_VD=linear.weight.detach().float(), bias_V=bias_V, scale=scale)
+        return AffineHead(weight_VD=linear.weight.detach(), bias_V=bias_V, scale=scale)
 
     def soft_caps(self) -> set[float]:
         """The soft caps of logits that the configuration names."""

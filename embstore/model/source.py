@@ -27,6 +27,7 @@ from embstore.host.device import capability_of, has_fast_bfloat16, resolve_devic
 from embstore.host.threads import num_cores
 from embstore.model.embed import DTYPES, LogitEmbedder, ModelParts
 from embstore.model.finish import AffineFinisher, Finisher, make_finisher
+from embstore.model.heads import AffineHead, stays_float32
 from embstore.model.load import Checkpoint, LoadedModel, as_loaded, load_model
 from embstore.model.packed import can_pack, pack_layers
 from embstore.model.pilot import find_basis, note_plan, weights_moved
@@ -37,7 +38,7 @@ from embstore.model.tokens import TOKEN_RULE, PromptTokenizer, TokenRow
 _SAMPLE_ROWS = 256
 _DEFAULT_MAX_TOKENS = 512
 _DTYPE_MAX_TV = 1e-3
-_BASIS_OF = {"affine": "head", "none": "identity"}  # any other head: "range-finder"
+_BASIS_OF = {"affine": "gram", "none": "identity"}  # any other head: "range-finder"
 
 
 class TorchSource:
@@ -101,7 +102,7 @@ class TorchSource:
             basis=_BASIS_OF.get(head.kind, "range-finder"),
         )
         settings = settle_batches(spec, config, model, mean_tokens=_mean_tokens(sample), memory_bytes=memory_bytes)
-        basis_VR = find_basis(parts, settings, prompts, work)
+        basis_VR = find_basis(parts, settings, prompts, work, memory_bytes=memory_bytes)
         settings = settings.changed(rank=basis_VR.shape[1])
         finisher = make_finisher(settings.spec, parts.head, basis_VR, device)
         if self._takes_bfloat16(parts, settings, finisher, config, sample, memory_bytes, observer):
@@ -109,7 +110,7 @@ class TorchSource:
             settings = in_16_bits(settings, config, model, memory_bytes=memory_bytes)
         packed = settings.changed(packed_layers=True)
         if packed.needed_bytes(model) <= memory_bytes and pack_layers(model):
-            settings = packed.changed(packed_head=_pack_head(parts, finisher))
+            settings = packed.changed(packed_head=_may_pack(parts, packed) and _pack_head(parts, finisher))
         embedder = LogitEmbedder(parts, settings.spec, basis_VR, finisher)
         note_plan(embedder, sample, settings.window_rows)
         observer(StageFinished(stage="model", seconds=time.perf_counter() - started))
@@ -233,6 +234,11 @@ def _pack_head(parts: ModelParts, finisher: Finisher) -> bool:
     finisher.pack()
     parts.model.drop_head()
     return True
+
+
+def _may_pack(parts: ModelParts, settings: Settings) -> bool:
+    """Whether a new store may hold the output layer in float32; an old one does what its spec says."""
+    return isinstance(parts.head, AffineHead) and stays_float32(parts.head, settings.spec.dimension)
 
 
 def _space_of(spec: EmbeddingSpec) -> Space:
