@@ -4,8 +4,8 @@ Pooled logits of an affine head are in the column span of A = scale * [W | b] (F
 row is A z with z = (h, 1). Its coordinates are z' F with F F' = A' A, so they have the distances of the rows, and neither a
 row nor a V-wide basis is needed to make them. For other heads an orthonormal basis spans a sample of rows (a range finder,
 Halko et al. 2011, arXiv:0909.4061), which is better at equal rank than the head's own span. What the coordinates miss and
-float16 rounds away is stored as each row's residual r = |x16 - Q c| and bounds every distance: |d - dc| <= ra + rb. (Rounding
-is not orthogonal to the basis, so squares do not simply add.)
+float16 rounds away is stored as each row's residual r = |x16 - Q c| and bounds every distance: |d - dc| <= ra + rb.
+(Rounding is not orthogonal to the basis, so squares do not simply add.)
 
 Map or basis is computed once and stored before row 0, because a factorisation differs in bits between thread counts.
 
