@@ -152,12 +152,15 @@ class SplitModel:
         return self._tail.rows_of(self.module.get_output_embeddings())
 
     def output_layer(self, scale: float = 1.0) -> AffineHead | None:
-        """The output layer's weight and bias with a known scale; None if it is not a linear layer over hidden states."""
+        """The output layer's weight as it is stored, and its bias, with a known scale.
+
+        None if it is not a linear layer over hidden states.
+        """
         linear: object = self.module.get_output_embeddings()
         if not isinstance(linear, nn.Linear) or linear.weight.shape[1] != self.width:
             return None
         bias_V = None if linear.bias is None else linear.bias.detach().float()  # type: ignore[redundant-expr]  # torch's stub
-        return AffineHead(weight_VD=linear.weight.detach().to(self.device).float(), bias_V=bias_V, scale=scale)
+        return AffineHead(weight_VD=linear.weight.detach().to(self.device), bias_V=bias_V, scale=scale)
 
     @contextlib.contextmanager
     def probed_head(self, most_bytes: int) -> Iterator[bool]:

@@ -40,6 +40,7 @@ from embstore.model.finish import SLAB_ROWS, Finisher, finish
 from embstore.model.heads import AffineHead, CappedHead, add_capped, add_streamed
 from embstore.model.laps import Lap
 from embstore.model.recycled import RecycledMemory
+from embstore.model.repeats import Copies, copy_means, without_repeats
 from embstore.model.settings import MAX_WINDOW_ROWS, lap_tokens, makes_kernels, num_workers, window_bytes
 from embstore.model.slabs import Chunk, SlabWorkers
 from embstore.model.tokens import PromptTokenizer, TokenRow, last_token_only
@@ -256,8 +257,9 @@ class LogitEmbedder:
         )
         if self.spec.pooling == "last":
             rows = [last_token_only(row) for row in rows]
+        rows, copies = without_repeats(rows)
         return [
-            (functools.partial(self._pool_rows, window, rows, rows_B, length, check), len(rows_B) * length)
+            (functools.partial(self._pool_rows, window, rows, rows_B, length, check, copies), len(rows_B) * length)
             for rows_B, length in batches_by_length(
                 rows, batch_tokens=self.spec.batch_tokens, padded_length=self._padded_length
             )
@@ -307,10 +309,11 @@ class LogitEmbedder:
         return max(2, min(few_lengths(length), self.spec.max_tokens) if makes_kernels(self.spec) else length)
 
     def _pool_rows(
-        self, window: _Window, rows: Sequence[TokenRow], rows_B: NDArray[np.int64], length: int, check: Check
+        self, window: _Window, rows: Sequence[TokenRow], rows_B: NDArray[np.int64], length: int, check: Check, copies: Copies
     ) -> None:
         check()
         self._pool_batch(padded_batch(rows, rows_B, length, pad_id=self._tokenizer.pad_id), window)
+        copy_means(window.means.mean_WX, rows_B, copies)
         if self._device.type == "cuda":
             window.ready = torch.cuda.current_stream(self._device).record_event()
 
@@ -350,11 +353,10 @@ class LogitEmbedder:
             mean_WX[rows_B] = hidden_BTD.sum(dim=1) / pooled_BT.sum(dim=1, keepdim=True)
         else:
             if self._capped is not None and add_capped(
-                self._capped, hidden_BTD, pooled_BT, rows_B, mean_WX, columns=self.spec.dimension
+                self._capped, hidden_BTD, batch.pooled_BT, rows_B, mean_WX, columns=self.spec.dimension
             ):
                 return
-            mean_WX[rows_B] = 0.0  # a batch that ran out of memory may have begun to add
-            add_streamed(self._model.head, hidden_BTD, pooled_BT, rows_B, mean_WX, columns=self.spec.dimension)
+            add_streamed(self._model.head, hidden_BTD, batch.pooled_BT, rows_B, mean_WX, columns=self.spec.dimension)
 
     def _few_rows(self, num_rows: int, length: int) -> int:
         """Rows that a window's last batch is filled up to: those of a full one, or a power of two where that is less."""

@@ -26,7 +26,7 @@ from embstore.core.plan import as_stored, refuse_other_input
 from embstore.host.memory import read_memory
 from embstore.model import packed
 from embstore.model.backbone import SplitModel
-from embstore.model.basis import orthonormal_basis
+from embstore.model.basis import coordinate_map
 from embstore.model.embed import LogitEmbedder
 from embstore.model.finish import AffineFinisher, finish, spanning_columns
 from embstore.model.heads import AffineHead
@@ -142,10 +142,10 @@ def test_a_packed_head_gives_the_rows_of_float64(columns: int, bias: bool) -> No
     bias_V = torch.randn(columns, generator=random) if bias else None
     head = AffineHead(weight_VD=weight_VD, bias_V=bias_V, scale=0.5)
     read_block, width = spanning_columns(head, columns)
-    basis_VR = orthonormal_basis(read_block, columns, width, max_rank=width)
-    finisher = AffineFinisher(head, basis_VR, columns, CPU)
+    map_MR = coordinate_map(read_block, columns, width, scale=head.scale)
+    finisher = AffineFinisher(head, map_MR, columns, CPU)
     finisher.pack()
-    out_BV, coord_BR = torch.empty(7, columns, dtype=torch.float16), torch.empty(7, basis_VR.shape[1])
+    out_BV, coord_BR = torch.empty(7, columns, dtype=torch.float16), torch.empty(7, map_MR.shape[1])
     finish(finisher, mean_BD, out_BV, coord_BR, torch.empty(7))
     exact_BV = mean_BD.double() @ weight_VD.double().T + (0 if bias_V is None else bias_V.double())
     exact_BV /= exact_BV.norm(dim=1, keepdim=True)
@@ -299,7 +299,7 @@ from embstore.host.memory import MemoryMeter
 
 torch.set_num_threads(1)
 head = AffineHead(weight_VD=torch.randn(1100, 256), bias_V=None, scale=1.0)
-finisher = AffineFinisher(head, np.eye(1100, 8, dtype=np.float32), 1100, torch.device("cpu"))
+finisher = AffineFinisher(head, np.eye(256, 8, dtype=np.float32), 1100, torch.device("cpu"))
 finisher.pack()
 with torch.inference_mode(), MemoryMeter() as meter:
     meter.set_baseline()
