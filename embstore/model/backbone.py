@@ -121,6 +121,8 @@ class SplitModel:
 def _backbone_of(model: Any) -> Any:  # noqa: ANN401
     """The module whose output the class makes logits of: its base model, or that one's decoder (OPT calls it directly)."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if model.base_model is model and isinstance(getattr(model, "model", None), nn.Module):
+        return model.model  # Llama 4 names as its base what its text class does not have
     if decoder is None or decoder is model.base_model or decoder is model:
         return model.base_model
     used: list[Any] = []
