@@ -52,8 +52,8 @@ def batches_by_length(
     Rows that pool nothing are left out. Sorting by length inside a window keeps padding near 2 % at 4096 rows (18.6 % at
     256). A row longer than ``batch_tokens`` gets its own batch.
 
-    With a ``boundary`` (``dtypes.length_limit``) rows of up to so many tokens are never padded beyond it, nor batched with longer
-    ones: the class computes all positions of a longer batch differently.
+    With a ``boundary`` (``dtypes.length_limit``) rows of up to so many tokens are never padded beyond it, nor batched with
+    longer ones: the class computes all positions of a longer batch differently.
     """
     lengths = np.array([len(row.ids_T) for row in rows], dtype=np.int64)
     usable = np.array([row.pooled_T.any() for row in rows], dtype=np.bool_)
