@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from embstore.core.errors import ModelError
 from embstore.core.interfaces import Check, no_check
-from embstore.model.dtypes import stored_dtype
+from embstore.model.dtypes import length_limit, stored_dtype
 from embstore.model.heads import AffineHead
 from embstore.model.laps import Job, Lap, add_gates
 from embstore.model.residency import Residency
@@ -57,6 +57,7 @@ class SplitModel:
         self.is_causal = self.is_stateful = False
         self.waiting_bytes_per_token = 16 * self.width  # until ``probe.measure_waiting`` has measured it
         self.stored_dtype = stored_dtype(module)
+        self.length_limit = length_limit(module)  # rows on both sides of it must not share a batch
         self._output_type: type[Any] | None = None
         self._given = _shadow_forward(self.backbone)
         self._tail = _Tail(module, self.backbone)
@@ -222,6 +223,8 @@ class _Tail:
 def _backbone_of(model: Any) -> Any:  # noqa: ANN401
     """The module whose output the class makes logits of: its base model, or that one's decoder (OPT calls it directly)."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if model.base_model is model and isinstance(getattr(model, "model", None), nn.Module):
+        return model.model  # Llama 4 names as its base what its text class does not have
     if decoder is None or decoder is model.base_model or decoder is model:
         return model.base_model
     used: list[Any] = []

@@ -41,7 +41,14 @@ from embstore.model.heads import AffineHead, CappedHead, add_capped, add_streame
 from embstore.model.laps import Lap
 from embstore.model.recycled import RecycledMemory
 from embstore.model.repeats import Copies, copy_means, without_repeats
-from embstore.model.settings import MAX_WINDOW_ROWS, lap_tokens, makes_kernels, num_workers, window_bytes
+from embstore.model.settings import (
+    MAX_WINDOW_ROWS,
+    boundary_of,
+    lap_tokens,
+    makes_kernels,
+    num_workers,
+    window_bytes,
+)
 from embstore.model.slabs import Chunk, SlabWorkers
 from embstore.model.tokens import PromptTokenizer, TokenRow, last_token_only
 
@@ -261,7 +268,10 @@ class LogitEmbedder:
         return [
             (functools.partial(self._pool_rows, window, rows, rows_B, length, check, copies), len(rows_B) * length)
             for rows_B, length in batches_by_length(
-                rows, batch_tokens=self.spec.batch_tokens, padded_length=self._padded_length
+                rows,
+                batch_tokens=self.spec.batch_tokens,
+                padded_length=self._padded_length,
+                boundary=boundary_of(self.spec, self._model),
             )
         ]
 

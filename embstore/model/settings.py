@@ -199,9 +199,15 @@ def makes_kernels(spec: EmbeddingSpec) -> bool:
 def num_workers(spec: EmbeddingSpec, model: SplitModel) -> int:
     """Batches in flight; follows from pinned values and the model, because it decides how torch splits its sums."""
     tokens = max(spec.batch_tokens, spec.max_tokens)
-    if spec.device != "cpu" or model.is_stateful:
+    if spec.device != "cpu" or model.is_stateful or boundary_of(spec, model) is not None:
         return 1
     return workers_for(spec.threads, activation_bytes(tokens, model))
+
+
+def boundary_of(spec: EmbeddingSpec, model: SplitModel) -> int | None:
+    """Tokens above which the class computes a whole batch differently, where a prompt may have so many."""
+    limit = model.length_limit
+    return limit if limit is not None and limit < spec.max_tokens else None
 
 
 def activation_bytes(tokens: int, model: SplitModel) -> int:
