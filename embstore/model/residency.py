@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from embstore.model.layer_weights import Weights
 from embstore.model.units import Unit
-from embstore.model.weights import Weights
 
 _WAKE_SECONDS = 0.5  # how long a thread waits until it looks for Ctrl-C
 

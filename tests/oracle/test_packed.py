@@ -31,10 +31,10 @@ from embstore.model.basis import orthonormal_basis
 from embstore.model.embed import LogitEmbedder
 from embstore.model.finish import AffineFinisher, finish, spanning_columns
 from embstore.model.heads import AffineHead
+from embstore.model.layer_weights import Weights
 from embstore.model.packed import can_pack, packed_for_tokens, set_packed
 from embstore.model.probe import watched_layers
 from embstore.model.units import parts_of
-from embstore.model.weights import Weights
 from tests.support import records
 from tests.support.models import (
     PROMPTS,
@@ -356,7 +356,7 @@ from torch import nn
 from embstore.host.memory import MemoryMeter, read_memory
 from embstore.model.packed import packed_for_tokens
 from embstore.model.units import parts_of
-from embstore.model.weights import Weights
+from embstore.model.layer_weights import Weights
 
 stack = nn.Module()
 stored = getattr(torch, sys.argv[1])
