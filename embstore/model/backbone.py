@@ -2,7 +2,7 @@
 
 For an affine head mean_t(W h_t + b) = W mean_t(h_t) + b: one V-wide product per prompt replaces one per token. ``probe``
 determines which kind of head a model has. Both halves run the class's own code. The backbone's weights are made ready by
-``weights``: all at once in the *plain* order, unit by unit for many batches in the *layered* one.
+``layer_weights``: all at once in the *plain* order, unit by unit for many batches in the *layered* one.
 
 Shapes: B rows, T tokens, D model width, V vocabulary, L tokens in a flat list.
 """
@@ -24,9 +24,9 @@ from embstore.core.interfaces import Check, no_check
 from embstore.model.dtypes import length_limit, stored_dtype
 from embstore.model.heads import AffineHead
 from embstore.model.laps import Job, Lap, add_gates
+from embstore.model.layer_weights import Merges, Weights
 from embstore.model.residency import Residency
 from embstore.model.units import parts_of
-from embstore.model.weights import Merges, Weights
 
 
 class SplitModel:

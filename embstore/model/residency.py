@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from embstore.model.layer_weights import Weights
 from embstore.model.units import Unit
-from embstore.model.weights import Weights
 
 _WAKE_SECONDS = 0.5  # how long a thread waits until it looks for Ctrl-C
 
@@ -56,10 +56,13 @@ class Residency:
     def leave(self, batch: object) -> None:
         """``batch`` has ended, well or not."""
         with self._changed:
+            if batch not in self._place:
+                return
             self._move(batch, None)
-            self._place.pop(batch, None)
+            self._place.pop(batch)
             if not self._place:
                 self._left = set(self._open)
+                self._error = None  # nobody is left who must hear of it
             self._advance()
 
     def enter(self, unit: Unit) -> bool:
@@ -170,8 +173,10 @@ class Residency:
         try:
             ready = self._weights.make(unit)
         except BaseException as error:  # noqa: BLE001 - raised again in the threads that wait
+            self._weights.drop(unit)  # what was made of it
             with self._changed:
-                self._error, self._loading = error, None
+                self._loading = None
+                self._error = error if self._place else None
                 self._changed.notify_all()
             return
         with self._changed:

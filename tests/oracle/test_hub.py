@@ -23,13 +23,13 @@ import dataclasses, json, sys
 import torch
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import EmbstoreError
-from embstore.model.load import load_model
+from embstore.model.load import whole_in_float32
 from embstore.model.locate import locate_model
 
 def about(settings):
     try:
         files = locate_model(EmbeddingConfig(**settings))
-        loaded = load_model(files, "cpu")
+        loaded = files.load("logits")
         with torch.inference_mode():
             logits = loaded.model(input_ids=torch.arange(8)[None]).logits
         return {"identity": dataclasses.asdict(files.identity()), "sum": float(logits.double().sum()),

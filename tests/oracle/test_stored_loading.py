@@ -22,7 +22,7 @@ from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
 from embstore.core.prompts import Prompt
 from embstore.model.dtypes import stored_dtype
-from embstore.model.load import load_model
+from embstore.model.load import whole_in_float32
 from embstore.model.locate import locate_model
 from embstore.model.tokens import PromptTokenizer
 from tests.support.models import (
@@ -145,7 +145,7 @@ def test_each_tensor_stays_in_the_dtype_of_its_file_whatever_the_configuration_s
     assert stored_dtype(model) == torch.bfloat16
     # and so float32 computes with what the file has
     expected = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found = load_model(locate_model(EmbeddingConfig(model=str(folder))), "cpu").model
+    found = whole_in_float32(locate_model(EmbeddingConfig(model=str(folder))).load("logits"))
     tensors = dict(found.named_parameters()) | dict(found.named_buffers())
     for key, each in (*expected.named_parameters(), *expected.named_buffers()):
         assert tensors[key].dtype == each.dtype
