@@ -25,7 +25,7 @@ from embstore.core.prompts import Prompt
 from embstore.core.spec import EmbeddingSpec, ModelIdentity
 from embstore.flow.build import build
 from embstore.model.embed import LogitEmbedder
-from embstore.model.load import locate_model
+from embstore.model.locate import locate_model
 from embstore.model.settings import MAX_WINDOW_ROWS
 from embstore.model.source import TorchSource
 

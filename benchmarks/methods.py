@@ -40,7 +40,8 @@ from embstore.host.threads import Workers, finish_all
 from embstore.model.backbone import SplitModel
 from embstore.model.batches import TokenBatch, batches_by_length, few_lengths, padded_batch
 from embstore.model.embed import DTYPES, LogitEmbedder
-from embstore.model.load import load_model, locate_model
+from embstore.model.load import load_model
+from embstore.model.locate import locate_model
 from embstore.model.packed import pack_layers
 from embstore.model.probe import split_model
 from embstore.model.settings import MAX_WINDOW_ROWS
@@ -234,7 +235,9 @@ def drop_rows(embedder: LogitEmbedder, prompts: Sequence[Prompt]) -> int:
     windows = [prompts[start : start + step] for start in range(0, len(prompts), step)]
     tokens = 0
     for window, following in zip(windows, [*windows[1:], []], strict=True):
-        blocks = embedder.embed(window, first_row=0, chunk_rows=rows, check=lambda: None, following=following)
+        blocks = embedder.embed(
+            window, first_row=0, chunk_rows=rows, check=lambda: None, following=[following] if following else ()
+        )
         for block in blocks:
             block.release()
         tokens += embedder.counts.tokens

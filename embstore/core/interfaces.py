@@ -12,7 +12,7 @@ Shapes: B rows of a block, V vocabulary columns, R coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -93,12 +93,12 @@ class Embedder(Protocol):
         first_row: int,
         chunk_rows: int,
         check: Check,
-        following: Sequence[Prompt] = (),
+        following: Iterable[Sequence[Prompt]] = (),
     ) -> Iterator[RowBlock]:
         """Rows of one window, chunk by chunk; ``counts`` are valid once the iterator is exhausted.
 
-        ``following`` is the prompts object that the next call will pass: the embedder may start on it in the background.
-        If that work fails, the error is raised by the next call.
+        ``following`` gives the prompts objects that the next calls will pass, in their order: the embedder takes as many as
+        it wants to start on in the background. If that work fails, the error is raised by the call for those prompts.
         """
 
     def close(self) -> None:
@@ -168,10 +168,14 @@ class EmbedderSource(Protocol):
         spec: EmbeddingSpec,
         basis_VR: NDArray[np.float32],
         *,
+        memory_bytes: int = 0,
         device: str | None = None,
         observer: Observer = ignore,
     ) -> Embedder:
-        """Load with stored settings, without probing, on ``device`` (None: this process's own of the kind in the spec)."""
+        """Load with stored settings, on ``device`` (None: this process's own of the kind in the spec).
+
+        ``memory_bytes`` is what windows that are computed together may take.
+        """
 
     def take_over(
         self,

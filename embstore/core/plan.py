@@ -134,13 +134,13 @@ def _trusted(config: EmbeddingConfig, model: ModelIdentity | None, *, computes: 
 def model_mismatches(stored: ModelIdentity, given: ModelIdentity) -> list[FieldMismatch]:
     """Fields that make another model of it: not the name (a renamed or moved folder) and the revision (the digests decide).
 
-    The trust in its code is an option, which ``refuse_other_input`` compares.
+    The trust in its code is an option, which ``refuse_other_input`` compares. Stores from before December 2026 have no
+    digest of that code, so it is not compared.
     """
-    return [
-        mismatch
-        for mismatch in diff_fields(stored, given, prefix="model.")
-        if mismatch.field not in ("model.name", "model.revision", "model.trust_remote_code")
-    ]
+    ignored = {"model.name", "model.revision", "model.trust_remote_code"}
+    if not stored.code_sha256:
+        ignored.add("model.code_sha256")
+    return [each for each in diff_fields(stored, given, prefix="model.") if each.field not in ignored]
 
 
 def hardware_mismatches(stored: EmbeddingSpec, hardware: Mapping[str, object]) -> list[FieldMismatch]:

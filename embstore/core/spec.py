@@ -35,6 +35,7 @@ class ModelIdentity:
     config_sha256: str
     tokenizer_sha256: str
     trust_remote_code: bool
+    code_sha256: str = ""  # of trusted code in the folder; stores from before December 2026 have none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +153,10 @@ _OLD_PACKED_LAYERS, _OLD_PACKED_HEAD = " with packed layers", " and head"
 
 
 def _upgraded(whole: JsonObject) -> JsonObject:
-    """``spec.json`` with today's fields, where it has "head_scale" and sentences, or no versions."""
+    """``spec.json`` with today's fields, where it has "head_scale" and sentences, or no versions or digest of code."""
+    model = whole.get("model")
+    if isinstance(model, dict) and "code_sha256" not in model:
+        whole = {**whole, "model": {**model, "code_sha256": ""}}
     old = whole.get("embedding")
     if not isinstance(old, dict):
         return whole

@@ -129,10 +129,10 @@ def find_source(run: Run) -> EmbedderSource | None:
         embedding = dataclasses.replace(embedding, model=model, revision=revision)
     # torch loads only where rows may be computed, and says so, because it takes seconds
     with stage(run.observer, "imports") if "transformers" not in sys.modules else contextlib.nullcontext():
-        from embstore.model.load import locate_model  # noqa: PLC0415
+        from embstore.model.locate import locate_model  # noqa: PLC0415
         from embstore.model.source import TorchSource  # noqa: PLC0415
     run.compute_exactly(needs_torch=True)
-    return TorchSource(locate_model(embedding))
+    return TorchSource(locate_model(embedding), model_memory_bytes=embedding.model_memory)
 
 
 def _knows_model(root: Path) -> bool:
@@ -201,7 +201,14 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
         return spec, None, reuse  # workers load it
     # copy-on-write mapping: torch does not accept read-only arrays, and nothing writes to it
     basis_VR = map_array(writer.root, BASIS, "<f4", (spec.embedding.dimension, spec.embedding.rank), mode="c")
-    return spec, run.source.reopen(spec.embedding, basis_VR, device=run.device, observer=run.observer), reuse
+    embedder = run.source.reopen(
+        spec.embedding,
+        basis_VR,
+        memory_bytes=config.memory_budget_bytes,
+        device=run.device,
+        observer=run.observer,
+    )
+    return spec, embedder, reuse
 
 
 def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tuple[StoreSpec, Embedder]:

@@ -219,7 +219,7 @@ def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: 
                 message=f"the order of the pool differs from the old store's: rows to copy are read {rereads:.0f} times each"
             )
         )
-    job = _window_job(run, spec, embedder, reuse)
+    job = _window_job(run, spec, embedder, reuse, todo.windows)
     run.observer(StageStarted(stage="embed", total=spec.rows, done=spec.rows - todo.remaining_rows))
     started = since = time.perf_counter()
     with run.stage("embed"), run.stop.deferred() as check:
@@ -255,11 +255,19 @@ def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: 
     run.observer(StageFinished(stage="embed", seconds=time.perf_counter() - started))
 
 
-def _window_job(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: Reuse) -> Job[int, MadeWindow]:
+def _window_job(
+    run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: Reuse, windows: tuple[int, ...]
+) -> Job[int, MadeWindow]:
     root, stops = run.writer.root, run.config.on_error == "stop"
     if not run.engine.is_remote:
         return LocalWindowJob(
-            root=root, spec=spec, embedder=embedder, reuse=reuse, stops_at_failure=stops, work=run.writer.work
+            root=root,
+            spec=spec,
+            embedder=embedder,
+            reuse=reuse,
+            stops_at_failure=stops,
+            work=run.writer.work,
+            todo=windows,
         )
     return RemoteWindowJob.prepare(
         root.absolute(),
@@ -268,6 +276,7 @@ def _window_job(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: Reu
         reuse,
         stops_at_failure=stops,
         folder=run.engine_folder,
+        memory_bytes=run.config.memory_budget_bytes,
     )
 
 

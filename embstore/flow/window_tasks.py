@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,19 +56,22 @@ class WindowWorker:
         stops_at_failure: bool,
         work: Path,
         temps: Path | None = None,
+        todo: Sequence[int] = (),
         meter: MemoryMeter | None = None,
         resources: contextlib.ExitStack | None = None,
     ) -> None:
         """``work`` is for scratch, ``temps`` for temp files of chunks (default: the folder of the chunks).
 
-        ``resources`` are closed with the worker.
+        ``todo`` are all windows that this worker will be given, where that is known, in their order. ``resources`` are
+        closed with the worker.
         """
         self._spec, self._embedder, self._reuse, self._prompts = spec, embedder, reuse, prompts
         self._stops_at_failure = stops_at_failure
         self._writer = WindowWriter(root, spec, folder=temps)
         self._copier = RowCopier(reuse, spec, work)
         self._counts = _NOTHING_COMPUTED
-        self._upcoming: tuple[int, list[Prompt]] | None = None
+        self._todo = todo
+        self._read: dict[int, list[Prompt]] = {}  # prompts of windows for the model: announced ones keep their objects
         self._resources = resources or contextlib.ExitStack()
         self._meter = meter
         if meter is not None:
@@ -84,12 +87,12 @@ class WindowWorker:
             A prompt failed in the model, and failed rows are not quarantined.
         """
         given = self._missing(task)
-        self._upcoming = (following, self._missing(following)) if following is not None else None
-        blocks = self._blocks(task, given, check, self._upcoming[1] if self._upcoming is not None else ())
+        blocks = self._blocks(task, given, check, self._announced(task, following))
         rows = grid_of(self._spec).window(task)
         written = self._writer.write(
             task, self._refuse_failed(blocks), lambda: self._counts, reused=self._reuse.ranges(rows)
         )
+        self._read.pop(task, None)
         return MadeWindow(written=written, peak_anonymous_bytes=self._meter.peak_anonymous_bytes if self._meter else None)
 
     def close(self) -> None:
@@ -102,15 +105,21 @@ class WindowWorker:
 
     def _missing(self, window: int) -> list[Prompt]:
         """Prompts of a window for the model: the same objects that were announced to it as ``following``."""
-        if self._upcoming is not None and self._upcoming[0] == window:
-            return self._upcoming[1]
-        rows = grid_of(self._spec).window(window)
-        needed = set(self._reuse.missing(rows).tolist())
-        if not needed:
-            return []
-        return [prompt for row, prompt in enumerate(self._prompts.read(rows), rows.start) if row in needed]
+        if window not in self._read:
+            rows = grid_of(self._spec).window(window)
+            needed = set(self._reuse.missing(rows).tolist())
+            prompts = self._prompts.read(rows) if needed else []
+            self._read[window] = [prompt for row, prompt in enumerate(prompts, rows.start) if row in needed]
+        return self._read[window]
 
-    def _blocks(self, window: int, given: Sequence[Prompt], check: Check, following: Sequence[Prompt]) -> Iterator[RowBlock]:
+    def _announced(self, window: int, following: int | None) -> Iterator[list[Prompt]]:
+        """Prompts of the windows after this one, read as they are asked for; a window that is copied has none."""
+        windows = self._todo[self._todo.index(window) + 1 :] if window in self._todo else (following,)
+        return (prompts for later in windows if later is not None and (prompts := self._missing(later)))
+
+    def _blocks(
+        self, window: int, given: Sequence[Prompt], check: Check, following: Iterable[Sequence[Prompt]]
+    ) -> Iterator[RowBlock]:
         """All rows of a window; the counts are valid once they are exhausted."""
         rows = grid_of(self._spec).window(window)
         is_mixed = len(given) < rows.num_rows
@@ -150,6 +159,7 @@ class LocalWindowJob:
     reuse: Reuse
     stops_at_failure: bool
     work: Path
+    todo: tuple[int, ...] = ()
     needs: Needs = "device"
 
     def start(self, number: int) -> WindowWorker:
@@ -162,6 +172,7 @@ class LocalWindowJob:
             prompts=PromptTable(self.root / PROMPTS, self.spec.rows),
             stops_at_failure=self.stops_at_failure,
             work=self.work,
+            todo=self.todo,
         )
 
     def name(self, task: int) -> str:
@@ -187,6 +198,7 @@ class RemoteWindowJob:
     reuse: SavedReuse | None
     stops_at_failure: bool
     folder: Path
+    memory_bytes: int = 0
     needs: Needs = "device"
 
     @classmethod
@@ -199,12 +211,21 @@ class RemoteWindowJob:
         *,
         stops_at_failure: bool,
         folder: Path,
+        memory_bytes: int,
     ) -> RemoteWindowJob:
         """Write the files that workers map: offsets of rows in ``prompts.jsonl``, and origins of copied rows."""
         with storage_errors("writing to", folder):
             np.save(folder / "offsets.npy", PromptTable(root / PROMPTS, spec.rows).offsets)
         saved = SavedReuse.save(reuse, folder) if reuse.stores else None
-        return cls(root=root, spec=spec, source=source, reuse=saved, stops_at_failure=stops_at_failure, folder=folder)
+        return cls(
+            root=root,
+            spec=spec,
+            source=source,
+            reuse=saved,
+            stops_at_failure=stops_at_failure,
+            folder=folder,
+            memory_bytes=memory_bytes,
+        )
 
     def start(self, number: int) -> WindowWorker:
         """As ``Job``: load the model in the process that will use it.
@@ -225,7 +246,8 @@ class RemoteWindowJob:
             self._refuse_other(self.source)
             shape = (self.spec.embedding.dimension, self.spec.embedding.rank)
             basis_VR = map_array(self.root, BASIS, "<f4", shape, mode="c")
-            embedder = self.source.reopen(self.spec.embedding, basis_VR)  # on this process's own device
+            # on this process's own device
+            embedder = self.source.reopen(self.spec.embedding, basis_VR, memory_bytes=self.memory_bytes)
         offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
         return WindowWorker(
             self.root,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +151,7 @@ class ArraySource:
         spec: EmbeddingSpec,
         basis_VR: NDArray[np.float32],
         *,
+        memory_bytes: int = 0,
         device: str | None = None,
         observer: Observer = ignore,
     ) -> ArrayEmbedder:
@@ -201,7 +202,7 @@ class ArrayEmbedder:
         first_row: int,
         chunk_rows: int,
         check: Check,
-        following: Sequence[Prompt] = (),
+        following: Iterable[Sequence[Prompt]] = (),
     ) -> Iterator[RowBlock]:
         """Rows of one window by chunks; a row that cannot be scaled is NaN and named, never skipped."""
         yield from self.blocks(first_row, first_row + len(prompts), chunk_rows=chunk_rows, check=check)

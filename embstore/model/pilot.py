@@ -5,7 +5,6 @@ Shapes: N sampled rows, B rows of a window, V columns, R coordinates.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from embstore.core.density import NOISE_FLOOR, total_variation
+from embstore.core.density import NOISE_FLOOR
 from embstore.core.errors import RowError
 from embstore.core.interfaces import PromptReader, no_check
 from embstore.core.rows import slices
@@ -29,6 +28,9 @@ from embstore.model.settings import Settings
 from embstore.model.tokens import TokenRow
 
 _TIMED_ROWS = 32
+_TIMED_FLOPS = 2e11  # of the timed rows
+_TIMED_TOKENS = 1024
+_PRODUCT_SHARE = 0.7  # of the time of a row
 _DTYPE_PROBE_K = 10
 
 
@@ -52,24 +54,54 @@ def find_basis(parts: ModelParts, settings: Settings, prompts: PromptReader, wor
     return orthonormal_basis(read_block, spec.dimension, width, max_rank=max_rank, scratch=flat)
 
 
-def weights_moved(
-    parts: ModelParts, other: SplitModel, settings: Settings, finisher: Finisher, sample: Sequence[TokenRow]
-) -> float:
-    """The total variation between the sample's weights by the model and by ``other``, the same in another dtype."""
-    first, second = (
-        _mean_distances(dataclasses.replace(parts, model=model), settings, finisher, sample)
-        for model in (parts.model, other)
-    )
-    return total_variation(first, second)
+def mean_distances(
+    parts: ModelParts, settings: Settings, finisher: Finisher, sample: Sequence[TokenRow]
+) -> NDArray[np.float64]:
+    """Floored mean distance float64 [N] of each sampled prompt to its nearest others, as the model is settled now."""
+    embedder = LogitEmbedder(parts, settings.spec, np.empty((0, 0), dtype=np.float32), finisher)
+    window = embedder.pool(sample, no_check)
+    unit_NV, coord_NR, _ = embedder.unit_rows(window, 0, len(sample))
+    # there is no basis yet where logits are pooled
+    points = (unit_NV if settings.spec.head.pools_logits else coord_NR).cpu().double()
+    points = points[torch.isfinite(points).all(dim=1)]
+    k = min(_DTYPE_PROBE_K, len(points) - 1)
+    if k < 1:
+        return np.ones(max(1, len(points)))
+    # differences, not a Gram matrix: at these distances cancellation would be felt even in float64
+    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+    nearest = distances.topk(k, largest=False).values.numpy()
+    floored: NDArray[np.float64] = np.maximum(nearest.mean(axis=1), NOISE_FLOOR)
+    return floored
 
 
 def note_plan(embedder: LogitEmbedder, sample: Sequence[TokenRow], window_rows: int) -> None:
-    """Note what the plan of a new store needs: rows of a window, the share of prompts that are cut, and a timed estimate."""
-    started = time.perf_counter()
-    embedder.pool(sample[:_TIMED_ROWS], no_check)
-    embedder.seconds_per_row = (time.perf_counter() - started) / len(sample[:_TIMED_ROWS])
+    """Note what the plan of a new store needs: rows of a window, the share of prompts that are cut, and a timed estimate.
+
+    Rows are timed where that is cheap; for a large model a product of its size is, which is what most of a row is.
+    """
+    mean_tokens = sum(len(row.ids_T) for row in sample) / len(sample)
+    flops_per_row = 2 * embedder.model.backbone_parameters * max(1.0, mean_tokens)
+    if _TIMED_ROWS * flops_per_row <= _TIMED_FLOPS:
+        started = time.perf_counter()
+        embedder.pool(sample[:_TIMED_ROWS], no_check)
+        embedder.seconds_per_row = (time.perf_counter() - started) / len(sample[:_TIMED_ROWS])
+    else:
+        embedder.seconds_per_row = flops_per_row / (_PRODUCT_SHARE * _timed_rate(embedder.model))
     embedder.max_window_rows = window_rows
     embedder.truncated_share = sum(row.was_cut for row in sample) / len(sample)
+
+
+@torch.inference_mode()
+def _timed_rate(model: SplitModel) -> float:
+    """Operations a second of a product of the model's size, on all cores or the GPU."""
+    given = torch.ones((_TIMED_TOKENS, model.width), dtype=model.dtype, device=model.device)
+    weight = torch.ones((model.inner_width, model.width), dtype=model.dtype, device=model.device)
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        float(torch.nn.functional.linear(given, weight)[0, 0])  # waits for a GPU
+        seconds.append(time.perf_counter() - started)
+    return 2 * given.numel() * model.inner_width / min(seconds)
 
 
 def _pilot_rows(
@@ -95,22 +127,3 @@ def _pilot_rows(
             hint="check that the model accepts these prompts",
         )
     return pilot_NV[:count]
-
-
-def _mean_distances(
-    parts: ModelParts, settings: Settings, finisher: Finisher, sample: Sequence[TokenRow]
-) -> NDArray[np.float64]:
-    """Floored mean distance float64 [N] of each sampled prompt to its nearest others in the sample."""
-    embedder = LogitEmbedder(parts, settings.spec, np.empty((0, 0), dtype=np.float32), finisher)
-    window = embedder.pool(sample, no_check)
-    coordinates = embedder.unit_rows(window, 0, len(sample))[1].cpu().numpy()
-    coordinates = coordinates[np.isfinite(coordinates).all(axis=1)]
-    k = min(_DTYPE_PROBE_K, len(coordinates) - 1)
-    if k < 1:
-        return np.ones(max(1, len(coordinates)))
-    points = torch.from_numpy(coordinates.astype(np.float64))
-    # differences, not a Gram matrix: at these distances cancellation would be felt even in float64
-    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
-    nearest = distances.topk(k, largest=False).values.numpy()
-    floored: NDArray[np.float64] = np.maximum(nearest.mean(axis=1), NOISE_FLOOR)
-    return floored

@@ -29,7 +29,7 @@ from embstore.core.records import WindowRecord
 from embstore.core.spec import EmbeddingSpec, ModelIdentity
 from embstore.flow.build import build
 from embstore.model.embed import LogitEmbedder
-from embstore.model.load import locate_model
+from embstore.model.locate import locate_model
 from embstore.model.source import TorchSource
 from embstore.search.exact.scan import all_neighbors
 from embstore.storage.journal import read_journal

@@ -15,7 +15,7 @@ import transformers
 
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
-from embstore.model.load import locate_model
+from embstore.model.locate import locate_model
 from tests.support.models import (
     PROMPTS,
     distances,

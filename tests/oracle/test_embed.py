@@ -17,7 +17,7 @@ from embstore.core.errors import ModelError
 from embstore.core.events import Event, Notice
 from embstore.core.prompts import Prompt
 from embstore.core.spec import Head
-from embstore.model.load import locate_model
+from embstore.model.locate import locate_model
 from embstore.model.packed import can_pack
 from embstore.model.source import TorchSource
 from tests.support.models import (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,7 @@ class FakeSource:
         spec: EmbeddingSpec,
         basis_VR: NDArray[np.float32],
         *,
+        memory_bytes: int = 0,
         device: str | None = None,
         observer: Observer = ignore,
     ) -> FakeEmbedder:
@@ -139,7 +140,7 @@ class FakeEmbedder:
         first_row: int,
         chunk_rows: int,
         check: Check,
-        following: Sequence[Prompt] = (),
+        following: Iterable[Sequence[Prompt]] = (),
     ) -> Iterator[RowBlock]:
         self._source.calls.append((first_row, first_row + len(prompts)))
         for start in range(0, len(prompts), chunk_rows):

@@ -20,6 +20,7 @@ from embstore.core.config import BuildConfig, EmbeddingConfig, WeightingConfig
 from embstore.core.errors import ConfigError, CorruptStoreError, ExitCode, IdentityMismatchError
 from embstore.core.events import Notice
 from embstore.core.format import document
+from embstore.core.plan import model_mismatches
 from embstore.core.records import DriftRecord, encode_journal_header
 from embstore.core.spec import StoreSpec
 from embstore.flow.artifact import recompute_weights
@@ -30,6 +31,7 @@ from embstore.views.info import inspect, verify
 from embstore.views.terminal import print_info
 from tests.support.build_fake import CONFIG
 from tests.support.fake import VERSIONS, FakeSource, renamed
+from tests.support.records import MODEL
 from tests.support.rot import tree_state
 from tests.support.stores import (
     NUM_ROWS,
@@ -70,6 +72,7 @@ GIVEN_BY: dict[str, set[str]] = {
     "the libraries": {"embedding.versions"},
     "the model": {f"model.{field}" for field in MODEL_FIELDS} | {"embedding.token_limit"},
     "the prompts": {"rows", "prompts_fingerprint"},
+    "trusted code in the model's folder": {"model.code_sha256"},
     "another release": {"format_version"},
     "nobody, the digests decide": {"model.name", "model.revision"},
     # these follow from the others, and from code
@@ -127,6 +130,17 @@ def test_every_field_of_the_spec_has_a_test_of_another_value() -> None:
     # what a user may set is a field of the spec, or names the model
     asked = {stored_as.get(entry.name, entry.name) for entry in dataclasses.fields(EmbeddingConfig)}
     assert asked - {"model", "trust_tokenizer_pickle"} <= {field.rpartition(".")[2] for field in SPEC_FIELDS}
+
+
+def test_code_is_compared_where_the_store_has_its_digest() -> None:
+    """Stores from before the field do not have it."""
+    given = dataclasses.replace(MODEL, code_sha256="a" * 64)
+    assert model_mismatches(MODEL, given) == []
+    changed = dataclasses.replace(MODEL, code_sha256="b" * 64)
+    assert [str(each) for each in model_mismatches(given, changed)] == [
+        f"model.code_sha256: the store has {'a' * 64}, given {'b' * 64}"
+    ]
+    assert [each.field for each in model_mismatches(given, MODEL)] == ["model.code_sha256"]
 
 
 @pytest.mark.parametrize("state", ["unfinished", "store"])
