@@ -12,7 +12,7 @@ import pytest
 from embstore.core.config import EmbeddingConfig
 from embstore.core.events import Event, StageAdvanced, StageFinished, StageStarted
 from embstore.model import digests
-from embstore.model.load import locate_model
+from embstore.model.locate import locate_model
 from embstore.model.source import TorchSource
 from tests.support.models import make_model, make_tokenizer, save_model
 

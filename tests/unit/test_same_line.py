@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from embstore.cli import app
 from embstore.core.config import EmbeddingConfig
-from embstore.model import load
+from embstore.model import locate
 from embstore.storage.reader import open_store
 from embstore.storage.writer import StoreWriter
 from tests.oracle.test_nanochat import CONFIG as NANOCHAT
@@ -36,6 +36,7 @@ LINES: dict[str, list[list[str]]] = {
     "window_rows": [["--window-rows", "20"], ["--chunk-rows", "10", "--window-rows", "20"]],
     "chunk_rows": [["--chunk-rows", "5", "--window-rows", "15"]],
     "threads": [["--threads", "3"]],
+    "model_memory": [["--model-memory", "1MiB"]],
     "compressor": [["--compressor", "none"]],
     "trust_remote_code": [["--trust-remote-code"], ["--model", "nanochat", "--trust-remote-code"]],
     "trust_tokenizer_pickle": [["--model", "nanochat", "--trust-tokenizer-pickle"]],
@@ -88,7 +89,7 @@ def test_the_line_that_began_a_build_continues_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(load, "_download", lambda model, revision: folder)
+    monkeypatch.setattr(locate, "download", lambda model, revision, *, trusted: folder)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(nanochat))
     line = ["build", prompts, "--knn", "exact", *given]
     for name, value in {"--model": folder, "--device": "cpu", "--threads": 2}.items():
