@@ -79,18 +79,12 @@ class EmbeddingConfig:
     window_rows: int | None = option(None, "Rows per commit, the most a kill can cost. Default: at most 4096.", unit="rows")
     chunk_rows: int | None = option(None, "Rows per chunk file. Default: about 32 MiB of them.", unit="rows")
     threads: int | None = option(None, "CPU threads. Default: all that this process may use.", "resources")
-    model_memory: int | None = option(
-        None,
-        "Memory for the weights of layers: layers are read in turn where not all fit. Default: all of a small model, two "
-        "layers of a large one; on a GPU, all that fit.",
-        unit="bytes",
-    )
     compressor: Compressor | None = option(None, "none: store chunks uncompressed, so they can be memory-mapped.")
     trust_remote_code: bool | None = option(None, "Run Python code that comes with the model. Recorded in the store.")
     trust_tokenizer_pickle: bool | None = option(None, "Load nanochat's tokenizer.pkl. Unpickling can run any code.")
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "batch_tokens", "window_rows", "chunk_rows", "threads", "model_memory"):
+        for name in ("max_tokens", "batch_tokens", "window_rows", "chunk_rows", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
@@ -249,6 +243,13 @@ class BuildConfig:
     weighting: WeightingConfig = WeightingConfig()
     memory_budget_bytes: int = option(
         2 << 30, "Memory besides the loaded model and mapped files.", "resources", flag="--memory-budget", unit="bytes"
+    )
+    model_memory_bytes: int | None = option(
+        None,
+        "Memory for the weights of layers: they are read in turn where not all fit. Default: all of a small model, two layers "
+        "of a large one; on a GPU, all that fit.",
+        flag="--model-memory",
+        unit="bytes",
     )
     on_error: Literal["stop", "quarantine"] = option(
         "stop", "If a row cannot be embedded: stop, or keep its number with an empty row of weight 0 (quarantine)."

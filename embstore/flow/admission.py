@@ -132,7 +132,7 @@ def find_source(run: Run) -> EmbedderSource | None:
         from embstore.model.locate import locate_model  # noqa: PLC0415
         from embstore.model.source import TorchSource  # noqa: PLC0415
     run.compute_exactly(needs_torch=True)
-    return TorchSource(locate_model(embedding), model_memory_bytes=embedding.model_memory)
+    return TorchSource(locate_model(embedding), model_memory_bytes=run.config.model_memory_bytes)
 
 
 def _knows_model(root: Path) -> bool:

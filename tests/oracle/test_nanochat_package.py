@@ -20,6 +20,7 @@ from embstore.core.errors import ModelError
 from embstore.integrations.nanochat.package import find_package
 from embstore.model.embed import LogitEmbedder
 from embstore.model.locate import locate_model
+from embstore.model.positions import usable_positions
 from embstore.model.source import TorchSource
 from tests.support import later_gpt
 from tests.support.checkpoints import Evil, State, make_base, tokens_of
@@ -210,11 +211,11 @@ def test_the_process_is_left_as_it_was(base: Path, monkeypatch: pytest.MonkeyPat
     before = (theirs.COMPUTE_DTYPE, list(root.handlers), root.level, torch.random.get_rng_state().tolist())
     files = locate_model(EmbeddingConfig(model=str(MODEL), **TRUSTED))
     loaded = files.load("logits")
-    loaded.model.base_model.to(torch.float64)
+    loaded.model.base_model.compute_in(torch.float64)
     assert (theirs.COMPUTE_DTYPE, list(root.handlers), root.level, torch.random.get_rng_state().tolist()) == before
     assert (sys.modules["nanochat.gpt"], sys.modules["kernels"]) == (theirs, "theirs")
     assert os.environ["NANOCHAT_DTYPE"] == "bfloat16"
-    assert loaded.max_positions == 128
+    assert usable_positions(loaded.model) == 128
 
 
 def test_a_single_token_is_taken(base: Path) -> None:
