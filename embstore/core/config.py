@@ -256,7 +256,9 @@ class BuildConfig:
     )
     strict: bool = option(False, "Refuse the file if any line does not contain a prompt.")
     limit: int | None = option(None, "Use only the first N distinct prompts, or rows of an array.", "input", unit="rows")
-    allow_drift: bool = option(False, "Resume on other hardware or threads, or without --reuse stores. Bytes may differ.")
+    allow_drift: bool = option(
+        False, "Resume on other hardware, threads or versions, or without --reuse stores. Bytes may differ."
+    )
     trust_journal: bool = option(False, "Resume without reading committed rows back to check them.")
     reuse: tuple[str, ...] = option((), "Finished store to copy rows of equal prompts from. Repeatable.", "input")
     fields: PromptFields = USUAL_FIELDS

@@ -129,7 +129,7 @@ def test_every_field_of_the_spec_has_a_test_of_another_value() -> None:
     assert {field.rpartition(".")[2] for field in GIVEN_BY["an option"]} == options
     # what a user may set is a field of the spec, or names the model
     asked = {stored_as.get(entry.name, entry.name) for entry in dataclasses.fields(EmbeddingConfig)}
-    assert asked - {"model", "trust_tokenizer_pickle", "model_memory"} <= {field.rpartition(".")[2] for field in SPEC_FIELDS}
+    assert asked - {"model", "trust_tokenizer_pickle"} <= {field.rpartition(".")[2] for field in SPEC_FIELDS}
 
 
 def test_code_is_compared_where_the_store_has_its_digest() -> None:

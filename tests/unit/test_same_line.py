@@ -36,7 +36,6 @@ LINES: dict[str, list[list[str]]] = {
     "window_rows": [["--window-rows", "20"], ["--chunk-rows", "10", "--window-rows", "20"]],
     "chunk_rows": [["--chunk-rows", "5", "--window-rows", "15"]],
     "threads": [["--threads", "3"]],
-    "model_memory": [["--model-memory", "1MiB"]],
     "compressor": [["--compressor", "none"]],
     "trust_remote_code": [["--trust-remote-code"], ["--model", "nanochat", "--trust-remote-code"]],
     "trust_tokenizer_pickle": [["--model", "nanochat", "--trust-tokenizer-pickle"]],
