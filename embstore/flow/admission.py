@@ -23,7 +23,7 @@ from embstore.core.interfaces import Embedder, EmbedderSource
 from embstore.core.plan import as_stored, plan, refuse_drift, refuse_other_input
 from embstore.core.records import DemotedRecord, DriftRecord, PromptsRecord
 from embstore.core.spec import EmbeddingSpec, ModelIdentity, StoreSpec
-from embstore.flow.cost import check_fits, fit_rows
+from embstore.flow.cost import check_fits, copied_rows, fit_rows
 from embstore.flow.reuse import Reuse, match_rows, nothing_reused, open_again, open_reused, refuse_unlike
 from embstore.flow.run import Run
 from embstore.storage.filesystem import caveat
@@ -167,9 +167,9 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
             [FieldMismatch(field="stores to reuse", stored="none", given=", ".join(config.reuse))],
             hint="resume without --reuse, or build into another --out",
         )
+    _choose_device(run, spec.embedding)
     model = run.source.identity(run.observer) if run.source is not None else None
     remaining = plan(spec, writer.state).windows
-    _choose_device(run, spec.embedding)
     # an explicit device or thread count is compared even if no rows are left; versions make rows and nothing else
     asked = config.embedding.device not in (None, "auto") or config.embedding.threads is not None
     hardware = None
@@ -213,8 +213,8 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
 def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tuple[StoreSpec, Embedder]:
     writer, config = run.writer, run.config
     prompts = PromptTable(writer.root / PROMPTS, record.rows)
-    identity = source.identity(run.observer)
     _choose_device(run, None)
+    identity = source.identity(run.observer)
     embedder = source.create(
         prompts,
         dataclasses.replace(_shared_cores(config, source), device=run.device),
@@ -295,8 +295,8 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
             f"{num_computed} prompts are not in the stores to reuse, and no model was given",
             hint="add --model, a folder or a hub id",
         )
-    model = run.source.identity(run.observer) if run.source is not None else None
     _choose_device(run, old.embedding)
+    model = run.source.identity(run.observer) if run.source is not None else None
     hardware = None
     if run.source is not None and num_computed:
         hardware = _hardware(run.source, config.embedding, old.embedding)
@@ -309,7 +309,7 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
         raise CorruptStoreError(f"{stores[0].root}/{name} {problem}", hint=f"run embstore verify {stores[0].root}")
     basis_VR = map_basis(stores[0].root, old.embedding)
     embedder = None
-    chunk_rows, window_rows = config.embedding.chunk_rows or old.chunk_rows, config.embedding.window_rows or old.window_rows
+    chunk_rows, window_rows = copied_rows(config, old)
     if num_computed and run.source is not None:
         embedder = run.source.take_over(
             prompts,

@@ -6,6 +6,7 @@ import importlib
 
 import torch
 
+from embstore.core.config import refuse_device_name
 from embstore.core.errors import ConfigError
 from embstore.core.spec import Versions
 
@@ -23,21 +24,12 @@ def resolve_device(device: str) -> torch.device:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"no such device: {device!r}", hint="use auto, cpu, cuda or cuda:N") from error
-    if target.type == "cpu":
+    refuse_device_name(device)
+    kind, has_index, number = device.partition(":")
+    if kind == "cpu":
         return torch.device("cpu")
-    if target.type == "mps":
-        raise ConfigError(
-            "embstore does not compute on mps: that device has no float64, which the probes and the coordinates need",
-            hint="use --device cpu, which auto means on a Mac",
-        )
-    if target.type != "cuda":
-        raise ConfigError(f"embstore does not compute on {target.type}", hint="use auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = torch.cuda.current_device() if count and ":" not in device else target.index or 0
+    index = int(number) if has_index else torch.cuda.current_device() if count else 0
     if index >= count:
         seen = f"torch sees {count} CUDA device{'' if count == 1 else 's'} here"
         last = f", or cuda:0 to cuda:{count - 1}" if count else ""

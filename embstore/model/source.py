@@ -72,8 +72,16 @@ class TorchSource:
 
     def identity(self, observer: Observer = ignore) -> ModelIdentity:
         """Digests of weights, configuration and tokenizer; no model is loaded."""
-        with stage(observer, "hash", self._files.weight_bytes, "bytes") as advance, counted_bytes(advance):
-            return self._files.identity()
+        left = self._files.weight_bytes  # small files are read as well, and not counted
+        with stage(observer, "hash", left, "bytes") as advance:
+
+            def count(num_bytes: int) -> None:
+                nonlocal left
+                step, left = min(num_bytes, left), left - min(num_bytes, left)
+                advance(step)
+
+            with counted_bytes(count):
+                return self._files.identity()
 
     def device(self, name: str) -> str:
         """The device of this name as this process sees it."""

@@ -104,6 +104,7 @@ def _amount(count: float, unit: str) -> str:
 
 _COUNTED = ("embed", "knn", "audit", "rerank")
 _QUIET_SECONDS = 1.0  # a stage before the rows that took less is not reported again in a log
+_SHOWN_SECONDS = 0.05  # of a stage, in the preflight
 _LOG_SECONDS = 10.0  # between two lines of one stage in a log
 
 
@@ -239,7 +240,11 @@ def preflight_line(event: Preflight) -> str:
 
 def time_line(event: Preflight) -> str:
     """Where the time went, and where it will go."""
-    spent = [f"{_TITLES[name]} {seconds:.1f} s" for name, seconds in event.stage_seconds.items() if name in PREPARATIONS]
+    spent = [
+        f"{_TITLES[name]} {seconds:.1f} s"
+        for name, seconds in event.stage_seconds.items()
+        if name in PREPARATIONS and seconds >= _SHOWN_SECONDS
+    ]
     before = f"so far {', '.join(spent)}; " if spent else ""
     return f"[bold]time[/bold]: {before}next the pass, about {_duration(event.seconds)}, then the search, not estimated"
 
