@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,7 +64,7 @@ def _process_wide() -> Iterator[None]:
         _inside.append(None)
         try:
             if len(_inside) == 1:
-                _set_precision(_undo)
+                _quietly(_set_precision, _undo)
                 for setting in _settings():
                     _set(_undo, *setting)
         except BaseException:
@@ -94,7 +95,8 @@ def _settings() -> Iterator[_Setting]:
     yield torch.get_default_dtype, torch.set_default_dtype, torch.float32
     yield torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, 0
     yield _attribute(_backends.mkldnn, "enabled", True)
-    yield _attribute(_backends.mkldnn, "deterministic", False)
+    if hasattr(_backends.mkldnn, "deterministic"):
+        yield _attribute(_backends.mkldnn, "deterministic", False)
     yield _attribute(_backends.cudnn, "enabled", True)
     yield _attribute(_backends.cudnn, "benchmark", False)
     yield _attribute(_backends.cudnn, "deterministic", False)
@@ -149,11 +151,18 @@ def _set_precision(undo: contextlib.ExitStack) -> None:
         for (backend, operator), value in precisions.items():
             torch._C._set_fp32_precision_setter(backend, operator, value)
 
-    undo.callback(put_back)
+    undo.callback(_quietly, put_back)
     torch.set_float32_matmul_precision("highest")
     _backends.cudnn.allow_tf32 = False
     if onednn is not None:
         _backends.mkldnn.allow_tf32 = False
+
+
+def _quietly(change: Callable[..., None], *arguments: object) -> None:
+    """Some versions of torch warn of the older interface, which is part of the state all the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        change(*arguments)
 
 
 def _take_precisions() -> dict[tuple[str, str], str]:
