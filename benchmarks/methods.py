@@ -40,10 +40,8 @@ from embstore.host.threads import Workers, finish_all
 from embstore.model.backbone import SplitModel
 from embstore.model.batches import TokenBatch, batches_by_length, few_lengths, padded_batch
 from embstore.model.embed import DTYPES, LogitEmbedder
-from embstore.model.load import load_model
 from embstore.model.locate import locate_model
-from embstore.model.packed import pack_layers
-from embstore.model.probe import split_model
+from embstore.model.probe import examine, packable_layers
 from embstore.model.settings import MAX_WINDOW_ROWS
 from embstore.model.source import TorchSource
 from embstore.model.tokens import PromptTokenizer, TokenRow
@@ -147,10 +145,13 @@ def packed(job: Job) -> dict[str, Any]:
 def backbone(job: Job, *, is_ours: bool = False) -> dict[str, Any]:
     """Every setting in ``job["settings"]``: batch_tokens, mask, workers. Tokenisation is timed by itself."""
     source = locate_model(EmbeddingConfig(model=job["model"]))
-    loaded = load_model(source, "cpu")
-    model = split_model(loaded.model)
-    model.to_dtype(DTYPES[job["dtype"]])
-    keeps_kernels = is_ours and (pack_layers(model) or job["dtype"] != "float32")
+    loaded = source.load("logits")
+    model, dtype = SplitModel(loaded.model, torch.device("cpu"), loaded.merges), DTYPES[job["dtype"]]
+    model.settle(torch.float32, None)  # every layer in memory, as in the plain order
+    examine(model)
+    model.settle(dtype, None)
+    packs = is_ours and packable_layers(model, lambda layers: model.settle(dtype, None, layers))
+    keeps_kernels = is_ours and (packs or job["dtype"] != "float32")
     padded_length = few_lengths if keeps_kernels else int
     prompts = [Prompt(id=None, text=text) for text in texts_of(job)]
     started = time.perf_counter()

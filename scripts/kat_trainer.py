@@ -145,7 +145,7 @@ def load_policy(options: argparse.Namespace) -> Policy:
             tokenizer.save_pretrained(folder)
         processes.wait_for_everyone()
         model.config.name_or_path = str(folder)
-    model.requires_grad_(True).train()
+    model.float().requires_grad_(True).train()  # it was loaded as it is stored
     return Policy(model=model, tokenizer=tokenizer, processes=processes)
 
 

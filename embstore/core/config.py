@@ -246,8 +246,8 @@ class BuildConfig:
     )
     model_memory_bytes: int | None = option(
         None,
-        "Memory for the weights of layers: they are read in turn where not all fit. Default: all of a small model, two layers "
-        "of a large one; on a GPU, all that fit.",
+        "Memory for the weights of layers: they take turns where not all fit. Default: all of a small model, two layers of "
+        "a large one; on a GPU, all that fit.",
         flag="--model-memory",
         unit="bytes",
     )

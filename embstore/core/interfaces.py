@@ -81,7 +81,7 @@ class Embedder(Protocol):
 
     @property
     def basis_VR(self) -> NDArray[np.float32]:
-        """Orthonormal basis of the coordinates, float32 [V, R]."""
+        """What the store keeps in ``format.basis_file``: an orthonormal basis float32 [V, R], or a coordinate map [M, R]."""
 
     def memory_bytes(self, chunk_rows: int) -> int:
         """Upper estimate of the anonymous memory that one window takes above the loaded model."""
@@ -172,9 +172,10 @@ class EmbedderSource(Protocol):
         device: str | None = None,
         observer: Observer = ignore,
     ) -> Embedder:
-        """Load with stored settings, on ``device`` (None: this process's own of the kind in the spec).
+        """Load with stored settings and the array of ``Embedder.basis_VR``, on ``device``.
 
-        ``memory_bytes`` is what windows that are computed together may take.
+        None is this process's own device of the kind in the spec. ``memory_bytes`` is what windows that are computed
+        together may take.
         """
 
     def take_over(

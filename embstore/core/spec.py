@@ -82,6 +82,10 @@ class EmbeddingSpec:
     ``packed_layers`` and ``packed_head`` say whether the weights of the backbone's linear layers, and of the output layer,
     lie in oneDNN's layout (docs/decisions/0025). ``max_tokens`` is never above ``token_limit``, the most that the model
     takes (None: no limit is known). ``versions`` is None in a store from before they were recorded.
+
+    ``basis`` says where coordinates come from, and ``format.basis_file`` which file has it: "gram" (a map of an affine
+    head's inputs), or an orthonormal basis: "range-finder" (of a sample of rows), "identity" (hidden states), "head" (an
+    affine head's span, in stores from before December 2026).
     """
 
     dimension: int
@@ -107,7 +111,10 @@ class EmbeddingSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreSpec:
-    """``spec.json``: the identity of a store, written once, before row 0."""
+    """``spec.json``: the identity of a store, written once, before row 0.
+
+    ``basis_sha256`` is the digest of the file that ``format.basis_file`` names.
+    """
 
     format_version: int
     rows: int

@@ -17,8 +17,8 @@ from pathlib import Path
 from embstore.core.config import BuildConfig, Compressor, EmbeddingConfig
 from embstore.core.errors import ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.events import Notice, stage
-from embstore.core.files import file_problem, map_array
-from embstore.core.format import BASIS, FORMAT_VERSION, MANIFEST, PROMPTS
+from embstore.core.files import file_problem
+from embstore.core.format import FORMAT_VERSION, MANIFEST, PROMPTS, basis_file
 from embstore.core.interfaces import Embedder, EmbedderSource
 from embstore.core.plan import as_stored, plan, refuse_drift, refuse_other_input
 from embstore.core.records import DemotedRecord, DriftRecord, PromptsRecord
@@ -32,6 +32,7 @@ from embstore.storage.journal import run_entries
 from embstore.storage.prompt_source import PromptSource
 from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import open_published
+from embstore.storage.row_files import map_basis
 from embstore.storage.verify import check_stage0, damaged_windows
 
 
@@ -132,7 +133,14 @@ def find_source(run: Run) -> EmbedderSource | None:
         from embstore.model.locate import locate_model  # noqa: PLC0415
         from embstore.model.source import TorchSource  # noqa: PLC0415
     run.compute_exactly(needs_torch=True)
-    return TorchSource(locate_model(embedding), model_memory_bytes=run.config.model_memory_bytes)
+    with stage(run.observer, "fetch") if _may_download(str(embedding.model)) else contextlib.nullcontext():
+        files = locate_model(embedding)
+    return TorchSource(files, model_memory_bytes=run.config.model_memory_bytes)
+
+
+def _may_download(model: str) -> bool:
+    """Whether the name can be that of a model on the hub, which is downloaded where it is not in the cache."""
+    return ":" not in model and not Path(model).expanduser().exists()
 
 
 def _knows_model(root: Path) -> bool:
@@ -199,11 +207,9 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
         raise ConfigError("rows must be computed, but no model was given", hint="add --model, a folder or a hub id")
     if config.engine.is_remote:
         return spec, None, reuse  # workers load it
-    # copy-on-write mapping: torch does not accept read-only arrays, and nothing writes to it
-    basis_VR = map_array(writer.root, BASIS, "<f4", (spec.embedding.dimension, spec.embedding.rank), mode="c")
     embedder = run.source.reopen(
         spec.embedding,
-        basis_VR,
+        map_basis(writer.root, spec.embedding),
         memory_bytes=config.memory_budget_bytes,
         device=run.device,
         observer=run.observer,
@@ -305,10 +311,11 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
     drifted = refuse_unlike(stores, config, model, hardware)
     # only in this run: the stored spec describes the copied rows
     embedding = dataclasses.replace(old.embedding, **hardware) if hardware is not None else old.embedding  # type: ignore[arg-type]
-    problem = file_problem(stores[0].root, BASIS, stores[0].published.files[BASIS])
+    name = basis_file(old.embedding.basis)
+    problem = file_problem(stores[0].root, name, stores[0].published.files[name])
     if problem is not None:
-        raise CorruptStoreError(f"{stores[0].root}/{BASIS} {problem}", hint=f"run embstore verify {stores[0].root}")
-    basis_VR = map_array(stores[0].root, BASIS, "<f4", (old.embedding.dimension, old.embedding.rank), mode="c")
+        raise CorruptStoreError(f"{stores[0].root}/{name} {problem}", hint=f"run embstore verify {stores[0].root}")
+    basis_VR = map_basis(stores[0].root, old.embedding)
     embedder = None
     chunk_rows, window_rows = copied_rows(config, old)
     if num_computed and run.source is not None:

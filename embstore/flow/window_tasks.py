@@ -17,8 +17,8 @@ import numpy as np
 
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import EngineError, RowError
-from embstore.core.files import map_array, storage_errors
-from embstore.core.format import BASIS, PROMPTS
+from embstore.core.files import storage_errors
+from embstore.core.format import PROMPTS
 from embstore.core.interfaces import Check, Embedder, EmbedderSource, Needs, RowBlock, WindowCounts
 from embstore.core.plan import as_stored, grid_of, hardware_mismatches, model_mismatches
 from embstore.core.prompts import Prompt
@@ -29,6 +29,7 @@ from embstore.host.memory import MemoryMeter
 from embstore.storage.atomic import remove_busy_folder
 from embstore.storage.chunk_writer import WindowWriter, WrittenWindow
 from embstore.storage.prompt_table import PromptTable
+from embstore.storage.row_files import map_basis
 
 _NOTHING_COMPUTED = WindowCounts(tokens=0, truncated=0, splits=0)
 _NAMED_PROMPTS = 3
@@ -244,9 +245,8 @@ class RemoteWindowJob:
         if self.source is not None:
             _compute_exactly(resources)
             self._refuse_other(self.source)
-            shape = (self.spec.embedding.dimension, self.spec.embedding.rank)
-            basis_VR = map_array(self.root, BASIS, "<f4", shape, mode="c")
             # on this process's own device
+            basis_VR = map_basis(self.root, self.spec.embedding)
             embedder = self.source.reopen(self.spec.embedding, basis_VR, memory_bytes=self.memory_bytes)
         offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
         return WindowWorker(

@@ -51,6 +51,14 @@ def capability_of(device: torch.device) -> str:
     return str(torch.backends.cpu.get_cpu_capability())
 
 
+def free_device_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU that nobody has taken, this process's unused share included; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the hardware computes bfloat16 itself; emulated, it is several times slower than float32."""
     if device.type == "cuda":

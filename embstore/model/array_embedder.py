@@ -30,17 +30,16 @@ from embstore.core.spec import EmbeddingSpec, Head, ModelIdentity
 from embstore.host.device import library_versions
 from embstore.host.scratch import map_scratch
 from embstore.host.threads import Workers, num_cores
-from embstore.model.basis import orthonormal_basis
+from embstore.model.basis import largest_width
+from embstore.model.range_finder import sampled_basis
 from embstore.model.recycled import RecycledMemory
 from embstore.model.slabs import SlabWorkers
 
 _HEAD = "imported"
 _WINDOW_ROWS = 4096
+_LEAST_SAMPLE, _LARGEST_SAMPLE = 256, 4096
 # Root mean square of what the sample may lose: float16 loses 2.1e-4 of a unit row (docs/decisions/0005).
 _TAIL = 2.5e-4
-# A sample of M rows shows M directions at most: it is doubled until they are not all needed, or the columns are spanned.
-_LEAST_SAMPLE, _FIRST_SAMPLE, _LARGEST_SAMPLE = 256, 1024, 4096
-_GRAM_COPIES = 4  # M x M in float64: the matrix, its vectors, and what the factorisation works in
 _SLAB_ROWS, _SLAB_VALUES, _BLOCK_COLUMNS = 320, 1 << 20, 1024
 _TIMED_ROWS = 32
 _FIXED_BYTES = 48 << 20
@@ -268,21 +267,17 @@ def scaled(rows_BV: NDArray[np.floating]) -> NDArray[np.float64]:
 
 def _basis(rows: GivenRows, num_rows: int, memory_bytes: int, work: Path) -> NDArray[np.float32]:
     """Orthonormal float32 [D, R], from as large a sample as it takes."""
-    affordable = int((memory_bytes / 2 / (8 * _GRAM_COPIES)) ** 0.5)
-    limit = min(num_rows, max(_LEAST_SAMPLE, 2 * rows.dimension), _LARGEST_SAMPLE, max(16, affordable))
-    width = min(limit, _FIRST_SAMPLE)
-    while True:
-        sample_MV = _sampled(rows, num_rows, width, work)
-        max_rank = min(rows.dimension, len(sample_MV))
-
-        def read_block(start: int, stop: int, sample_MV: NDArray[np.float32] = sample_MV) -> torch.Tensor:
-            return torch.from_numpy(np.asarray(sample_MV[:, start:stop])).T
-
-        flat = map_scratch(work / "basis.npy", (rows.dimension * max_rank,), np.float32)
-        basis_VR = orthonormal_basis(read_block, rows.dimension, len(sample_MV), max_rank=max_rank, tail=_TAIL, scratch=flat)
-        if width == limit or basis_VR.shape[1] <= width // 2:
-            return basis_VR
-        width = min(limit, 2 * width)
+    most = max(_LEAST_SAMPLE, 2 * rows.dimension)
+    limit = min(num_rows, most, _LARGEST_SAMPLE, largest_width(memory_bytes // 2))
+    return sampled_basis(
+        lambda width: [_sampled(rows, num_rows, width, work)],
+        rows.dimension,
+        limit=limit,
+        max_rank=rows.dimension,
+        tail=_TAIL,
+        work=work,
+        device=torch.device("cpu"),
+    )
 
 
 def _sampled(rows: GivenRows, num_rows: int, count: int, work: Path) -> NDArray[np.float32]:

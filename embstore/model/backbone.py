@@ -2,7 +2,7 @@
 
 For an affine head mean_t(W h_t + b) = W mean_t(h_t) + b: one V-wide product per prompt replaces one per token. ``probe``
 determines which kind of head a model has. Both halves run the class's own code. The backbone's weights are made ready by
-``weights``: all at once in the *plain* order, unit by unit for many batches in the *layered* one.
+``layer_weights``: all at once in the *plain* order, unit by unit for many batches in the *layered* one.
 
 Shapes: B rows, T tokens, D model width, V vocabulary, L tokens in a flat list.
 """
@@ -21,12 +21,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from embstore.core.errors import ModelError
 from embstore.core.interfaces import Check, no_check
-from embstore.model.dtypes import stored_dtype
+from embstore.model.dtypes import length_limit, stored_dtype
 from embstore.model.heads import AffineHead
 from embstore.model.laps import Job, Lap, add_gates
+from embstore.model.layer_weights import Merges, Weights
 from embstore.model.residency import Residency
 from embstore.model.units import parts_of
-from embstore.model.weights import Merges, Weights
 
 
 class SplitModel:
@@ -57,6 +57,7 @@ class SplitModel:
         self.is_causal = self.is_stateful = False
         self.waiting_bytes_per_token = 16 * self.width  # until ``probe.measure_waiting`` has measured it
         self.stored_dtype = stored_dtype(module)
+        self.length_limit = length_limit(module)  # rows on both sides of it must not share a batch
         self._output_type: type[Any] | None = None
         self._given = _shadow_forward(self.backbone)
         self._tail = _Tail(module, self.backbone)
@@ -152,12 +153,15 @@ class SplitModel:
         return self._tail.rows_of(self.module.get_output_embeddings())
 
     def output_layer(self, scale: float = 1.0) -> AffineHead | None:
-        """The output layer's weight and bias with a known scale; None if it is not a linear layer over hidden states."""
+        """The output layer's weight as it is stored, and its bias, with a known scale.
+
+        None if it is not a linear layer over hidden states.
+        """
         linear: object = self.module.get_output_embeddings()
         if not isinstance(linear, nn.Linear) or linear.weight.shape[1] != self.width:
             return None
         bias_V = None if linear.bias is None else linear.bias.detach().float()  # type: ignore[redundant-expr]  # torch's stub
-        return AffineHead(weight_VD=linear.weight.detach().to(self.device).float(), bias_V=bias_V, scale=scale)
+        return AffineHead(weight_VD=linear.weight.detach().to(self.device), bias_V=bias_V, scale=scale)
 
     @contextlib.contextmanager
     def probed_head(self, most_bytes: int) -> Iterator[bool]:
@@ -219,6 +223,8 @@ class _Tail:
 def _backbone_of(model: Any) -> Any:  # noqa: ANN401
     """The module whose output the class makes logits of: its base model, or that one's decoder (OPT calls it directly)."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if model.base_model is model and isinstance(getattr(model, "model", None), nn.Module):
+        return model.model  # Llama 4 names as its base what its text class does not have
     if decoder is None or decoder is model.base_model or decoder is model:
         return model.base_model
     used: list[Any] = []

@@ -18,6 +18,14 @@ from embstore.core.errors import ModelError
 _WITH_LOGITS = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
 
+# classes in which a row does not depend on its prompt alone
+_DEPENDENT = {
+    "reformer": "its attention draws random hashes, so two runs give different rows",
+    "funnel": "it pools neighbouring tokens, padding included, so a row would depend on the other prompts of its batch",
+    "cpmant": "it looks at padding, so a row would depend on the other prompts of its batch",
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelClass:
     """A class and the configuration it takes: for a text-only class of a multimodal checkpoint the text part."""
@@ -39,6 +47,9 @@ def class_of(config: Any, folder: Path, name: str, *, space: Space, trusted: boo
             f"{name} is an encoder-decoder ({config.model_type}): its logits are of an answer, not of the prompt",
             hint="add --space hidden, which pools the states of its encoder",
         )
+    if reason := _DEPENDENT.get(config.model_type):
+        raise ModelError(f"{name} ({config.model_type}) cannot be used: {reason}", hint="give another model")
+    _attend_to_all(config)
     autos = _WITH_LOGITS if space == "logits" else _hidden_autos(config)
     for auto in autos:
         reference = getattr(config, "auto_map", None) or {}
@@ -60,6 +71,15 @@ def class_of(config: Any, folder: Path, name: str, *, space: Space, trusted: boo
     text = getattr(type(config), "sub_configs", {}).get("text_config")
     is_text_only = text is not None and getattr(chosen, "config_class", None) is text
     return ModelClass(kind=chosen, config=config.get_text_config() if is_text_only else config)
+
+
+def _attend_to_all(config: Any) -> None:  # noqa: ANN401
+    """BigBird takes full attention for short batches; it is asked for, so that no batch is long enough for the sparse one.
+
+    ``positions.usable_positions`` limits prompts to what the class itself calls short.
+    """
+    if getattr(config, "attention_type", None) == "block_sparse":
+        config.attention_type = "original_full"
 
 
 def _hidden_autos(config: Any) -> tuple[str, ...]:  # noqa: ANN401

@@ -40,7 +40,15 @@ from embstore.model.finish import SLAB_ROWS, Finisher, finish
 from embstore.model.heads import AffineHead, CappedHead, add_capped, add_streamed
 from embstore.model.laps import Lap
 from embstore.model.recycled import RecycledMemory
-from embstore.model.settings import MAX_WINDOW_ROWS, lap_tokens, makes_kernels, num_workers, window_bytes
+from embstore.model.repeats import Copies, copy_means, without_repeats
+from embstore.model.settings import (
+    MAX_WINDOW_ROWS,
+    boundary_of,
+    lap_tokens,
+    makes_kernels,
+    num_workers,
+    window_bytes,
+)
 from embstore.model.slabs import Chunk, SlabWorkers
 from embstore.model.tokens import PromptTokenizer, TokenRow, last_token_only
 
@@ -123,7 +131,8 @@ class LogitEmbedder:
         self._capped = parts.head if isinstance(parts.head, CappedHead) else None
         self.spec = spec
         self.basis_VR = basis_VR
-        self.truncated_share = 0.0  # ``pilot.note_plan`` sets these three, for the plan of a new store
+        self.mean_tokens = float(spec.max_tokens)
+        self.truncated_share = 0.0  # ``pilot.note_plan`` sets these four, for the plan of a new store
         self.seconds_per_row = 0.0
         self.max_window_rows = MAX_WINDOW_ROWS
         self.counts = WindowCounts(tokens=0, truncated=0, splits=0)
@@ -145,7 +154,11 @@ class LogitEmbedder:
 
     def memory_bytes(self, chunk_rows: int) -> int:
         """Upper estimate of host memory one window takes above the loaded model."""
-        return window_bytes(self.spec, self._model, chunk_rows=chunk_rows, window_rows=self.max_window_rows)
+        needed = window_bytes(self.spec, self._model, chunk_rows=chunk_rows, window_rows=self.max_window_rows)
+        if self._model.residency is None or self._device.type != "cpu":
+            return needed
+        # between layers, a whole window waits
+        return needed + int(self.max_window_rows * self.mean_tokens * self._model.waiting_bytes_per_token)
 
     @property
     def model(self) -> SplitModel:
@@ -153,9 +166,10 @@ class LogitEmbedder:
         return self._model
 
     def close(self) -> None:
-        """Abandon the windows that were begun ahead, and drop the weights of layers."""
+        """Abandon the windows that were begun ahead, and drop the weights of layers that take turns."""
         self._abandon()
-        self._model.release()
+        if self._model.residency is not None:
+            self._model.residency.drop_all()
 
     def embed(
         self,
@@ -250,10 +264,14 @@ class LogitEmbedder:
         )
         if self.spec.pooling == "last":
             rows = [last_token_only(row) for row in rows]
+        rows, copies = without_repeats(rows)
         return [
-            (functools.partial(self._pool_rows, window, rows, rows_B, length, check), len(rows_B) * length)
+            (functools.partial(self._pool_rows, window, rows, rows_B, length, check, copies), len(rows_B) * length)
             for rows_B, length in batches_by_length(
-                rows, batch_tokens=self.spec.batch_tokens, padded_length=self._padded_length
+                rows,
+                batch_tokens=self.spec.batch_tokens,
+                padded_length=self._padded_length,
+                boundary=boundary_of(self.spec, self._model),
             )
         ]
 
@@ -301,10 +319,11 @@ class LogitEmbedder:
         return max(2, min(few_lengths(length), self.spec.max_tokens) if makes_kernels(self.spec) else length)
 
     def _pool_rows(
-        self, window: _Window, rows: Sequence[TokenRow], rows_B: NDArray[np.int64], length: int, check: Check
+        self, window: _Window, rows: Sequence[TokenRow], rows_B: NDArray[np.int64], length: int, check: Check, copies: Copies
     ) -> None:
         check()
         self._pool_batch(padded_batch(rows, rows_B, length, pad_id=self._tokenizer.pad_id), window)
+        copy_means(window.means.mean_WX, rows_B, copies)
         if self._device.type == "cuda":
             window.ready = torch.cuda.current_stream(self._device).record_event()
 
@@ -344,11 +363,10 @@ class LogitEmbedder:
             mean_WX[rows_B] = hidden_BTD.sum(dim=1) / pooled_BT.sum(dim=1, keepdim=True)
         else:
             if self._capped is not None and add_capped(
-                self._capped, hidden_BTD, pooled_BT, rows_B, mean_WX, columns=self.spec.dimension
+                self._capped, hidden_BTD, batch.pooled_BT, rows_B, mean_WX, columns=self.spec.dimension
             ):
                 return
-            mean_WX[rows_B] = 0.0  # a batch that ran out of memory may have begun to add
-            add_streamed(self._model.head, hidden_BTD, pooled_BT, rows_B, mean_WX, columns=self.spec.dimension)
+            add_streamed(self._model.head, hidden_BTD, batch.pooled_BT, rows_B, mean_WX, columns=self.spec.dimension)
 
     def _few_rows(self, num_rows: int, length: int) -> int:
         """Rows that a window's last batch is filled up to: those of a full one, or a power of two where that is less."""

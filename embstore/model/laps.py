@@ -7,6 +7,7 @@ lap, because a greenlet cannot move.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import threading
 from collections import defaultdict
@@ -34,7 +35,7 @@ class Lap:
         self._is_cancelled.set()
 
     def share(self, jobs: Sequence[tuple[Job, int]], num_threads: int) -> list[Job]:
-        """Jobs with their costs dealt to threads: call each result in a thread of its own."""
+        """Jobs with their costs dealt to threads: call each result in a separate thread."""
         hands: list[list[Job]] = [[] for _ in range(max(1, min(num_threads, len(jobs))))]
         loads = [0] * len(hands)
         for job, cost in sorted(jobs, key=lambda each: -each[1]):
@@ -61,10 +62,10 @@ class Lap:
             self.cancel()
             raise
         finally:
-            for batch, job in [task for tasks in waiting.values() for task in tasks]:
-                batch.throw()  # GreenletExit, at the gate
-                self._residency.leave(job)
-            for job in fresh:
+            for batch, _ in [task for tasks in waiting.values() for task in tasks]:
+                with contextlib.suppress(Exception):  # what a class raises while it is thrown out
+                    batch.throw()  # GreenletExit, at the gate
+            for job in jobs:
                 self._residency.leave(job)
 
     def _started(self, job: Job) -> greenlet.greenlet:

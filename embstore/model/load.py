@@ -22,7 +22,7 @@ from embstore.core.config import Space
 from embstore.core.errors import EmbstoreError, ModelError
 from embstore.model.adapters import with_adapter
 from embstore.model.classes import ModelClass, class_of
-from embstore.model.dtypes import compute_dtypes, fresh_buffers
+from embstore.model.dtypes import compute_dtypes, fresh_buffers, set_config_dtype, stored_dtype
 from embstore.model.formats import LoadedCheckpoint, Merge
 from embstore.model.quantised import plain_tensors
 from embstore.model.spilled import conversions_spilled
@@ -36,8 +36,8 @@ _HARMLESS = re.compile(
 )
 # what encoders have behind their hidden states
 _HEADS = re.compile(
-    r"^(lm_head|cls|classifier|score|qa_outputs|pooler|head|decoder|predictions|lm_predictions|mask_predictions|embed_out"
-    r"|pre_classifier|vocab_\w+|generator_\w+|discriminator_predictions|pooler\w*|summary|v_head)(\.|$)|(^|\.)pooler\."
+    r"^(lm_head|lm_loss|final_logits_bias|pred_layer|cls|classifier|score|qa_outputs|pooler|head|decoder|predictions|lm_predictions|mask_predictions|embed_out"
+    r"|pre_classifier|vocab_\w+|generator_\w+|discriminator_predictions|pooler\w*|summary|v_head)(\.|$)|(^|\.)(pooler|lm_head)\."
 )
 
 
@@ -77,6 +77,7 @@ def load_files(
                 hint=f"check whether transformers.AutoModel.from_pretrained({str(folder)!r}) loads it",
             ) from error
         model.config.name_or_path = str(folder)
+        _refuse_other_inputs(model, name, space)
         merges: dict[nn.Module, Merge] = {}
         if adapter is not None:
             model, merges = with_adapter(model, adapter)
@@ -122,14 +123,13 @@ def _from_tensors(
     chosen: ModelClass, tensors: dict[str, Tensor], name: str, *, space: Space, trusted: bool, scratch: Path | None
 ) -> Any:  # noqa: ANN401
     """The class with these tensors, each in its own dtype, and nothing missing, left over, or of another shape."""
-    stored = _main_dtype(tensors)
     with conversions_spilled(tensors, scratch), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, found = chosen.kind.from_pretrained(
             None,
             config=chosen.config,
             state_dict={key: tensor.as_subclass(_AsStored) for key, tensor in tensors.items()},
-            dtype=stored,
+            dtype=torch.float32,  # of what the class computes itself: no tensor of a file is cast
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
             **({"trust_remote_code": True} if trusted else {}),
@@ -137,6 +137,7 @@ def _from_tensors(
     for parameter in model.parameters():
         if isinstance(parameter.data, _AsStored):
             parameter.data = parameter.data.as_subclass(Tensor)
+    set_config_dtype(model.config, stored_dtype(model))
     kind = type(model).__name__
     if mismatched := sorted(found["mismatched_keys"], key=str):
         tensor, in_file, in_class = mismatched[0]
@@ -145,8 +146,7 @@ def _from_tensors(
             f"({len(mismatched)} such tensors)",
             hint="are config.json and the weights of the same model?",
         )
-    # the pooler is a layer after the hidden states, which many checkpoints of encoders do not have
-    if missing := sorted(key for key in found["missing_keys"] if space == "logits" or "pooler" not in key.split(".")):
+    if missing := sorted(key for key in found["missing_keys"] if not _is_dispensable(key, model, space)):
         # the library fills them with random numbers and goes on
         raise ModelError(
             f"{name}: the weight files lack {len(missing)} tensors of {kind}, such as {missing[0]}",
@@ -160,27 +160,47 @@ def _from_tensors(
     return model
 
 
+def _is_dispensable(key: str, model: Any, space: Space) -> bool:  # noqa: ANN401
+    """Whether nothing is lost without a tensor: the class computes it, or it lies behind the hidden states.
+
+    Many checkpoints of encoders have no pooler.
+    """
+    if "Sinusoidal" in type(model.get_submodule(key.rpartition(".")[0])).__name__:
+        return True
+    is_other_half = getattr(model.config, "is_encoder_decoder", False) and "decoder" in key.split(".")
+    return space == "hidden" and (is_other_half or "pooler" in key.split("."))
+
+
 def _is_harmless(key: str, model: Any, space: Space) -> bool:  # noqa: ANN401
     if _HARMLESS.search(key):
         return True
-    return space == "hidden" and _HEADS.search(key) is not None and not hasattr(model, key.partition(".")[0])
-
-
-def _main_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
-    sizes: dict[torch.dtype, int] = {}
-    for tensor in tensors.values():
-        if tensor.is_floating_point():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
-    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+    return space == "hidden" and _HEADS.search(key) is not None and key not in model.state_dict()
 
 
 def _part_for(model: Any, space: Space) -> Any:  # noqa: ANN401
-    """The part that rows are made of: for hidden states the model behind its head, of an encoder-decoder the encoder."""
+    """The part that rows are made of: for hidden states the model without its head, of an encoder-decoder the encoder."""
+    inner = getattr(model, "language_model", None)
+    if isinstance(inner, transformers.PreTrainedModel) and inner.get_output_embeddings() is not None:
+        model = inner  # a complete causal LM (Llama 4): the class around it only puts images among its inputs
     if space == "logits":
         return model
     if getattr(model.config, "is_encoder_decoder", False) or type(model).__name__.endswith("EncoderModel"):
         return model.get_encoder()
-    return model.base_model
+    return model.model if model.base_model is model and model.get_output_embeddings() is not None else model.base_model
+
+
+def _refuse_other_inputs(model: Any, name: str, space: Space) -> None:  # noqa: ANN401
+    """Refuse classes whose input is not a row of tokens of a table (sound, characters), before anything is run."""
+    part = _part_for(model, space)
+    try:
+        table = part.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        table = None
+    if part.main_input_name != "input_ids" or not isinstance(getattr(table, "weight", None), Tensor):
+        raise ModelError(
+            f"{name}: {type(part).__name__} does not take tokens of a text (it takes {part.main_input_name})",
+            hint="give a causal LM, or an encoder of text with --space hidden",
+        )
 
 
 def _tokenizer(folder: Path, name: str, *, trusted: bool) -> Any:  # noqa: ANN401
@@ -209,7 +229,7 @@ def _tokenizer_class(folder: Path) -> Any:  # noqa: ANN401
 
 
 def whole_in_float32(loaded: LoadedCheckpoint) -> Any:  # noqa: ANN401
-    """The model as ``from_pretrained(dtype=torch.float32)`` gives it, adapters merged, in place: to train or to compare with.
+    """The model as ``from_pretrained(dtype=torch.float32)`` gives it, adapters merged, in place: to train or compare with.
 
     Embedding never calls this: it casts a layer at a time (``weights``).
     """

@@ -36,9 +36,14 @@ def is_packable(layer: nn.Module) -> bool:
 
 
 @torch.inference_mode()
-def pack_layer(layer: nn.Linear, weight: Tensor) -> None:
-    """Give a layer this weight, packed. It keeps its shape and hooks; code that multiplies with its weight itself fails."""
-    layer.weight = nn.Parameter(packed_weight(weight, _TOKENS), requires_grad=False)
+def packed_for_tokens(weight: Tensor) -> Tensor:
+    """A packed copy of a layer's weight."""
+    return packed_weight(weight, _TOKENS)
+
+
+def set_packed(layer: nn.Linear, weight: nn.Parameter) -> None:
+    """Give a layer a packed weight. It keeps its shape and hooks; code that multiplies with its weight itself fails."""
+    layer.weight = weight
     layer.forward = functools.partial(_product, layer)  # type: ignore[method-assign]  # shadows the class's
 
 

@@ -13,17 +13,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from embstore.core.config import format_bytes, over_memory_budget
 from embstore.core.density import NOISE_FLOOR
-from embstore.core.errors import RowError
+from embstore.core.errors import BudgetError, RowError
 from embstore.core.interfaces import PromptReader, no_check
 from embstore.core.rows import slices
-from embstore.core.sampling import seeded_sample
+from embstore.core.sampling import seeded_draw
+from embstore.host.device import free_device_bytes
 from embstore.host.scratch import map_scratch
 from embstore.model.backbone import SplitModel
-from embstore.model.basis import orthonormal_basis
+from embstore.model.basis import coordinate_map, factor_bytes, largest_width
 from embstore.model.embed import LogitEmbedder, ModelParts
-from embstore.model.finish import Finisher, identity_columns, make_finisher, spanning_columns
+from embstore.model.finish import Finisher, make_finisher, spanning_columns
 from embstore.model.heads import AffineHead
+from embstore.model.range_finder import sampled_basis
 from embstore.model.settings import Settings
 from embstore.model.tokens import TokenRow
 
@@ -32,26 +35,37 @@ _TIMED_FLOPS = 2e11  # of the timed rows
 _TIMED_TOKENS = 1024
 _PRODUCT_SHARE = 0.7  # of the time of a row
 _DTYPE_PROBE_K = 10
+# Root mean square of what a sampled basis may lose: half of what float16 does, so that hardly a residual rises above what
+# float16 alone can leave (search.stored_rerank would then read that row).
+_TAIL = 1e-4
 
 
-def find_basis(parts: ModelParts, settings: Settings, prompts: PromptReader, work: Path) -> NDArray[np.float32]:
-    """The orthonormal basis float32 [V, R] of all rows: the head's own span, or that of min(N, 4 R) embedded prompts."""
+def find_basis(
+    parts: ModelParts, settings: Settings, prompts: PromptReader, work: Path, *, memory_bytes: int
+) -> NDArray[np.float32]:
+    """What makes coordinates of all rows, as the store keeps it: a map of an affine head's inputs [M, R], or a basis [V, R].
+
+    Raises
+    ------
+    BudgetError
+        The factorisation does not fit the memory of the device that computes it.
+    """
     spec = settings.spec
-    max_rank = min(parts.model.width + 1, spec.dimension)
-    if isinstance(parts.head, AffineHead):
-        read_block, width = spanning_columns(parts.head, spec.dimension)
-    elif not spec.head.pools_logits:
-        read_block, width = identity_columns(spec.dimension, parts.device)
-    else:
-        pilot_NV = _pilot_rows(parts, settings, prompts, 4 * max_rank, work)
-        width = len(pilot_NV)
-
-        def read_block(start: int, stop: int) -> torch.Tensor:
-            return torch.from_numpy(np.asarray(pilot_NV[:, start:stop])).T
-
-    # a mapped scratch file: the basis does not count as anonymous memory
-    flat = map_scratch(work / "basis.npy", (spec.dimension * min(max_rank, width),), np.float32)
-    return orthonormal_basis(read_block, spec.dimension, width, max_rank=max_rank, scratch=flat)
+    if not isinstance(parts.head, AffineHead):
+        if not spec.head.pools_logits:
+            return np.eye(spec.dimension, dtype=np.float32)
+        return _basis_of_sample(parts, settings, prompts, work, memory_bytes)
+    read_block, width = spanning_columns(parts.head, spec.dimension)
+    free_bytes = free_device_bytes(parts.device)
+    if free_bytes is None and factor_bytes(width) > memory_bytes:
+        raise over_memory_budget(f"coordinates of {width} inputs need", factor_bytes(width), memory_bytes)
+    if free_bytes is not None and factor_bytes(width) > free_bytes:
+        raise BudgetError(
+            f"coordinates of {width} inputs need {format_bytes(factor_bytes(width))} on {parts.device}, "
+            f"which has {format_bytes(free_bytes)} free",
+            hint="free some of the device's memory, or use --device cpu",
+        )
+    return coordinate_map(read_block, spec.dimension, width, scale=parts.head.scale)
 
 
 def mean_distances(
@@ -87,7 +101,7 @@ def note_plan(embedder: LogitEmbedder, sample: Sequence[TokenRow], window_rows: 
         embedder.seconds_per_row = (time.perf_counter() - started) / len(sample[:_TIMED_ROWS])
     else:
         embedder.seconds_per_row = flops_per_row / (_PRODUCT_SHARE * _timed_rate(embedder.model))
-    embedder.max_window_rows = window_rows
+    embedder.max_window_rows, embedder.mean_tokens = window_rows, mean_tokens
     embedder.truncated_share = sum(row.was_cut for row in sample) / len(sample)
 
 
@@ -104,26 +118,47 @@ def _timed_rate(model: SplitModel) -> float:
     return 2 * given.numel() * model.inner_width / min(seconds)
 
 
-def _pilot_rows(
-    parts: ModelParts, settings: Settings, prompts: PromptReader, wanted: int, work: Path
+def _basis_of_sample(
+    parts: ModelParts, settings: Settings, prompts: PromptReader, work: Path, memory_bytes: int
 ) -> NDArray[np.float32]:
-    """Unit rows float32 [N, V] of a seeded sample, in a mapped scratch file."""
+    """The basis of a sample of embedded prompts, at most four for each direction; its scratch files are gone afterwards."""
     spec = settings.spec
-    rows = seeded_sample(len(prompts), wanted, 0).tolist()
-    pilot_NV = map_scratch(work / "pilot.npy", (len(rows), spec.dimension), np.float32)
+    max_rank = min(parts.model.width + 1, spec.dimension)
+    affordable = memory_bytes * 3 // 4 if (free := free_device_bytes(parts.device)) is None else free // 2
+    limit = min(len(prompts), 4 * max_rank, largest_width(affordable))
+    order = seeded_draw(len(prompts), limit, 0)
     no_basis_VR = np.zeros((spec.dimension, 0), dtype=np.float32)
     pilot = LogitEmbedder(parts, spec, no_basis_VR, make_finisher(spec, parts.head, no_basis_VR, parts.device))
+    samples: list[NDArray[np.float32]] = []
+    drawn = 0
+
+    def grown(width: int) -> list[NDArray[np.float32]]:
+        nonlocal drawn
+        path = work / f"pilot-{len(samples)}.npy"
+        samples.append(_unit_rows(pilot, settings, prompts, np.sort(order[drawn:width]).tolist(), path))
+        path.unlink()  # the map lives on; no space is taken from the rows once it is gone
+        drawn = width
+        if not any(len(part_MV) for part_MV in samples):
+            raise RowError(
+                "no sampled prompt gives a usable row",
+                hint="check that the model accepts these prompts",
+            )
+        return samples
+
+    return sampled_basis(grown, spec.dimension, limit=limit, max_rank=max_rank, tail=_TAIL, work=work, device=parts.device)
+
+
+def _unit_rows(
+    pilot: LogitEmbedder, settings: Settings, prompts: PromptReader, rows: list[int], path: Path
+) -> NDArray[np.float32]:
+    """Unit rows float32 [M, V] of those of the prompts that give one, in a mapped scratch file."""
+    unit_MV = map_scratch(path, (len(rows), settings.spec.dimension), np.float32)
     count = 0
     for part in slices(0, len(rows), settings.window_rows):
         window = pilot.pool(pilot.tokens(prompts.sample(rows[part])), no_check)
         unit_BV, _, norm_B = pilot.unit_rows(window, 0, len(window.ok_W))
         norms = norm_B.cpu().numpy()
         chosen = unit_BV.cpu().numpy()[window.ok_W & np.isfinite(norms) & (norms > 0)]
-        pilot_NV[count : count + len(chosen)] = chosen
+        unit_MV[count : count + len(chosen)] = chosen
         count += len(chosen)
-    if count == 0:
-        raise RowError(
-            "no sampled prompt gives a usable row",
-            hint="check that the model accepts these prompts",
-        )
-    return pilot_NV[:count]
+    return unit_MV[:count]

@@ -24,6 +24,9 @@ def usable_positions(model: Any) -> int | None:  # noqa: ANN401 - transformers i
     names = _NAMES if type(config).__module__.startswith("transformers.models.") else _NAMES_ELSEWHERE
     named = next((value for name in names if isinstance(value := getattr(config, name, None), int) and value > 0), None)
     limits = [*([named] if named is not None else []), *_table_sizes(model)]
+    if getattr(config, "attention_type", None) is not None and hasattr(config, "num_random_blocks"):
+        # longer batches would need BigBird's sparse attention, which draws random blocks
+        limits.append((5 + 2 * config.num_random_blocks) * config.block_size)
     return min(limits, default=None)
 
 

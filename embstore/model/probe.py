@@ -173,7 +173,7 @@ def _named(model: SplitModel) -> Iterator[None]:
 
 
 def _kept(backbone: nn.Module) -> dict[tuple[int, str], int]:
-    """The tensors that modules hold beside their parameters, by where they lie."""
+    """The tensors that modules hold in addition to their parameters, by where they lie."""
     return {
         (id(module), name): value.data_ptr()
         for module in backbone.modules()
@@ -212,7 +212,7 @@ def packable_layers(model: SplitModel, settle: Callable[[Sequence[nn.Linear]], N
     def run(name: str) -> None:
         found[name] = model.hidden(rows_2T, torch.ones_like(rows_2T, dtype=torch.bool))
 
-    with _watched_layers(model.backbone) as seen:
+    with watched_layers(model.backbone) as seen:
         measure_waiting(model, lambda: run("plain"), rows_2T.numel())
     layers = [layer for layer, counts in seen.items() if counts == {rows_2T.numel()}]
     settle(layers)
@@ -269,7 +269,7 @@ class _LivingBytes(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _watched_layers(module: nn.Module) -> Iterator[dict[nn.Linear, set[int]]]:
+def watched_layers(module: nn.Module) -> Iterator[dict[nn.Linear, set[int]]]:
     """The plain linear layers of ``module`` that are called in this context, with the numbers of tokens they were given."""
     seen: dict[nn.Linear, set[int]] = {}
 

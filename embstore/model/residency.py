@@ -13,8 +13,8 @@ from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from embstore.host.threads import start_thread
+from embstore.model.layer_weights import Weights
 from embstore.model.units import Unit
-from embstore.model.weights import Weights
 
 _WAKE_SECONDS = 0.5  # how long a thread waits until it looks for Ctrl-C
 
@@ -55,10 +55,13 @@ class Residency:
     def leave(self, batch: object) -> None:
         """``batch`` has ended, well or not."""
         with self._changed:
+            if batch not in self._place:
+                return
             self._move(batch, None)
-            self._place.pop(batch, None)
+            self._place.pop(batch)
             if not self._place:
                 self._left = set(self._open)
+                self._error = None  # nobody is left who must hear of it
             self._advance()
 
     def enter(self, unit: Unit) -> bool:
@@ -93,12 +96,18 @@ class Residency:
         with self._changed:
             return list(self._open)
 
-    def close(self) -> None:
-        """Drop every unit, and stop reading."""
-        self._loader.shutdown()
+    def drop_all(self) -> None:
+        """Free every unit once no batch lives; the next batch opens them again."""
         with self._changed:
+            while self._loading is not None:
+                self._changed.wait(_WAKE_SECONDS)
             for unit in list(self._open):
                 self._drop(unit)
+
+    def close(self) -> None:
+        """Drop every unit, and stop reading for good."""
+        self._loader.shutdown()
+        self.drop_all()
 
     # --- all below under the lock -----------------------------------------------------------------------------------
 
@@ -163,8 +172,10 @@ class Residency:
         try:
             ready = self._weights.make(unit)
         except BaseException as error:  # noqa: BLE001 - raised again in the threads that wait
+            self._weights.drop(unit)  # what was made of it
             with self._changed:
-                self._error, self._loading = error, None
+                self._loading = None
+                self._error = error if self._place else None
                 self._changed.notify_all()
             return
         with self._changed:

@@ -163,6 +163,17 @@ def capacity_bytes(model: SplitModel, dtype: torch.dtype, asked_bytes: int | Non
     return sum(sizes[:2]) if asked_bytes is None else asked_bytes - base_bytes
 
 
+def does_not_fit(model: SplitModel, dtype: torch.dtype, asked_bytes: int | None) -> BudgetError:
+    """The refusal of weights that turned out not to fit the device, with what would."""
+    sizes = sorted((model.weights.bytes_of(unit, dtype) for unit in model.weights.parts.units), reverse=True)
+    least_bytes = sum(sizes[:2]) + model.weights.base_bytes(dtype)
+    given = "auto" if asked_bytes is None else format_bytes(asked_bytes)
+    return BudgetError(
+        f"the layers of {type(model.module).__name__} do not fit the memory of {model.device} (--model-memory is {given})",
+        hint=f"free memory there, or give --model-memory {-(-least_bytes // (1 << 20))}MiB, the least that works",
+    )
+
+
 def _resident_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         return SMALL_BACKBONE_BYTES
@@ -188,9 +199,15 @@ def makes_kernels(spec: EmbeddingSpec) -> bool:
 def num_workers(spec: EmbeddingSpec, model: SplitModel) -> int:
     """Batches in flight; follows from pinned values and the model, because it decides how torch splits its sums."""
     tokens = max(spec.batch_tokens, spec.max_tokens)
-    if spec.device != "cpu" or model.is_stateful:
+    if spec.device != "cpu" or model.is_stateful or boundary_of(spec, model) is not None:
         return 1
     return workers_for(spec.threads, activation_bytes(tokens, model))
+
+
+def boundary_of(spec: EmbeddingSpec, model: SplitModel) -> int | None:
+    """Tokens above which the class computes a whole batch differently, where a prompt may have so many."""
+    limit = model.length_limit
+    return limit if limit is not None and limit < spec.max_tokens else None
 
 
 def activation_bytes(tokens: int, model: SplitModel) -> int:

@@ -33,6 +33,7 @@ from embstore.model.digests import KnownDigests, counted_bytes
 from embstore.model.embed import DTYPES, LogitEmbedder, ModelParts
 from embstore.model.finish import AffineFinisher, Finisher, make_finisher
 from embstore.model.formats import Checkpoint, LoadedCheckpoint
+from embstore.model.heads import AffineHead, stays_float32
 from embstore.model.packed import can_pack
 from embstore.model.pilot import find_basis, mean_distances, note_plan
 from embstore.model.positions import usable_positions
@@ -42,6 +43,7 @@ from embstore.model.settings import (
     Settings,
     capacity_bytes,
     compared_rows,
+    does_not_fit,
     in_16_bits,
     settle_batches,
     window_rows_of,
@@ -51,7 +53,7 @@ from embstore.model.tokens import TOKEN_RULE, PromptTokenizer, TokenRow
 _SAMPLE_ROWS = 256
 _DEFAULT_MAX_TOKENS = 512
 _DTYPE_MAX_TV = 1e-3
-_BASIS_OF = {"affine": "head", "none": "identity"}  # any other head: "range-finder"
+_BASIS_OF = {"affine": "gram", "none": "identity"}  # any other head: "range-finder"
 
 
 class TorchSource:
@@ -144,19 +146,19 @@ class TorchSource:
         basis_VR = None
         if not head.pools_logits:
             with stage(observer, "basis"):
-                basis_VR = find_basis(parts, settings, prompts, work)
+                basis_VR = find_basis(parts, settings, prompts, work, memory_bytes=memory_bytes)
             settings = settings.changed(rank=basis_VR.shape[1])
         finisher = make_finisher(settings.spec, parts.head, _empty(spec) if basis_VR is None else basis_VR, device)
         settings = self._with_dtype(parts, settings, finisher, config, sample, len(prompts), memory_bytes, observer)
         if basis_VR is None:  # of embedded rows, so it is found by the dtype that makes them
             with stage(observer, "basis"):
-                basis_VR = find_basis(parts, settings, prompts, work)
+                basis_VR = find_basis(parts, settings, prompts, work, memory_bytes=memory_bytes)
             settings = settings.changed(rank=basis_VR.shape[1])
             finisher = make_finisher(settings.spec, parts.head, basis_VR, device)
         with stage(observer, "pilot"):
             packed = settings.changed(packed_layers=True)
             if packed.needed_bytes(model) <= memory_bytes and self._pack_layers(model):
-                settings = packed.changed(packed_head=_pack_head(finisher))
+                settings = packed.changed(packed_head=_may_pack(parts, packed) and _pack_head(finisher))
             embedder = LogitEmbedder(parts, settings.spec, basis_VR, finisher, memory_bytes=memory_bytes)
             note_plan(embedder, sample, settings.window_rows)
         return embedder
@@ -242,7 +244,10 @@ class TorchSource:
     ) -> None:
         """Plain or layered order, by ``--model-memory``; a probe (not ``asked``) takes what it needs, a layer at a time."""
         capacity = capacity_bytes(model, dtype, self._model_memory_bytes if asked else None)
-        model.settle(dtype, capacity, packed)
+        try:
+            model.settle(dtype, capacity, packed)
+        except torch.OutOfMemoryError as error:
+            raise does_not_fit(model, dtype, self._model_memory_bytes) from error
 
     def _pack_layers(self, model: SplitModel) -> bool:
         return bool(packable_layers(model, lambda layers: self._settle(model, model.dtype, layers)))
@@ -308,14 +313,27 @@ class InMemorySource(TorchSource):
         )
 
     def _load(self, space: Space) -> LoadedCheckpoint:
+        _refuse_scattered(self._model)
         # its structure is copied, because layers are replaced while they compute; the weights are the caller's own
         shared = {id(tensor): tensor for tensor in (*self._model.parameters(), *self._model.buffers())}
         model: Any = copy.deepcopy(self._model, shared)
+        if getattr(model.config, "_attn_implementation", "sdpa") not in ("eager", "sdpa"):
+            model.set_attn_implementation("sdpa")  # kernels of training refuse float32
         return LoadedCheckpoint(model=(model.base_model if space == "hidden" else model).eval(), tokenizer=self._tokenizer)
 
     @property
     def _files_bytes(self) -> int | None:
         return None
+
+
+def _refuse_scattered(model: torch.nn.Module) -> None:
+    """Refuse a model whose weights are not whole in this process."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") or parameter.is_meta:
+            raise ModelError(
+                f"{type(model).__name__}.{name} is not whole in this process (FSDP, ZeRO-3 or offloading)",
+                hint="build a store from the checkpoint with embstore build, and give its weights to the trainer",
+            )
 
 
 def _versions() -> Versions:
@@ -349,6 +367,11 @@ def _pack_head(finisher: Finisher) -> bool:
 
 def _empty(spec: EmbeddingSpec) -> NDArray[np.float32]:
     return np.zeros((spec.dimension, 0), dtype=np.float32)
+
+
+def _may_pack(parts: ModelParts, settings: Settings) -> bool:
+    """Whether a new store may hold the output layer in float32; an old one does what its spec says."""
+    return isinstance(parts.head, AffineHead) and stays_float32(parts.head, settings.spec.dimension)
 
 
 def _space_of(spec: EmbeddingSpec) -> Space:

@@ -7,6 +7,7 @@ is written once and mapped, so a model takes no more anonymous memory than its l
 from __future__ import annotations
 
 import contextlib
+import importlib
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -14,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from embstore.core.config import format_bytes
 from embstore.core.errors import StorageError
+from embstore.host.allocator import give_back
 
 _SMALL_BYTES = 1 << 20  # smaller ones stay in memory
 _LOADING = threading.Lock()
@@ -60,8 +61,9 @@ def conversions_spilled(sources: dict[str, Tensor], scratch: Path | None) -> Ite
 
     transformers 4 converts nothing.
     """
-    converter: Any = getattr(getattr(transformers, "core_model_loading", None), "WeightConverter", None)
-    if converter is None:
+    try:
+        converter: Any = importlib.import_module("transformers.core_model_loading").WeightConverter
+    except ImportError:
         yield
         return
     mapped = {tensor.untyped_storage().data_ptr() for tensor in sources.values()}
@@ -75,9 +77,12 @@ def conversions_spilled(sources: dict[str, Tensor], scratch: Path | None) -> Ite
         found = original(self, *args, **options)
         if threading.get_ident() != owner:
             return found
-        return {
+        kept_found = {
             name: [kept(each) for each in value] if isinstance(value, list) else kept(value) for name, value in found.items()
         }
+        del found
+        give_back()  # glibc does not reuse the blocks of aligned allocations, and every converted tensor is one
+        return kept_found
 
     with _LOADING:
         converter.convert = convert

@@ -43,7 +43,10 @@ class Parts:
 
 def parts_of(backbone: nn.Module, prefix: str) -> Parts:
     """Sort the parameters of a loaded backbone; ``prefix`` goes in front of their names."""
-    gates = list(dict.fromkeys(_gates(backbone, prefix)))
+    named: dict[nn.Module, str] = {}  # a module that lies in two lists is one gate
+    for name, gate in _gates(backbone, prefix):
+        named.setdefault(gate, name)
+    gates = [(name, gate) for gate, name in named.items()]
     owner: dict[int, int] = {}  # the memory of a parameter -> its unit
     group = list(range(len(gates)))  # gates that share a tensor end in one group
 
@@ -59,8 +62,9 @@ def parts_of(backbone: nn.Module, prefix: str) -> Parts:
             first = owner.setdefault(id(place.stored), index)
             group[root(index)] = root(first)
     inside = {module for _, gate in gates for module in gate.modules()}
-    outside = [place for place in _places(backbone, prefix.rstrip(".")) if place.module not in inside]
-    resident = {id(place.stored) for place in outside}
+    everywhere = _places(backbone, prefix.rstrip("."))
+    resident = {id(place.stored) for place in everywhere if place.module not in inside}
+    outside = [place for place in everywhere if id(place.stored) in resident]  # also where a unit shares it
     units: list[Unit] = []
     for first in sorted({root(index) for index in range(len(gates))}):
         members = [index for index in range(len(gates)) if root(index) == first]
@@ -82,7 +86,7 @@ def parts_of(backbone: nn.Module, prefix: str) -> Parts:
 
 
 def _gates(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules with a forward of their own that lie in a list."""
+    """The outermost modules that lie in a list and have their own forward."""
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList):
             yield from _elements(child, f"{prefix}{name}.")

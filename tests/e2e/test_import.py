@@ -26,7 +26,7 @@ from embstore.core.events import Event, RowsCommitted
 from embstore.core.rows import RowRange
 from embstore.core.spec import Versions
 from embstore.host.memory import read_memory
-from embstore.model import array_embedder
+from embstore.model import range_finder
 from embstore.training import load_weights
 from tests.support.stores import snapshot
 
@@ -287,7 +287,7 @@ def test_the_basis_has_as_many_directions_as_it_takes(
     rows: int, columns: int, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last two need a larger sample than the first one."""
-    monkeypatch.setattr(array_embedder, "_FIRST_SAMPLE", 128)
+    monkeypatch.setattr(range_finder, "_FIRST_SAMPLE", 128)
     given = make_rows(rows, columns, rank=rank) if rank < min(rows, columns) else None
     if given is None:
         given = np.random.default_rng(0).standard_normal((rows, columns))

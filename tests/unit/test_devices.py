@@ -17,7 +17,7 @@ from embstore.core.events import Preflight
 from embstore.flow.build import build
 from embstore.host.device import resolve_device
 from embstore.host.threads import Workers, finish_all
-from embstore.model.embed import LogitEmbedder
+from embstore.model.embed import LogitEmbedder, PooledWindow
 from embstore.search import graph
 from embstore.search.exact.scan import scan_device
 from embstore.storage.reader import open_store
@@ -101,9 +101,11 @@ def test_an_event_is_recorded_on_a_stream_of_the_embedders_device(monkeypatch: p
     embedder: Any = object.__new__(LogitEmbedder)
     embedder._device = torch.device("cuda", 1)
     embedder._tokenizer = dataclasses.make_dataclass("Tokenizer", ["pad_id"])(0)
-    window: Any = dataclasses.make_dataclass("Window", ["ready"])(None)
+    window: Any = dataclasses.make_dataclass("Window", ["ready", "means"])(
+        None, PooledWindow(mean_WX=torch.zeros(1), ok_W=np.ones(1))
+    )
     row = dataclasses.make_dataclass("Row", ["ids_T", "pooled_T"])(np.array([3, 4]), np.array([True, True]))
-    embedder._pool_rows(window, [row], np.array([0]), 2, lambda: None)
+    embedder._pool_rows(window, [row], np.array([0]), 2, lambda: None, {})
     assert asked == [torch.device("cuda", 1)]
     assert window.ready == "recorded"
 

@@ -10,15 +10,18 @@ Embedding tables are never copied on a CPU: only the rows of a batch's tokens ar
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
-from embstore.model.dtypes import compute_dtypes, fresh_buffers
-from embstore.model.packed import pack_layer
+from embstore.host.allocator import give_back
+from embstore.model.dtypes import compute_dtypes, fresh_buffers, set_config_dtype
+from embstore.model.packed import packed_for_tokens, set_packed
 from embstore.model.units import Parts, Place, Unit
 
 # The merged weight of an adapted module, given its weight in the dtype of the pass.
@@ -47,13 +50,15 @@ class Weights:
         ``tables_here`` holds embedding tables on the device instead of looking rows up where they are mapped.
         """
         self.dtype, self._packed = dtype, frozenset(packed)
+        if isinstance(self._module, transformers.PreTrainedModel):
+            set_config_dtype(self._module.config, dtype)
         for unit in self.parts.units:
             self.drop(unit)
+        give_back()  # another dtype makes blocks of other sizes, and those of before would stay
         for name, buffer in self._buffers(dtype).items():
             owner, own = _owner(self._module, name)
             owner._buffers[own] = buffer if buffer.device == self.device else buffer.to(self.device)
-        for place in self.parts.base:
-            self._put(place, self._made(place))
+        self._make(self.parts.base)
         for place in self.parts.tables:
             self._settle_table(place, tables_here)
 
@@ -72,14 +77,7 @@ class Weights:
     @torch.inference_mode()
     def make(self, unit: Unit) -> Callable[[], None]:
         """Put a unit's weights in their places. Call the result in the stream that uses them: the copy may still run."""
-        made: dict[int, Tensor] = {}
-        for place in unit.places:
-            shared = made.get(id(place.stored))
-            if shared is not None:
-                self._put(place, shared)
-                continue
-            made[id(place.stored)] = self._made(place)
-            self._put(place, made[id(place.stored)])
+        self._make(unit.places)
         return self._stages.ready() if self._stages is not None else _nothing
 
     def drop(self, unit: Unit) -> None:
@@ -93,28 +91,47 @@ class Weights:
 
     # --- one parameter ----------------------------------------------------------------------------------------------
 
-    def _made(self, place: Place) -> Tensor:
+    def _make(self, places: Iterable[Place]) -> None:
+        made: dict[object, nn.Parameter] = {}  # shared ones stay shared
+        scratch = _Scratch()
+        for place in places:
+            is_packed, merge = self._is_packed(place), self._merge_of(place)
+            key = (id(place.stored), is_packed, merge)
+            if key not in made:
+                tensor = self._packed_copy(place, merge, scratch) if is_packed else self._copy(place, merge)
+                made[key] = nn.Parameter(tensor, requires_grad=False)
+            if is_packed and isinstance(place.module, nn.Linear):
+                set_packed(place.module, made[key])
+            else:
+                place.module._parameters[place.name] = made[key]
+
+    def _copy(self, place: Place, merge: Callable[[Tensor], Tensor] | None) -> Tensor:
         dtype = self._rules[self.dtype][id(place.stored)]
-        merge = self._merges.get(place.module) if place.name == "weight" else None
         if merge is not None:
             return merge(place.stored.to(dtype)).to(self.device)
         if self._stages is not None:
             return self._stages.copy(place.stored).to(dtype)
-        # always a copy: kernels are told by alignment, and a mapped tensor lies anywhere
+        # always a copy: a kernel depends on alignment, and a mapped tensor lies anywhere
         return place.stored.to(dtype) if dtype != place.stored.dtype else place.stored.clone()
 
-    def _put(self, place: Place, tensor: Tensor) -> None:
-        if place.name == "weight" and place.module in self._packed and isinstance(place.module, nn.Linear):
-            pack_layer(place.module, tensor)
-        else:
-            place.module._parameters[place.name] = nn.Parameter(tensor, requires_grad=False)
+    def _packed_copy(self, place: Place, merge: Callable[[Tensor], Tensor] | None, scratch: _Scratch) -> Tensor:
+        dtype = self._rules[self.dtype][id(place.stored)]
+        if merge is not None:
+            return packed_for_tokens(merge(place.stored.to(dtype)))
+        return packed_for_tokens(place.stored if dtype == place.stored.dtype else scratch.cast(place.stored, dtype))
+
+    def _is_packed(self, place: Place) -> bool:
+        return place.name == "weight" and place.module in self._packed
+
+    def _merge_of(self, place: Place) -> Callable[[Tensor], Tensor] | None:
+        return self._merges.get(place.module) if place.name == "weight" else None
 
     def _put_nothing(self, place: Place) -> None:
         nothing = _nan(place.stored.shape, self._rules[self.dtype][id(place.stored)], self.device)
         place.module._parameters[place.name] = nn.Parameter(nothing, requires_grad=False)
 
     def _buffers(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Buffers as the class has them in this dtype; persistent ones come from the file."""
+        """Buffers in the form that the class gives them for this dtype; persistent ones come from the file."""
         fresh, dtype_of = fresh_buffers(self._module, dtype), compute_dtypes(self._module, dtype)
         made: dict[int, Tensor] = {}  # shared ones stay shared
         for name, buffer in self._stored_buffers.items():
@@ -128,7 +145,7 @@ class Weights:
         dtype = self._rules[self.dtype][id(place.stored)]
         is_small = place.stored.numel() * dtype.itemsize <= _SMALL_TABLE_BYTES
         if place.module in self._merges or is_small or (here and self.device.type != "cpu"):
-            self._put(place, self._made(place))
+            self._make([place])
         else:
             place.module._parameters[place.name] = _Table.over(place.stored, dtype, self.device)  # type: ignore[assignment]
 
@@ -154,8 +171,26 @@ class _Table(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
+class _Scratch:
+    """Memory for one cast weight at a time, which goes back to the kernel at the end.
+
+    A block of the allocator that is freed between two packed weights would be lost: glibc before 2.38 does not find it again
+    for an aligned block of the same size, so the packed layers of a model took twice their memory.
+    """
+
+    def __init__(self) -> None:
+        self._bytes: Tensor | None = None
+
+    def cast(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor in another dtype, until the next call."""
+        num_bytes = max(1, stored.numel() * dtype.itemsize)
+        if self._bytes is None or len(self._bytes) < num_bytes:
+            self._bytes = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+        return self._bytes[: stored.numel() * dtype.itemsize].view(dtype).view(stored.shape).copy_(stored)
+
+
 class _Stages:
-    """Copies from mapped files to a GPU: through two pinned buffers in turn, on a stream of its own."""
+    """Copies from mapped files to a GPU: through two pinned buffers in turn, on its own stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
