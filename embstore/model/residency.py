@@ -12,8 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-
+from embstore.host.threads import start_thread
 from embstore.model.layer_weights import Weights
 from embstore.model.units import Unit
 
@@ -36,7 +35,7 @@ class Residency:
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._loader = ThreadPoolExecutor(
-            1, thread_name_prefix="embstore-weights", initializer=torch.set_num_threads, initargs=(1,)
+            1, thread_name_prefix="embstore-weights", initializer=start_thread, initargs=(1, weights.device)
         )
 
     def begin(self, batches: Iterable[object]) -> None:
