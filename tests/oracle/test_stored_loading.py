@@ -238,6 +238,21 @@ def test_a_tokenizer_of_mistral_common_alone_is_refused(folder: Path) -> None:
     assert "tokenizer.json" in str(caught.value.hint)
 
 
+def test_an_installed_mistral_common_changes_no_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers prefers it for Mistral's models; its chats and special tokens follow other rules."""
+
+    class MistralCommonBackend:
+        pass
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: MistralCommonBackend())
+    files = locate_model(EmbeddingConfig(model=str(folder)))
+    found = files.load("logits").tokenizer
+    assert [found(each.text).input_ids for each in PROMPTS] == [make_tokenizer()(each.text).input_ids for each in PROMPTS]
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="only a tokenizer of mistral-common"):
+        files.load("logits")
+
+
 def test_a_home_folder_is_expanded_and_a_relative_one_resolved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = locate_model(EmbeddingConfig(model=str(folder))).identity()
     monkeypatch.setenv("HOME", str(folder.parent))
