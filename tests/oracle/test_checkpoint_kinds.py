@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
 from embstore.core.prompts import Prompt
 from embstore.model.locate import locate_model
-from tests.support.kinds import ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, make_kind
+from tests.support.kinds import ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, as_8_bits, change_config, make_kind
 from tests.support.models import (
     PROMPTS,
     distances,
@@ -104,40 +102,6 @@ def test_a_class_that_cannot_be_right_is_refused_by_name(name: str, space: str, 
 
 
 # --- quantised weights ------------------------------------------------------------------------------------------------
-
-
-def change_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def as_8_bits(folder: Path, *, block: int) -> None:
-    """Turn the linear layers of a saved model into what DeepSeek and Qwen publish."""
-    (path,) = folder.glob("*.safetensors")
-    tensors = {}
-    for name, tensor in safetensors.torch.load_file(path).items():
-        if not re.search(r"_proj\.weight$", name):
-            tensors[name] = tensor.to(torch.bfloat16)
-            continue
-        rows, columns = tensor.shape
-        grid = (-(-rows // block), -(-columns // block))
-        scales = torch.stack(
-            [
-                torch.stack(
-                    [
-                        tensor[r * block : (r + 1) * block, c * block : (c + 1) * block].abs().max() / 448
-                        for c in range(grid[1])
-                    ]
-                )
-                for r in range(grid[0])
-            ]
-        )
-        wide = scales.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
-        tensors[name] = (tensor / wide).to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale_inv"] = scales
-    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
-    change_config(folder, quantization_config=settings)
 
 
 @pytest.mark.parametrize("name", ["llama", "olmoe"])

@@ -25,6 +25,7 @@ from embstore.model.dtypes import stored_dtype
 from embstore.model.load import load_model
 from embstore.model.locate import locate_model
 from embstore.model.tokens import PromptTokenizer
+from tests.support.kinds import as_8_bits
 from tests.support.models import (
     CONFIGS,
     PROMPTS,
@@ -78,19 +79,23 @@ def saved(name: str, folder: Path, **changes: object) -> Path:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize(
-    ("name", "changes"),
+    ("name", "changes", "in_8_bits"),
     [
-        ("llama", {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 1000}),
+        ("llama", {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 1000}, False),
+        # dequantised into scratch files
+        ("llama", {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 1000}, True),
         # fused from files of single experts: written to scratch files, the largest tensor is 16 MiB
-        ("mixtral", {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_local_experts": 8}),
+        ("mixtral", {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_local_experts": 8}, False),
     ],
 )
 def test_a_model_of_200_mb_takes_less_than_60_mb_of_anonymous_memory(
-    name: str, changes: dict[str, object], tmp_path: Path
+    name: str, changes: dict[str, object], in_8_bits: bool, tmp_path: Path
 ) -> None:
     folder = saved(name, tmp_path / "model", **changes)
     command = [sys.executable, "-c", _MEASURE, str(folder)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    if in_8_bits:
+        as_8_bits(folder, block=128)
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     anonymous_mib, stored_mib = map(float, done.stdout.split())

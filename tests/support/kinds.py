@@ -5,10 +5,13 @@ Each is small, random and made on the spot. The class that saves it is the one t
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import transformers
 
@@ -260,3 +263,38 @@ def make_kind(kind: str, make: Callable[[], Any], folder: Path) -> Any:
         head.weight.normal_(std=0.5)
     save_model(folder, model, make_tokenizer())
     return model
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    """Change entries of a saved model's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def as_8_bits(folder: Path, *, block: int) -> None:
+    """Turn the linear layers of a saved model into what DeepSeek and Qwen publish."""
+    (path,) = folder.glob("*.safetensors")
+    tensors = {}
+    for name, tensor in safetensors.torch.load_file(path).items():
+        if not re.search(r"_proj\.weight$", name):
+            tensors[name] = tensor.to(torch.bfloat16)
+            continue
+        rows, columns = tensor.shape
+        grid = (-(-rows // block), -(-columns // block))
+        scales = torch.stack(
+            [
+                torch.stack(
+                    [
+                        tensor[r * block : (r + 1) * block, c * block : (c + 1) * block].abs().max() / 448
+                        for c in range(grid[1])
+                    ]
+                )
+                for r in range(grid[0])
+            ]
+        )
+        wide = scales.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
+        tensors[name] = (tensor / wide).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
+    change_config(folder, quantization_config=settings)
