@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from embstore.core.config import Space
 from embstore.core.errors import EmbstoreError, ModelError
 from embstore.host.device import resolve_device
-from embstore.model.adapters import with_adapter
+from embstore.model.adapters import is_headless, with_adapter
 from embstore.model.classes import ModelClass, class_of
 from embstore.model.dtypes import compute_dtypes, fresh_buffers, set_config_dtype, stored_dtype
 from embstore.model.formats import Checkpoint, LoadedCheckpoint, Merge
@@ -40,8 +40,9 @@ _HARMLESS = re.compile(
 # what encoders have behind their hidden states
 _HEADS = re.compile(
     r"^(lm_head|lm_loss|final_logits_bias|pred_layer|cls|classifier|score|qa_outputs|pooler|head|decoder|predictions|lm_predictions|mask_predictions|embed_out"
-    r"|pre_classifier|vocab_\w+|generator_\w+|discriminator_predictions|pooler\w*|summary|v_head)(\.|$)|(^|\.)(pooler|lm_head)\."
+    r"|pre_classifier|vocab_\w+|generator_\w+|discriminator_predictions|pooler\w*|summary|v_head)(\.|$)"
 )
+_INNER_HEADS = re.compile(r"(^|\.)(pooler|lm_head)\.")  # also of a part of a model
 
 
 def load_files(
@@ -65,8 +66,8 @@ def load_files(
     with _quiet_transformers():
         tokenizer = _tokenizer(tokenizer_folder, name, trusted=trusted)
         config = _config(folder, name, trusted=trusted)
-        # an adapter uses the layer names of the model with a head
-        asked: Space = "logits" if adapter is not None else space
+        # an adapter uses the layer names of the class on which it was trained, which has a head unless it says otherwise
+        asked: Space = space if adapter is None or is_headless(adapter) else "logits"
         try:
             chosen = class_of(config, folder, name, space=asked, trusted=trusted)
             tensors = plain_tensors(mapped_tensors(weight_files), _settings(folder), name, scratch)
@@ -187,7 +188,10 @@ def _is_dispensable(key: str, model: Any, space: Space) -> bool:  # noqa: ANN401
 def _is_harmless(key: str, model: Any, space: Space) -> bool:  # noqa: ANN401
     if _HARMLESS.search(key):
         return True
-    return space == "hidden" and _HEADS.search(key) is not None and key not in model.state_dict()
+    if space == "logits":
+        return False
+    is_elsewhere = not hasattr(model, key.partition(".")[0])
+    return _INNER_HEADS.search(key) is not None or (is_elsewhere and _HEADS.search(key) is not None)
 
 
 def _part_for(model: Any, space: Space) -> Any:  # noqa: ANN401

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,16 @@ from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
 from embstore.core.prompts import Prompt
 from embstore.model.locate import locate_model
-from tests.support.kinds import ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, as_8_bits, change_config, make_kind
+from tests.support.kinds import (
+    ENCODER_DECODERS,
+    ENCODERS,
+    MULTIMODAL,
+    REFUSED,
+    as_8_bits,
+    change_config,
+    documented_rows,
+    make_kind,
+)
 from tests.support.models import (
     PROMPTS,
     distances,
@@ -144,3 +154,14 @@ def test_weights_in_4_bits_are_the_dequantised_model(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], each) for name, each in expected.named_parameters())
     rows_NV = rows_before_rounding(open_embedder(folder, PROMPTS, tmp_path / "work"), PROMPTS)
     assert distances(rows_NV, class_rows(expected.float(), PROMPTS, logits=True)).max() <= 2e-6
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_lists_what_is_established_here() -> None:
+    """Rows are made of the cases that the tests of this file, of adapters and of weight files run over."""
+    lines = (ROOT / "docs" / "models.md").read_text().splitlines()
+    start = lines.index("| format | CPU | CUDA |")
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :]))
+    assert table == [f"| {' | '.join(row)} |" for row in documented_rows()]

@@ -168,6 +168,14 @@ def test_a_tensor_that_no_layer_takes_is_refused(folder: Path, key: str, space: 
         load(folder, space)
 
 
+def test_a_layer_that_is_called_as_a_head_elsewhere_is_refused(tmp_path: Path) -> None:
+    """ "decoder" is the head of some encoders, and where OPT has its layers."""
+    folder = save_model(tmp_path / "model", make_model("opt"), make_tokenizer())
+    edit(folder, lambda tensors: tensors.update({"model.decoder.layers.0.extra.weight": torch.ones(8)}))
+    with pytest.raises(ModelError, match=r"does not use 1 tensors of the weight files, such as .*layers\.0\.extra"):
+        load(folder, "hidden")
+
+
 @pytest.mark.parametrize(
     "key",
     [

@@ -254,6 +254,37 @@ REFUSED: dict[str, tuple[str, Callable[[], Any], str]] = {
 }
 
 
+# quantisations whose weights are not turned into plain ones
+OTHER_METHODS = ("bitsandbytes", "gptq", "awq", "hqq", "quark", "torchao", "aqlm")
+# name: (base of models.CONFIGS, settings of peft.LoraConfig)
+_GPT2 = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoRA": ("llama", {"target_modules": ["q_proj", "down_proj"]}),
+    "rank-stabilised LoRA": ("llama", {"target_modules": ["q_proj"], "use_rslora": True}),
+    "DoRA": ("llama", {"target_modules": ["q_proj", "up_proj"], "use_dora": True}),
+    "LoRA of Conv1D layers (GPT-2)": ("gpt2", _GPT2),
+    "LoRA of an untied head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+    "LoRA of an untied embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "modules_to_save: head": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "modules_to_save: head and embedding": (
+        "llama",
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    ),
+    "modules_to_save: tied head": ("llama-tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "trained biases": ("phi", {"target_modules": ["q_proj", "fc1"], "bias": "all"}),
+}
+# name: (settings over a tied Llama, what the refusal says)
+REFUSED_ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
+    "LoRA of a tied head": ({"target_modules": ["lm_head"]}, r"adapts lm_head, whose weight is tied"),
+    "LoRA of a tied embedding": ({"target_modules": ["embed_tokens"]}, r"adapts model\.embed_tokens, whose weight is tied"),
+    "trained rows of single tokens": (
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+        "trainable_token_indices",
+    ),
+    "LoRA with lora_bias": ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias"),
+}
+
+
 def make_kind(kind: str, make: Callable[[], Any], folder: Path) -> Any:
     """A random model of a class, saved with a tokenizer; its head is loud enough for rows to differ."""
     torch.manual_seed(0)
@@ -298,3 +329,32 @@ def as_8_bits(folder: Path, *, block: int) -> None:
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
     change_config(folder, quantization_config=settings)
+
+
+def documented_rows() -> list[tuple[str, str, str]]:
+    """Format, outcome on a CPU and outcome on CUDA, for each case of the tests: the table of ``docs/models.md``.
+
+    "simulated" is what is loaded the same way whatever computes, and was not run on a GPU.
+    """
+    plain = [
+        ("safetensors in float32, bfloat16 or float16", "right", "right"),
+        ("safetensors of several dtypes", "right", "simulated"),
+        ("`pytorch_model.bin`, of tensors only", "right", "simulated"),
+        ("8 bits (`fp8`, and `compressed-tensors` as `float-quantized`)", "right, in bfloat16", "simulated"),
+        ("MXFP4 (gpt-oss)", "right, in bfloat16", "simulated"),
+    ]
+    methods = [f"`{method}`" for method in OTHER_METHODS]
+    return [
+        *plain,
+        (f"other quantisations: {', '.join(methods)} and any other", "refused", "refused"),
+        ("tensors that no layer takes, or of another shape; Git LFS pointers; files cut off", "refused", "refused"),
+        *((f"multimodal, text alone: {name}", "right", "simulated") for name in sorted(MULTIMODAL)),
+        *(
+            (f"encoder-decoder: {name}", "logits refused, `--space hidden` right", "simulated")
+            for name in sorted(ENCODER_DECODERS)
+        ),
+        *((f"encoder, `--space hidden`: {name}", "right", "simulated") for name in sorted(ENCODERS)),
+        *((f"class: {name} ({said})", "refused", "refused") for name, (_, _, said) in sorted(REFUSED.items())),
+        *((f"PEFT: {name}", "right", "simulated") for name in sorted(ADAPTERS)),
+        *((f"PEFT: {name}", "refused", "refused") for name in sorted(REFUSED_ADAPTERS)),
+    ]
