@@ -26,6 +26,7 @@ from embstore.core.interfaces import PromptReader
 from embstore.core.prompts import Prompt
 from embstore.core.sampling import seeded_sample
 from embstore.core.spec import EmbeddingSpec, ModelIdentity, Versions
+from embstore.host.allocator import return_large_blocks
 from embstore.host.device import capability_of, has_fast_bfloat16, library_versions, resolve_device
 from embstore.host.threads import num_cores
 from embstore.model.backbone import SplitModel
@@ -109,6 +110,7 @@ class TorchSource:
         ModelError, BudgetError, RowError
             The model cannot be used, cannot fit, or gives no usable row on any sampled prompt.
         """
+        return_large_blocks()
         threads = config.threads or num_cores()
         torch.set_num_threads(threads)
         space: Space = config.space or "logits"
@@ -199,6 +201,7 @@ class TorchSource:
             The model cannot be loaded, or the spec has a head, pooling or token rule that this embstore does not compute.
         """
         _refuse_unknown(spec)
+        return_large_blocks()
         torch.set_num_threads(spec.threads)
         with stage(observer, "load", self._files_bytes, "bytes"):
             loaded = self._load(_space_of(spec))
