@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import CorruptStoreError
-from embstore.core.events import Observer
+from embstore.core.events import Event, Observer, Preflight
 from embstore.core.interfaces import PromptReader, RowBlock
 from embstore.core.prompts import Prompt
 from embstore.core.records import SpecRecord
@@ -123,3 +123,17 @@ def test_a_manifest_with_both_files_is_refused(store: Path) -> None:
     (store / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CorruptStoreError, match=r"lists 'basis\.npy', which is not a file of this store"):
         open_store(store)
+
+
+def test_the_preflight_counts_a_basis_or_map_until_it_is_written(prompts: Path, tmp_path: Path) -> None:
+    planned: list[int] = []
+
+    def observer(event: Event) -> None:
+        if isinstance(event, Preflight):
+            planned.append(event.remaining_bytes)
+            raise KeyboardInterrupt
+
+    for source in (FakeSource(), MapSource()):
+        with pytest.raises(KeyboardInterrupt):
+            build_small(prompts, tmp_path / type(source).__name__, source=source, observer=observer)
+    assert planned[1] - planned[0] == 4 * (MAP_ROWS - DIMENSION) * source.rank
