@@ -185,6 +185,11 @@ def _is_dispensable(key: str, model: Any, space: Space) -> bool:  # noqa: ANN401
 def _is_harmless(key: str, model: Any, space: Space) -> bool:  # noqa: ANN401
     if _HARMLESS.search(key):
         return True
+    text = model.config.get_text_config()
+    layer = re.search(r"(^|\.)layers\.(\d+)\.", key)
+    predicts_further = bool(getattr(text, "num_nextn_predict_layers", 0))
+    if layer is not None and predicts_further and int(layer[2]) >= text.num_hidden_layers:
+        return True  # DeepSeek's and GLM's layers that predict further tokens follow those of the model
     if space == "logits":
         return False
     is_elsewhere = not hasattr(model, key.partition(".")[0])

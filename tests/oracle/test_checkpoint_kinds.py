@@ -31,6 +31,7 @@ from tests.support.kinds import (
     make_kind,
 )
 from tests.support.models import (
+    CONFIGS,
     PROMPTS,
     distances,
     make_model,
@@ -109,6 +110,36 @@ def test_a_class_that_cannot_be_right_is_refused_by_name(name: str, space: str, 
         open_embedder(tmp_path / "model", PROMPTS, tmp_path / "work", space=space)
     assert caught.value.hint
     assert "transformers has no class" in caught.value.message or said in caught.value.message
+
+
+def _longrope() -> Any:
+    """Phi-3's: other frequencies for every position of a batch of more than 16 tokens."""
+    rope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 27.0], "rope_theta": 10000.0}
+    config = CONFIGS["phi3"]()
+    return transformers.Phi3Config(
+        **{key: getattr(config, key) for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        original_max_position_embeddings=16,
+        rope_scaling=rope if not hasattr(transformers, "initialization") else rope | {"rope_type": "longrope"},
+        pad_token_id=1,
+        eos_token_id=1,
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_do_not_depend_on_batch_mates_where_frequencies_depend_on_length(threads: int, tmp_path: Path) -> None:
+    """Rows of 2 to 48 tokens, on both sides of the limit: padded beyond it, a short one moves by 7e-4."""
+    model = make_kind("Phi3ForCausalLM", _longrope, tmp_path / "model")
+    tokenizer = make_tokenizer()
+    lengths = [len(tokenizer(each.text).input_ids) for each in PROMPTS]
+    assert min(lengths) <= 16 < max(lengths)
+    # each alone: the frequencies stay in the module
+    expected_NV = class_rows(model, PROMPTS, logits=True)
+    embedder = open_embedder(tmp_path / "model", PROMPTS, tmp_path / "work", threads=threads, batch_tokens=256)
+    for _ in range(3):
+        assert distances(rows_before_rounding(embedder, PROMPTS), expected_NV).max() <= 2e-6
 
 
 # --- quantised weights ------------------------------------------------------------------------------------------------

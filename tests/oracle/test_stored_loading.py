@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -190,6 +191,20 @@ def test_harmless_tensors_are_left_out(folder: Path, key: str, tmp_path: Path) -
     expected_NV = rows_before_rounding(open_embedder(folder, PROMPTS, tmp_path / "first"), PROMPTS)
     edit(folder, lambda tensors: tensors.update({key: torch.ones(8)}))
     assert np.array_equal(rows_before_rounding(open_embedder(folder, PROMPTS, tmp_path / "second"), PROMPTS), expected_NV)
+
+
+def test_layers_behind_the_last_are_harmless_where_they_predict_further_tokens(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", make_model("deepseek-v3"), make_tokenizer())
+    edit(folder, lambda tensors: tensors.update({"model.layers.2.eh_proj.weight": torch.ones(8)}))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+    for number, is_refused in ((0, True), (1, False)):
+        (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": number}))
+        with pytest.raises(ModelError, match=r"layers\.2\.eh_proj") if is_refused else contextlib.nullcontext():
+            load(folder)
+    edit(folder, lambda tensors: tensors.update({"model.layers.1.eh_proj.weight": torch.ones(8)}))
+    with pytest.raises(ModelError, match="does not use 1 tensors"):
+        load(folder)
 
 
 def test_a_tensor_of_another_shape_is_refused_with_both(folder: Path) -> None:
