@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from embstore.core.interfaces import Check
 from embstore.core.prompts import Prompt
 from embstore.model.embed import LogitEmbedder
 from embstore.model.layer_weights import Weights
@@ -32,9 +33,14 @@ WINDOWS = [PROMPTS[:9], PROMPTS[9:18], PROMPTS[18:]]
 SEVERAL, ONE = 1 << 30, 0  # memory for laps: of several windows, or of one
 
 
-def rows_of(embedder: LogitEmbedder, windows: Sequence[list[Prompt]] = WINDOWS, limit: TimeLimit | None = None) -> bytes:
+def rows_of(
+    embedder: LogitEmbedder,
+    windows: Sequence[list[Prompt]] = WINDOWS,
+    limit: TimeLimit | None = None,
+    check: Check | None = None,
+) -> bytes:
     """All that is stored of these windows, asked for as a build does it: those that follow are an iterator."""
-    check = (limit or TimeLimit()).check
+    check = check or (limit or TimeLimit()).check
     found = []
     for index, window in enumerate(windows):
         following = iter(windows[index + 1 :])
