@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from embstore.host.allocator import give_back
 from embstore.model.dtypes import compute_dtypes, fresh_buffers, set_config_dtype
-from embstore.model.packed import packed_for_tokens, set_packed
+from embstore.model.packed import expect_packed, expect_plain, packed_for_tokens
 from embstore.model.units import Parts, Place, Unit
 
 # The merged weight of an adapted module, given its weight in the dtype of the pass.
@@ -49,9 +49,13 @@ class Weights:
 
         ``tables_here`` holds embedding tables on the device instead of looking rows up where they are mapped.
         """
+        for layer in self._packed:
+            expect_plain(layer)
         self.dtype, self._packed = dtype, frozenset(packed)
         if isinstance(self._module, transformers.PreTrainedModel):
             set_config_dtype(self._module.config, dtype)
+        for layer in self._packed:
+            expect_packed(layer)
         for unit in self.parts.units:
             self.drop(unit)
         give_back()  # another dtype makes blocks of other sizes, and those of before would stay
@@ -86,7 +90,6 @@ class Weights:
             current = place.module._parameters[place.name]
             if self._stages is not None and current is not None and current.device == self.device:
                 current.record_stream(torch.cuda.current_stream(self.device))
-            place.module.__dict__.pop("forward", None)  # a packed layer's
             self._put_nothing(place)
 
     # --- one parameter ----------------------------------------------------------------------------------------------
@@ -100,10 +103,7 @@ class Weights:
             if key not in made:
                 tensor = self._packed_copy(place, merge, scratch) if is_packed else self._copy(place, merge)
                 made[key] = nn.Parameter(tensor, requires_grad=False)
-            if is_packed and isinstance(place.module, nn.Linear):
-                set_packed(place.module, made[key])
-            else:
-                place.module._parameters[place.name] = made[key]
+            place.module._parameters[place.name] = made[key]
 
     def _copy(self, place: Place, merge: Callable[[Tensor], Tensor] | None) -> Tensor:
         dtype = self._rules[self.dtype][id(place.stored)]

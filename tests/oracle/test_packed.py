@@ -32,7 +32,7 @@ from embstore.model.embed import LogitEmbedder
 from embstore.model.finish import AffineFinisher, finish, spanning_columns
 from embstore.model.heads import AffineHead
 from embstore.model.layer_weights import Weights
-from embstore.model.packed import can_pack, packed_for_tokens, set_packed
+from embstore.model.packed import can_pack, expect_packed, packed_for_tokens
 from embstore.model.probe import watched_layers
 from embstore.model.units import parts_of
 from tests.support import records
@@ -87,7 +87,8 @@ def test_a_packed_layer_gives_the_product_of_any_input(dtype: torch.dtype, bias:
     inputs = [torch.randn(shape).to(dtype) for shape in ((0, 24), (24,), (1, 24), (5, 24), (2, 3, 24), (2, 0, 24))]
     inputs += [torch.randn(24, 7).to(dtype).T, torch.randn(4, 7, 48).to(dtype)[..., ::2], inputs[2].expand(6, 24)]
     offset = 0.0 if layer.bias is None else layer.bias.double()
-    set_packed(layer, nn.Parameter(packed_for_tokens(weight), requires_grad=False))
+    layer.weight = nn.Parameter(packed_for_tokens(weight), requires_grad=False)
+    expect_packed(layer)
     assert layer.weight.is_mkldnn
     assert (layer.weight.dtype, layer.weight.shape) == (weight.dtype, weight.shape)
     for given in inputs:
