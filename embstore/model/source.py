@@ -7,6 +7,7 @@ find the basis, choose the dtype, pack, embed.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -288,11 +289,18 @@ class TorchSource:
                 self._settle(model, torch.float32, asked=False)
                 exact = mean_distances(parts, settings, finisher, sample[:count])
                 self._settle(model, torch.bfloat16)
-                tv = total_variation(exact, mean_distances(parts, settings, finisher, sample[:count]))
+                try:
+                    tv = total_variation(exact, mean_distances(parts, settings, finisher, sample[:count]))
+                except RuntimeError as error:
+                    if isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    tv = math.inf  # a few classes mix precisions in a way that torch refuses
             takes_bfloat16 = tv <= _DTYPE_MAX_TV
             if not takes_bfloat16:
                 limits = f"limit {_DTYPE_MAX_TV:g}, {len(sample[:count])} sampled prompts"
-                observer(Notice(message=f"using float32: bfloat16 would change the weights by TV {tv:.1e} ({limits})"))
+                change = f"bfloat16 would change the weights by TV {tv:.1e} ({limits})"
+                cannot = f"{type(model.module).__name__} does not run in bfloat16"
+                observer(Notice(message=f"using float32: {cannot if math.isinf(tv) else change}"))
         self._settle(model, torch.bfloat16 if takes_bfloat16 else torch.float32)
         return narrow if takes_bfloat16 else settings
 
