@@ -25,7 +25,7 @@ class SplitModel:
     """A causal LM cut into its backbone and everything its class does after it.
 
     ``module`` is the whole model, ``backbone`` its first part, which runs in the dtype asked for; the head's weights are
-    kept apart in float32, also when they are tied. ``width`` is D, ``inner_width`` that of the feed-forward layers,
+    kept apart as they were loaded, also when they are tied. ``width`` is D, ``inner_width`` that of the feed-forward layers,
     ``num_tokens`` the number of input embeddings. With ``is_causal`` no mask is given: False is always right, and slower.
     """
 
@@ -66,7 +66,7 @@ class SplitModel:
         return dtype
 
     def to_dtype(self, dtype: torch.dtype) -> None:
-        """Move the backbone to ``dtype``; the head stays in float32."""
+        """Move the backbone to ``dtype``; the head stays as it was loaded."""
         self.backbone.to(dtype)
 
     def hidden(self, tokens_BT: Tensor, real_BT: Tensor) -> Tensor:
