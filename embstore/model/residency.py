@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+from embstore.host.allocator import give_back
 from embstore.host.threads import start_thread
 from embstore.model.layer_weights import Weights
 from embstore.model.units import Unit
@@ -170,6 +171,9 @@ class Residency:
 
     def _load(self, unit: Unit) -> None:
         try:
+            # glibc keeps what was dropped, and does not find a hole again that is as large as an aligned block: two layers
+            # would soon take the memory of five
+            give_back()
             ready = self._weights.make(unit)
         except BaseException as error:  # noqa: BLE001 - raised again in the threads that wait
             self._weights.drop(unit)  # what was made of it
