@@ -17,7 +17,7 @@ import torch
 from benchmarks.acceptance import RESULTS, cpu_name
 from embstore.core.config import EmbeddingConfig
 from embstore.core.events import ignore
-from embstore.model.load import locate_model
+from embstore.model.locate import locate_model
 from embstore.model.source import TorchSource
 from embstore.storage.ingest import ingest
 from embstore.storage.prompt_table import PromptTable

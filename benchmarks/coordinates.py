@@ -32,7 +32,7 @@ from embstore.core.events import ignore
 from embstore.core.prompts import Prompt, parse_line
 from embstore.model.basis import orthonormal_basis
 from embstore.model.finish import spanning_columns
-from embstore.model.load import locate_model
+from embstore.model.locate import locate_model
 from embstore.model.source import TorchSource
 from embstore.search.audit import TIE_TOLERANCE
 

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from benchmarks.gpu_run import DEVICE, Figures, Opened, Run, Subject
 from benchmarks.methods import MAX_TOKENS, PromptList, chunk_rows, drop_rows
 from embstore.core.config import BuildConfig, EmbeddingConfig
-from embstore.core.events import Event, Observer, RowsCommitted, StageFinished, StageStarted
+from embstore.core.events import Event, Observer, RowsCommitted, StageFinished, StageStarted, ignore
 from embstore.core.interfaces import PromptReader
 from embstore.core.prompts import Prompt
 from embstore.core.spec import EmbeddingSpec, ModelIdentity
 from embstore.flow.build import build
 from embstore.model.embed import LogitEmbedder
-from embstore.model.load import locate_model
+from embstore.model.locate import locate_model
 from embstore.model.settings import MAX_WINDOW_ROWS
 from embstore.model.source import TorchSource
 
@@ -36,9 +36,13 @@ class Held:
     def __init__(self, source: TorchSource, embedder: LogitEmbedder) -> None:
         self._source, self._embedder = source, embedder
 
-    def identity(self) -> ModelIdentity:
+    def identity(self, observer: Observer = ignore) -> ModelIdentity:
         """Of the model's files."""
-        return self._source.identity()
+        return self._source.identity(observer)
+
+    def device(self, name: str) -> str:
+        """Of the source."""
+        return self._source.device(name)
 
     def hardware(self, config: EmbeddingConfig) -> dict[str, object]:
         """Of the source."""
@@ -50,12 +54,12 @@ class Held:
         """The embedder; it was made for the same prompts."""
         return self._embedder
 
-    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> LogitEmbedder:
+    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], **options: object) -> LogitEmbedder:
         """A benchmark resumes nothing."""
         raise NotImplementedError
 
     def take_over(
-        self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
+        self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], **options: object
     ) -> LogitEmbedder:
         """A benchmark reuses nothing."""
         raise NotImplementedError

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from benchmarks.acceptance import cpu_name
 from benchmarks.gpu_run import DEVICE, Figures, Run
-from embstore.flow.admission import CHUNK_BYTES
+from embstore.flow.cost import CHUNK_BYTES
 from embstore.host.threads import num_cores
 from embstore.storage.chunks import encode_chunk
 from embstore.storage.filesystem import file_system

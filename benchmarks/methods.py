@@ -33,16 +33,15 @@ from embstore.core.config import BuildConfig, EmbeddingConfig
 from embstore.core.events import RowsCommitted, StageFinished, StageStarted
 from embstore.core.prompts import Prompt
 from embstore.core.rows import chunk_rows_near
-from embstore.flow.admission import CHUNK_BYTES
 from embstore.flow.build import build
+from embstore.flow.cost import CHUNK_BYTES
 from embstore.host.memory import MemoryMeter
 from embstore.host.threads import Workers, finish_all
 from embstore.model.backbone import SplitModel
 from embstore.model.batches import TokenBatch, batches_by_length, few_lengths, padded_batch
 from embstore.model.embed import DTYPES, LogitEmbedder
-from embstore.model.load import load_model, locate_model
-from embstore.model.packed import pack_layers
-from embstore.model.probe import split_model
+from embstore.model.locate import locate_model
+from embstore.model.probe import examine, packable_layers
 from embstore.model.settings import MAX_WINDOW_ROWS
 from embstore.model.source import TorchSource
 from embstore.model.tokens import PromptTokenizer, TokenRow
@@ -146,10 +145,13 @@ def packed(job: Job) -> dict[str, Any]:
 def backbone(job: Job, *, is_ours: bool = False) -> dict[str, Any]:
     """Every setting in ``job["settings"]``: batch_tokens, mask, workers. Tokenisation is timed by itself."""
     source = locate_model(EmbeddingConfig(model=job["model"]))
-    loaded = load_model(source, "cpu")
-    model = split_model(loaded.model)
-    model.to_dtype(DTYPES[job["dtype"]])
-    keeps_kernels = is_ours and (pack_layers(model) or job["dtype"] != "float32")
+    loaded = source.load("logits")
+    model, dtype = SplitModel(loaded.model, torch.device("cpu"), loaded.merges), DTYPES[job["dtype"]]
+    model.settle(torch.float32, None)  # every layer in memory, as in the plain order
+    examine(model)
+    model.settle(dtype, None)
+    packs = is_ours and packable_layers(model, lambda layers: model.settle(dtype, None, layers))
+    keeps_kernels = is_ours and (packs or job["dtype"] != "float32")
     padded_length = few_lengths if keeps_kernels else int
     prompts = [Prompt(id=None, text=text) for text in texts_of(job)]
     started = time.perf_counter()
@@ -234,7 +236,9 @@ def drop_rows(embedder: LogitEmbedder, prompts: Sequence[Prompt]) -> int:
     windows = [prompts[start : start + step] for start in range(0, len(prompts), step)]
     tokens = 0
     for window, following in zip(windows, [*windows[1:], []], strict=True):
-        blocks = embedder.embed(window, first_row=0, chunk_rows=rows, check=lambda: None, following=following)
+        blocks = embedder.embed(
+            window, first_row=0, chunk_rows=rows, check=lambda: None, following=[following] if following else ()
+        )
         for block in blocks:
             block.release()
         tokens += embedder.counts.tokens

@@ -25,7 +25,8 @@ from embstore.core.errors import ConfigError, ModelError
 from embstore.core.prompts import collapse_whitespace, render_messages
 from embstore.integrations.nanochat.checkpoint import NanochatFiles
 from embstore.integrations.trl import DensitySampling
-from embstore.model.load import ModelFiles, load_model, locate_model
+from embstore.model.load import whole_in_float32
+from embstore.model.locate import ModelFiles, locate_model
 from embstore.training import DensitySampler
 from scripts.kat_files import PromptLine
 from scripts.kat_rewards import Reward
@@ -128,8 +129,8 @@ def load_policy(options: argparse.Namespace) -> Policy:
             trust_tokenizer_pickle=options.trust_tokenizer_pickle or None,
         )
     )
-    loaded = load_model(files, "cpu")
-    model, tokenizer = loaded.model, loaded.tokenizer
+    loaded = files.load("logits")
+    model, tokenizer = whole_in_float32(loaded), loaded.tokenizer
     if not hasattr(model, "generate"):
         raise ModelError(
             f"{files.name} has no generate method", hint="convert it to a Hugging Face folder and give that as --model"
@@ -144,7 +145,7 @@ def load_policy(options: argparse.Namespace) -> Policy:
             tokenizer.save_pretrained(folder)
         processes.wait_for_everyone()
         model.config.name_or_path = str(folder)
-    model.requires_grad_(True).train()
+    model.float().requires_grad_(True).train()  # it was loaded as it is stored
     return Policy(model=model, tokenizer=tokenizer, processes=processes)
 
 

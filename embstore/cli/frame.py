@@ -103,6 +103,8 @@ def _app(
 
 def run_and_print(work: Callable[..., BuildReport | Preflight], out: Path, *, as_json: bool) -> None:
     """Run ``work(observer=...)`` with its progress on stderr; print the report of a build, and of a plan only its JSON."""
+    sys.stderr.write(f"embstore {__version__}\n")  # the first word, before anything that takes seconds
+    sys.stderr.flush()
     from embstore.views import info, terminal  # noqa: PLC0415 - other commands start without them
 
     with terminal.TerminalObserver(Console(stderr=True, soft_wrap=not sys.stderr.isatty())) as observer:

@@ -22,6 +22,7 @@ from embstore.core.config import parse_bytes
 from embstore.core.declared import Panel
 
 _PANELS = typing.get_args(Panel)
+_AUTO = "auto"  # a size that is chosen: None in a config
 _SHOWS_ALL = "embstore.help_all"  # set in a command's context once --help-all was given
 
 
@@ -113,7 +114,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:  
     default: Any = field.default
     metavar = f"<{unit}>" if (unit := field.metadata["unit"]) else None
     if unit == "bytes":
-        hint, default, metavar = str, f"{default / (1 << 30):g}GiB", "<size>"
+        hint, default, metavar = str, _AUTO if default is None else f"{default / (1 << 30):g}GiB", "<size>"
     elif isinstance(default, tuple):
         hint, default, metavar = (str if field.metadata["separator"] else list[str]) | None, None, "<str>"
     info = typer.Option(flag, help=field.metadata["help"], metavar=metavar, rich_help_panel=field.metadata["panel"])
@@ -125,7 +126,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:  
 def _value(field: dataclasses.Field[Any], given: Any) -> object:  # noqa: ANN401 - each option has its own type
     """The field's value; sizes, tuples and "no limit" are written differently on the command line."""
     if field.metadata["unit"] == "bytes":
-        return parse_bytes(given)
+        return None if given == _AUTO and field.default is None else parse_bytes(given)
     if isinstance(field.default, tuple):
         if isinstance(given, str):
             return tuple(part.strip() for part in given.split(field.metadata["separator"]))

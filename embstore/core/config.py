@@ -44,6 +44,17 @@ def pooling_rule(space: str, pooling: str) -> str:
     return _POOLING_RULES.get((space, pooling), pooling)
 
 
+def refuse_device_name(name: str) -> None:
+    """Refuse what is not the name of a device that embstore computes on; whether it is here is not asked."""
+    if re.fullmatch(r"mps(:\d+)?", name):
+        raise ConfigError(
+            "embstore does not compute on mps: that device has no float64, which the probes and the coordinates need",
+            hint="use --device cpu, which auto means on a Mac",
+        )
+    if re.fullmatch(r"auto|cpu(:0)?|cuda(:\d+)?", name) is None:
+        raise ConfigError(f"embstore does not compute on device {name!r}", hint="use auto, cpu, cuda or cuda:N")
+
+
 @documented
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbeddingConfig:
@@ -77,6 +88,13 @@ class EmbeddingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.window_rows is not None and self.chunk_rows is not None and self.window_rows % self.chunk_rows:
+            raise ConfigError(
+                f"window_rows must be a multiple of chunk_rows, got {self.window_rows} and {self.chunk_rows}",
+                hint="leave out one of them",
+            )
+        if self.device is not None:
+            refuse_device_name(self.device)
         if self.space == "hidden" and self.vocab is not None:
             raise ConfigError(f"vocab {self.vocab} chooses columns of logits, but space is hidden", hint="leave out --vocab")
 
@@ -226,12 +244,21 @@ class BuildConfig:
     memory_budget_bytes: int = option(
         2 << 30, "Memory besides the loaded model and mapped files.", "resources", flag="--memory-budget", unit="bytes"
     )
+    model_memory_bytes: int | None = option(
+        None,
+        "Memory for the weights of layers: they take turns where not all fit. Default: all of a small model, two layers of "
+        "a large one; on a GPU, all that fit.",
+        flag="--model-memory",
+        unit="bytes",
+    )
     on_error: Literal["stop", "quarantine"] = option(
         "stop", "If a row cannot be embedded: stop, or keep its number with an empty row of weight 0 (quarantine)."
     )
     strict: bool = option(False, "Refuse the file if any line does not contain a prompt.")
     limit: int | None = option(None, "Use only the first N distinct prompts, or rows of an array.", "input", unit="rows")
-    allow_drift: bool = option(False, "Resume on other hardware or threads, or without --reuse stores. Bytes may differ.")
+    allow_drift: bool = option(
+        False, "Resume on other hardware, threads or versions, or without --reuse stores. Bytes may differ."
+    )
     trust_journal: bool = option(False, "Resume without reading committed rows back to check them.")
     reuse: tuple[str, ...] = option((), "Finished store to copy rows of equal prompts from. Repeatable.", "input")
     fields: PromptFields = USUAL_FIELDS

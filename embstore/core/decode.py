@@ -12,6 +12,7 @@ import math
 import re
 import typing
 from dataclasses import dataclass
+from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar
 
 from embstore.core.errors import CorruptStoreError
@@ -178,9 +179,11 @@ def _hints(record_type: type) -> dict[str, Any]:
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:  # noqa: ANN401 - type hints are data here
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is UnionType and value is not None and dataclasses.is_dataclass(arguments[0]):
+        hint = arguments[0]  # an optional record that is there
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_json(hint, value, name=name)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         if not isinstance(value, str) or not arguments[1].fullmatch(value):
             raise CorruptStoreError(f"{name}: expected {arguments[1].pattern}, found {shown(value)}", hint=_HINT)

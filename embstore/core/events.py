@@ -5,19 +5,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
-Stage = Literal["prompts", "model", "embed", "knn", "audit", "rerank", "publish"]
+# What comes before the first row, in its order; ``Preflight.stage_seconds`` says what each took.
+Preparation = Literal[
+    "imports",  # torch and transformers
+    "prompts",  # stage 0 of a new store
+    "check",  # on a resume: stage 0 is read back, and the given prompts are compared with it
+    "hash",  # the model's files, for its identity
+    "reuse",  # prompts are looked up in the stores of --reuse
+    "load",
+    "probe",  # what head is this, and how long are the prompts?
+    "basis",  # the axes of the coordinates
+    "dtype",  # are rows in 16 bits good enough?
+    "pilot",  # a few rows are timed
+    "readback",  # on a resume: committed windows are read back
+]
+Stage = Literal[Preparation, "embed", "knn", "audit", "rerank", "publish"]
+PREPARATIONS: tuple[Preparation, ...] = get_args(Preparation)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageStarted:
-    """A stage begins; it has ``total`` items called ``unit``, of which earlier runs committed ``done``."""
+    """A stage begins; it has ``total`` items (None: unknown) called ``unit``, of which earlier runs committed ``done``."""
 
     stage: Stage
-    total: int
+    total: int | None
     done: int = 0
     unit: str = "rows"
 
@@ -58,7 +75,8 @@ class Preflight:
     """The plan of a build and its estimated cost, before the first row is computed.
 
     Of ``remaining_rows``, ``reused_rows`` are copied from other stores; ``dropped_rows`` counts rows of those stores whose
-    prompts are not in this pool.
+    prompts are not in this pool. ``device`` is the one that computes, with its index. ``seconds`` is the estimate for the
+    remaining rows; ``stage_seconds`` says what the stages before them took in this run, and has "embed", the same estimate.
     """
 
     num_rows: int
@@ -78,6 +96,7 @@ class Preflight:
     seconds: float
     reused_rows: int = 0
     dropped_rows: int = 0
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,3 +122,20 @@ Observer = Callable[[Event], None]
 
 def ignore(event: Event) -> None:
     """Observe nothing: the default observer."""
+
+
+@contextlib.contextmanager
+def stage(
+    observer: Observer, name: Stage, total: int | None = None, unit: str = "", *, done: int = 0
+) -> Iterator[Callable[[int], None]]:
+    """Tell an observer of a stage while it runs; a stage that fails is never finished.
+
+    Yields
+    ------
+    Callable
+        To be called with the number of items that are done since the last call.
+    """
+    started = time.perf_counter()
+    observer(StageStarted(stage=name, total=total, done=done, unit=unit))
+    yield lambda count: observer(StageAdvanced(stage=name, count=count))
+    observer(StageFinished(stage=name, seconds=time.perf_counter() - started))

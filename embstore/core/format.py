@@ -36,6 +36,7 @@ LINE_ROWS = "line_rows.npy"
 MULTIPLICITY = "multiplicity.npy"
 KEYS = "keys.npy"
 BASIS = "basis.npy"
+COORDINATE_MAP = "coordinate_map.npy"
 COORDINATES = "coordinates.npy"
 RESIDUALS = "residuals.npy"
 EMBEDDINGS = "embeddings.zarr"
@@ -65,6 +66,11 @@ JsonObject = dict[str, Any]
 # names files that were made from the same content; in a path it is always one plain word
 Digest = Annotated[str, re.compile(r"[0-9a-f]{16}")]
 _Result = TypeVar("_Result")
+
+
+def basis_file(basis: str) -> str:
+    """Where a store with this ``embedding.basis`` says what coordinates are: ``BASIS`` [V, R], ``COORDINATE_MAP`` [M, R]."""
+    return COORDINATE_MAP if basis == "gram" else BASIS
 
 
 def chunk_name(index: int) -> str:
@@ -184,7 +190,8 @@ def _manifest_problem(manifest: Manifest) -> str | None:
         return f"publishes {manifest.rows} x {manifest.dimension}"
     if (unusable := next((name for name in manifest.names if not is_weights_name(name)), None)) is not None:
         return f"gives weights the invalid name {shown(unusable)}"
-    published = {*STAGE0_FILES, SPEC, BASIS, ARRAY_METADATA, COORDINATES, RESIDUALS, CHUNKS}
+    basis = COORDINATE_MAP if COORDINATE_MAP in manifest.files else BASIS
+    published = {*STAGE0_FILES, SPEC, basis, ARRAY_METADATA, COORDINATES, RESIDUALS, CHUNKS}
     published |= set(dataclasses.asdict(neighbors_paths(manifest.neighbors)).values())
     published |= {path for digest in manifest.names.values() for path in weights_paths(digest)}
     missing = sorted(published - set(manifest.files)) + ["default weights"] * ("default" not in manifest.names)

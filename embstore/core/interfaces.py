@@ -12,7 +12,7 @@ Shapes: B rows of a block, V vocabulary columns, R coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.config import EmbeddingConfig
-from embstore.core.events import Observer
+from embstore.core.events import Observer, ignore
 from embstore.core.prompts import Prompt
 from embstore.core.records import FailedRow
 from embstore.core.spec import EmbeddingSpec, ModelIdentity
@@ -81,7 +81,7 @@ class Embedder(Protocol):
 
     @property
     def basis_VR(self) -> NDArray[np.float32]:
-        """Orthonormal basis of the coordinates, float32 [V, R]."""
+        """What the store keeps in ``format.basis_file``: an orthonormal basis float32 [V, R], or a coordinate map [M, R]."""
 
     def memory_bytes(self, chunk_rows: int) -> int:
         """Upper estimate of the anonymous memory that one window takes above the loaded model."""
@@ -93,12 +93,12 @@ class Embedder(Protocol):
         first_row: int,
         chunk_rows: int,
         check: Check,
-        following: Sequence[Prompt] = (),
+        following: Iterable[Sequence[Prompt]] = (),
     ) -> Iterator[RowBlock]:
         """Rows of one window, chunk by chunk; ``counts`` are valid once the iterator is exhausted.
 
-        ``following`` is the prompts object that the next call will pass: the embedder may start on it in the background.
-        If that work fails, the error is raised by the next call.
+        ``following`` gives the prompts objects that the next calls will pass, in their order: the embedder takes as many as
+        it wants to start on in the background. If that work fails, the error is raised by the call for those prompts.
         """
 
     def close(self) -> None:
@@ -152,24 +152,46 @@ class PromptReader(Protocol):
 class EmbedderSource(Protocol):
     """A model that is located and identified but not loaded: a resume that computes no rows never loads it."""
 
-    def identity(self) -> ModelIdentity:
-        """Digests of weights, configuration and tokenizer."""
+    def identity(self, observer: Observer = ignore) -> ModelIdentity:
+        """Digests of weights, configuration and tokenizer; files are read once a run and host."""
+
+    def device(self, name: str) -> str:
+        """The device of this name (or ``auto``) as this process sees it, with its index: cpu or cuda:N."""
 
     def create(
         self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path, observer: Observer
     ) -> Embedder:
         """Load, probe on a seeded sample of ``prompts``, and resolve every open setting; ``work`` is scratch space."""
 
-    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> Embedder:
-        """Load with stored settings, without probing."""
+    def reopen(
+        self,
+        spec: EmbeddingSpec,
+        basis_VR: NDArray[np.float32],
+        *,
+        memory_bytes: int = 0,
+        device: str | None = None,
+        observer: Observer = ignore,
+    ) -> Embedder:
+        """Load with stored settings and the array of ``Embedder.basis_VR``, on ``device``.
+
+        None is this process's own device of the kind in the spec. ``memory_bytes`` is what windows that are computed
+        together may take.
+        """
 
     def take_over(
-        self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
+        self,
+        prompts: PromptReader,
+        spec: EmbeddingSpec,
+        basis_VR: NDArray[np.float32],
+        *,
+        memory_bytes: int,
+        device: str | None = None,
+        observer: Observer = ignore,
     ) -> Embedder:
         """Load with another store's settings for a new store; probe only what the plan needs, on a seeded sample."""
 
     def hardware(self, config: EmbeddingConfig) -> dict[str, object]:
-        """Device, capability and threads this run would use, under their names in EmbeddingSpec."""
+        """Device kind, capability, packing, threads and versions of this run, under their names in EmbeddingSpec."""
 
 
 # --- engines ----------------------------------------------------------------------------------------------------------

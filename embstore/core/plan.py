@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from embstore.core.config import EmbeddingConfig
@@ -67,8 +68,10 @@ def plan(spec: StoreSpec, state: JournalState) -> BuildPlan:
 
 def refuse_other_input(
     spec: StoreSpec, config: EmbeddingConfig, model: ModelIdentity | None, hardware: Mapping[str, object] | None
-) -> list[str]:
+) -> list[FieldMismatch]:
     """Compare everything that was given with what the store pinned.
+
+    An option is compared as it was resolved: the line that began a build continues it.
 
     Parameters
     ----------
@@ -79,12 +82,12 @@ def refuse_other_input(
     model
         Identity of the model given or found, None when none is needed.
     hardware
-        Device, capability, packing and threads of this run, None when no row will be computed.
+        Device, capability, packing, threads and versions of this run, None when no row will be computed.
 
     Returns
     -------
-    list of str
-        Hardware fields that differ (only drift can excuse those).
+    list of FieldMismatch
+        Hardware and versions that differ (only drift can excuse those).
 
     Raises
     ------
@@ -93,7 +96,7 @@ def refuse_other_input(
     """
     stored = spec.embedding
     explicit: dict[str, tuple[object, object]] = {
-        "max_tokens": (stored.max_tokens, config.max_tokens),
+        "max_tokens": (stored.max_tokens, _resolved_max_tokens(stored, config.max_tokens)),
         "vocab": (stored.columns, config.vocab),
         "space": (stored.space, config.space),
         "pooling": (stored.pooling, config.pooling),
@@ -102,7 +105,7 @@ def refuse_other_input(
         "window_rows": (spec.window_rows, config.window_rows),
         "chunk_rows": (spec.chunk_rows, config.chunk_rows),
         "compressor": (spec.compressor, config.compressor),
-        "trust_remote_code": (spec.model.trust_remote_code, config.trust_remote_code),
+        "trust_remote_code": (spec.model.trust_remote_code, _trusted(config, model, computes=hardware is not None)),
     }
     mismatches = [
         FieldMismatch(field=name, stored=left, given=right)
@@ -113,28 +116,78 @@ def refuse_other_input(
         mismatches += model_mismatches(spec.model, model)
     if mismatches:
         raise IdentityMismatchError(mismatches)
-    return [name for name, value in (hardware or {}).items() if getattr(stored, name) != value]
+    return hardware_mismatches(stored, hardware or {})
+
+
+def _resolved_max_tokens(stored: EmbeddingSpec, asked: int | None) -> int | None:
+    """What a new store would take: at most what the model can, where the spec says how much that is."""
+    fits = asked is None or stored.token_limit is None or asked <= stored.token_limit
+    return asked if fits or stored.max_tokens != stored.token_limit else stored.token_limit
+
+
+def _trusted(config: EmbeddingConfig, model: ModelIdentity | None, *, computes: bool) -> bool | None:
+    """Whether code that comes with the model runs; only a model of a format that has such code knows the option."""
+    is_compared = computes or config.trust_remote_code is not None
+    return model.trust_remote_code if model is not None and is_compared else config.trust_remote_code
 
 
 def model_mismatches(stored: ModelIdentity, given: ModelIdentity) -> list[FieldMismatch]:
-    """Fields that make another model of it: all but the name (a renamed or moved folder) and the trust in its code."""
-    return [
-        mismatch
-        for mismatch in diff_fields(stored, given, prefix="model.")
-        if mismatch.field not in ("model.name", "model.trust_remote_code")
-    ]
+    """Fields that make another model of it: not the name (a renamed or moved folder) and the revision (the digests decide).
+
+    The trust in its code is an option, which ``refuse_other_input`` compares. Stores from before December 2026 have no
+    digest of that code, so it is not compared.
+    """
+    ignored = {"model.name", "model.revision", "model.trust_remote_code"}
+    if not stored.code_sha256:
+        ignored.add("model.code_sha256")
+    return [each for each in diff_fields(stored, given, prefix="model.") if each.field not in ignored]
+
+
+def hardware_mismatches(stored: EmbeddingSpec, hardware: Mapping[str, object]) -> list[FieldMismatch]:
+    """What differs of hardware and versions; versions are named one by one, and not compared where none were recorded."""
+    unlike: list[FieldMismatch] = []
+    for name, given in hardware.items():
+        kept = getattr(stored, name)
+        if name == "versions" and (kept is None or given is None):
+            continue
+        if dataclasses.is_dataclass(kept):
+            unlike += diff_fields(kept, given, prefix=f"{name}.")
+        elif kept != given:
+            unlike.append(FieldMismatch(field=name, stored=kept, given=given))
+    return unlike
+
+
+def settings_mismatches(stored: EmbeddingSpec, other: EmbeddingSpec) -> list[FieldMismatch]:
+    """What differs between the settings of two stores; versions that one of them did not record are not compared."""
+    if stored.versions is None or other.versions is None:
+        stored, other = (dataclasses.replace(each, versions=None) for each in (stored, other))
+    return diff_fields(stored, dataclasses.replace(other, token_limit=stored.token_limit), prefix="embedding.")
 
 
 def as_stored(hardware: Mapping[str, object], stored: EmbeddingSpec) -> dict[str, object]:
-    """Hardware of this run, which packs nothing that the store was made without."""
+    """Hardware of this run, which packs nothing that the store was made without, and records no versions if it did not."""
     packed = {name: bool(hardware.get(name)) and bool(getattr(stored, name)) for name in ("packed_layers", "packed_head")}
-    return {**hardware, **packed}
+    versions = hardware.get("versions") if stored.versions is not None else None
+    return {**hardware, **packed, "versions": versions}
 
 
-def refuse_drift(spec: StoreSpec, fields: list[str], hardware: Mapping[str, object]) -> None:
-    """Refuse other hardware or thread counts, which change low bits of rows."""
-    mismatches = [FieldMismatch(field=name, stored=getattr(spec.embedding, name), given=hardware[name]) for name in fields]
-    raise IdentityMismatchError(
-        mismatches,
-        hint="resume on the same hardware and threads, or add --allow-drift (recorded; rows then differ in low bits)",
-    )
+def refuse_drift(drifted: Sequence[FieldMismatch]) -> None:
+    """Refuse other hardware, thread counts or versions, which change low bits of rows."""
+    raise IdentityMismatchError(drifted, hint=f"{_way_back(drifted)}, or add --allow-drift (recorded; {_DRIFTED})")
+
+
+_DRIFTED = "rows then differ in low bits"
+_VERSIONS = "versions."
+
+
+def _way_back(drifted: Iterable[FieldMismatch]) -> str:
+    """How to continue without drift: on the same hardware, with the same versions, or both."""
+    names = [each.field for each in drifted]
+    versions = [
+        f"{each.field.removeprefix(_VERSIONS)} {each.stored}" for each in drifted if each.field.startswith(_VERSIONS)
+    ]
+    same = "resume on the same hardware and threads"
+    if not versions:
+        return same
+    install = f"install {', '.join(versions)} and resume"
+    return install if len(versions) == len(names) else f"{install} on the same hardware and threads"

@@ -16,6 +16,7 @@ from embstore.core.format import (
     ARRAY_METADATA,
     BASIS,
     CHUNKS,
+    COORDINATE_MAP,
     FORMAT_VERSION,
     JOURNAL_LINE_BYTES,
     MAX_CHUNKS,
@@ -45,7 +46,7 @@ class PromptsRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpecRecord:
-    """Journal: spec, basis, array metadata and the preallocated coordinate files are durable; rows may follow."""
+    """Journal: spec, basis or map, array metadata and the preallocated coordinate files are durable; rows may follow."""
 
     files: dict[str, FileDigest]
 
@@ -317,7 +318,7 @@ def _problem(record: JournalRecord) -> str | None:  # noqa: PLR0911 - one return
         case SpecRecord():
             if SPEC not in record.files:
                 return f"does not commit {SPEC}"
-            return _foreign_file(record.files, (SPEC, BASIS, ARRAY_METADATA))
+            return _foreign_file(record.files, (SPEC, BASIS, COORDINATE_MAP, ARRAY_METADATA))
         case WindowRecord():
             if not record.start < record.stop <= MAX_ROWS or len(record.chunks) > MAX_CHUNKS:
                 return f"a window of rows {record.start} to {record.stop - 1} in {len(record.chunks)} chunks"

@@ -35,6 +35,7 @@ class ModelIdentity:
     config_sha256: str
     tokenizer_sha256: str
     trust_remote_code: bool
+    code_sha256: str = ""  # of trusted code in the folder; stores from before December 2026 have none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,13 +64,28 @@ class Head:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Versions:
+    """Versions of the libraries that decide the bits of rows; None where one has no part in them (an imported array)."""
+
+    embstore: str
+    torch: str
+    transformers: str | None = None
+    tokenizers: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EmbeddingSpec:
     """Everything about the embedding pass that changes a byte, resolved.
 
     ``dimension`` is V (D in space "hidden"), ``rank`` is R. ``space`` and ``pooling`` are the options of those names, "none"
     for an imported array. ``capability`` is what decides a kernel's bits: a CPU's vector instructions or a GPU's model;
     ``packed_layers`` and ``packed_head`` say whether the weights of the backbone's linear layers, and of the output layer,
-    lie in oneDNN's layout (docs/decisions/0025).
+    lie in oneDNN's layout (docs/decisions/0025). ``max_tokens`` is never above ``token_limit``, the most that the model
+    takes (None: no limit is known). ``versions`` is None in a store from before they were recorded.
+
+    ``basis`` says where coordinates come from, and ``format.basis_file`` which file has it: "gram" (a map of an affine
+    head's inputs), or an orthonormal basis: "range-finder" (of a sample of rows), "identity" (hidden states), "head" (an
+    affine head's span, in stores from before December 2026).
     """
 
     dimension: int
@@ -89,11 +105,16 @@ class EmbeddingSpec:
     packed_head: bool = False
     threads: int
     basis: str
+    token_limit: int | None = None
+    versions: Versions | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreSpec:
-    """``spec.json``: the identity of a store, written once, before row 0."""
+    """``spec.json``: the identity of a store, written once, before row 0.
+
+    ``basis_sha256`` is the digest of the file that ``format.basis_file`` names.
+    """
 
     format_version: int
     rows: int
@@ -139,10 +160,17 @@ _OLD_PACKED_LAYERS, _OLD_PACKED_HEAD = " with packed layers", " and head"
 
 
 def _upgraded(whole: JsonObject) -> JsonObject:
-    """``spec.json`` with the fields of ``EmbeddingSpec``, where it was written with "head_scale" and sentences."""
+    """``spec.json`` with today's fields, where it has "head_scale" and sentences, or no versions or digest of code."""
+    model = whole.get("model")
+    if isinstance(model, dict) and "code_sha256" not in model:
+        whole = {**whole, "model": {**model, "code_sha256": ""}}
     old = whole.get("embedding")
-    if not isinstance(old, dict) or "head_scale" not in old:
+    if not isinstance(old, dict):
         return whole
+    if not old.keys() & {"token_limit", "versions"}:
+        old = {**old, "token_limit": None, "versions": None}
+    if "head_scale" not in old:
+        return {**whole, "embedding": old}
     new = {name: value for name, value in old.items() if name != "head_scale"}
     new["head"] = {"kind": old.get("head"), "scale": old["head_scale"]}
     pooling, capability = old.get("pooling"), old.get("capability")

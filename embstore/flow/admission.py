@@ -1,27 +1,29 @@
-"""Checks before the first row: commit or compare prompts and settings, estimate the cost, refuse what cannot work.
+"""Checks before the first row: commit or compare prompts and settings, and refuse what cannot work.
 
 Nothing in this module computes a row. A different input is refused before anything is written. A build that does not fit on
-the disk or in the memory budget is refused before the first row.
+the disk or in the memory budget is refused before the first row (``flow.cost``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from embstore.core.config import K_MAX, BuildConfig, Compressor, EmbeddingConfig, format_bytes, over_memory_budget
-from embstore.core.errors import BudgetError, ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
-from embstore.core.events import Notice, Preflight
-from embstore.core.files import file_problem, map_array
-from embstore.core.format import BASIS, FORMAT_VERSION, MANIFEST, PROMPTS
+from embstore.core.config import BuildConfig, Compressor, EmbeddingConfig
+from embstore.core.errors import ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
+from embstore.core.events import Notice, stage
+from embstore.core.files import file_problem
+from embstore.core.format import FORMAT_VERSION, MANIFEST, PROMPTS, basis_file
 from embstore.core.interfaces import Embedder, EmbedderSource
-from embstore.core.plan import BuildPlan, as_stored, plan, refuse_drift, refuse_other_input
+from embstore.core.plan import as_stored, plan, refuse_drift, refuse_other_input
 from embstore.core.records import DemotedRecord, DriftRecord, PromptsRecord
-from embstore.core.rows import chunk_rows_near
 from embstore.core.spec import EmbeddingSpec, ModelIdentity, StoreSpec
+from embstore.flow.cost import check_fits, copied_rows, fit_rows
 from embstore.flow.reuse import Reuse, match_rows, nothing_reused, open_again, open_reused, refuse_unlike
 from embstore.flow.run import Run
 from embstore.storage.filesystem import caveat
@@ -30,12 +32,8 @@ from embstore.storage.journal import run_entries
 from embstore.storage.prompt_source import PromptSource
 from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import open_published
+from embstore.storage.row_files import map_basis
 from embstore.storage.verify import check_stage0, damaged_windows
-
-CHUNK_BYTES = 32 << 20
-# A small store has smaller chunks, so that all cores work until its end and fewer new pages are touched.
-_LEAST_CHUNKS, _SMALL_CHUNK_BYTES = 8, 4 << 20
-_COPIED_BYTES_PER_SECOND = 300e6  # for the estimate: read, checked, decoded, encoded, written
 
 
 def warn_of_place(run: Run) -> None:
@@ -53,21 +51,23 @@ def commit_prompts(run: Run, source: PromptSource | None) -> PromptsRecord:
     writer, config = run.writer, run.config
     _refuse_lost_journal(run)
     committed = writer.state.prompts
-    with run.stage("prompts"):
-        if committed is None:
-            if source is None:
-                raise ConfigError(
-                    f"no prompts file was given, and {writer.root} has no prompts yet",
-                    hint="give PROMPTS, the file to build from",
-                )
+    if committed is None:
+        if source is None:
+            raise ConfigError(
+                f"no prompts file was given, and {writer.root} has no prompts yet",
+                hint="give PROMPTS, the file to build from",
+            )
+        with stage(run.observer, "prompts"):
             record = ingest(source, writer.root, writer.work, strict=config.strict, limit=config.limit, fields=config.fields)
             writer.commit(record)
-        else:
-            record = committed
-            if not config.trust_journal:
-                check_stage0(writer.root, record)
-            if source is not None:
-                _refuse_other_prompts(writer.root, record, source, config)
+    else:
+        record = committed
+        if not config.trust_journal or source is not None:
+            with stage(run.observer, "check", record.rows, "prompts"):
+                if not config.trust_journal:
+                    check_stage0(writer.root, record)
+                if source is not None:
+                    _refuse_other_prompts(writer.root, record, source, config)
     if record.quarantined:
         run.observer(
             Notice(
@@ -118,9 +118,6 @@ def find_source(run: Run) -> EmbedderSource | None:
     state = run.writer.state
     if embedding.model is None and (run.config.reuse or state.reuse) and not _knows_model(run.writer.root):
         return None  # the old stores may contain every row
-    from embstore.model.load import locate_model  # noqa: PLC0415 - torch loads only where rows may be computed
-    from embstore.model.source import TorchSource  # noqa: PLC0415
-
     if embedding.model is None:
         if state.spec is not None and not plan(run.writer.read_spec(), state).windows:
             return None
@@ -131,7 +128,12 @@ def find_source(run: Run) -> EmbedderSource | None:
             )
         model, revision = _model_of_last_run(run.writer.root)
         embedding = dataclasses.replace(embedding, model=model, revision=revision)
-    return TorchSource(locate_model(embedding))
+    # torch loads only where rows may be computed, and says so, because it takes seconds
+    with stage(run.observer, "imports") if "transformers" not in sys.modules else contextlib.nullcontext():
+        from embstore.model.locate import locate_model  # noqa: PLC0415
+        from embstore.model.source import TorchSource  # noqa: PLC0415
+    run.compute_exactly(needs_torch=True)
+    return TorchSource(locate_model(embedding), model_memory_bytes=run.config.model_memory_bytes)
 
 
 def _knows_model(root: Path) -> bool:
@@ -165,20 +167,23 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
             [FieldMismatch(field="stores to reuse", stored="none", given=", ".join(config.reuse))],
             hint="resume without --reuse, or build into another --out",
         )
-    model = run.source.identity() if run.source is not None else None
+    _choose_device(run, spec.embedding)
+    model = run.source.identity(run.observer) if run.source is not None else None
     remaining = plan(spec, writer.state).windows
-    # an explicit device or thread count is compared even if no rows are left
+    # an explicit device or thread count is compared even if no rows are left; versions make rows and nothing else
     asked = config.embedding.device not in (None, "auto") or config.embedding.threads is not None
     hardware = None
     if run.source is not None and (remaining or asked):
         hardware = _hardware(run.source, config.embedding, spec.embedding)
+        hardware = hardware if remaining else {**hardware, "versions": None}
     drifted = refuse_other_input(spec, config.embedding, model, hardware)
     if drifted and hardware is not None:
         if not config.allow_drift:
-            refuse_drift(spec, drifted, hardware)
+            refuse_drift(drifted)
         if remaining:
-            run.observer(Notice(message=f"drift allowed in {', '.join(drifted)}: the remaining rows may differ in low bits"))
-            writer.commit(DriftRecord(fields=drifted))
+            fields = [each.field for each in drifted]
+            run.observer(Notice(message=f"drift allowed in {', '.join(fields)}: the remaining rows may differ in low bits"))
+            writer.commit(DriftRecord(fields=fields))
         # only in this run: the stored spec still describes the first rows
         spec = dataclasses.replace(spec, embedding=dataclasses.replace(spec.embedding, **hardware))  # type: ignore[arg-type]
     reuse = _open_reused_again(run, spec) if remaining else None
@@ -195,25 +200,29 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
         raise ConfigError("rows must be computed, but no model was given", hint="add --model, a folder or a hub id")
     if config.engine.is_remote:
         return spec, None, reuse  # workers load it
-    with run.stage("model"):
-        # copy-on-write mapping: torch does not accept read-only arrays, and nothing writes to it
-        shape = (spec.embedding.dimension, spec.embedding.rank)
-        return spec, run.source.reopen(spec.embedding, map_array(writer.root, BASIS, "<f4", shape, mode="c")), reuse
+    embedder = run.source.reopen(
+        spec.embedding,
+        map_basis(writer.root, spec.embedding),
+        memory_bytes=config.memory_budget_bytes,
+        device=run.device,
+        observer=run.observer,
+    )
+    return spec, embedder, reuse
 
 
 def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tuple[StoreSpec, Embedder]:
     writer, config = run.writer, run.config
     prompts = PromptTable(writer.root / PROMPTS, record.rows)
-    identity = source.identity()
-    with run.stage("model"):
-        embedder = source.create(
-            prompts,
-            _shared_cores(config, source),
-            memory_bytes=config.memory_budget_bytes,
-            work=writer.work,
-            observer=run.observer,
-        )
-    chunk_rows, window_rows = _fit_rows(config, embedder, record.rows, nothing_reused(record.rows))
+    _choose_device(run, None)
+    identity = source.identity(run.observer)
+    embedder = source.create(
+        prompts,
+        dataclasses.replace(_shared_cores(config, source), device=run.device),
+        memory_bytes=config.memory_budget_bytes,
+        work=writer.work,
+        observer=run.observer,
+    )
+    chunk_rows, window_rows = fit_rows(config, embedder, record.rows, nothing_reused(record.rows))
     compressor = config.embedding.compressor or "lz4"
     spec = _new_spec(record, identity, embedder.spec, window_rows, chunk_rows, compressor)
     free_bytes = shutil.disk_usage(writer.root).free
@@ -244,6 +253,18 @@ def _new_spec(
     )
 
 
+def _choose_device(run: Run, stored: EmbeddingSpec | None) -> None:
+    """Where this run computes, once and with its index: as the options say, else on a device of the stored kind.
+
+    Without a model only the search is left, which finds out itself whether the device is here.
+    """
+    name = run.config.embedding.device or (stored.device if stored is not None else "auto")
+    if run.source is not None:
+        run.device = run.source.device(name)
+    elif name != "auto" or stored is not None:
+        run.device = stored.device if stored is not None and name == "auto" else name
+
+
 def _hardware(source: EmbedderSource, config: EmbeddingConfig, stored: EmbeddingSpec) -> dict[str, object]:
     """Hardware of this run, on the device and threads of a store where none were given."""
     asked = dataclasses.replace(config, device=config.device or stored.device, threads=config.threads or stored.threads)
@@ -265,7 +286,7 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
     writer, config = run.writer, run.config
     prompts = PromptTable(writer.root / PROMPTS, record.rows)
     stores = open_reused(paths, writer.root)
-    with run.stage("reuse"):
+    with stage(run.observer, "reuse", record.rows, "prompts"):
         reuse = match_rows(prompts, stores)
     old = stores[0].spec
     num_computed = record.rows - reuse.num_rows
@@ -274,23 +295,31 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
             f"{num_computed} prompts are not in the stores to reuse, and no model was given",
             hint="add --model, a folder or a hub id",
         )
-    model = run.source.identity() if run.source is not None else None
+    _choose_device(run, old.embedding)
+    model = run.source.identity(run.observer) if run.source is not None else None
     hardware = None
     if run.source is not None and num_computed:
         hardware = _hardware(run.source, config.embedding, old.embedding)
     drifted = refuse_unlike(stores, config, model, hardware)
     # only in this run: the stored spec describes the copied rows
     embedding = dataclasses.replace(old.embedding, **hardware) if hardware is not None else old.embedding  # type: ignore[arg-type]
-    problem = file_problem(stores[0].root, BASIS, stores[0].published.files[BASIS])
+    name = basis_file(old.embedding.basis)
+    problem = file_problem(stores[0].root, name, stores[0].published.files[name])
     if problem is not None:
-        raise CorruptStoreError(f"{stores[0].root}/{BASIS} {problem}", hint=f"run embstore verify {stores[0].root}")
-    basis_VR = map_array(stores[0].root, BASIS, "<f4", (old.embedding.dimension, old.embedding.rank), mode="c")
+        raise CorruptStoreError(f"{stores[0].root}/{name} {problem}", hint=f"run embstore verify {stores[0].root}")
+    basis_VR = map_basis(stores[0].root, old.embedding)
     embedder = None
-    chunk_rows, window_rows = config.embedding.chunk_rows or old.chunk_rows, config.embedding.window_rows or old.window_rows
+    chunk_rows, window_rows = copied_rows(config, old)
     if num_computed and run.source is not None:
-        with run.stage("model"):
-            embedder = run.source.take_over(prompts, embedding, basis_VR, memory_bytes=config.memory_budget_bytes)
-        chunk_rows, window_rows = _fit_rows(config, embedder, record.rows, reuse)
+        embedder = run.source.take_over(
+            prompts,
+            embedding,
+            basis_VR,
+            memory_bytes=config.memory_budget_bytes,
+            device=run.device,
+            observer=run.observer,
+        )
+        chunk_rows, window_rows = fit_rows(config, embedder, record.rows, reuse)
     compressor = config.embedding.compressor or old.compressor
     spec = _new_spec(record, model or old.model, old.embedding, window_rows, chunk_rows, compressor)
     check_fits(run, spec, embedder, plan(spec, writer.state), shutil.disk_usage(writer.root).free, reuse)
@@ -299,8 +328,9 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
         writer.commit(reuse.record)  # before the spec, so that a store with a spec always shows whether rows are copied
     spec = writer.create(spec, basis_VR)
     if drifted:
-        run.observer(Notice(message=f"drift allowed in {', '.join(drifted)}: computed rows may differ in low bits"))
-        writer.commit(DriftRecord(fields=drifted))
+        fields = [each.field for each in drifted]
+        run.observer(Notice(message=f"drift allowed in {', '.join(fields)}: computed rows may differ in low bits"))
+        writer.commit(DriftRecord(fields=fields))
     return spec, embedder, reuse
 
 
@@ -319,7 +349,7 @@ def _open_reused_again(run: Run, spec: StoreSpec) -> Reuse:
         run.observer(Notice(message=f"drift allowed: rows that should be copied are computed instead ({message})"))
         run.writer.commit(DriftRecord(fields=["reuse"]))
         return nothing_reused(spec.rows)
-    with run.stage("reuse"):
+    with stage(run.observer, "reuse", spec.rows, "prompts"):
         return match_rows(PromptTable(run.writer.root / PROMPTS, spec.rows), stores)
 
 
@@ -331,79 +361,12 @@ def _reuse_of_last_run(root: Path) -> tuple[str, ...]:
     return ()
 
 
-def _fit_rows(config: BuildConfig, embedder: Embedder, num_rows: int, reuse: Reuse) -> tuple[int, int]:
-    """Rows per chunk and per window: near 32 MiB and about a minute, less for few rows or a small memory budget."""
-    embedding = config.embedding
-    row_bytes = 2 * embedder.spec.dimension
-    chunk_bytes = min(CHUNK_BYTES, max(_SMALL_CHUNK_BYTES, num_rows * row_bytes // _LEAST_CHUNKS))
-
-    def needs(chunk_rows: int) -> int:
-        return embedder.memory_bytes(chunk_rows) + reuse.memory_bytes(chunk_rows)
-
-    chunk_rows = embedding.chunk_rows or chunk_rows_near(
-        row_bytes, chunk_bytes, num_rows=num_rows, max_rows=embedder.max_window_rows
-    )
-    while embedding.chunk_rows is None and chunk_rows > 16 and needs(chunk_rows) > config.memory_budget_bytes:
-        chunk_rows = max(16, chunk_rows // 2 // 16 * 16)
-    needed = needs(chunk_rows)
-    if needed > config.memory_budget_bytes:
-        raise over_memory_budget("embedding needs", needed, config.memory_budget_bytes)
-    whole = -(-num_rows // chunk_rows) * chunk_rows
-    window_rows = embedding.window_rows or min(max(1, embedder.max_window_rows // chunk_rows) * chunk_rows, whole)
-    return chunk_rows, window_rows
-
-
-def check_fits(
-    run: Run, spec: StoreSpec, embedder: Embedder | None, todo: BuildPlan, free_bytes: int, reuse: Reuse
-) -> Preflight:
-    """Report the plan; refuse it if it does not fit on the disk or in the budget."""
-    from embstore.search.search_plan import plan_search  # noqa: PLC0415 - hnswlib loads only where it is needed
-
-    search = plan_search(
-        spec.rows,
-        spec.embedding.rank,
-        run.config.density,
-        threads=spec.embedding.threads,
-        memory_bytes=run.config.memory_budget_bytes,
-    )
-    row_bytes = 2 * spec.embedding.dimension
-    copies = 4 if run.config.density.center else 3  # coordinates, their centred copies, neighbours
-    search_bytes = spec.rows * (copies * 4 * spec.embedding.rank + 16 * K_MAX)
-    remaining_bytes = todo.remaining_rows * row_bytes + search_bytes
-    record = run.writer.state.prompts
-    event = Preflight(
-        num_rows=spec.rows,
-        remaining_rows=todo.remaining_rows,
-        quarantined_lines=record.quarantined if record else 0,
-        truncated_share=embedder.truncated_share if embedder else 0.0,
-        dimension=spec.embedding.dimension,
-        head=spec.embedding.head.kind,
-        dtype=spec.embedding.dtype,
-        device=spec.embedding.device,
-        remaining_bytes=remaining_bytes,
-        free_bytes=free_bytes,
-        embed_memory_bytes=(embedder.memory_bytes(spec.chunk_rows) if embedder else 0) + reuse.memory_bytes(spec.chunk_rows),
-        memory_budget_bytes=run.config.memory_budget_bytes,
-        knn=search.method,
-        num_shards=search.shards,
-        seconds=(embedder.seconds_per_row if embedder else 0.0) * (todo.remaining_rows - reuse.num_rows)
-        + reuse.num_rows * row_bytes / _COPIED_BYTES_PER_SECOND,
-        reused_rows=reuse.num_rows,
-        dropped_rows=reuse.dropped_rows,
-    )
-    run.observer(event)
-    if remaining_bytes > free_bytes:
-        raise BudgetError(
-            f"the store may need {format_bytes(remaining_bytes)}, but {run.writer.root} has {format_bytes(free_bytes)} free",
-            hint="free some space, choose another --out, or try --limit",
-        )
-    return event
-
-
 def _demote_damaged(run: Run, spec: StoreSpec) -> None:
     """Read committed windows back before anything is added; damaged ones are computed again."""
     if run.config.trust_journal or open_published(run.writer.root) is not None:
         return  # finished stores are checked by verify
-    for window, finding in damaged_windows(run.writer.root, spec, run.writer.state):
-        run.observer(Notice(message=f"{finding}; window {window} will be computed again"))
-        run.writer.commit(DemotedRecord(window=window, reason=finding))
+    state = run.writer.state
+    with stage(run.observer, "readback", len(state.windows), "windows") as advance:
+        for window, finding in damaged_windows(run.writer.root, spec, state, advance):
+            run.observer(Notice(message=f"{finding}; window {window} will be computed again"))
+            run.writer.commit(DemotedRecord(window=window, reason=finding))

@@ -5,13 +5,15 @@ Row i of the array is row i of the store; rows are never merged. Rows with bit-e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import sys
 from pathlib import Path
 
 from embstore.core.config import BuildConfig
 from embstore.core.errors import ConfigError
-from embstore.core.events import Observer, ignore
+from embstore.core.events import Observer, ignore, stage
 from embstore.core.format import JOURNAL
 from embstore.flow.build import BuildReport, build
 from embstore.storage.array_file import RowIds, open_array
@@ -55,8 +57,6 @@ def import_array(
     ArrayError, PromptError, RowError
         The array, the ids, or a row of the array is not usable; and as ``build``.
     """
-    from embstore.model.array_embedder import ArraySource  # noqa: PLC0415 - imports torch
-
     config = config or BuildConfig()
     if config.embedding.model is not None or config.embedding.space is not None:
         raise ConfigError("model and space do not apply to an imported array", hint="leave them out")
@@ -66,4 +66,6 @@ def import_array(
     rows = open_array(array)
     has_names = os.path.lexists(Path(out) / JOURNAL) and read_journal(Path(out)).prompts is not None
     names = None if ids is None and has_names else RowIds(path=None if ids is None else Path(ids), num_rows=rows.num_rows)
+    with stage(observer, "imports") if "torch" not in sys.modules else contextlib.nullcontext():
+        from embstore.model.array_embedder import ArraySource  # noqa: PLC0415 - imports torch
     return build(names, out=out, config=config, resume=resume, observer=observer, source=ArraySource(rows))

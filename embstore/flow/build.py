@@ -36,7 +36,7 @@ from embstore.core.interfaces import Embedder, EmbedderSource, Job
 from embstore.core.plan import plan
 from embstore.core.spec import StoreSpec
 from embstore.engines.ray import refuse_missing
-from embstore.flow.admission import check_fits, commit_prompts, commit_spec, find_source, warn_of_place
+from embstore.flow.admission import commit_prompts, commit_spec, find_source, warn_of_place
 from embstore.flow.artifact import (
     DEFAULT_NAME,
     NeighborFiles,
@@ -48,6 +48,7 @@ from embstore.flow.artifact import (
     write_neighbors,
     write_weights,
 )
+from embstore.flow.cost import check_fits
 from embstore.flow.reuse import Reuse
 from embstore.flow.row_copier import RowCopier
 from embstore.flow.run import Run, open_engine
@@ -148,10 +149,11 @@ def build(
         StoreWriter(root, resume=resume) as writer,
         contextlib.ExitStack() as closing,
     ):
-        run = Run(writer=writer, config=config, source=source, observer=observer, stop=stop, meter=meter)
+        run = Run(writer=writer, config=config, source=source, observer=observer, stop=stop, meter=meter, resources=closing)
         warn_of_place(run)
         record = commit_prompts(run, prompts)
         run.source = source or find_source(run)
+        run.compute_exactly(needs_torch=False)
         spec, embedder, reuse = commit_spec(run, record)
         if config.engine.is_remote:
             embedder = None  # loaded only to resolve the settings; each worker loads the model itself
@@ -194,10 +196,12 @@ def preflight(
         StopSignals() as stop,
         MemoryMeter() as meter,
         StoreWriter(Path(scratch) / "store", resume=False) as writer,
+        contextlib.ExitStack() as closing,
     ):
-        run = Run(writer=writer, config=config, source=source, observer=observer, stop=stop, meter=meter)
+        run = Run(writer=writer, config=config, source=source, observer=observer, stop=stop, meter=meter, resources=closing)
         record = commit_prompts(run, prompts)
         run.source = source or find_source(run)
+        run.compute_exactly(needs_torch=False)
         spec, embedder, reuse = commit_spec(run, record)
         return check_fits(run, spec, embedder, plan(spec, writer.state), free_bytes, reuse)
 
@@ -215,7 +219,7 @@ def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: 
                 message=f"the order of the pool differs from the old store's: rows to copy are read {rereads:.0f} times each"
             )
         )
-    job = _window_job(run, spec, embedder, reuse)
+    job = _window_job(run, spec, embedder, reuse, todo.windows)
     run.observer(StageStarted(stage="embed", total=spec.rows, done=spec.rows - todo.remaining_rows))
     started = since = time.perf_counter()
     with run.stage("embed"), run.stop.deferred() as check:
@@ -251,11 +255,19 @@ def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: 
     run.observer(StageFinished(stage="embed", seconds=time.perf_counter() - started))
 
 
-def _window_job(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: Reuse) -> Job[int, MadeWindow]:
+def _window_job(
+    run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: Reuse, windows: tuple[int, ...]
+) -> Job[int, MadeWindow]:
     root, stops = run.writer.root, run.config.on_error == "stop"
     if not run.engine.is_remote:
         return LocalWindowJob(
-            root=root, spec=spec, embedder=embedder, reuse=reuse, stops_at_failure=stops, work=run.writer.work
+            root=root,
+            spec=spec,
+            embedder=embedder,
+            reuse=reuse,
+            stops_at_failure=stops,
+            work=run.writer.work,
+            todo=windows,
         )
     return RemoteWindowJob.prepare(
         root.absolute(),
@@ -264,6 +276,7 @@ def _window_job(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: Reu
         reuse,
         stops_at_failure=stops,
         folder=run.engine_folder,
+        memory_bytes=run.config.memory_budget_bytes,
     )
 
 
@@ -273,8 +286,9 @@ def _window_job(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: Reu
 def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) -> NeighborFiles:
     """The neighbour graph for these rows and settings: the published one if the settings are equal, else a new search."""
     from embstore.search.graph import build_graph  # noqa: PLC0415 - hnswlib loads only where it is needed
-    from embstore.search.search_plan import plan_search  # noqa: PLC0415
+    from embstore.search.search_plan import SMALL_NODES, plan_search  # noqa: PLC0415
 
+    run.compute_exactly(needs_torch=spec.rows > SMALL_NODES)
     state, density, threads = run.writer.state, run.config.density, spec.embedding.threads
     memory_bytes = run.config.memory_budget_bytes
     search = plan_search(spec.rows, spec.embedding.rank, density, threads=threads, memory_bytes=memory_bytes)
@@ -295,7 +309,7 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
             work=run.writer.work,
             observer=run.observer,
             kept=SearchBlocks(run.writer.work, digest),
-            device=spec.embedding.device,
+            device=run.device,
             remote=_search_workers(run, spec, search),
         )
         record = graph.as_record()

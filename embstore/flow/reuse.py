@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from embstore.core.config import BuildConfig
 from embstore.core.errors import ConfigError, FieldMismatch, IdentityMismatchError, StoreNotFoundError
 from embstore.core.files import storage_errors
-from embstore.core.format import BASIS, CHUNKS, COORDINATES, PROMPTS, RESIDUALS, SPEC, canonical_json
-from embstore.core.plan import model_mismatches, refuse_drift, refuse_other_input
+from embstore.core.format import CHUNKS, COORDINATES, PROMPTS, RESIDUALS, SPEC, basis_file, canonical_json
+from embstore.core.plan import model_mismatches, refuse_drift, refuse_other_input, settings_mismatches
 from embstore.core.records import ReusedStore, ReuseRecord
 from embstore.core.rows import RowRange
-from embstore.core.spec import ModelIdentity, diff_fields
+from embstore.core.spec import ModelIdentity
 from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import EmbeddingStore, open_store
 
-_ROW_FILES = (SPEC, PROMPTS, BASIS, COORDINATES, RESIDUALS, CHUNKS)
+_ROW_FILES = (SPEC, PROMPTS, COORDINATES, RESIDUALS, CHUNKS)  # and the basis or coordinate map
 # New chunks in memory beyond those of an embedder alone: one being filled, one prepared, one waiting to be written.
 _EXTRA_CHUNKS = 3
 
@@ -92,7 +92,8 @@ def open_reused(paths: Sequence[str | Path], root: Path) -> list[EmbeddingStore]
 
 def rows_digest(store: EmbeddingStore) -> str:
     """sha256 over the digests of all files that rows depend on; weights and neighbours do not change it."""
-    files = {name: store.published.files[name].sha256 for name in _ROW_FILES}
+    names = (*_ROW_FILES, basis_file(store.spec.embedding.basis))
+    files = {name: store.published.files[name].sha256 for name in names}
     return hashlib.sha256(canonical_json(files).encode()).hexdigest()
 
 
@@ -188,7 +189,7 @@ def refuse_unlike(
     config: BuildConfig,
     model: ModelIdentity | None,
     hardware: Mapping[str, object] | None,
-) -> list[str]:
+) -> list[FieldMismatch]:
     """Compare options, model and hardware with the first store, and the other stores with it.
 
     ``model`` is None if none was given, ``hardware`` if no row will be computed. Windows, chunks and the compressor may
@@ -196,25 +197,28 @@ def refuse_unlike(
 
     Returns
     -------
-    Hardware fields that differ, where ``allow_drift`` permits it.
+    Hardware and versions that differ, where ``allow_drift`` permits it.
 
     Raises
     ------
     IdentityMismatchError
-        Hardware differs without ``allow_drift``, or something else differs.
+        Hardware or versions differ without ``allow_drift``, or something else differs.
     """
     first = stores[0]
     given = dataclasses.replace(config.embedding, window_rows=None, chunk_rows=None, compressor=None)
     hint = "rows can only be reused under the settings they were made with: use those, or build without --reuse"
     try:
         drifted = refuse_other_input(first.spec, given, model, hardware)
-        if drifted and hardware is not None and not config.allow_drift:
-            hint = "build on the same hardware and threads, or add --allow-drift (recorded; rows then differ in low bits)"
-            refuse_drift(first.spec, drifted, hardware)
+        if drifted and not config.allow_drift:
+            hint = (
+                "build on the same hardware and threads with the same versions, or add --allow-drift (recorded; rows then "
+                "differ in low bits)"
+            )
+            refuse_drift(drifted)
     except IdentityMismatchError as error:
         raise IdentityMismatchError(error.mismatches, hint=hint, reused=str(first.root)) from None
     for other in stores[1:]:
-        unlike = diff_fields(first.spec.embedding, other.spec.embedding, prefix="embedding.")
+        unlike = settings_mismatches(first.spec.embedding, other.spec.embedding)
         unlike += model_mismatches(first.spec.model, other.spec.model)
         digests = first.spec.basis_sha256[:16], other.spec.basis_sha256[:16]
         if digests[0] != digests[1]:

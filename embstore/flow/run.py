@@ -6,13 +6,14 @@ import contextlib
 import platform
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from embstore.core.config import BuildConfig
-from embstore.core.events import Observer
+from embstore.core.events import PREPARATIONS, Event, Observer, StageFinished
 from embstore.core.interfaces import EmbedderSource, Engine
 from embstore.core.spec import StoreSpec
 from embstore.engines.local import LocalEngine
@@ -26,7 +27,11 @@ from embstore.storage.writer import StoreWriter
 
 @dataclass(kw_only=True, slots=True)
 class Run:
-    """State of one run of a build, shared by its stages, and the figures of the final report."""
+    """State of one run of a build, shared by its stages, and the figures of the final report.
+
+    ``device`` is where this run computes, with its index. The spec pins only the kind: another GPU of the same model gives
+    the same bytes.
+    """
 
     writer: StoreWriter
     config: BuildConfig
@@ -40,17 +45,42 @@ class Run:
     embedded_tokens: int = 0
     stored_bytes: int = 0
     worker_peak_bytes: int | None = None
+    device: str = "cpu"
     engine: Engine = field(default_factory=LocalEngine)
     engine_folder: Path = Path()  # of a remote engine, in the store: shared by the workers of this run
+    resources: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closed when the build ends
+    is_exact: bool = False
+
+    def __post_init__(self) -> None:
+        told = self.observer
+
+        def observe(event: Event) -> None:
+            if isinstance(event, StageFinished) and event.stage in PREPARATIONS:
+                self.seconds[event.stage] = self.seconds.get(event.stage, 0.0) + event.seconds
+            told(event)
+
+        self.observer = observe
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measure a stage of this run."""
+        """Measure a stage of this run that has other stages in it, or sends its own events."""
         started = time.perf_counter()
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def compute_exactly(self, *, needs_torch: bool) -> None:
+        """From here on products have full precision, until the build ends: see ``host.numerics``.
+
+        Does nothing if torch is neither needed nor loaded. Whoever gives or finds a model has loaded it.
+        """
+        if self.is_exact or not (needs_torch or "torch" in sys.modules):
+            return
+        from embstore.host.numerics import exact_arithmetic  # noqa: PLC0415 - imports torch
+
+        self.resources.enter_context(exact_arithmetic())
+        self.is_exact = True
 
     def log_start(self) -> None:
         """Log when, where and with which model this run started; a later resume finds the model here."""

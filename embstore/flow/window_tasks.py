@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,10 @@ import numpy as np
 
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import EngineError, RowError
-from embstore.core.files import map_array, storage_errors
-from embstore.core.format import BASIS, PROMPTS
+from embstore.core.files import storage_errors
+from embstore.core.format import PROMPTS
 from embstore.core.interfaces import Check, Embedder, EmbedderSource, Needs, RowBlock, WindowCounts
-from embstore.core.plan import as_stored, grid_of, model_mismatches
+from embstore.core.plan import as_stored, grid_of, hardware_mismatches, model_mismatches
 from embstore.core.prompts import Prompt
 from embstore.core.spec import StoreSpec
 from embstore.flow.reuse import Reuse, SavedReuse, nothing_reused
@@ -28,6 +29,7 @@ from embstore.host.memory import MemoryMeter
 from embstore.storage.atomic import remove_busy_folder
 from embstore.storage.chunk_writer import WindowWriter, WrittenWindow
 from embstore.storage.prompt_table import PromptTable
+from embstore.storage.row_files import map_basis
 
 _NOTHING_COMPUTED = WindowCounts(tokens=0, truncated=0, splits=0)
 _NAMED_PROMPTS = 3
@@ -55,16 +57,23 @@ class WindowWorker:
         stops_at_failure: bool,
         work: Path,
         temps: Path | None = None,
+        todo: Sequence[int] = (),
         meter: MemoryMeter | None = None,
+        resources: contextlib.ExitStack | None = None,
     ) -> None:
-        """``work`` is for scratch, ``temps`` for temp files of chunks (default: the folder of the chunks)."""
+        """``work`` is for scratch, ``temps`` for temp files of chunks (default: the folder of the chunks).
+
+        ``todo`` are all windows that this worker will be given, where that is known, in their order. ``resources`` are
+        closed with the worker.
+        """
         self._spec, self._embedder, self._reuse, self._prompts = spec, embedder, reuse, prompts
         self._stops_at_failure = stops_at_failure
         self._writer = WindowWriter(root, spec, folder=temps)
         self._copier = RowCopier(reuse, spec, work)
         self._counts = _NOTHING_COMPUTED
-        self._upcoming: tuple[int, list[Prompt]] | None = None
-        self._resources = contextlib.ExitStack()
+        self._todo = todo
+        self._read: dict[int, list[Prompt]] = {}  # prompts of windows for the model: announced ones keep their objects
+        self._resources = resources or contextlib.ExitStack()
         self._meter = meter
         if meter is not None:
             self._resources.enter_context(meter)
@@ -79,12 +88,12 @@ class WindowWorker:
             A prompt failed in the model, and failed rows are not quarantined.
         """
         given = self._missing(task)
-        self._upcoming = (following, self._missing(following)) if following is not None else None
-        blocks = self._blocks(task, given, check, self._upcoming[1] if self._upcoming is not None else ())
+        blocks = self._blocks(task, given, check, self._announced(task, following))
         rows = grid_of(self._spec).window(task)
         written = self._writer.write(
             task, self._refuse_failed(blocks), lambda: self._counts, reused=self._reuse.ranges(rows)
         )
+        self._read.pop(task, None)
         return MadeWindow(written=written, peak_anonymous_bytes=self._meter.peak_anonymous_bytes if self._meter else None)
 
     def close(self) -> None:
@@ -97,15 +106,21 @@ class WindowWorker:
 
     def _missing(self, window: int) -> list[Prompt]:
         """Prompts of a window for the model: the same objects that were announced to it as ``following``."""
-        if self._upcoming is not None and self._upcoming[0] == window:
-            return self._upcoming[1]
-        rows = grid_of(self._spec).window(window)
-        needed = set(self._reuse.missing(rows).tolist())
-        if not needed:
-            return []
-        return [prompt for row, prompt in enumerate(self._prompts.read(rows), rows.start) if row in needed]
+        if window not in self._read:
+            rows = grid_of(self._spec).window(window)
+            needed = set(self._reuse.missing(rows).tolist())
+            prompts = self._prompts.read(rows) if needed else []
+            self._read[window] = [prompt for row, prompt in enumerate(prompts, rows.start) if row in needed]
+        return self._read[window]
 
-    def _blocks(self, window: int, given: Sequence[Prompt], check: Check, following: Sequence[Prompt]) -> Iterator[RowBlock]:
+    def _announced(self, window: int, following: int | None) -> Iterator[list[Prompt]]:
+        """Prompts of the windows after this one, read as they are asked for; a window that is copied has none."""
+        windows = self._todo[self._todo.index(window) + 1 :] if window in self._todo else (following,)
+        return (prompts for later in windows if later is not None and (prompts := self._missing(later)))
+
+    def _blocks(
+        self, window: int, given: Sequence[Prompt], check: Check, following: Iterable[Sequence[Prompt]]
+    ) -> Iterator[RowBlock]:
         """All rows of a window; the counts are valid once they are exhausted."""
         rows = grid_of(self._spec).window(window)
         is_mixed = len(given) < rows.num_rows
@@ -145,6 +160,7 @@ class LocalWindowJob:
     reuse: Reuse
     stops_at_failure: bool
     work: Path
+    todo: tuple[int, ...] = ()
     needs: Needs = "device"
 
     def start(self, number: int) -> WindowWorker:
@@ -157,6 +173,7 @@ class LocalWindowJob:
             prompts=PromptTable(self.root / PROMPTS, self.spec.rows),
             stops_at_failure=self.stops_at_failure,
             work=self.work,
+            todo=self.todo,
         )
 
     def name(self, task: int) -> str:
@@ -182,6 +199,7 @@ class RemoteWindowJob:
     reuse: SavedReuse | None
     stops_at_failure: bool
     folder: Path
+    memory_bytes: int = 0
     needs: Needs = "device"
 
     @classmethod
@@ -194,12 +212,21 @@ class RemoteWindowJob:
         *,
         stops_at_failure: bool,
         folder: Path,
+        memory_bytes: int,
     ) -> RemoteWindowJob:
         """Write the files that workers map: offsets of rows in ``prompts.jsonl``, and origins of copied rows."""
         with storage_errors("writing to", folder):
             np.save(folder / "offsets.npy", PromptTable(root / PROMPTS, spec.rows).offsets)
         saved = SavedReuse.save(reuse, folder) if reuse.stores else None
-        return cls(root=root, spec=spec, source=source, reuse=saved, stops_at_failure=stops_at_failure, folder=folder)
+        return cls(
+            root=root,
+            spec=spec,
+            source=source,
+            reuse=saved,
+            stops_at_failure=stops_at_failure,
+            folder=folder,
+            memory_bytes=memory_bytes,
+        )
 
     def start(self, number: int) -> WindowWorker:
         """As ``Job``: load the model in the process that will use it.
@@ -214,12 +241,13 @@ class RemoteWindowJob:
         own = self.folder / str(number)
         with storage_errors("creating folder", own):
             own.mkdir()  # without parents: a removed driver's folder must not come back
-        embedder = None
+        embedder, resources = None, contextlib.ExitStack()
         if self.source is not None:
+            _compute_exactly(resources)
             self._refuse_other(self.source)
-            shape = (self.spec.embedding.dimension, self.spec.embedding.rank)
-            basis_VR = map_array(self.root, BASIS, "<f4", shape, mode="c")
-            embedder = self.source.reopen(self.spec.embedding, basis_VR)
+            # on this process's own device
+            basis_VR = map_basis(self.root, self.spec.embedding)
+            embedder = self.source.reopen(self.spec.embedding, basis_VR, memory_bytes=self.memory_bytes)
         offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
         return WindowWorker(
             self.root,
@@ -231,6 +259,7 @@ class RemoteWindowJob:
             work=own,
             temps=own,
             meter=MemoryMeter(),
+            resources=resources,
         )
 
     def name(self, task: int) -> str:
@@ -254,9 +283,8 @@ class RemoteWindowJob:
         asked = EmbeddingConfig(device=embedding.device, threads=embedding.threads)
         found = as_stored(source.hardware(asked), embedding)
         unlike = [
-            f"{name} {value} here, {getattr(embedding, name)} in the store's spec"
-            for name, value in found.items()
-            if value != getattr(embedding, name)
+            f"{each.field} {each.given} here, {each.stored} in the store's spec"
+            for each in hardware_mismatches(embedding, found)
         ]
         unlike += [
             f"{each.field} {str(each.given)[:16]} here, {str(each.stored)[:16]} in the store's spec"
@@ -265,8 +293,16 @@ class RemoteWindowJob:
         if unlike:
             raise EngineError(
                 f"this worker would compute different rows: {'; '.join(unlike)}",
-                hint="use identical machines that see the same model, then run the command again with --resume",
+                hint="use identical machines, versions and models, then run the command again with --resume",
             )
+
+
+def _compute_exactly(resources: contextlib.ExitStack) -> None:
+    """Full precision until the worker is closed, where torch computes: a source that needs it has loaded it."""
+    if "torch" in sys.modules:
+        from embstore.host.numerics import exact_arithmetic  # noqa: PLC0415
+
+        resources.enter_context(exact_arithmetic())
 
 
 def name_window(root: Path, spec: StoreSpec, window: int) -> str:

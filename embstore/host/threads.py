@@ -36,14 +36,16 @@ def workers_for(threads: int, activation_bytes: int) -> int:
 
 
 class Workers:
-    """``num_workers`` threads with ``threads // num_workers`` torch threads each, started on first use."""
+    """``num_workers`` threads with ``threads // num_workers`` torch threads each, started on first use.
 
-    def __init__(self, threads: int, num_workers: int) -> None:
+    ``device``: the one they compute on, which becomes their current one if it is a GPU.
+    """
+
+    def __init__(self, threads: int, num_workers: int, device: torch.device | None = None) -> None:
         self.num_workers = num_workers
         share = max(1, threads // num_workers)
-        # torch's thread count belongs to the thread that sets it
         self._executor = ThreadPoolExecutor(
-            num_workers, thread_name_prefix="embstore", initializer=torch.set_num_threads, initargs=(share,)
+            num_workers, thread_name_prefix="embstore", initializer=_start_thread, initargs=(share, device)
         )
         self._waiting: list[_Waiting] = []
         self._lock = threading.Lock()
@@ -69,6 +71,13 @@ class Workers:
             done.set_exception(error)
         else:
             done.set_result(None)
+
+
+def _start_thread(num_threads: int, device: torch.device | None) -> None:
+    """Torch's thread count and its current GPU belong to the thread that sets them; a new thread's GPU is number 0."""
+    torch.set_num_threads(num_threads)
+    if device is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def finish_all(jobs: Iterable[Future[None]]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,25 +21,25 @@ from torch import Tensor
 
 from embstore.core.config import EmbeddingConfig, over_memory_budget
 from embstore.core.errors import ArrayError, ModelError, RowError
-from embstore.core.events import Observer, StageFinished, StageStarted
+from embstore.core.events import Observer, ignore, stage
 from embstore.core.interfaces import Check, GivenRows, PromptReader, RowBlock, WindowCounts
 from embstore.core.prompts import Prompt
 from embstore.core.rows import slices
 from embstore.core.sampling import seeded_sample
 from embstore.core.spec import EmbeddingSpec, Head, ModelIdentity
+from embstore.host.device import library_versions
 from embstore.host.scratch import map_scratch
 from embstore.host.threads import Workers, num_cores
-from embstore.model.basis import orthonormal_basis
+from embstore.model.basis import largest_width
+from embstore.model.range_finder import sampled_basis
 from embstore.model.recycled import RecycledMemory
 from embstore.model.slabs import SlabWorkers
 
 _HEAD = "imported"
 _WINDOW_ROWS = 4096
+_LEAST_SAMPLE, _LARGEST_SAMPLE = 256, 4096
 # Root mean square of what the sample may lose: float16 loses 2.1e-4 of a unit row (docs/decisions/0005).
 _TAIL = 2.5e-4
-# A sample of M rows shows M directions at most: it is doubled until they are not all needed, or the columns are spanned.
-_LEAST_SAMPLE, _FIRST_SAMPLE, _LARGEST_SAMPLE = 256, 1024, 4096
-_GRAM_COPIES = 4  # M x M in float64: the matrix, its vectors, and what the factorisation works in
 _SLAB_ROWS, _SLAB_VALUES, _BLOCK_COLUMNS = 320, 1 << 20, 1024
 _TIMED_ROWS = 32
 _FIXED_BYTES = 48 << 20
@@ -55,22 +55,29 @@ class ArraySource:
     def _fingerprint(self) -> str:
         return self._rows.fingerprint()
 
-    def identity(self) -> ModelIdentity:
+    def identity(self, observer: Observer = ignore) -> ModelIdentity:
         """The digest of the array's values; an array has neither configuration nor tokenizer."""
+        with stage(observer, "hash"):
+            fingerprint = self._fingerprint
         return ModelIdentity(
             name=self._rows.name,
             architecture="imported array",
             revision=None,
-            weights_sha256=self._fingerprint,
+            weights_sha256=fingerprint,
             config_sha256="none",
             tokenizer_sha256="none",
             trust_remote_code=False,
         )
 
+    def device(self, name: str) -> str:
+        """An array is read and scaled by the CPU."""
+        return "cpu"
+
     def hardware(self, config: EmbeddingConfig) -> dict[str, object]:
-        """The CPU's instructions and threads decide low bits of the coordinates."""
+        """The CPU's instructions, threads and torch's version decide low bits of the coordinates."""
         capability = str(torch.backends.cpu.get_cpu_capability())
-        return {"device": "cpu", "capability": capability, "threads": config.threads or num_cores()}
+        threads = config.threads or num_cores()
+        return {"device": "cpu", "capability": capability, "threads": threads, "versions": library_versions()}
 
     def create(
         self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path, observer: Observer
@@ -94,11 +101,10 @@ class ArraySource:
                 memory_bytes,
                 hint=", or save the array with fewer rows per chunk",
             )
-        started = time.perf_counter()
-        observer(StageStarted(stage="model", total=1, unit="model"))
         hardware = self.hardware(config)
         torch.set_num_threads(int(str(hardware["threads"])))
-        basis_VR = _basis(rows, len(prompts), memory_bytes, work)
+        with stage(observer, "basis"):
+            basis_VR = _basis(rows, len(prompts), memory_bytes, work)
         spec = EmbeddingSpec(
             dimension=rows.dimension,
             rank=basis_VR.shape[1],
@@ -115,6 +121,7 @@ class ArraySource:
             capability=str(hardware["capability"]),
             threads=int(str(hardware["threads"])),
             basis="range-finder",
+            versions=library_versions(),
         )
         embedder = ArrayEmbedder(rows, spec, basis_VR)
         count = min(_TIMED_ROWS, len(prompts))
@@ -123,16 +130,30 @@ class ArraySource:
             for block in embedder.blocks(0, count, chunk_rows=count, check=lambda: None):
                 block.release()
             embedder.seconds_per_row = (time.perf_counter() - timed) / count
-        observer(StageFinished(stage="model", seconds=time.perf_counter() - started))
         return embedder
 
     def take_over(
-        self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
+        self,
+        prompts: PromptReader,
+        spec: EmbeddingSpec,
+        basis_VR: NDArray[np.float32],
+        *,
+        memory_bytes: int,
+        device: str | None = None,
+        observer: Observer = ignore,
     ) -> ArrayEmbedder:
         """Open the array under another store's spec, as ``reopen`` does: an array has no settings to probe."""
         return self.reopen(spec, basis_VR)
 
-    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> ArrayEmbedder:
+    def reopen(
+        self,
+        spec: EmbeddingSpec,
+        basis_VR: NDArray[np.float32],
+        *,
+        memory_bytes: int = 0,
+        device: str | None = None,
+        observer: Observer = ignore,
+    ) -> ArrayEmbedder:
         """Open the array under a stored spec."""
         if spec.head.kind != _HEAD:
             raise ModelError(
@@ -180,7 +201,7 @@ class ArrayEmbedder:
         first_row: int,
         chunk_rows: int,
         check: Check,
-        following: Sequence[Prompt] = (),
+        following: Iterable[Sequence[Prompt]] = (),
     ) -> Iterator[RowBlock]:
         """Rows of one window by chunks; a row that cannot be scaled is NaN and named, never skipped."""
         yield from self.blocks(first_row, first_row + len(prompts), chunk_rows=chunk_rows, check=check)
@@ -246,21 +267,17 @@ def scaled(rows_BV: NDArray[np.floating]) -> NDArray[np.float64]:
 
 def _basis(rows: GivenRows, num_rows: int, memory_bytes: int, work: Path) -> NDArray[np.float32]:
     """Orthonormal float32 [D, R], from as large a sample as it takes."""
-    affordable = int((memory_bytes / 2 / (8 * _GRAM_COPIES)) ** 0.5)
-    limit = min(num_rows, max(_LEAST_SAMPLE, 2 * rows.dimension), _LARGEST_SAMPLE, max(16, affordable))
-    width = min(limit, _FIRST_SAMPLE)
-    while True:
-        sample_MV = _sampled(rows, num_rows, width, work)
-        max_rank = min(rows.dimension, len(sample_MV))
-
-        def read_block(start: int, stop: int, sample_MV: NDArray[np.float32] = sample_MV) -> torch.Tensor:
-            return torch.from_numpy(np.asarray(sample_MV[:, start:stop])).T
-
-        flat = map_scratch(work / "basis.npy", (rows.dimension * max_rank,), np.float32)
-        basis_VR = orthonormal_basis(read_block, rows.dimension, len(sample_MV), max_rank=max_rank, tail=_TAIL, scratch=flat)
-        if width == limit or basis_VR.shape[1] <= width // 2:
-            return basis_VR
-        width = min(limit, 2 * width)
+    most = max(_LEAST_SAMPLE, 2 * rows.dimension)
+    limit = min(num_rows, most, _LARGEST_SAMPLE, largest_width(memory_bytes // 2))
+    return sampled_basis(
+        lambda width: [_sampled(rows, num_rows, width, work)],
+        rows.dimension,
+        limit=limit,
+        max_rank=rows.dimension,
+        tail=_TAIL,
+        work=work,
+        device=torch.device("cpu"),
+    )
 
 
 def _sampled(rows: GivenRows, num_rows: int, count: int, work: Path) -> NDArray[np.float32]:

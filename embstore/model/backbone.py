@@ -1,7 +1,8 @@
 """A causal LM split into its backbone and its head, so that most rows never need the logits of every token.
 
 For an affine head mean_t(W h_t + b) = W mean_t(h_t) + b: one V-wide product per prompt replaces one per token. ``probe``
-determines which kind of head a model has. Both halves run the class's own code.
+determines which kind of head a model has. Both halves run the class's own code. The backbone's weights are made ready by
+``layer_weights``: all at once in the *plain* order, unit by unit for many batches in the *layered* one.
 
 Shapes: B rows, T tokens, D model width, V vocabulary, L tokens in a flat list.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,19 +20,26 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from embstore.core.errors import ModelError
+from embstore.core.interfaces import Check, no_check
+from embstore.model.dtypes import length_limit, stored_dtype
 from embstore.model.heads import AffineHead
+from embstore.model.laps import Job, Lap, add_gates
+from embstore.model.layer_weights import Merges, Weights
+from embstore.model.residency import Residency
+from embstore.model.units import parts_of
 
 
 class SplitModel:
     """A causal LM cut into its backbone and everything its class does after it.
 
-    ``module`` is the whole model, ``backbone`` its first part, which runs in the dtype asked for; the head's weights are
-    kept apart in float32, also when they are tied. ``width`` is D, ``inner_width`` that of the feed-forward layers,
-    ``num_tokens`` the number of input embeddings. With ``is_causal`` no mask is given: False is always right, and slower.
+    ``module`` is the whole model, ``backbone`` its first part, which runs in the dtype that ``settle`` gave it; the head's
+    weights stay as they are stored, also when they are tied. ``width`` is D, ``inner_width`` that of the feed-forward
+    layers, ``num_tokens`` the number of input embeddings. With ``is_causal`` no mask is given: False is always right, and
+    slower. ``is_stateful`` says that the class keeps something of a batch in its modules: batches then run one at a time.
     """
 
-    def __init__(self, module: Any, *, headless: bool = False) -> None:  # noqa: ANN401 - transformers is untyped
-        self.module = module
+    def __init__(self, module: Any, device: torch.device, merges: Merges | None = None, *, headless: bool = False) -> None:  # noqa: ANN401
+        self.module, self.device = module, device
         self.backbone = _backbone_of(module)
         if self.backbone is module and not headless:
             raise ModelError(
@@ -45,36 +54,76 @@ class SplitModel:
         table = module.get_input_embeddings().weight
         self.num_tokens: int = table.shape[0]
         self.backbone_parameters = sum(parameter.numel() for parameter in self.backbone.parameters()) - table.numel()
-        self.is_causal = False
+        self.is_causal = self.is_stateful = False
+        self.waiting_bytes_per_token = 16 * self.width  # until ``probe.measure_waiting`` has measured it
+        self.stored_dtype = stored_dtype(module)
+        self.length_limit = length_limit(module)  # rows on both sides of it must not share a batch
         self._output_type: type[Any] | None = None
         self._given = _shadow_forward(self.backbone)
-        head = None if headless else module.get_output_embeddings()
-        if head is not None and getattr(head, "weight", None) is not None:
-            # untie: the backbone may go to bfloat16, the head stays in float32
-            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the backbone computes."""
-        device: torch.device = self.module.get_input_embeddings().weight.device
-        return device
+        self._tail = _Tail(module, self.backbone)
+        prefix = next((f"{name}." for name, part in module.named_modules() if part is self.backbone and name), "")
+        self.weights = Weights(module, parts_of(self.backbone, prefix), merges or {}, device)
+        self.residency: Residency | None = None  # None: every unit is in memory
+        self._gates: list[Callable[[], None]] = []
 
     @property
     def dtype(self) -> torch.dtype:
         """The backbone's dtype."""
-        dtype: torch.dtype = self.module.get_input_embeddings().weight.dtype
-        return dtype
+        return self.weights.dtype
 
-    def to_dtype(self, dtype: torch.dtype) -> None:
-        """Move the backbone to ``dtype``; the head stays in float32."""
-        self.backbone.to(dtype)
+    @property
+    def why_plain(self) -> str | None:
+        """Why this class can only run with all weights in memory; None if it can run unit by unit."""
+        name = type(self.module).__name__
+        if self.is_stateful:
+            return f"{name} keeps a state in its layers, so it runs with all weights in memory"
+        if getattr(self.backbone, "runs_whole", False):
+            return f"{name} reaches its head through its layers, so it runs with all weights in memory"
+        if not self.weights.parts.units:
+            return f"{name} has no list of layers, so it runs with all weights in memory"
+        return None
+
+    # --- order --------------------------------------------------------------------------------------------------------
+
+    def settle(self, dtype: torch.dtype, capacity_bytes: int | None, packed: Sequence[nn.Linear] = ()) -> None:
+        """Compute in ``dtype`` with these layers packed: in the plain order, or ``capacity_bytes`` of units at a time."""
+        self.release()
+        self.weights.settle(dtype, packed, tables_here=capacity_bytes is None)
+        if hasattr(self.backbone, "compute_in"):  # not a class of transformers
+            self.backbone.compute_in(dtype)
+        if capacity_bytes is None:
+            for unit in self.weights.parts.units:
+                self.weights.make(unit)()
+            return
+        self.residency = Residency(self.weights, capacity_bytes)
+        self._gates = list(add_gates(self.weights.parts.units))
+
+    def release(self) -> None:
+        """Drop the backbone's weights; ``settle`` makes them again."""
+        for remove in self._gates:
+            remove()
+        self._gates = []
+        if self.residency is not None:
+            self.residency.close()
+            self.residency = None
+
+    def run(self, jobs: Sequence[Job], check: Check = no_check) -> None:
+        """Run jobs that call the backbone, in this thread, in either order: for probes."""
+        if self.residency is None:
+            for job in jobs:
+                check()
+                job()
+            return
+        for share in Lap(self.residency, check).share([(job, 1) for job in jobs], 1):
+            share()
+
+    # --- the two halves -----------------------------------------------------------------------------------------------
 
     def hidden(self, tokens_BT: Tensor, real_BT: Tensor) -> Tensor:
         """Final hidden states float32 [B, T, D], as the head receives them; undefined at padding, which is on the right."""
         # a causal model never looks to the right, and kernels without a mask are faster
         mask_BT = None if self.is_causal else real_BT.long()
-        with _attention(tokens_BT.device):
-            output = self.backbone(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
+        output = self.backbone(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
         self._output_type = type(output)
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD.float()
@@ -98,13 +147,34 @@ class SplitModel:
         output: Tensor = self.module(input_ids=tokens_BT, attention_mask=real_BT.long(), use_cache=False).logits
         return output.float()
 
+    @property
+    def head_columns(self) -> int:
+        """Columns of the output layer, however many of them are asked about."""
+        return self._tail.rows_of(self.module.get_output_embeddings())
+
     def output_layer(self, scale: float = 1.0) -> AffineHead | None:
-        """The output layer's weight and bias with a known scale; None if it is not a linear layer over hidden states."""
+        """The output layer's weight as it is stored, and its bias, with a known scale.
+
+        None if it is not a linear layer over hidden states.
+        """
         linear: object = self.module.get_output_embeddings()
         if not isinstance(linear, nn.Linear) or linear.weight.shape[1] != self.width:
             return None
         bias_V = None if linear.bias is None else linear.bias.detach().float()  # type: ignore[redundant-expr]  # torch's stub
-        return AffineHead(weight_VD=linear.weight.detach().float(), bias_V=bias_V, scale=scale)
+        return AffineHead(weight_VD=linear.weight.detach().to(self.device), bias_V=bias_V, scale=scale)
+
+    @contextlib.contextmanager
+    def probed_head(self, most_bytes: int) -> Iterator[bool]:
+        """What follows the backbone in float32; of an output layer above ``most_bytes`` only evenly spaced columns.
+
+        Yields whether it is whole.
+        """
+        with self._tail.in_float32(self.device, most_bytes, self.module.get_output_embeddings()) as is_whole:
+            yield is_whole
+
+    def hold_head(self) -> None:
+        """Keep all that follows the backbone in float32, for a head that is streamed by its class's own code."""
+        self._tail.hold(self.device)
 
     def soft_caps(self) -> set[float]:
         """The soft caps of logits that the configuration names."""
@@ -112,29 +182,72 @@ class SplitModel:
         named = [item for config in configs for item in config.to_dict().items()]
         return {float(value) for name, value in named if value and "soft" in name and "cap" in name and "attn" not in name}
 
-    def drop_head(self) -> None:
-        """Free the output layer's weights, of which the caller has a copy; ``head`` and ``logits`` fail from here on."""
-        # not a matrix: a product with one on torch's "meta" device gives garbage without an error
-        self.module.get_output_embeddings().weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+class _Tail:
+    """The modules of a causal LM after its backbone, as they were loaded, and as they compute."""
+
+    def __init__(self, module: nn.Module, backbone: nn.Module) -> None:
+        inside = set(backbone.modules())
+        self._stored = [
+            (owner, name, parameter)
+            for owner in module.modules()
+            if owner not in inside
+            for name, parameter in owner._parameters.items()
+            if parameter is not None
+        ]
+
+    def rows_of(self, layer: object) -> int:
+        """Rows of the stored weight of ``layer``."""
+        return next(len(stored) for owner, name, stored in self._stored if owner is layer and name == "weight")
+
+    @contextlib.contextmanager
+    def in_float32(self, device: torch.device, most_bytes: int, layer: object) -> Iterator[bool]:
+        """Float32 while the context is open; a large ``layer`` loses columns."""
+        weight = getattr(layer, "weight", None)
+        step = 1 if not isinstance(layer, nn.Linear) else max(1, -(-4 * weight.numel() // most_bytes))  # type: ignore[union-attr]  # a Linear's
+        try:
+            for owner, name, stored in self._stored:
+                part = stored[::step] if owner is layer else stored
+                owner._parameters[name] = nn.Parameter(part.to(device, torch.float32), requires_grad=False)
+            yield step == 1
+        finally:
+            for owner, name, stored in self._stored:
+                owner._parameters[name] = stored
+
+    def hold(self, device: torch.device) -> None:
+        """Float32 from now on."""
+        for owner, name, stored in self._stored:
+            owner._parameters[name] = nn.Parameter(stored.to(device, torch.float32), requires_grad=False)
 
 
 def _backbone_of(model: Any) -> Any:  # noqa: ANN401
     """The module whose output the class makes logits of: its base model, or that one's decoder (OPT calls it directly)."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if model.base_model is model and isinstance(getattr(model, "model", None), nn.Module):
+        return model.model  # Llama 4 names as its base what its text class does not have
     if decoder is None or decoder is model.base_model or decoder is model:
         return model.base_model
     used: list[Any] = []
-    hook = model.base_model.register_forward_hook(lambda *_: used.append(model.base_model))
+
+    class _Seen(Exception):
+        pass
+
+    def see(module: Any, *_: object) -> None:  # noqa: ANN401
+        used.append(module)
+        raise _Seen
+
+    hooks = [part.register_forward_pre_hook(see) for part in (model.base_model, decoder)]
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), contextlib.suppress(_Seen):
             model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device), use_cache=False)
     finally:
-        hook.remove()
-    return model.base_model if used else decoder
+        for hook in hooks:
+            hook.remove()
+    return used[0] if used else model.base_model
 
 
-def _attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Without cuDNN's kernels on CUDA: those make a plan for each new shape, and nearly every batch is one."""
+def sdpa_without_plans(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Attention without cuDNN's kernels on CUDA: those make a plan for each new shape, and nearly every batch is one."""
     if device.type != "cuda":
         return contextlib.nullcontext()
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -90,6 +90,13 @@ def fresh_buffers(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     return _non_persistent(twin)
 
 
+def set_config_dtype(config: Any, dtype: torch.dtype) -> None:  # noqa: ANN401 - transformers is untyped
+    """Note in a configuration, and in those of its parts, which dtype computes, as ``from_pretrained`` does."""
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        if part is not None:
+            setattr(part, "dtype" if hasattr(part, "dtype") else "torch_dtype", dtype)
+
+
 def length_limit(model: nn.Module) -> int | None:
     """The number of tokens above which the class computes *every* position of a batch differently; None where it does not.
 
@@ -132,9 +139,7 @@ def _twin(model: transformers.PreTrainedModel, dtype: torch.dtype) -> Any:  # no
     """The model's class on the meta device, made under ``dtype``, with the model's configuration."""
     kind = type(model)
     config = copy.deepcopy(model.config)
-    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
-        if part is not None:
-            setattr(part, "dtype" if hasattr(part, "dtype") else "torch_dtype", dtype)
+    set_config_dtype(config, dtype)
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_default_dtype(dtype))

@@ -6,7 +6,8 @@ prompt, any other head sees a few hundred real tokens at a time.
 
 Everything goes to worker threads: a window's tokens, its batches, slabs of its rows. While the caller writes a chunk the
 next one is under way, and while it writes a window's last chunks the batches of the following window are, so the disk is
-waited for only when it is slower than the model.
+waited for only when it is slower than the model. In the layered order several windows make a lap (``laps``): they are begun
+together and finish together.
 
 Shapes: W rows of a window, B rows of a batch or block, T tokens, D model width, V vocabulary, R coordinates.
 """
@@ -18,7 +19,8 @@ import dataclasses
 import functools
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -27,17 +29,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embstore.core.errors import ConfigError, ModelError
+from embstore.core.errors import ModelError
 from embstore.core.interfaces import Check, RowBlock, WindowCounts
 from embstore.core.prompts import Prompt
 from embstore.core.spec import EmbeddingSpec
 from embstore.host.threads import Workers, abandon, finish_all
-from embstore.model.backbone import SplitModel
+from embstore.model.backbone import SplitModel, sdpa_without_plans
 from embstore.model.batches import TokenBatch, batches_by_length, few_lengths, padded_batch
 from embstore.model.finish import SLAB_ROWS, Finisher, finish
 from embstore.model.heads import AffineHead, CappedHead, add_capped, add_streamed
+from embstore.model.laps import Lap
 from embstore.model.recycled import RecycledMemory
-from embstore.model.settings import MAX_WINDOW_ROWS, makes_kernels, num_workers, window_bytes
+from embstore.model.repeats import Copies, copy_means, without_repeats
+from embstore.model.settings import (
+    MAX_WINDOW_ROWS,
+    boundary_of,
+    lap_tokens,
+    makes_kernels,
+    num_workers,
+    window_bytes,
+)
 from embstore.model.slabs import Chunk, SlabWorkers
 from embstore.model.tokens import PromptTokenizer, TokenRow, last_token_only
 
@@ -82,6 +93,7 @@ class _Window:
         self.tokens: Future[None] = Future()  # done when ``batches`` is complete
         self.tokens.set_result(None)
         self.splits = 0
+        self.stop: Callable[[], None] = _nothing  # ends the lap that this window is in
         self.ready: torch.cuda.Event | None = None  # on the device, behind the last batch
         self.lock = threading.Lock()
 
@@ -97,6 +109,7 @@ class _Window:
 
     def abandon(self) -> None:
         """Nothing of this window goes on in the background when this returns."""
+        self.stop()
         abandon([self.tokens])
         abandon(self.batches)
 
@@ -104,32 +117,48 @@ class _Window:
 class LogitEmbedder:
     """Rows of a loaded model under a resolved spec; implements ``core.interfaces.Embedder``."""
 
-    def __init__(self, parts: ModelParts, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], finisher: Finisher) -> None:
-        _refuse_tensor_float(parts.device)
+    def __init__(
+        self,
+        parts: ModelParts,
+        spec: EmbeddingSpec,
+        basis_VR: NDArray[np.float32],
+        finisher: Finisher,
+        *,
+        memory_bytes: int = 0,
+    ) -> None:
+        """``memory_bytes`` is what a lap of several windows may take; 0: a lap is one window."""
         self._model, self._tokenizer, self._device = parts.model, parts.tokenizer, parts.device
         self._capped = parts.head if isinstance(parts.head, CappedHead) else None
         self.spec = spec
         self.basis_VR = basis_VR
-        self.truncated_share = 0.0  # ``pilot.note_plan`` sets these three, for the plan of a new store
+        self.mean_tokens = float(spec.max_tokens)
+        self.truncated_share = 0.0  # ``pilot.note_plan`` sets these four, for the plan of a new store
         self.seconds_per_row = 0.0
         self.max_window_rows = MAX_WINDOW_ROWS
         self.counts = WindowCounts(tokens=0, truncated=0, splits=0)
         self._finisher = finisher
+        self._memory_bytes = memory_bytes
         self.num_workers = num_workers(spec, self._model)
-        self._workers = Workers(spec.threads, self.num_workers)
+        self._workers = Workers(spec.threads, self.num_workers, self._device)
+        # a lap keeps its threads until it ends
+        self._lap_workers = Workers(spec.threads, self.num_workers, self._device)
         self._token_workers = row_workers = self._workers
         if self._device.type != "cpu":
             # batches are computed while the next window is tokenised and finished rows are copied, two slabs at a time
-            self._token_workers, row_workers = Workers(1, 1), Workers(_ROW_STREAMS, _ROW_STREAMS)
+            self._token_workers, row_workers = Workers(1, 1, self._device), Workers(_ROW_STREAMS, _ROW_STREAMS, self._device)
         self._streams = threading.local()
         memory = RecycledMemory(spec.dimension, spec.rank, pinned=self._device.type == "cuda")
         self._slabs = SlabWorkers(row_workers, memory, SLAB_ROWS, (_ROWS,))
         self._numbers = itertools.count()
-        self._ahead: _Window | None = None
+        self._under_way: deque[_Window] = deque()  # begun and not asked for yet, in order
 
     def memory_bytes(self, chunk_rows: int) -> int:
         """Upper estimate of host memory one window takes above the loaded model."""
-        return window_bytes(self.spec, self._model, chunk_rows=chunk_rows, window_rows=self.max_window_rows)
+        needed = window_bytes(self.spec, self._model, chunk_rows=chunk_rows, window_rows=self.max_window_rows)
+        if self._model.residency is None or self._device.type != "cpu":
+            return needed
+        # between layers, a whole window waits
+        return needed + int(self.max_window_rows * self.mean_tokens * self._model.waiting_bytes_per_token)
 
     @property
     def model(self) -> SplitModel:
@@ -137,10 +166,10 @@ class LogitEmbedder:
         return self._model
 
     def close(self) -> None:
-        """Abandon the window that was begun ahead."""
-        if self._ahead is not None:
-            self._ahead.abandon()
-            self._ahead = None
+        """Abandon the windows that were begun ahead, and drop the weights of layers that take turns."""
+        self._abandon()
+        if self._model.residency is not None:
+            self._model.residency.drop_all()
 
     def embed(
         self,
@@ -149,17 +178,16 @@ class LogitEmbedder:
         first_row: int,
         chunk_rows: int,
         check: Check,
-        following: Sequence[Prompt] = (),
+        following: Iterable[Sequence[Prompt]] = (),
     ) -> Iterator[RowBlock]:
         """Rows of one window by chunks; a prompt without a usable row is NaN and named, never skipped."""
-        window, self._ahead = self._ahead, None
-        if window is None or window.prompts is not prompts:
-            if window is not None:
-                window.abandon()
-            window = self._begin(prompts, check)
+        if not self._under_way or self._under_way[0].prompts is not prompts:
+            self._abandon()
+            self._begin(itertools.chain([prompts], following), chunk_rows, check)
+        window = self._under_way.popleft()
         window.tokens.result()
-        if following:
-            self._ahead = self._begin(following, check)
+        if not self._under_way:
+            self._begin(following, chunk_rows, check)
         yield from self.blocks(window.finish(), first_row=first_row, chunk_rows=chunk_rows, check=check)
         self.counts = WindowCounts(
             tokens=sum(int(row.pooled_T.sum()) for row in window.rows),
@@ -174,7 +202,11 @@ class LogitEmbedder:
     def pool(self, rows: Sequence[TokenRow], check: Check) -> PooledWindow:
         """Masked means of token rows, without finishing them: for probes."""
         window = _Window(())
-        self._begin_batches(window, rows, next(self._numbers), check)
+        batches = self._batches(window, rows, check)
+        if self._model.residency is None:
+            self._submit(window, batches, next(self._numbers))
+        else:
+            self._begin_lap([window], batches, check)
         return window.finish()
 
     def blocks(self, window: PooledWindow, *, first_row: int, chunk_rows: int, check: Check) -> Iterator[RowBlock]:
@@ -201,17 +233,29 @@ class LogitEmbedder:
 
     # --- a window's means -------------------------------------------------------------------------------------------
 
-    def _begin(self, prompts: Sequence[Prompt], check: Check) -> _Window:
-        window, number = _Window(prompts), next(self._numbers)
+    def _begin(self, windows: Iterable[Sequence[Prompt]], chunk_rows: int, check: Check) -> None:
+        """Begin the next of these windows, or as many as make a lap."""
+        if self._model.residency is not None:
+            begun, batches = self._lap_of(windows, chunk_rows, check)
+            self._under_way.extend(begun)
+            self._begin_lap(begun, batches, check)
+            return
+        for prompts in itertools.islice(windows, 1):
+            window, number = _Window(prompts), next(self._numbers)
 
-        def tokenise() -> None:
-            check()
-            self._begin_batches(window, self.tokens(prompts), number, check)
+            def tokenise(window: _Window = window, number: int = number) -> None:
+                check()
+                self._submit(window, self._batches(window, self.tokens(window.prompts), check), number)
 
-        window.tokens = self._token_workers.submit(tokenise, (_TOKENS, number))
-        return window
+            window.tokens = self._token_workers.submit(tokenise, (_TOKENS, number))
+            self._under_way.append(window)
 
-    def _begin_batches(self, window: _Window, rows: Sequence[TokenRow], number: int, check: Check) -> None:
+    def _abandon(self) -> None:
+        while self._under_way:
+            self._under_way.popleft().abandon()
+
+    def _batches(self, window: _Window, rows: Sequence[TokenRow], check: Check) -> list[tuple[Callable[[], None], int]]:
+        """Jobs that fill a window's means, one for each batch, with their padded tokens."""
         width = self.spec.dimension if self.spec.head.pools_logits else self._model.width
         window.rows = rows
         window.means = PooledWindow(
@@ -220,23 +264,68 @@ class LogitEmbedder:
         )
         if self.spec.pooling == "last":
             rows = [last_token_only(row) for row in rows]
-        for rows_B, length in batches_by_length(
-            rows, batch_tokens=self.spec.batch_tokens, padded_length=self._padded_length
-        ):
-            pool = functools.partial(self._pool_rows, window, rows, rows_B, length, check)
-            window.batches.append(self._workers.submit(pool, (_BATCHES, number)))
+        rows, copies = without_repeats(rows)
+        return [
+            (functools.partial(self._pool_rows, window, rows, rows_B, length, check, copies), len(rows_B) * length)
+            for rows_B, length in batches_by_length(
+                rows,
+                batch_tokens=self.spec.batch_tokens,
+                padded_length=self._padded_length,
+                boundary=boundary_of(self.spec, self._model),
+            )
+        ]
+
+    def _submit(self, window: _Window, batches: Sequence[tuple[Callable[[], None], int]], number: int) -> None:
+        window.batches.extend(self._workers.submit(self._on_kernels(pool), (_BATCHES, number)) for pool, _ in batches)
+
+    def _lap_of(
+        self, windows: Iterable[Sequence[Prompt]], chunk_rows: int, check: Check
+    ) -> tuple[list[_Window], list[tuple[Callable[[], None], int]]]:
+        """The windows of the next lap: one, and more while what waits at the gates fits the memory and ten minutes."""
+        begun: list[_Window] = []
+        batches: list[tuple[Callable[[], None], int]] = []
+        most_tokens = lap_tokens(self.spec, self._model, spare_bytes=self._memory_bytes - self.memory_bytes(chunk_rows))
+        for prompts in windows:
+            window = _Window(prompts)
+            further = self._batches(window, self.tokens(prompts), check)
+            if begun and sum(tokens for _, tokens in (*batches, *further)) > most_tokens:
+                break
+            begun.append(window)
+            batches += further
+        return begun, batches
+
+    def _begin_lap(
+        self, windows: Sequence[_Window], batches: Sequence[tuple[Callable[[], None], int]], check: Check
+    ) -> None:
+        if self._model.residency is None or not batches:
+            return
+        lap = Lap(self._model.residency, check)
+        # around the whole share: a context of the process must not be entered by batches that take turns
+        jobs = [self._lap_workers.submit(self._on_kernels(share)) for share in lap.share(batches, self.num_workers)]
+        for window in windows:
+            window.batches, window.stop = jobs, lap.cancel
+
+    def _on_kernels(self, job: Callable[[], None]) -> Callable[[], None]:
+        """The job, with the attention kernels of the pass."""
+
+        def run() -> None:
+            with sdpa_without_plans(self._device):
+                job()
+
+        return run
 
     def _padded_length(self, length: int) -> int:
         """As long as it is, or of a few lengths. Never 1: some classes take a single token for a step of generation."""
         return max(2, min(few_lengths(length), self.spec.max_tokens) if makes_kernels(self.spec) else length)
 
     def _pool_rows(
-        self, window: _Window, rows: Sequence[TokenRow], rows_B: NDArray[np.int64], length: int, check: Check
+        self, window: _Window, rows: Sequence[TokenRow], rows_B: NDArray[np.int64], length: int, check: Check, copies: Copies
     ) -> None:
         check()
         self._pool_batch(padded_batch(rows, rows_B, length, pad_id=self._tokenizer.pad_id), window)
+        copy_means(window.means.mean_WX, rows_B, copies)
         if self._device.type == "cuda":
-            window.ready = torch.cuda.current_stream().record_event()
+            window.ready = torch.cuda.current_stream(self._device).record_event()
 
     def _pool_batch(self, batch: TokenBatch, window: _Window) -> None:
         try:
@@ -274,11 +363,10 @@ class LogitEmbedder:
             mean_WX[rows_B] = hidden_BTD.sum(dim=1) / pooled_BT.sum(dim=1, keepdim=True)
         else:
             if self._capped is not None and add_capped(
-                self._capped, hidden_BTD, pooled_BT, rows_B, mean_WX, columns=self.spec.dimension
+                self._capped, hidden_BTD, batch.pooled_BT, rows_B, mean_WX, columns=self.spec.dimension
             ):
                 return
-            mean_WX[rows_B] = 0.0  # a batch that ran out of memory may have begun to add
-            add_streamed(self._model.head, hidden_BTD, pooled_BT, rows_B, mean_WX, columns=self.spec.dimension)
+            add_streamed(self._model.head, hidden_BTD, batch.pooled_BT, rows_B, mean_WX, columns=self.spec.dimension)
 
     def _few_rows(self, num_rows: int, length: int) -> int:
         """Rows that a window's last batch is filled up to: those of a full one, or a power of two where that is less."""
@@ -320,12 +408,8 @@ class LogitEmbedder:
             yield
 
 
-def _refuse_tensor_float(device: torch.device) -> None:
-    if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
-        raise ConfigError(
-            f"torch is set to float32 precision {torch.get_float32_matmul_precision()!r}, which changes every row",
-            hint='call torch.set_float32_matmul_precision("highest") before the build',
-        )
+def _nothing() -> None:
+    """No lap to end."""
 
 
 def _with_rows(values_BT: Tensor, num_rows: int) -> Tensor:

@@ -1,240 +1,223 @@
-"""Find, identify and load a causal LM and its tokenizer. Nothing is unpickled, and remote code runs only when asked for.
+"""Load a model as its files store it: mapped, in their dtypes, checked. Remote code runs only when asked for.
 
-Identity is content: digests of the weight files, the configuration and the tokenizer files, so a resume that needs no row
-never loads the model, and a renamed folder is still the same model.
+transformers constructs the class, renames and converts tensors; it is given the mapped tensors themselves, and casts none of
+them. So a tensor that the file has in float32 among bfloat16 ones is still exact, whatever dtype computes later.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import importlib
 import json
+import re
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import huggingface_hub
 import torch
 import transformers
+from torch import Tensor, nn
 
-from embstore.core.config import EmbeddingConfig, Space
-from embstore.core.errors import ConfigError, ModelError
-from embstore.core.format import canonical_json
-from embstore.core.spec import ModelIdentity
-from embstore.host.device import resolve_device
-from embstore.model.digests import files_sha256
+from embstore.core.config import Space
+from embstore.core.errors import EmbstoreError, ModelError
+from embstore.model.adapters import with_adapter
+from embstore.model.classes import ModelClass, class_of
+from embstore.model.dtypes import compute_dtypes, fresh_buffers, set_config_dtype, stored_dtype
+from embstore.model.formats import LoadedCheckpoint, Merge
+from embstore.model.quantised import plain_tensors
+from embstore.model.spilled import conversions_spilled
+from embstore.model.weight_files import mapped_tensors
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
+# Tensors that older versions of a library saved and no class reads: tables of angles and masks, which are computed, heads
+# that predict further tokens, or a reward.
+_HARMLESS = re.compile(
+    r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)position_ids$|(^|\.)(attn|attention|self)\.(bias|masked_bias)$"
+    r"|(^|\.)embeddings\.position_ids$|(^|\.)mtp(_\w+)?\.|^v_head\."
+)
+# what encoders have behind their hidden states
+_HEADS = re.compile(
+    r"^(lm_head|lm_loss|final_logits_bias|pred_layer|cls|classifier|score|qa_outputs|pooler|head|decoder|predictions|lm_predictions|mask_predictions|embed_out"
+    r"|pre_classifier|vocab_\w+|generator_\w+|discriminator_predictions|pooler\w*|summary|v_head)(\.|$)|(^|\.)(pooler|lm_head)\."
 )
 
 
-# Other formats than a Hugging Face folder: `locate` of this module reads `--model PREFIX:...`. It is loaded by name, because
-# nothing imports an integration.
-_FORMATS = {"nanochat": "embstore.integrations.nanochat.checkpoint"}
-
-_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-class Checkpoint(Protocol):
-    """A checkpoint that is located and not loaded, in any format; what another loader than ``ModelFiles`` implements.
-
-    Its module is named in ``_FORMATS`` and offers ``locate(given, *, trust_pickle) -> Checkpoint`` for ``PREFIX:...``.
-    The model must offer what ``SplitModel`` asks of a class of transformers: ``config.get_text_config()``, ``base_model``,
-    ``get_input_embeddings``, ``get_output_embeddings``, and calls with ``input_ids`` that return ``logits``.
-    """
-
-    @property
-    def name(self) -> str:
-        """For people; contains no path."""
-
-    def identity(self) -> ModelIdentity:
-        """Digests of everything that decides a row."""
-
-    def load(self, space: Space) -> tuple[Any, Any]:
-        """Model in float32 on the CPU (without its head for ``space`` hidden) and tokenizer."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelFiles:
-    """A model folder on this machine, checked for the files it must contain."""
-
-    folder: Path
-    name: str
-    revision: str | None
-    weight_files: tuple[Path, ...]
-    trust_remote_code: bool
-    adapter: Path | None = None  # a PEFT adapter's folder, merged into the weights
-
-    @property
-    def use_safetensors(self) -> bool:
-        """False only for folders whose weights are all ``.bin``, which load through weights_only."""
-        return self.weight_files[0].suffix == ".safetensors"
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        """The adapter's own tokenizer where it has one: training may have added tokens."""
-        return self.adapter if self.adapter is not None and _has_tokenizer(self.adapter) else self.folder
-
-    def identity(self) -> ModelIdentity:
-        """Digests of everything that decides a row. Price: one read of the weights, 1 to 2 GB/s."""
-        config = json.loads((self.folder / "config.json").read_bytes())
-        weights = list(self.weight_files)
-        if self.adapter is not None:
-            weights.append(self.adapter / _ADAPTER_WEIGHTS)
-            adapter = json.loads((self.adapter / _ADAPTER).read_bytes())
-            config = {
-                "model": config,
-                "adapter": {**adapter, "base_model_name_or_path": None},
-            }  # a path is not part of the identity
-        present = [self.tokenizer_folder / name for name in _TOKENIZER_FILES if (self.tokenizer_folder / name).is_file()]
-        model_config = config.get("model", config)
-        return ModelIdentity(
-            name=self.name,
-            architecture=", ".join(model_config.get("architectures") or ["unknown"]),
-            revision=self.revision,
-            weights_sha256=files_sha256(weights),
-            config_sha256=hashlib.sha256(canonical_json(config).encode()).hexdigest(),
-            tokenizer_sha256=files_sha256(present),
-            trust_remote_code=self.trust_remote_code,
-        )
-
-    def load(self, space: Space) -> tuple[Any, Any]:
-        """Model and tokenizer by transformers, whose own messages are silenced.
-
-        Raises
-        ------
-        ModelError
-            The library cannot load it (its own message is included), or tensors are missing.
-        """
-        common: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "local_files_only": True}
-        with _quiet_transformers():
-            try:
-                tokenizer = _tokenizer_class(self.tokenizer_folder).from_pretrained(self.tokenizer_folder, **common)
-                # an adapter uses the layer names of the model with a head
-                headless = space == "hidden" and self.adapter is None
-                model_class = transformers.AutoModel if headless else transformers.AutoModelForCausalLM
-                model, found = model_class.from_pretrained(
-                    self.folder,
-                    dtype=torch.float32,
-                    use_safetensors=self.use_safetensors,
-                    weights_only=True,
-                    output_loading_info=True,
-                    **common,
-                )
-            except Exception as error:  # any class's constructor runs here
-                message = str(error).strip().splitlines() or [type(error).__name__]
-                raise ModelError(
-                    f"loading {self.name} failed: {message[0][:300]}",
-                    hint=f"check whether AutoModelForCausalLM.from_pretrained({str(self.folder)!r}) loads it",
-                ) from error
-        # the pooler is a layer after the hidden states, which many checkpoints of encoders do not have
-        if missing := sorted(key for key in found["missing_keys"] if space == "logits" or "pooler" not in key.split(".")):
-            # the library fills them with random numbers and goes on
-            raise ModelError(
-                f"{self.name}: the weight files lack {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}",
-                hint="is it a causal LM with its head, and is the download complete?",
-            )
-        if self.adapter is None:
-            return model, tokenizer
-        try:
-            model = _merged(model, self.adapter)
-        except (RuntimeError, ValueError, KeyError, Warning) as error:
-            raise ModelError(
-                f"{self.adapter} does not fit {self.folder}: {str(error).splitlines()[0][:300]}",
-                hint="was it trained on this base model?",
-            ) from error
-        return (model.base_model if space == "hidden" else model), tokenizer
-
-
-def locate_model(config: EmbeddingConfig) -> Checkpoint:
-    """The files of a local folder, or of a hub id (downloaded to the hub's cache when absent).
+def load_files(
+    folder: Path,
+    name: str,
+    weight_files: Sequence[Path],
+    *,
+    space: Space,
+    tokenizer_folder: Path,
+    adapter: Path | None = None,
+    trusted: bool = False,
+    scratch: Path | None = None,
+) -> LoadedCheckpoint:
+    """A model folder by transformers, whose own messages are silenced.
 
     Raises
     ------
     ModelError
-        There is no such folder or id, or it lacks a configuration, a tokenizer or weights.
+        The library cannot load it (its own message is included); tensors are missing, left over, or of another shape.
     """
-    if config.model is None:
-        raise ConfigError("no model was given", hint="add --model, a folder or a hub id such as org/name")
-    prefix, is_prefixed, _ = config.model.partition(":")
-    if is_prefixed and prefix in _FORMATS:
-        files: Checkpoint = importlib.import_module(_FORMATS[prefix]).locate(
-            config.model, trust_pickle=bool(config.trust_tokenizer_pickle)
-        )
-        return files
-    folder = Path(config.model)
-    looks_local = folder.exists() or config.model.startswith((".", "/", "~")) or config.model.count("/") > 1
-    if looks_local:
-        if not folder.is_dir():
-            raise ModelError(f"{config.model} is not a folder", hint="give a model folder or a hub id such as org/name")
-        if config.revision is not None:
-            raise ConfigError(f"--revision {config.revision} needs a hub id, {config.model} is a local folder")
-        name = folder.resolve().name
-    else:
-        folder, name = _download(config.model, config.revision), config.model
-    if (folder / _ADAPTER).is_file():
-        return _with_adapter(folder, name, config)
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is not a model folder: config.json is missing", hint="give a Hugging Face model folder")
-    if not _has_tokenizer(folder):
-        raise ModelError(f"{folder} contains no tokenizer", hint="save the tokenizer in the model's folder")
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not weights:
-        raise ModelError(
-            f"{folder} contains no weights: neither *.safetensors nor pytorch_model*.bin", hint="is the download complete?"
-        )
-    return ModelFiles(
-        folder=folder,
-        name=name,
-        revision=config.revision,
-        weight_files=tuple(weights),
-        trust_remote_code=bool(config.trust_remote_code),
-    )
+    with _quiet_transformers():
+        tokenizer = _tokenizer(tokenizer_folder, name, trusted=trusted)
+        config = _config(folder, name, trusted=trusted)
+        # an adapter uses the layer names of the model with a head
+        asked: Space = "logits" if adapter is not None else space
+        try:
+            chosen = class_of(config, folder, name, space=asked, trusted=trusted)
+            tensors = plain_tensors(mapped_tensors(weight_files), _settings(folder), name, scratch)
+            model = _from_tensors(chosen, tensors, name, space=asked, trusted=trusted, scratch=scratch)
+        except EmbstoreError:
+            raise
+        except Exception as error:  # any class's constructor runs here
+            message = str(error).strip().splitlines() or [type(error).__name__]
+            raise ModelError(
+                f"loading {name} failed: {message[0][:300]}",
+                hint=f"check whether transformers.AutoModel.from_pretrained({str(folder)!r}) loads it",
+            ) from error
+        model.config.name_or_path = str(folder)
+        _refuse_other_inputs(model, name, space)
+        merges: dict[nn.Module, Merge] = {}
+        if adapter is not None:
+            model, merges = with_adapter(model, adapter)
+    model.requires_grad_(False)
+    return LoadedCheckpoint(model=_part_for(model.eval(), space), tokenizer=tokenizer, merges=merges)
 
 
-def _with_adapter(folder: Path, name: str, config: EmbeddingConfig) -> ModelFiles:
-    """A PEFT adapter over the base model that it names; a relative path there counts from the adapter's folder."""
-    given = json.loads((folder / _ADAPTER).read_bytes()).get("base_model_name_or_path")
-    if not isinstance(given, str) or not given:
-        raise ModelError(f"{folder / _ADAPTER} does not name a base model", hint="add base_model_name_or_path to that file")
-    if not (folder / _ADAPTER_WEIGHTS).is_file():
-        raise ModelError(f"{folder} contains no {_ADAPTER_WEIGHTS}", hint="save the adapter with safetensors")
-    beside = folder / given
-    base = locate_model(
-        dataclasses.replace(config, model=str(beside.resolve()) if beside.is_dir() else given, revision=None)
-    )
-    if not isinstance(base, ModelFiles) or base.adapter is not None:
-        raise ModelError(f"{folder} adapts {given}, which is not a Hugging Face model", hint="merge that one first")
-    return dataclasses.replace(base, name=name, adapter=folder)
+def _settings(folder: Path) -> dict[str, Any]:
+    settings = json.loads((folder / "config.json").read_bytes())
+    return settings if isinstance(settings, dict) else {}
 
 
-def _merged(model: Any, adapter: Path) -> Any:  # noqa: ANN401
-    """The model with the adapter's changes added to its weights, in float32."""
+def _config(folder: Path, name: str, *, trusted: bool) -> Any:  # noqa: ANN401 - transformers is untyped
     try:
-        import peft  # type: ignore[import-untyped,unused-ignore]  # noqa: PLC0415 - an extra
-    except ImportError as error:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
+    except Exception as error:  # code of the folder may run here
+        message = str(error).strip().splitlines() or [type(error).__name__]
+        needs_code = "auto_map" in _settings(folder) and not trusted
         raise ModelError(
-            f"{adapter} is a PEFT adapter, and peft is not installed", hint="pip install 'embstore[peft]'"
+            f"loading {name} failed: {message[0][:300]}",
+            hint="add --trust-remote-code if you trust the code in that folder"
+            if needs_code
+            else "is it a model of this version of transformers? pip install -U transformers",
         ) from error
-    with warnings.catch_warnings():
-        # otherwise an adapter of another model changes nothing, silently
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=False).merge_and_unload(safe_merge=True)
+    for part in {id(each): each for each in (config, config.get_text_config())}.values():
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config  # its tensors are plain by now, or were refused
+        rows, pad = getattr(part, "vocab_size", None), getattr(part, "pad_token_id", None)
+        if isinstance(pad, int) and isinstance(rows, int) and not 0 <= pad < rows:
+            part.pad_token_id = None  # a token added after training: padding is masked, and its row is never looked up
+    return config
+
+
+class _AsStored(Tensor):
+    """A tensor of a file, which stays as it is where the library casts it."""
+
+    def to(self, *_: object, **__: object) -> Tensor:
+        """The plain tensor, whatever dtype is asked for."""
+        return self.as_subclass(Tensor)
+
+
+def _from_tensors(
+    chosen: ModelClass, tensors: dict[str, Tensor], name: str, *, space: Space, trusted: bool, scratch: Path | None
+) -> Any:  # noqa: ANN401
+    """The class with these tensors, each in its own dtype, and nothing missing, left over, or of another shape."""
+    with conversions_spilled(tensors, scratch), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, found = chosen.kind.from_pretrained(
+            None,
+            config=chosen.config,
+            state_dict={key: tensor.as_subclass(_AsStored) for key, tensor in tensors.items()},
+            dtype=torch.float32,  # of what the class computes itself: no tensor of a file is cast
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+            **({"trust_remote_code": True} if trusted else {}),
+        )
+    for parameter in model.parameters():
+        if isinstance(parameter.data, _AsStored):
+            parameter.data = parameter.data.as_subclass(Tensor)
+    set_config_dtype(model.config, stored_dtype(model))
+    kind = type(model).__name__
+    if mismatched := sorted(found["mismatched_keys"], key=str):
+        tensor, in_file, in_class = mismatched[0]
+        raise ModelError(
+            f"{name}: {tensor} has the shape {tuple(in_file)} in the weight files and {tuple(in_class)} by config.json "
+            f"({len(mismatched)} such tensors)",
+            hint="are config.json and the weights of the same model?",
+        )
+    if missing := sorted(key for key in found["missing_keys"] if not _is_dispensable(key, model, space)):
+        # the library fills them with random numbers and goes on
+        raise ModelError(
+            f"{name}: the weight files lack {len(missing)} tensors of {kind}, such as {missing[0]}",
+            hint="is it a causal LM with its head, and is the download complete?",
+        )
+    if unused := sorted(key for key in found["unexpected_keys"] if not _is_harmless(key, model, space)):
+        raise ModelError(
+            f"{name}: {kind} does not use {len(unused)} tensors of the weight files, such as {unused[0]}",
+            hint="the class of this version of transformers is not the one that was trained; its rows would be wrong",
+        )
+    return model
+
+
+def _is_dispensable(key: str, model: Any, space: Space) -> bool:  # noqa: ANN401
+    """Whether nothing is lost without a tensor: the class computes it, or it lies behind the hidden states.
+
+    Many checkpoints of encoders have no pooler.
+    """
+    if "Sinusoidal" in type(model.get_submodule(key.rpartition(".")[0])).__name__:
+        return True
+    is_other_half = getattr(model.config, "is_encoder_decoder", False) and "decoder" in key.split(".")
+    return space == "hidden" and (is_other_half or "pooler" in key.split("."))
+
+
+def _is_harmless(key: str, model: Any, space: Space) -> bool:  # noqa: ANN401
+    if _HARMLESS.search(key):
+        return True
+    return space == "hidden" and _HEADS.search(key) is not None and key not in model.state_dict()
+
+
+def _part_for(model: Any, space: Space) -> Any:  # noqa: ANN401
+    """The part that rows are made of: for hidden states the model without its head, of an encoder-decoder the encoder."""
+    inner = getattr(model, "language_model", None)
+    if isinstance(inner, transformers.PreTrainedModel) and inner.get_output_embeddings() is not None:
+        model = inner  # a complete causal LM (Llama 4): the class around it only puts images among its inputs
+    if space == "logits":
+        return model
+    if getattr(model.config, "is_encoder_decoder", False) or type(model).__name__.endswith("EncoderModel"):
+        return model.get_encoder()
+    return model.model if model.base_model is model and model.get_output_embeddings() is not None else model.base_model
+
+
+def _refuse_other_inputs(model: Any, name: str, space: Space) -> None:  # noqa: ANN401
+    """Refuse classes whose input is not a row of tokens of a table (sound, characters), before anything is run."""
+    part = _part_for(model, space)
+    try:
+        table = part.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        table = None
+    if part.main_input_name != "input_ids" or not isinstance(getattr(table, "weight", None), Tensor):
+        raise ModelError(
+            f"{name}: {type(part).__name__} does not take tokens of a text (it takes {part.main_input_name})",
+            hint="give a causal LM, or an encoder of text with --space hidden",
+        )
+
+
+def _tokenizer(folder: Path, name: str, *, trusted: bool) -> Any:  # noqa: ANN401
+    try:
+        found = _tokenizer_class(folder).from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
+    except Exception as error:  # any class's constructor runs here
+        message = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"loading the tokenizer of {name} failed: {message[0][:300]}",
+            hint=f"check whether transformers.AutoTokenizer.from_pretrained({str(folder)!r}) loads it",
+        ) from error
+    if "MistralCommon" in type(found).__name__:
+        raise ModelError(
+            f"{folder} has only a tokenizer of mistral-common (tekken.json), which renders chats by other rules",
+            hint="add tokenizer.json and tokenizer_config.json, which the model's Hugging Face folder has",
+        )
+    return found
 
 
 def _tokenizer_class(folder: Path) -> Any:  # noqa: ANN401
@@ -245,58 +228,24 @@ def _tokenizer_class(folder: Path) -> Any:  # noqa: ANN401
     return transformers.PreTrainedTokenizerFast if is_unknown else transformers.AutoTokenizer
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
+def whole_in_float32(loaded: LoadedCheckpoint) -> Any:  # noqa: ANN401
+    """The model as ``from_pretrained(dtype=torch.float32)`` gives it, adapters merged, in place: to train or compare with.
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoadedModel:
-    """Model in float32 eval mode on ``device``, its tokenizer, and the longest input it takes (None: no limit known)."""
-
-    model: Any
-    tokenizer: Any
-    device: torch.device
-    max_positions: int | None
-
-
-def load_model(files: Checkpoint, device: str, *, space: Space = "logits") -> LoadedModel:
-    """Load weights in float32 and the tokenizer.
-
-    Raises
-    ------
-    ModelError
-        The library cannot load it (its own message is included), or tensors are missing.
+    Embedding never calls this: it casts a layer at a time (``weights``).
     """
-    target = resolve_device(device)
-    model, tokenizer = files.load(space)
-    return _ready(model, tokenizer, target)
-
-
-def as_loaded(model: Any, tokenizer: Any, device: str) -> LoadedModel:  # noqa: ANN401
-    """A model in memory as ``load_model`` would give it; it is moved and frozen in place."""
-    return _ready(model, tokenizer, resolve_device(device))
-
-
-def _ready(model: Any, tokenizer: Any, target: torch.device) -> LoadedModel:  # noqa: ANN401
-    model.requires_grad_(False)
-    model.eval().to(target)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return LoadedModel(model=model, tokenizer=tokenizer, device=target, max_positions=positions)
-
-
-def _download(model: str, revision: str | None) -> Path:
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    try:
-        folder = Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
-        if not list(folder.glob("*.safetensors")):
-            patterns.append("pytorch_model*.bin")
-            folder = Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises errors of three libraries
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(
-            f"{model} is not a local folder, and the hub answered: {reason[0][:200]}", hint="check the path or the id"
-        ) from error
-    return folder
+    model = loaded.model
+    buffers = fresh_buffers(model, torch.float32)
+    for name, dtype in compute_dtypes(model, torch.float32).items():
+        owner, _, attribute = name.rpartition(".")
+        tensor = getattr(model.get_submodule(owner), attribute)
+        tensor.data = tensor.data.to(dtype)
+    for name, buffer in buffers.items():
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner)._buffers[attribute] = buffer
+    for module, merge in loaded.merges.items():
+        weight: Any = module.weight
+        weight.data = merge(weight.data)
+    return model
 
 
 @contextlib.contextmanager

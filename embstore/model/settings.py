@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from embstore.core.config import EmbeddingConfig, over_memory_budget
+from embstore.core.config import EmbeddingConfig, format_bytes, over_memory_budget
+from embstore.core.errors import BudgetError
 from embstore.core.spec import EmbeddingSpec
 from embstore.host.threads import workers_for
 from embstore.model.backbone import SplitModel
@@ -32,6 +33,14 @@ _NOMINAL_FLOPS = {"cpu": 1e11, "cuda": 5e13}
 _WINDOW_SECONDS = 60
 _STREAMED_WINDOW_BYTES = 128 << 20  # of V-wide float32 means; two windows are under way at a time
 _LEAST_CHUNK_ROWS = 16
+# Weights of a backbone that stay in memory whatever their stored dtype is: below it, a cast copy costs less than reading on.
+SMALL_BACKBONE_BYTES = 256 << 20
+LEAST_COMPARED, _MOST_COMPARED = 32, 256
+_COMPARED_SHARE = 0.05
+_FLOAT32_COST = 8  # of a row in float32, as a multiple of one in bfloat16, on a CPU with AMX
+_COMPARED_FLOPS = 1e12
+_LAP_SECONDS = 600  # of arithmetic at the nominal rates below
+_LAP_FLOPS = {torch.float32: {"cpu": 2e11, "cuda": 2e13}, torch.bfloat16: {"cpu": 5e11, "cuda": 2e14}}
 _KERNEL_BYTES = 160 << 20  # oneDNN's: three for each of about a hundred lengths
 _FIXED_BYTES = 48 << 20  # token lists, allocator slack, thread pools
 
@@ -109,6 +118,79 @@ def _batch_tokens(model: SplitModel) -> int:
     return tokens
 
 
+def compared_rows(model: SplitModel, num_rows: int, *, mean_tokens: float) -> int:
+    """How many sampled prompts ``--dtype auto`` compares in both types; 0: even the fewest would cost too much.
+
+    The float32 side of a comparison may take 5 % of the pass, or a few seconds whatever the pass takes.
+    """
+    affordable = int(num_rows * _COMPARED_SHARE / _FLOAT32_COST)
+    cheap = int(_COMPARED_FLOPS / max(1.0, 2 * model.backbone_parameters * mean_tokens))
+    count = min(_MOST_COMPARED, max(affordable, cheap))
+    return count if count >= LEAST_COMPARED else 0
+
+
+def capacity_bytes(model: SplitModel, dtype: torch.dtype, asked_bytes: int | None) -> int | None:
+    """Memory of the units that are open at a time in the layered order; None: the plain order, in which all stay.
+
+    ``asked_bytes`` is ``--model-memory``. Without it, a backbone stays in memory where it is small, and on a GPU where it
+    leaves a quarter of the free memory; any other is read unit by unit, two at a time: one computes, the next one is read.
+
+    Raises
+    ------
+    BudgetError
+        Less was asked for than the two largest units take.
+    """
+    weights = model.weights
+    sizes = sorted((weights.bytes_of(unit, dtype) for unit in weights.parts.units), reverse=True)
+    base_bytes = weights.base_bytes(dtype)
+    whole_bytes, least_bytes = sum(sizes) + base_bytes, sum(sizes[:2]) + base_bytes
+    is_plain = whole_bytes <= (_resident_bytes(model.device) if asked_bytes is None else asked_bytes)
+    if is_plain:
+        return None
+    problem = model.why_plain
+    if problem is not None and asked_bytes is None:
+        return None
+    if problem is not None or (asked_bytes is not None and asked_bytes < least_bytes):
+        needed_bytes = least_bytes if problem is None else whole_bytes
+        reason = (
+            f"the two largest layers of {type(model.module).__name__} take" if problem is None else f"{problem}, which takes"
+        )
+        raise BudgetError(
+            f"{reason} {format_bytes(needed_bytes)} in {str(dtype).removeprefix('torch.')}, --model-memory is "
+            f"{format_bytes(asked_bytes or 0)}",
+            hint=f"give --model-memory {-(-needed_bytes // (1 << 20))}MiB or more",
+        )
+    return sum(sizes[:2]) if asked_bytes is None else asked_bytes - base_bytes
+
+
+def does_not_fit(model: SplitModel, dtype: torch.dtype, asked_bytes: int | None) -> BudgetError:
+    """The refusal of weights that turned out not to fit the device, with what would."""
+    sizes = sorted((model.weights.bytes_of(unit, dtype) for unit in model.weights.parts.units), reverse=True)
+    least_bytes = sum(sizes[:2]) + model.weights.base_bytes(dtype)
+    given = "auto" if asked_bytes is None else format_bytes(asked_bytes)
+    return BudgetError(
+        f"the layers of {type(model.module).__name__} do not fit the memory of {model.device} (--model-memory is {given})",
+        hint=f"free memory there, or give --model-memory {-(-least_bytes // (1 << 20))}MiB, the least that works",
+    )
+
+
+def _resident_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return SMALL_BACKBONE_BYTES
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return free_bytes * 3 // 4
+
+
+def lap_tokens(spec: EmbeddingSpec, model: SplitModel, *, spare_bytes: int) -> int:
+    """Padded tokens of a lap: what waits at the gates fits ``spare_bytes`` (a GPU's own memory), and a lap ten minutes."""
+    if model.device.type == "cuda":
+        spare_bytes = torch.cuda.mem_get_info(model.device)[0] // _DEVICE_MEMORY_SHARE
+    waiting_bytes = model.waiting_bytes_per_token + (0 if model.is_causal else 4 * spec.max_tokens)
+    flops = _LAP_FLOPS[model.dtype][model.device.type]
+    in_time = _LAP_SECONDS * flops / max(1, 2 * model.backbone_parameters)
+    return int(min(in_time, spare_bytes / max(1, waiting_bytes)))
+
+
 def makes_kernels(spec: EmbeddingSpec) -> bool:
     """Whether oneDNN makes kernels for every number of tokens in a batch, and keeps them (docs/decisions/0015)."""
     return spec.device == "cpu" and (spec.dtype != "float32" or spec.packed_layers)
@@ -117,7 +199,15 @@ def makes_kernels(spec: EmbeddingSpec) -> bool:
 def num_workers(spec: EmbeddingSpec, model: SplitModel) -> int:
     """Batches in flight; follows from pinned values and the model, because it decides how torch splits its sums."""
     tokens = max(spec.batch_tokens, spec.max_tokens)
-    return workers_for(spec.threads, activation_bytes(tokens, model)) if spec.device == "cpu" else 1
+    if spec.device != "cpu" or model.is_stateful or boundary_of(spec, model) is not None:
+        return 1
+    return workers_for(spec.threads, activation_bytes(tokens, model))
+
+
+def boundary_of(spec: EmbeddingSpec, model: SplitModel) -> int | None:
+    """Tokens above which the class computes a whole batch differently, where a prompt may have so many."""
+    limit = model.length_limit
+    return limit if limit is not None and limit < spec.max_tokens else None
 
 
 def activation_bytes(tokens: int, model: SplitModel) -> int:

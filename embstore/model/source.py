@@ -1,54 +1,91 @@
 """From a located model to an embedder: a new store decides every setting once, a resume takes them from its spec.
 
-``TorchSource.create`` reads from top to bottom: load, take the model apart, find its head, settle batches and windows, find
-the basis, choose the dtype, pack, embed.
+``TorchSource.create`` reads from top to bottom: load, take the model apart, examine its class, settle batches and windows,
+find the basis, choose the dtype, pack, embed.
 """
 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
+import transformers
 from numpy.typing import NDArray
+from torch import nn
 
 from embstore.core.config import EmbeddingConfig, Space
+from embstore.core.density import total_variation
 from embstore.core.errors import ModelError
-from embstore.core.events import Notice, Observer, StageFinished, StageStarted
+from embstore.core.events import Notice, Observer, ignore, stage
 from embstore.core.interfaces import PromptReader
 from embstore.core.prompts import Prompt
 from embstore.core.sampling import seeded_sample
-from embstore.core.spec import EmbeddingSpec, ModelIdentity
-from embstore.host.device import capability_of, has_fast_bfloat16, resolve_device
+from embstore.core.spec import EmbeddingSpec, ModelIdentity, Versions
+from embstore.host.device import capability_of, has_fast_bfloat16, library_versions, resolve_device
 from embstore.host.threads import num_cores
+from embstore.model.backbone import SplitModel
+from embstore.model.digests import KnownDigests, counted_bytes
 from embstore.model.embed import DTYPES, LogitEmbedder, ModelParts
 from embstore.model.finish import AffineFinisher, Finisher, make_finisher
-from embstore.model.load import Checkpoint, LoadedModel, as_loaded, load_model
-from embstore.model.packed import can_pack, pack_layers
-from embstore.model.pilot import find_basis, note_plan, weights_moved
-from embstore.model.probe import find_head, open_head, probe_tokens, split_model
-from embstore.model.settings import Settings, in_16_bits, settle_batches, window_rows_of
+from embstore.model.formats import Checkpoint, LoadedCheckpoint
+from embstore.model.heads import AffineHead, stays_float32
+from embstore.model.packed import can_pack
+from embstore.model.pilot import find_basis, mean_distances, note_plan
+from embstore.model.positions import usable_positions
+from embstore.model.probe import examine, open_head, packable_layers, probe_tokens
+from embstore.model.settings import (
+    LEAST_COMPARED,
+    Settings,
+    capacity_bytes,
+    compared_rows,
+    does_not_fit,
+    in_16_bits,
+    settle_batches,
+    window_rows_of,
+)
 from embstore.model.tokens import TOKEN_RULE, PromptTokenizer, TokenRow
 
 _SAMPLE_ROWS = 256
 _DEFAULT_MAX_TOKENS = 512
 _DTYPE_MAX_TV = 1e-3
-_BASIS_OF = {"affine": "head", "none": "identity"}  # any other head: "range-finder"
+_BASIS_OF = {"affine": "gram", "none": "identity"}  # any other head: "range-finder"
 
 
 class TorchSource:
     """A Hugging Face causal LM; implements ``core.interfaces.EmbedderSource``."""
 
-    def __init__(self, files: Checkpoint) -> None:
-        self._files = files
+    def __init__(self, files: Checkpoint, *, model_memory_bytes: int | None = None) -> None:
+        self._files, self._model_memory_bytes = files, model_memory_bytes
 
-    def identity(self) -> ModelIdentity:
+    def __getstate__(self) -> dict[str, object]:
+        """With the digests of the files that were read: a worker on this host does not read them for that again."""
+        return {**vars(self), "digests": KnownDigests.of_this_process()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state.pop("digests").learn()
+        vars(self).update(state)
+
+    def identity(self, observer: Observer = ignore) -> ModelIdentity:
         """Digests of weights, configuration and tokenizer; no model is loaded."""
-        return self._files.identity()
+        left = self._files.weight_bytes  # small files are read as well, and not counted
+        with stage(observer, "hash", left, "bytes") as advance:
+
+            def count(num_bytes: int) -> None:
+                nonlocal left
+                step, left = min(num_bytes, left), left - min(num_bytes, left)
+                advance(step)
+
+            with counted_bytes(count):
+                return self._files.identity()
+
+    def device(self, name: str) -> str:
+        """The device of this name as this process sees it."""
+        return str(resolve_device(name))
 
     def hardware(self, config: EmbeddingConfig) -> dict[str, object]:
         """What this run would compute with, under the names of ``EmbeddingSpec``; packed is what could be packed."""
@@ -59,6 +96,7 @@ class TorchSource:
             "packed_layers": can_pack(device),
             "packed_head": can_pack(device),
             "threads": config.threads or num_cores(),
+            "versions": _versions(),
         }
 
     def create(
@@ -71,17 +109,19 @@ class TorchSource:
         ModelError, BudgetError, RowError
             The model cannot be used, cannot fit, or gives no usable row on any sampled prompt.
         """
-        started = time.perf_counter()
-        observer(StageStarted(stage="model", total=1, unit="model"))
         threads = config.threads or num_cores()
         torch.set_num_threads(threads)
         space: Space = config.space or "logits"
-        loaded = self._load(config.device or "auto", space)
-        device = loaded.device
-        model = split_model(loaded.model, headless=space == "hidden")
-        tokenizer = PromptTokenizer(loaded.tokenizer, _max_tokens(config, loaded, observer), model.num_tokens)
-        sample = _sampled(tokenizer.encode, prompts)
-        head, columns = find_head(model, probe_tokens(sample).to(device), space)
+        device = resolve_device(config.device or "auto")
+        with stage(observer, "load", self._files_bytes, "bytes"):
+            loaded = self._load(space)
+        with stage(observer, "probe"):
+            positions = usable_positions(loaded.model)
+            model = SplitModel(loaded.model, device, loaded.merges, headless=space == "hidden")
+            tokenizer = PromptTokenizer(loaded.tokenizer, _max_tokens(config, positions, observer), model.num_tokens)
+            sample = _sampled(tokenizer.encode, prompts)
+            self._settle(model, torch.float32, asked=False)
+            head, columns = examine(model, None if space == "hidden" else probe_tokens(sample).to(device))
         parts = ModelParts(model=model, head=open_head(model, head), tokenizer=tokenizer, device=device)
         spec = EmbeddingSpec(
             dimension=min(columns, len(loaded.tokenizer)) if config.vocab == "tokenizer" else columns,
@@ -99,35 +139,59 @@ class TorchSource:
             capability=capability_of(device),
             threads=threads,
             basis=_BASIS_OF.get(head.kind, "range-finder"),
+            token_limit=positions,
+            versions=_versions(),
         )
         settings = settle_batches(spec, config, model, mean_tokens=_mean_tokens(sample), memory_bytes=memory_bytes)
-        basis_VR = find_basis(parts, settings, prompts, work)
-        settings = settings.changed(rank=basis_VR.shape[1])
-        finisher = make_finisher(settings.spec, parts.head, basis_VR, device)
-        if self._takes_bfloat16(parts, settings, finisher, config, sample, memory_bytes, observer):
-            model.to_dtype(torch.bfloat16)
-            settings = in_16_bits(settings, config, model, memory_bytes=memory_bytes)
-        packed = settings.changed(packed_layers=True)
-        if packed.needed_bytes(model) <= memory_bytes and pack_layers(model):
-            settings = packed.changed(packed_head=_pack_head(parts, finisher))
-        embedder = LogitEmbedder(parts, settings.spec, basis_VR, finisher)
-        note_plan(embedder, sample, settings.window_rows)
-        observer(StageFinished(stage="model", seconds=time.perf_counter() - started))
+        basis_VR = None
+        if not head.pools_logits:
+            with stage(observer, "basis"):
+                basis_VR = find_basis(parts, settings, prompts, work, memory_bytes=memory_bytes)
+            settings = settings.changed(rank=basis_VR.shape[1])
+        finisher = make_finisher(settings.spec, parts.head, _empty(spec) if basis_VR is None else basis_VR, device)
+        settings = self._with_dtype(parts, settings, finisher, config, sample, len(prompts), memory_bytes, observer)
+        if basis_VR is None:  # of embedded rows, so it is found by the dtype that makes them
+            with stage(observer, "basis"):
+                basis_VR = find_basis(parts, settings, prompts, work, memory_bytes=memory_bytes)
+            settings = settings.changed(rank=basis_VR.shape[1])
+            finisher = make_finisher(settings.spec, parts.head, basis_VR, device)
+        with stage(observer, "pilot"):
+            packed = settings.changed(packed_layers=True)
+            if packed.needed_bytes(model) <= memory_bytes and self._pack_layers(model):
+                settings = packed.changed(packed_head=_may_pack(parts, packed) and _pack_head(finisher))
+            embedder = LogitEmbedder(parts, settings.spec, basis_VR, finisher, memory_bytes=memory_bytes)
+            note_plan(embedder, sample, settings.window_rows)
         return embedder
 
     def take_over(
-        self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
+        self,
+        prompts: PromptReader,
+        spec: EmbeddingSpec,
+        basis_VR: NDArray[np.float32],
+        *,
+        memory_bytes: int,
+        device: str | None = None,
+        observer: Observer = ignore,
     ) -> LogitEmbedder:
         """Load the model under another store's settings and basis, for a new store; only its windows are decided here."""
         _refuse_unknown(spec, hint="build without --reuse")
-        embedder = self.reopen(spec, basis_VR)
-        sample = _sampled(embedder.tokens, prompts)
-        window_rows = window_rows_of(spec, embedder.model, mean_tokens=_mean_tokens(sample), memory_bytes=memory_bytes)
-        note_plan(embedder, sample, window_rows)
+        embedder = self.reopen(spec, basis_VR, memory_bytes=memory_bytes, device=device, observer=observer)
+        with stage(observer, "pilot"):
+            sample = _sampled(embedder.tokens, prompts)
+            window_rows = window_rows_of(spec, embedder.model, mean_tokens=_mean_tokens(sample), memory_bytes=memory_bytes)
+            note_plan(embedder, sample, window_rows)
         return embedder
 
-    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> LogitEmbedder:
-        """Load the model under a stored spec; nothing is probed or decided.
+    def reopen(
+        self,
+        spec: EmbeddingSpec,
+        basis_VR: NDArray[np.float32],
+        *,
+        memory_bytes: int = 0,
+        device: str | None = None,
+        observer: Observer = ignore,
+    ) -> LogitEmbedder:
+        """Load the model under a stored spec; nothing is decided.
 
         Raises
         ------
@@ -136,63 +200,107 @@ class TorchSource:
         """
         _refuse_unknown(spec)
         torch.set_num_threads(spec.threads)
-        loaded = self._load(spec.device, _space_of(spec))
-        model = split_model(loaded.model, headless=spec.space == "hidden")
+        with stage(observer, "load", self._files_bytes, "bytes"):
+            loaded = self._load(_space_of(spec))
+        with stage(observer, "probe"):
+            return self._reopened(spec, basis_VR, loaded, resolve_device(device or spec.device), memory_bytes)
+
+    def _reopened(
+        self,
+        spec: EmbeddingSpec,
+        basis_VR: NDArray[np.float32],
+        loaded: LoadedCheckpoint,
+        device: torch.device,
+        memory_bytes: int,
+    ) -> LogitEmbedder:
+        model = SplitModel(loaded.model, device, loaded.merges, headless=spec.space == "hidden")
+        self._settle(model, torch.float32, asked=False)
+        examine(model)
         head = open_head(model, spec.head)
-        model.to_dtype(DTYPES[spec.dtype])
-        if spec.packed_layers and not pack_layers(model):
+        if spec.head.kind == "streamed":
+            model.hold_head()
+        self._settle(model, DTYPES[spec.dtype])
+        if spec.packed_layers and not self._pack_layers(model):
             raise ModelError(
                 "the store's rows were made with packed layers, which this version of torch cannot pack",
                 hint="continue with the versions of torch and transformers that began the store",
             )
         tokenizer = PromptTokenizer(loaded.tokenizer, spec.max_tokens, model.num_tokens)
-        parts = ModelParts(model=model, head=head, tokenizer=tokenizer, device=loaded.device)
-        finisher = make_finisher(spec, head, basis_VR, loaded.device)
+        parts = ModelParts(model=model, head=head, tokenizer=tokenizer, device=device)
+        finisher = make_finisher(spec, head, basis_VR, device)
         if spec.packed_head:
-            _pack_head(parts, finisher)
-        return LogitEmbedder(parts, spec, basis_VR, finisher)
+            _pack_head(finisher)
+        return LogitEmbedder(parts, spec, basis_VR, finisher, memory_bytes=memory_bytes)
 
-    def _load(self, device: str, space: Space) -> LoadedModel:
-        return load_model(self._files, device, space=space)
+    def _load(self, space: Space) -> LoadedCheckpoint:
+        return self._files.load(space)
 
-    def _takes_bfloat16(
+    @property
+    def _files_bytes(self) -> int | None:
+        return self._files.weight_bytes
+
+    def _settle(
+        self, model: SplitModel, dtype: torch.dtype, packed: Sequence[nn.Linear] = (), *, asked: bool = True
+    ) -> None:
+        """Plain or layered order, by ``--model-memory``; a probe (not ``asked``) takes what it needs, a layer at a time."""
+        capacity = capacity_bytes(model, dtype, self._model_memory_bytes if asked else None)
+        try:
+            model.settle(dtype, capacity, packed)
+        except torch.OutOfMemoryError as error:
+            raise does_not_fit(model, dtype, self._model_memory_bytes) from error
+
+    def _pack_layers(self, model: SplitModel) -> bool:
+        return bool(packable_layers(model, lambda layers: self._settle(model, model.dtype, layers)))
+
+    def _with_dtype(
         self,
         parts: ModelParts,
         settings: Settings,
         finisher: Finisher,
         config: EmbeddingConfig,
         sample: Sequence[TokenRow],
+        num_rows: int,
         memory_bytes: int,
         observer: Observer,
-    ) -> bool:
-        """Whether the backbone runs in bfloat16; ``auto`` takes it where it is fast and moves weights by a TV below 1e-3."""
+    ) -> Settings:
+        """Settle the backbone's dtype: as asked, or bfloat16 where it is fast and moves weights by a TV below 1e-3."""
+        model = parts.model
+        narrow = in_16_bits(settings, config, model, memory_bytes=memory_bytes)
         if config.dtype not in (None, "auto"):
-            return config.dtype == "bfloat16"
+            takes_bfloat16 = config.dtype == "bfloat16"
         # kernels of bfloat16 are made for every shape, and kept: where they do not fit, float32 may
-        if settings.changed(dtype="bfloat16").needed_bytes(parts.model) > memory_bytes or not has_fast_bfloat16(
-            parts.device
-        ):
-            return False
-        # a second copy: casting in place would lose the float32 weights
-        space = _space_of(settings.spec)
-        other = split_model(self._load(str(parts.device), space).model, headless=space == "hidden")
-        other.to_dtype(torch.bfloat16)
-        tv = weights_moved(parts, other, settings, finisher, sample)
-        if tv <= _DTYPE_MAX_TV:
-            return True
-        limits = f"limit {_DTYPE_MAX_TV:g}, {len(sample)} sampled prompts"
-        observer(Notice(message=f"using float32: bfloat16 would change the weights by TV {tv:.1e} ({limits})"))
-        return False
+        elif settings.changed(dtype="bfloat16").needed_bytes(model) > memory_bytes or not has_fast_bfloat16(parts.device):
+            takes_bfloat16 = False
+        elif (count := compared_rows(model, num_rows, mean_tokens=_mean_tokens(sample))) == 0:
+            takes_bfloat16 = model.stored_dtype == torch.bfloat16
+            kept = "bfloat16" if takes_bfloat16 else "float32"
+            observer(
+                Notice(
+                    message=f"using {kept}, the checkpoint's precision: comparing bfloat16 with float32 on "
+                    f"{LEAST_COMPARED} prompts would cost more than 5 % of the pass, so nothing was compared"
+                )
+            )
+        else:
+            with stage(observer, "dtype"):
+                self._settle(model, torch.float32, asked=False)
+                exact = mean_distances(parts, settings, finisher, sample[:count])
+                self._settle(model, torch.bfloat16)
+                tv = total_variation(exact, mean_distances(parts, settings, finisher, sample[:count]))
+            takes_bfloat16 = tv <= _DTYPE_MAX_TV
+            if not takes_bfloat16:
+                limits = f"limit {_DTYPE_MAX_TV:g}, {len(sample[:count])} sampled prompts"
+                observer(Notice(message=f"using float32: bfloat16 would change the weights by TV {tv:.1e} ({limits})"))
+        self._settle(model, torch.bfloat16 if takes_bfloat16 else torch.float32)
+        return narrow if takes_bfloat16 else settings
 
 
 class InMemorySource(TorchSource):
     """A causal LM of transformers that is loaded already, with its tokenizer. It is copied, and stays as it is."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any) -> None:  # noqa: ANN401 - transformers is untyped
-        self._model = model
-        self._tokenizer = tokenizer
+        self._model, self._tokenizer, self._model_memory_bytes = model, tokenizer, None
 
-    def identity(self) -> ModelIdentity:
+    def identity(self, observer: Observer = ignore) -> ModelIdentity:
         """Only the names of classes: another process cannot continue what is made from this model."""
         return ModelIdentity(
             name="in memory",
@@ -204,9 +312,32 @@ class InMemorySource(TorchSource):
             trust_remote_code=False,
         )
 
-    def _load(self, device: str, space: Space) -> LoadedModel:
-        model: Any = copy.deepcopy(self._model).float()
-        return as_loaded(model.base_model if space == "hidden" else model, self._tokenizer, device)
+    def _load(self, space: Space) -> LoadedCheckpoint:
+        _refuse_scattered(self._model)
+        # its structure is copied, because layers are replaced while they compute; the weights are the caller's own
+        shared = {id(tensor): tensor for tensor in (*self._model.parameters(), *self._model.buffers())}
+        model: Any = copy.deepcopy(self._model, shared)
+        if getattr(model.config, "_attn_implementation", "sdpa") not in ("eager", "sdpa"):
+            model.set_attn_implementation("sdpa")  # kernels of training refuse float32
+        return LoadedCheckpoint(model=(model.base_model if space == "hidden" else model).eval(), tokenizer=self._tokenizer)
+
+    @property
+    def _files_bytes(self) -> int | None:
+        return None
+
+
+def _refuse_scattered(model: torch.nn.Module) -> None:
+    """Refuse a model whose weights are not whole in this process."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") or parameter.is_meta:
+            raise ModelError(
+                f"{type(model).__name__}.{name} is not whole in this process (FSDP, ZeRO-3 or offloading)",
+                hint="build a store from the checkpoint with embstore build, and give its weights to the trainer",
+            )
+
+
+def _versions() -> Versions:
+    return library_versions(transformers=transformers.__version__, tokenizers=tokenizers.__version__)
 
 
 def _sampled(encode: Callable[[Sequence[Prompt]], list[TokenRow]], prompts: PromptReader) -> list[TokenRow]:
@@ -217,22 +348,30 @@ def _mean_tokens(sample: Sequence[TokenRow]) -> float:
     return float(np.mean([len(row.ids_T) for row in sample]))
 
 
-def _max_tokens(config: EmbeddingConfig, loaded: LoadedModel, observer: Observer) -> int:
+def _max_tokens(config: EmbeddingConfig, positions: int | None, observer: Observer) -> int:
     wanted = config.max_tokens or _DEFAULT_MAX_TOKENS
-    if loaded.max_positions is not None and wanted > loaded.max_positions:
-        taken = f"{loaded.max_positions}, the most that this model takes"
+    if positions is not None and wanted > positions:
+        taken = f"{positions}, the most that this model takes"
         observer(Notice(message=f"--max-tokens {wanted} is reduced to {taken}"))
-        return loaded.max_positions
+        return positions
     return wanted
 
 
-def _pack_head(parts: ModelParts, finisher: Finisher) -> bool:
-    """Pack the output layer, where rows are products with it; the model gives no logits from then on."""
+def _pack_head(finisher: Finisher) -> bool:
+    """Pack the output layer, where rows are products with it."""
     if not isinstance(finisher, AffineFinisher):
         return False
     finisher.pack()
-    parts.model.drop_head()
     return True
+
+
+def _empty(spec: EmbeddingSpec) -> NDArray[np.float32]:
+    return np.zeros((spec.dimension, 0), dtype=np.float32)
+
+
+def _may_pack(parts: ModelParts, settings: Settings) -> bool:
+    """Whether a new store may hold the output layer in float32; an old one does what its spec says."""
+    return isinstance(parts.head, AffineHead) and stays_float32(parts.head, settings.spec.dimension)
 
 
 def _space_of(spec: EmbeddingSpec) -> Space:

@@ -47,9 +47,12 @@ class PromptTokenizer:
 
     @property
     def pad_id(self) -> int:
-        """What fills a batch; masked, so any valid id does when the tokenizer does not name one."""
-        pad = self._tokenizer.pad_token_id
-        return int(pad) if pad is not None else int(self._tokenizer.eos_token_id or 0)
+        """What fills a batch: masked, so any token of the model's table does where the tokenizer's own is not in it.
+
+        A pad token that was added without resizing the model is beyond the table, and some configurations say -1.
+        """
+        given = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
+        return next((pad for pad in given if isinstance(pad, int) and 0 <= pad < self._num_tokens), 0)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[TokenRow]:
         """Token rows in prompt order.

@@ -119,20 +119,22 @@ class _ScanWorker:
         self._coord_GR = _open(job.coordinates)
 
     def run(self, task: NDArray[np.int64], *, following: NDArray[np.int64] | None, check: Check) -> Found:
-        from embstore.search.exact.scan import all_neighbors, scan_device  # noqa: PLC0415 - torch loads where it computes
+        from embstore.host.numerics import exact_arithmetic  # noqa: PLC0415 - torch loads where it computes
+        from embstore.search.exact.scan import all_neighbors, scan_device  # noqa: PLC0415
 
         job = self._job
-        blocks = list(
-            all_neighbors(
-                self._coord_GR,
-                job.k,
-                queries_Q=task,
-                threads=job.threads,
-                memory_bytes=job.memory_bytes,
-                work=self._work,
-                device=scan_device(job.device),
+        with exact_arithmetic():
+            blocks = list(
+                all_neighbors(
+                    self._coord_GR,
+                    job.k,
+                    queries_Q=task,
+                    threads=job.threads,
+                    memory_bytes=job.memory_bytes,
+                    work=self._work,
+                    device=scan_device(job.device),
+                )
             )
-        )
         distances_QK = np.concatenate([block.distances_NK for block in blocks])
         return np.concatenate([block.ids_NK for block in blocks]), distances_QK.astype(np.float32)
 

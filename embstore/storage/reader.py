@@ -41,6 +41,7 @@ from embstore.core.format import (
     WEIGHTS,
     JsonObject,
     Manifest,
+    basis_file,
     decode_metadata,
     decode_neighbors_spec,
     follow_manifest,
@@ -387,6 +388,10 @@ def _open(root: Path, manifest: Manifest, state: JournalState) -> EmbeddingStore
             f"{MANIFEST} publishes {manifest.rows} x {manifest.dimension}, "
             f"{SPEC} has {spec.rows} x {spec.embedding.dimension}",
             hint=f"run embstore verify {root}",
+        )
+    if (basis := basis_file(spec.embedding.basis)) not in manifest.files:
+        raise CorruptStoreError(
+            f"{MANIFEST} does not list {basis}, which {SPEC} asks for", hint=f"run embstore verify {root}"
         )
     for name in ROW_FILES:
         if (problem := header_problem(root, spec, name)) is not None:

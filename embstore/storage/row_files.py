@@ -2,6 +2,7 @@
 
 Their shape and header follow from the spec alone, so a damaged header or a wrong length is repaired without touching a row.
 Unwritten values are NaN; a window's slice is checked against the crc32c in its commit.
+``map_basis`` opens the array that says what the coordinates are.
 """
 
 from __future__ import annotations
@@ -13,13 +14,22 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
+from numpy.typing import NDArray
 
 from embstore.core.errors import CorruptStoreError
-from embstore.core.files import array_header, file_problem, open_regular, pread_all, reading_problem, storage_errors
-from embstore.core.format import COORDINATES, LARGEST_COORDINATE, RESIDUALS, FileDigest
+from embstore.core.files import (
+    array_header,
+    file_problem,
+    map_array,
+    open_regular,
+    pread_all,
+    reading_problem,
+    storage_errors,
+)
+from embstore.core.format import BASIS, COORDINATES, LARGEST_COORDINATE, RESIDUALS, FileDigest, basis_file
 from embstore.core.records import WindowRecord
 from embstore.core.rows import RowRange
-from embstore.core.spec import StoreSpec
+from embstore.core.spec import EmbeddingSpec, StoreSpec
 from embstore.storage.atomic import DurableFile, pwrite_all, sync_data
 from embstore.storage.chunks import crc32c
 
@@ -28,6 +38,20 @@ ROW_FILES = (COORDINATES, RESIDUALS)
 _FLOAT = np.dtype("<f4")
 _READ_BYTES = 8 << 20
 _NAN_BLOCK = np.full(1 << 20, np.nan, dtype=_FLOAT).data.cast("B")
+
+
+def map_basis(root: Path, embedding: EmbeddingSpec) -> NDArray[np.float32]:
+    """The basis [V, R] or coordinate map [M, R] of a store, float32; copy-on-write, because torch wraps no read-only array.
+
+    Raises
+    ------
+    CorruptStoreError
+        It is missing, or another array.
+    """
+    name = basis_file(embedding.basis)
+    rows = embedding.dimension if name == BASIS else None  # M is the model's
+    basis: NDArray[np.float32] = map_array(root, name, "<f4", (rows, embedding.rank), mode="c")
+    return basis
 
 
 def row_bytes(spec: StoreSpec, name: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from embstore.core.format import (
     ARRAY_METADATA,
     BASIS,
     CHUNKS,
+    COORDINATE_MAP,
     COORDINATES,
     JOURNAL,
     LOCK,
@@ -39,6 +40,7 @@ from embstore.core.format import (
     WORK,
     FileDigest,
     Manifest,
+    basis_file,
     chunk_name,
     decode_manifest,
     weights_paths,
@@ -54,7 +56,7 @@ from embstore.storage.row_files import ROW_FILES, RowFileCheck, header_problem
 
 NORM_TOLERANCE = 2e-3  # float16 rounding moves the norm of a unit row by about 2e-4
 # every row depends on these files, and nothing else records what they contained
-ONLY_A_NEW_BUILD = frozenset({*STAGE0_FILES, SPEC, BASIS})
+ONLY_A_NEW_BUILD = frozenset({*STAGE0_FILES, SPEC, BASIS, COORDINATE_MAP})
 _ONLY_ANEW = "; it cannot be recomputed: restore it from a copy of the store, or build into another --out"
 _NO_FILE = "is not a file of this store"
 _NOT_COMMITTED = "is not committed: it is never read, and a resume recomputes it"
@@ -98,13 +100,18 @@ def check_stage0(root: Path, record: PromptsRecord) -> None:
             raise CorruptStoreError(f"{name} {problem}", hint=f"run embstore verify {root}; stage 0 cannot be recomputed")
 
 
-def damaged_windows(root: Path, spec: StoreSpec, state: JournalState) -> Iterator[tuple[int, str]]:
+def damaged_windows(
+    root: Path, spec: StoreSpec, state: JournalState, advance: Callable[[int], None] = lambda count: None
+) -> Iterator[tuple[int, str]]:
     """Committed windows whose bytes differ from their commit, with the first finding of each. Bound by the disk.
+
+    ``advance`` is called with the number of windows read since the last call.
 
     Raises
     ------
     CorruptStoreError
-        The basis, or another file that every window depends on, differs from its commit: no window can be recomputed.
+        The basis or coordinate map, or another file that every window depends on, differs from its commit: no window can be
+        recomputed.
     """
     for name, digest in (state.spec.files if state.spec is not None else {}).items():
         problem = file_problem(root, name, digest)
@@ -115,6 +122,7 @@ def damaged_windows(root: Path, spec: StoreSpec, state: JournalState) -> Iterato
     row_files = [RowFileCheck(root, spec, name) for name in ROW_FILES]
     for record in state.windows.values():
         finding = next(_window_findings(root, spec, record, row_files, decode=False), None)
+        advance(1)
         if finding is not None:
             yield record.window, f"{finding.path}: {finding.message}"
 
@@ -333,7 +341,8 @@ def _differs(root: Path, name: str, expected: bytes) -> bool:
 
 def _strays(root: Path, spec: StoreSpec | None, state: JournalState, manifest: Manifest | None) -> list[str]:
     """Notes on files in the folder that are not files of the store; links are not followed, and there is no recursion."""
-    known = {SPEC, MANIFEST, JOURNAL, RUNS, LOCK, BASIS, COORDINATES, RESIDUALS, CHUNKS, ARRAY_METADATA, *STAGE0_FILES}
+    known = {SPEC, MANIFEST, JOURNAL, RUNS, LOCK, COORDINATES, RESIDUALS, CHUNKS, ARRAY_METADATA, *STAGE0_FILES}
+    known |= {BASIS, COORDINATE_MAP} if spec is None else {basis_file(spec.embedding.basis)}
     known |= {WITHDRAWN, WEIGHTS_LINK, METADATA_LINK, *(manifest.files if manifest else ())}
     num_chunks = grid_of(spec).num_chunks if spec is not None else 0
     committed = {chunk.index for window in state.windows.values() for chunk in window.chunks}

@@ -19,10 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import ConfigError, CorruptStoreError, StoreExistsError, StoreNotFoundError
-from embstore.core.files import check_content, irregular, map_array, open_regular, read_committed, storage_errors
+from embstore.core.files import check_content, irregular, open_regular, read_committed, storage_errors
 from embstore.core.format import (
     ARRAY_METADATA,
-    BASIS,
     EMBEDDINGS,
     JOURNAL,
     LOCK,
@@ -37,6 +36,7 @@ from embstore.core.format import (
     WORK,
     FileDigest,
     Manifest,
+    basis_file,
     canonical_json,
     decode_manifest,
     document,
@@ -62,7 +62,7 @@ from embstore.storage.atomic import (
 )
 from embstore.storage.chunk_writer import WORKER_FOLDERS, WrittenWindow
 from embstore.storage.journal import Journal
-from embstore.storage.row_files import ROW_FILES, check_rows, header, preallocate, repair, row_bytes
+from embstore.storage.row_files import ROW_FILES, check_rows, header, map_basis, preallocate, repair, row_bytes
 from embstore.storage.search_blocks import KEPT_BLOCKS
 
 _OWN_DIGEST = re.compile(r"[0-9a-f]{16}")
@@ -154,7 +154,7 @@ class StoreWriter:
                 os.close(handle)
 
     def create(self, spec: StoreSpec, basis_VR: NDArray[np.float32]) -> StoreSpec:
-        """Write basis, array metadata, empty coordinate files and spec, then commit them as one record.
+        """Write basis or coordinate map, array metadata, empty coordinate files and spec, then commit them as one record.
 
         Returns the spec as written to ``spec.json``, with the digest of the basis. A spec beyond the limits of the format is
         a ConfigError: every reader would refuse it.
@@ -162,12 +162,13 @@ class StoreWriter:
         if (problem := spec_problem(spec)) is not None:
             raise ConfigError(f"no such store is possible: {problem}", hint="choose other --chunk-rows or --window-rows")
         make_directory(self.root / EMBEDDINGS)
-        basis = save_array(self.root / BASIS, basis_VR, sync_directory=False)  # spec.json comes last and syncs for all
+        name = basis_file(spec.embedding.basis)
+        basis = save_array(self.root / name, basis_VR, sync_directory=False)  # spec.json comes last and syncs for all
         spec = dataclasses.replace(spec, basis_sha256=basis.sha256)
-        files = {BASIS: basis}
+        files = {name: basis}
         files[ARRAY_METADATA] = write_durable(self.root / ARRAY_METADATA, array_metadata(spec))
-        for name in ROW_FILES:
-            preallocate(self.root, spec, name, sync_directory=False)
+        for row_file in ROW_FILES:
+            preallocate(self.root, spec, row_file, sync_directory=False)
         files[SPEC] = write_durable(self.root / SPEC, document(dataclasses.asdict(spec)))
         self.commit(SpecRecord(files=files))
         return spec
@@ -181,7 +182,7 @@ class StoreWriter:
         check_content(self.root, SPEC, [content], record.files[SPEC])
         spec = decode_spec(content)
         refuse_misfits(spec, self.state)
-        map_array(self.root, BASIS, "<f4", (spec.embedding.dimension, spec.embedding.rank))
+        map_basis(self.root, spec.embedding)
         return spec
 
     def restore_array_metadata(self) -> None:

@@ -6,6 +6,7 @@ Progress counts committed rows only: it never shows work that a crash would lose
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -20,6 +21,7 @@ from embstore.core.config import format_bytes
 from embstore.core.decode import printable
 from embstore.core.diagnostics import MILD_ESS_SHARE
 from embstore.core.events import (
+    PREPARATIONS,
     Event,
     Notice,
     Preflight,
@@ -41,8 +43,17 @@ _HISTOGRAM_WIDTH = 40
 _SHOWN_RANGES = 5
 
 _TITLES = {
-    "prompts": "prompts",
-    "model": "model",
+    "imports": "loading torch and transformers",
+    "prompts": "reading prompts",
+    "check": "comparing the prompts with the store's",
+    "hash": "hashing the model's files",
+    "reuse": "looking prompts up in the stores to reuse",
+    "load": "loading the model",
+    "probe": "probing the model",
+    "basis": "making coordinates",
+    "dtype": "comparing dtypes",
+    "pilot": "timing a few prompts",
+    "readback": "reading committed rows back",
     "embed": "embedding",
     "knn": "neighbours",
     "audit": "audit",
@@ -69,15 +80,32 @@ class _Memory(ProgressColumn):
         return Text(format_bytes(memory.anonymous_bytes) if memory else "", style="dim")
 
 
+class _Count(ProgressColumn):
+    """Items done, of all if their number is known."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text("")
+        unit = str(task.fields["unit"])
+        return Text(f"{_amount(task.completed, unit)}/{_amount(task.total, unit)}", justify="right")
+
+
 class _Rate(ProgressColumn):
     """Items per second of this run."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f}/s" if speed else "")
+        return Text(f"{_amount(speed, str(task.fields['unit']))}/s" if speed and task.total is not None else "")
+
+
+def _amount(count: float, unit: str) -> str:
+    return format_bytes(count) if unit == "bytes" else f"{count:,.0f}"
 
 
 _COUNTED = ("embed", "knn", "audit", "rerank")
+_QUIET_SECONDS = 1.0  # a stage before the rows that took less is not reported again in a log
+_SHOWN_SECONDS = 0.05  # of a stage, in the preflight
+_LOG_SECONDS = 10.0  # between two lines of one stage in a log
 
 
 class TerminalObserver:
@@ -88,7 +116,7 @@ class TerminalObserver:
         self._progress = Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=30),
-            TextColumn("{task.completed:>9,.0f}/{task.total:,.0f}"),
+            _Count(),
             _Rate(),
             TimeRemainingColumn(compact=True),
             _Memory(),
@@ -104,6 +132,8 @@ class TerminalObserver:
         self._rows = self._seconds = 0.0  # totals of this run: workers finish in bursts, so single windows vary widely
         self._workers = ""
         self._stage = ""
+        self._counted = 0  # items of the stage that is under way, for a log
+        self._logged = 0.0
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -118,7 +148,7 @@ class TerminalObserver:
             case StageStarted():
                 self._start(event)
             case StageAdvanced():
-                self._progress.advance(self._tasks[event.stage], event.count)
+                self._advance(event)
             case RowsCommitted():
                 self._commit(event)
             case StageFinished():
@@ -126,22 +156,40 @@ class TerminalObserver:
             case WorkersChanged():
                 self._count_workers(event)
             case Preflight():
-                self._console.print(preflight_line(event), highlight=False)
+                for line in (preflight_line(event), time_line(event)):
+                    self._console.print(line, highlight=False)
             case Notice():
                 self._console.print(f"[yellow]note[/yellow]: {plain(event.message)}", highlight=False)
 
     def _start(self, event: StageStarted) -> None:
         resumed = f"[resumed {event.done:,}/{event.total:,}]" if event.done else ""
         self._tasks[event.stage] = self._progress.add_task(
-            _TITLES[event.stage], total=event.total, completed=event.done, resumed=escape(resumed), workers=""
+            _TITLES[event.stage],
+            total=event.total,
+            completed=event.done,
+            resumed=escape(resumed),
+            workers="",
+            unit=event.unit,
         )
         self._stage, self._workers = event.stage, ""
+        self._counted, self._logged = event.done, time.monotonic()
         if event.stage == "embed":
-            self._total, self._done = event.total, event.done
-        if self._plain and event.stage in _COUNTED:
-            self._console.print(
-                f"{_TITLES[event.stage]}: {event.total:,} {event.unit} {escape(resumed)}".rstrip(), highlight=False
-            )
+            self._total, self._done = event.total or 0, event.done
+        if self._plain:
+            total = "" if event.total is None else f": {_amount(event.total, event.unit)}"
+            unit = event.unit if event.total is not None and event.unit != "bytes" else ""
+            shown = f"{_TITLES[event.stage]}{total} {unit} {escape(resumed)}"
+            self._console.print(" ".join(shown.split()), highlight=False)
+
+    def _advance(self, event: StageAdvanced) -> None:
+        task = self._tasks[event.stage]
+        self._progress.advance(task, event.count)
+        self._counted += event.count
+        if self._plain and time.monotonic() - self._logged >= _LOG_SECONDS:
+            self._logged = time.monotonic()
+            unit, total = str(self._progress.tasks[task].fields["unit"]), self._progress.tasks[task].total
+            of = "" if total is None else f" of {_amount(total, unit)}"
+            self._console.print(f"  {_TITLES[event.stage]}: {_amount(self._counted, unit)}{of}", highlight=False)
 
     def _commit(self, event: RowsCommitted) -> None:
         rows = event.stop - event.start
@@ -167,8 +215,11 @@ class TerminalObserver:
 
     def _finish(self, event: StageFinished) -> None:
         task = self._tasks[event.stage]
-        self._progress.update(task, completed=self._progress.tasks[task].total)
-        if self._plain and event.stage in _COUNTED:
+        total = self._progress.tasks[task].total
+        # a bar without a total would go on moving
+        self._progress.update(task, total=1 if total is None else total, completed=1 if total is None else total)
+        self._progress.stop_task(task)
+        if self._plain and (event.stage in _COUNTED or event.seconds >= _QUIET_SECONDS):
             self._console.print(f"{_TITLES[event.stage]}: done in {event.seconds:.1f} s", highlight=False)
 
 
@@ -185,6 +236,17 @@ def preflight_line(event: Preflight) -> str:
         f"disk {format_bytes(event.remaining_bytes)} of {format_bytes(event.free_bytes)} free; "
         f"memory {format_bytes(event.embed_memory_bytes)} of {format_bytes(event.memory_budget_bytes)}; {_search(event)}"
     )
+
+
+def time_line(event: Preflight) -> str:
+    """Where the time went, and where it will go."""
+    spent = [
+        f"{_TITLES[name]} {seconds:.1f} s"
+        for name, seconds in event.stage_seconds.items()
+        if name in PREPARATIONS and seconds >= _SHOWN_SECONDS
+    ]
+    before = f"so far {', '.join(spent)}; " if spent else ""
+    return f"[bold]time[/bold]: {before}next the pass, about {_duration(event.seconds)}, then the search, not estimated"
 
 
 def _search(event: Preflight) -> str:
@@ -341,6 +403,7 @@ def _print_spec(console: Console, spec: JsonObject) -> None:
             f"{plain(embedding['dtype'])} rows ({plain(embedding['capability'])}, {embedding['threads']} threads)",
             highlight=False,
         )
+        _print_versions(console, embedding["versions"])
         return
     console.print(
         f"  {embedding['dimension']:,} columns in {embedding['rank']} coordinates, {plain(embedding['head']['kind'])} head, "
@@ -349,6 +412,16 @@ def _print_spec(console: Console, spec: JsonObject) -> None:
         f"at most {embedding['max_tokens']} tokens",
         highlight=False,
     )
+    _print_versions(console, embedding["versions"])
+
+
+def _print_versions(console: Console, versions: JsonObject | None) -> None:
+    """What made the rows, apart from the model and the hardware."""
+    if versions is None:
+        console.print("  versions not recorded", highlight=False)
+        return
+    made = ", ".join(f"{name} {plain(version)}" for name, version in versions.items() if version is not None)
+    console.print(f"  made with {made}", highlight=False)
 
 
 def _print_density(console: Console, metadata: JsonObject) -> None:

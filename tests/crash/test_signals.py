@@ -160,8 +160,8 @@ class OwnBuffers(FakeSource):
     def create(self, *given: object, **options: object) -> FakeEmbedder:
         return self._hook(super().create(*given, **options))  # type: ignore[arg-type]
 
-    def reopen(self, *given: object) -> FakeEmbedder:
-        return self._hook(super().reopen(*given))  # type: ignore[arg-type]
+    def reopen(self, *given: object, **options: object) -> FakeEmbedder:
+        return self._hook(super().reopen(*given, **options))  # type: ignore[arg-type]
 
 
 def test_an_embedder_that_reuses_its_buffer_is_refused_and_none_of_its_rows_committed(

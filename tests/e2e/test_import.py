@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
@@ -23,8 +24,9 @@ from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig
 from embstore.core.errors import ArrayError, IdentityMismatchError, PromptError, RowError
 from embstore.core.events import Event, RowsCommitted
 from embstore.core.rows import RowRange
+from embstore.core.spec import Versions
 from embstore.host.memory import read_memory
-from embstore.model import array_embedder
+from embstore.model import range_finder
 from embstore.training import load_weights
 from tests.support.stores import snapshot
 
@@ -104,6 +106,26 @@ def test_equal_values_are_one_identity_whatever_holds_them(tmp_path: Path) -> No
         embstore.import_array(files[position - 1], out=out, config=CONFIG, resume=True)
     assert all(each == snapshots[0] for each in snapshots)
     assert embstore.open_store(tmp_path / "0").spec.model.name == "a.npy"
+
+
+def test_an_import_records_the_versions_that_decide_its_rows_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array, store = save(tmp_path / "rows.npy", make_rows()), tmp_path / "store"
+
+    def stop(event: Event) -> None:
+        if isinstance(event, RowsCommitted):
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        embstore.import_array(array, out=store, config=CONFIG, observer=stop)
+    versions = embstore.open_store(store, partial=True).spec.embedding.versions
+    assert versions == Versions(embstore=embstore.__version__, torch=torch.__version__)
+    monkeypatch.setattr(torch, "__version__", "9")
+    with pytest.raises(IdentityMismatchError, match=r"versions\.torch: the store has .*, given 9"):
+        embstore.import_array(array, out=store, config=CONFIG, resume=True)
+    monkeypatch.undo()
+    embstore.import_array(array, out=store, config=CONFIG, resume=True)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".zarr3"])
@@ -265,7 +287,7 @@ def test_the_basis_has_as_many_directions_as_it_takes(
     rows: int, columns: int, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last two need a larger sample than the first one."""
-    monkeypatch.setattr(array_embedder, "_FIRST_SAMPLE", 128)
+    monkeypatch.setattr(range_finder, "_FIRST_SAMPLE", 128)
     given = make_rows(rows, columns, rank=rank) if rank < min(rows, columns) else None
     if given is None:
         given = np.random.default_rng(0).standard_normal((rows, columns))

@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 
 from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig
 from embstore.core.errors import ModelError
-from embstore.core.events import Event, RowsCommitted
+from embstore.core.events import Event, Observer, RowsCommitted, ignore
 from embstore.core.interfaces import RowBlock
 from embstore.core.prompts import Prompt
 from embstore.core.records import WindowRecord
 from embstore.core.spec import EmbeddingSpec, ModelIdentity
 from embstore.flow.build import build
 from embstore.model.embed import LogitEmbedder
-from embstore.model.load import locate_model
+from embstore.model.locate import locate_model
 from embstore.model.source import TorchSource
 from embstore.search.exact.scan import all_neighbors
 from embstore.storage.journal import read_journal
@@ -257,8 +257,11 @@ class CappedSource:
     genuine: TorchSource
     free_bytes: int
 
-    def identity(self) -> ModelIdentity:
-        return self.genuine.identity()
+    def identity(self, observer: Observer = ignore) -> ModelIdentity:
+        return self.genuine.identity(observer)
+
+    def device(self, name: str) -> str:
+        return self.genuine.device(name)
 
     def hardware(self, config: EmbeddingConfig) -> dict[str, object]:
         return self.genuine.hardware(config)
@@ -266,8 +269,8 @@ class CappedSource:
     def create(self, *args: Any, **options: Any) -> LogitEmbedder:
         return self._capped(self.genuine.create(*args, **options))
 
-    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> LogitEmbedder:
-        return self._capped(self.genuine.reopen(spec, basis_VR))
+    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], **options: Any) -> LogitEmbedder:
+        return self._capped(self.genuine.reopen(spec, basis_VR, **options))
 
     def _capped(self, embedder: LogitEmbedder) -> LogitEmbedder:
         torch.cuda.synchronize()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -15,7 +16,7 @@ import transformers
 
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
-from embstore.model.load import locate_model
+from embstore.model.locate import locate_model
 from tests.support.models import (
     PROMPTS,
     distances,
@@ -111,3 +112,125 @@ def test_without_peft_the_way_to_install_it_is_named(base: Path, tmp_path: Path,
     with pytest.raises(ModelError, match="peft is not installed") as caught:
         open_embedder(tmp_path / "adapter", PROMPTS, tmp_path / "work")
     assert "embstore[peft]" in str(caught.value.hint)
+
+
+def saved_adapter(folder: Path, base: Path, **settings: Any) -> Any:
+    """An adapter with random weights; the model that peft itself makes of it, unmerged, in float32."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, **settings))
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and "magnitude" not in name:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
+    adapted.save_pretrained(folder)
+    return adapted.eval()
+
+
+GPT2 = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("llama", {"target_modules": ["q_proj", "down_proj"]}),
+    "rslora": ("llama", {"target_modules": ["q_proj"], "use_rslora": True}),
+    "dora": ("llama", {"target_modules": ["q_proj", "up_proj"], "use_dora": True}),
+    "conv1d": ("gpt2", GPT2),
+    "head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+    "embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "saved head": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "saved both": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "saved head, tied": ("llama-tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "biases": ("phi", {"target_modules": ["q_proj", "fc1"], "bias": "all"}),
+}
+
+
+@pytest.mark.parametrize("name", sorted(ADAPTERS))
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_a_merge_is_that_of_peft_in_the_dtype_that_computes(name: str, tmp_path: Path) -> None:
+    kind, settings = ADAPTERS[name]
+    base = save_model(tmp_path / "base", make_model(kind).to(torch.bfloat16), make_tokenizer())
+    saved_adapter(tmp_path / "adapter", base, **settings)
+    loaded = locate_model(EmbeddingConfig(model=str(tmp_path / "adapter"))).load("logits")
+    assert type(loaded.model) is type(make_model(kind))
+    merges = {id(module.weight): merge for module, merge in loaded.merges.items()}  # type: ignore[arg-type]
+    assert len(merges) == len(loaded.merges) > 0
+    for dtype in (torch.float32, torch.bfloat16):
+        plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        merged = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload(safe_merge=True)
+        expected = dict(merged.named_parameters(remove_duplicate=False))
+        for key, parameter in loaded.model.named_parameters(remove_duplicate=False):
+            merge = merges.get(id(parameter), lambda weight: weight)
+            found = merge(parameter.detach().to(dtype))
+            assert found.dtype == dtype
+            assert torch.equal(found, expected[key]), key
+    stored = dict(transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).named_parameters())
+    adapted = dict(loaded.model.named_parameters())
+    unmerged = [key for key, each in adapted.items() if id(each) in merges]
+    assert all(torch.equal(adapted[key], stored[key]) for key in unmerged)  # the base stays as it is
+
+
+@pytest.mark.parametrize("name", ["dora", "saved both", "saved head, tied", "embedding", "biases"])
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_rows_are_those_of_the_unmerged_model(name: str, tmp_path: Path) -> None:
+    kind, settings = ADAPTERS[name]
+    base = save_model(tmp_path / "base", make_model(kind), make_tokenizer())
+    adapted = saved_adapter(tmp_path / "adapter", base, **settings)
+    tokenizer = make_tokenizer()
+    with torch.inference_mode():
+        logits = [adapted(input_ids=torch.tensor([tokenizer(each.text).input_ids])).logits[0] for each in PROMPTS]
+    expected_NV = np.stack([unit_mean(each.double().numpy()) for each in logits])
+    found_NV = rows_before_rounding(open_embedder(tmp_path / "adapter", PROMPTS, tmp_path / "work"), PROMPTS)
+    assert distances(found_NV, expected_NV).max() <= 5e-6
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a tied head": ({"target_modules": ["lm_head"]}, r"adapts lm_head, whose weight is tied"),
+    "a tied embedding": ({"target_modules": ["embed_tokens"]}, r"adapts model\.embed_tokens, whose weight is tied"),
+    "single tokens": ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+    "a bias in lora": ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_what_cannot_be_merged_a_weight_at_a_time_is_refused(name: str, tmp_path: Path) -> None:
+    settings, said = REFUSED[name]
+    base = save_model(tmp_path / "base", make_model("llama-tied"), make_tokenizer())
+    saved_adapter(tmp_path / "adapter", base, **settings)
+    with pytest.raises(ModelError, match=said) as caught:
+        locate_model(EmbeddingConfig(model=str(tmp_path / "adapter"))).load("logits")
+    assert "merge_and_unload" in str(caught.value.hint)
+
+
+def test_a_learned_prompt_is_not_an_adapter_of_weights(base: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    peft.get_peft_model(model, settings).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}))
+    with pytest.raises(ModelError, match=r"does not change weights|does not fit") as caught:
+        locate_model(EmbeddingConfig(model=str(tmp_path / "adapter"))).load("logits")
+    assert caught.value.hint
+
+
+def test_the_base_is_taken_at_the_commit_that_the_adapter_names(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter(tmp_path / "adapter", base, "org/base")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": "abc123"}))
+    asked: list[tuple[str, str | None]] = []
+
+    def download(model: str, revision: str | None, *, trusted: bool) -> Path:
+        asked.append((model, revision))
+        return base
+
+    monkeypatch.setattr("embstore.model.locate.download", download)
+    locate_model(EmbeddingConfig(model=str(tmp_path / "adapter")))
+    assert asked == [("org/base", "abc123")]
+
+
+def test_a_base_in_the_home_folder_is_found(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(base.parent))
+    make_adapter(tmp_path / "adapter", base, f"~/{base.name}")
+    files = locate_model(EmbeddingConfig(model=str(tmp_path / "adapter")))
+    assert files == dataclasses.replace(
+        locate_model(EmbeddingConfig(model=str(base))), name="adapter", adapter=tmp_path / "adapter"
+    )  # type: ignore[type-var]

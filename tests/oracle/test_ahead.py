@@ -23,7 +23,7 @@ WINDOWS = [PROMPTS[:9], PROMPTS[9:18], PROMPTS[18:]]
 def rows_of(
     embedder: LogitEmbedder, prompts: Sequence[Prompt], following: Sequence[Prompt] = (), check: Check = lambda: None
 ) -> NDArray[np.float16]:
-    blocks = embedder.embed(prompts, first_row=0, chunk_rows=4, check=check, following=following)
+    blocks = embedder.embed(prompts, first_row=0, chunk_rows=4, check=check, following=[following] if following else ())
     rows = []
     for block in blocks:
         rows.append(block.emb_BV.copy())

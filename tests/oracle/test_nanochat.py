@@ -17,7 +17,7 @@ from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
 from embstore.core.prompts import Prompt
 from embstore.integrations.nanochat.checkpoint import NanochatFiles
-from embstore.model.load import locate_model
+from embstore.model.locate import locate_model
 from tests.support.checkpoints import Evil, State, make_base, tokens_of
 from tests.support.models import PROMPTS, distances, open_embedder, rows_before_rounding, unit_mean
 

@@ -19,7 +19,8 @@ from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
 from embstore.integrations.nanochat.package import find_package
 from embstore.model.embed import LogitEmbedder
-from embstore.model.load import load_model, locate_model
+from embstore.model.locate import locate_model
+from embstore.model.positions import usable_positions
 from embstore.model.source import TorchSource
 from tests.support import later_gpt
 from tests.support.checkpoints import Evil, State, make_base, tokens_of
@@ -209,18 +210,18 @@ def test_the_process_is_left_as_it_was(base: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(root, "level", logging.WARNING)
     before = (theirs.COMPUTE_DTYPE, list(root.handlers), root.level, torch.random.get_rng_state().tolist())
     files = locate_model(EmbeddingConfig(model=str(MODEL), **TRUSTED))
-    loaded = load_model(files, "cpu")
-    loaded.model.base_model.to(torch.float64)
+    loaded = files.load("logits")
+    loaded.model.base_model.compute_in(torch.float64)
     assert (theirs.COMPUTE_DTYPE, list(root.handlers), root.level, torch.random.get_rng_state().tolist()) == before
     assert (sys.modules["nanochat.gpt"], sys.modules["kernels"]) == (theirs, "theirs")
     assert os.environ["NANOCHAT_DTYPE"] == "bfloat16"
-    assert loaded.max_positions == 128
+    assert usable_positions(loaded.model) == 128
 
 
 def test_a_single_token_is_taken(base: Path) -> None:
     """The package asserts two; the probe may have one."""
     make_base(base, CONFIG, make_state())
-    model = load_model(locate_model(EmbeddingConfig(model=str(MODEL), **TRUSTED)), "cpu").model
+    model = locate_model(EmbeddingConfig(model=str(MODEL), **TRUSTED)).load("logits").model
     with torch.inference_mode():
         one, two = (model(input_ids=torch.tensor([ids])).logits for ids in ([258], [258, 65]))
         assert torch.allclose(one[:, 0], two[:, 0], atol=1e-5)

@@ -8,6 +8,7 @@ import json
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -330,7 +331,7 @@ class OffBasisSource(FakeSource):
         made = super().create(prompts, config, memory_bytes=memory_bytes, work=work, observer=observer)
         return _OffBasisEmbedder(self, made.spec, made.basis_VR)
 
-    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> FakeEmbedder:
+    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], **options: Any) -> FakeEmbedder:
         return _OffBasisEmbedder(self, spec, basis_VR)
 
 

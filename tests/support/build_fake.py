@@ -1,8 +1,8 @@
 """What a test runs in a process of its own, to kill it: actions on a store with the fake embedder.
 
 Each action tells its parent what happens, a line at a time and flushed: ``ready`` before the first system call on the store,
-``stage NAME`` when a stage begins, ``computing START STOP`` for a window that the embedder is asked for, ``committed START
-STOP`` for one that is acknowledged, ``hint TEXT`` and ``error KIND: message`` for an expected fault.
+``stage NAME`` when a stage after the preflight begins, ``computing START STOP`` for a window that the embedder is asked for,
+``committed START STOP`` for one that is acknowledged, ``hint TEXT`` and ``error KIND: message`` for an expected fault.
 
 ``python -m tests.support.build_fake ACTION STORE [PROMPTS]`` runs one from a shell.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, WeightingConfig
 from embstore.core.errors import EmbstoreError
-from embstore.core.events import Event, RowsCommitted, StageStarted
+from embstore.core.events import PREPARATIONS, Event, RowsCommitted, StageStarted
 from embstore.flow.artifact import recompute_weights
 from embstore.flow.build import build
 from embstore.views.info import verify
@@ -55,7 +55,7 @@ def _build(config: BuildConfig, *, reuses: bool = False) -> Action:
         def tell(event: Event) -> None:
             if isinstance(event, RowsCommitted):
                 say(f"committed {event.start} {event.stop}")
-            elif isinstance(event, StageStarted):
+            elif isinstance(event, StageStarted) and event.stage not in PREPARATIONS:
                 say(f"stage {event.stage}")
 
         source = FakeSource()
@@ -67,7 +67,7 @@ def _build(config: BuildConfig, *, reuses: bool = False) -> Action:
 
 def _build_real(store: Path, prompts: Path | None, say: Say) -> object:
     def tell(event: Event) -> None:
-        if isinstance(event, StageStarted):
+        if isinstance(event, StageStarted) and event.stage not in PREPARATIONS:
             say(f"stage {event.stage}")
 
     embedding = dataclasses.replace(CONFIG.embedding, model=os.environ[MODEL], dtype="float32", device="cpu", threads=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.config import EmbeddingConfig
-from embstore.core.events import Observer
+from embstore.core.events import Observer, ignore
 from embstore.core.interfaces import Check, PromptReader, RowBlock, WindowCounts
 from embstore.core.prompts import Prompt
 from embstore.core.records import FailedRow
-from embstore.core.spec import EmbeddingSpec, Head, ModelIdentity
+from embstore.core.spec import EmbeddingSpec, Head, ModelIdentity, Versions
 
 DIMENSION = 64
 RANK = 12
+VERSIONS = Versions(embstore="1", torch="2+fake", transformers="3", tokenizers="4")
 
 
 class FakeSource:
@@ -33,6 +34,7 @@ class FakeSource:
         self.dimension = dimension
         self.rank = rank
         self.window_rows = window_rows
+        self.token_limit: int | None = 2048
         self.model = ModelIdentity(
             name="fake",
             architecture="Fake",
@@ -42,20 +44,27 @@ class FakeSource:
             tokenizer_sha256="t" * 64,
             trust_remote_code=False,
         )
+        self.versions: Versions | None = VERSIONS
+        self.devices: list[str | None] = []  # where it was created or reopened
         self.calls: list[tuple[int, int]] = []  # rows start, stop of every window computed
         self.creations = 0
         self.reopenings = 0
 
-    def identity(self) -> ModelIdentity:
+    def identity(self, observer: Observer = ignore) -> ModelIdentity:
         return self.model
 
+    def device(self, name: str) -> str:
+        return {"auto": "cpu", "cuda": "cuda:0"}.get(name, name)
+
     def hardware(self, config: EmbeddingConfig) -> dict[str, object]:
-        return {"device": config.device or "cpu", "capability": "FAKE", "threads": config.threads or 1}
+        device = self.device(config.device or "cpu").partition(":")[0]
+        return {"device": device, "capability": "FAKE", "threads": config.threads or 1, "versions": self.versions}
 
     def create(
         self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path, observer: Observer
     ) -> FakeEmbedder:
         self.creations += 1
+        self.devices.append(config.device)
         spec = EmbeddingSpec(
             dimension=self.dimension,
             rank=self.rank,
@@ -65,25 +74,43 @@ class FakeSource:
             pooling="mean",
             normalization="l2",
             token_rule="characters",
-            max_tokens=config.max_tokens or 512,
+            max_tokens=min(config.max_tokens or 512, self.token_limit or 1 << 20),
             batch_tokens=config.batch_tokens or 4096,
             dtype=config.dtype if config.dtype not in (None, "auto") else "float32",
-            device=config.device or "cpu",
+            device=self.device(config.device or "cpu").partition(":")[0],
             capability="FAKE",
             threads=config.threads or 1,
             basis="head",
+            token_limit=self.token_limit,
+            versions=self.versions,
         )
         random = np.random.default_rng(0)
         basis_VR = np.linalg.qr(random.standard_normal((self.dimension, self.rank)))[0].astype(np.float32)
         return FakeEmbedder(self, spec, basis_VR)
 
     def take_over(
-        self, prompts: PromptReader, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], *, memory_bytes: int
+        self,
+        prompts: PromptReader,
+        spec: EmbeddingSpec,
+        basis_VR: NDArray[np.float32],
+        *,
+        memory_bytes: int,
+        device: str | None = None,
+        observer: Observer = ignore,
     ) -> FakeEmbedder:
-        return self.reopen(spec, basis_VR)
+        return self.reopen(spec, basis_VR, device=device, observer=observer)
 
-    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> FakeEmbedder:
+    def reopen(
+        self,
+        spec: EmbeddingSpec,
+        basis_VR: NDArray[np.float32],
+        *,
+        memory_bytes: int = 0,
+        device: str | None = None,
+        observer: Observer = ignore,
+    ) -> FakeEmbedder:
         self.reopenings += 1
+        self.devices.append(device)
         return FakeEmbedder(self, spec, basis_VR)
 
 
@@ -113,7 +140,7 @@ class FakeEmbedder:
         first_row: int,
         chunk_rows: int,
         check: Check,
-        following: Sequence[Prompt] = (),
+        following: Iterable[Sequence[Prompt]] = (),
     ) -> Iterator[RowBlock]:
         self._source.calls.append((first_row, first_row + len(prompts)))
         for start in range(0, len(prompts), chunk_rows):

@@ -24,7 +24,7 @@ from embstore.core.events import Event, ignore
 from embstore.core.interfaces import RowBlock
 from embstore.core.prompts import Prompt
 from embstore.model.embed import LogitEmbedder
-from embstore.model.load import locate_model
+from embstore.model.locate import locate_model
 from embstore.model.source import TorchSource
 
 VOCABULARY = 320  # columns of the logits; the tokenizer has fewer

@@ -122,8 +122,10 @@ class Acknowledged:
 class HookedSource(FakeSource):
     """A fake source that calls ``hook(first_row)`` before each chunk is computed."""
 
-    def __init__(self, hook: Callable[[int], None]) -> None:
+    def __init__(self, hook: Callable[[int], None], like: FakeSource | None = None) -> None:
         super().__init__()
+        if like is not None:
+            vars(self).update(vars(like))
         self.hook = hook
 
     def create(
@@ -131,8 +133,8 @@ class HookedSource(FakeSource):
     ) -> FakeEmbedder:
         return self._hooked(super().create(prompts, config, memory_bytes=memory_bytes, work=work, observer=observer))
 
-    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> FakeEmbedder:
-        return self._hooked(super().reopen(spec, basis_VR))
+    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], **options: Any) -> FakeEmbedder:
+        return self._hooked(super().reopen(spec, basis_VR, **options))
 
     def _hooked(self, embedder: FakeEmbedder) -> FakeEmbedder:
         compute = embedder._block
@@ -149,7 +151,9 @@ class Stopped(Exception):
     """What tests raise to end a build part-way."""
 
 
-def build_part(prompts: Path, out: Path, *, rows: int, config: BuildConfig = CONFIG) -> Path:
+def build_part(
+    prompts: Path, out: Path, *, rows: int, config: BuildConfig = CONFIG, source: FakeSource | None = None
+) -> Path:
     """A store whose windows before ``rows`` are committed and whose next one failed in the embedder."""
 
     def stop(first_row: int) -> None:
@@ -157,7 +161,7 @@ def build_part(prompts: Path, out: Path, *, rows: int, config: BuildConfig = CON
             raise Stopped
 
     try:
-        build_small(prompts, out, config=config, source=HookedSource(stop))
+        build_small(prompts, out, config=config, source=HookedSource(stop, source))
     except Stopped:
         return out
     raise AssertionError("the build ended before it could be stopped")

@@ -16,7 +16,7 @@ from typing import Any
 
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
-from embstore.core.events import Observer
+from embstore.core.events import Observer, ignore
 from embstore.core.interfaces import Check, Needs, PromptReader, RowBlock
 from embstore.core.prompts import Prompt
 from embstore.core.spec import ModelIdentity
@@ -147,7 +147,7 @@ class ScriptedSource(FakeSource):
     def is_elsewhere(self) -> bool:
         return os.getpid() != self._pid
 
-    def identity(self) -> ModelIdentity:
+    def identity(self, observer: Observer = ignore) -> ModelIdentity:
         is_other = self.other_weights_elsewhere and self.is_elsewhere
         return dataclasses.replace(self.model, weights_sha256="x" * 64) if is_other else self.model
 
@@ -163,8 +163,8 @@ class ScriptedSource(FakeSource):
         made = super().create(prompts, config, memory_bytes=memory_bytes, work=work, observer=observer)
         return ScriptedEmbedder(self, made.spec, made.basis_VR)
 
-    def reopen(self, *given: Any) -> FakeEmbedder:
-        made = super().reopen(*given)
+    def reopen(self, *given: Any, **options: Any) -> FakeEmbedder:
+        made = super().reopen(*given, **options)
         return ScriptedEmbedder(self, made.spec, made.basis_VR)
 
 

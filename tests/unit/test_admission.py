@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from embstore.core.config import BuildConfig, EmbeddingConfig
-from embstore.flow.admission import CHUNK_BYTES, _fit_rows
+from embstore.core.errors import ConfigError
+from embstore.flow.cost import CHUNK_BYTES, fit_rows
 
 WIDTH = 50_304
 
@@ -18,7 +19,7 @@ def fitted(num_rows: int, config: BuildConfig | None = None, *, columns: int = W
         spec=SimpleNamespace(dimension=columns), max_window_rows=4096, memory_bytes=lambda rows: 16 * rows * columns
     )
     nothing: Any = SimpleNamespace(memory_bytes=lambda rows: 0)
-    return _fit_rows(config or BuildConfig(embedding=EmbeddingConfig(model="m")), embedder, num_rows, nothing)
+    return fit_rows(config or BuildConfig(embedding=EmbeddingConfig(model="m")), embedder, num_rows, nothing)
 
 
 @pytest.mark.parametrize("num_rows", [1, 40, 400, 1024, 2560, 2561, 28_000, 10_000_000])
@@ -39,3 +40,23 @@ def test_narrow_rows_share_a_chunk_all_the_same() -> None:
 def test_a_chosen_chunk_is_taken_as_it_is() -> None:
     config = BuildConfig(embedding=EmbeddingConfig(model="m", chunk_rows=48))
     assert fitted(1024, config)[0] == 48
+
+
+@pytest.mark.parametrize(
+    ("window_rows", "chunk_rows"), [(640, 320), (40, 40), (100, 100), (3200, 320), (1000, 250), (4096, 256)]
+)
+def test_a_chosen_window_has_a_whole_number_of_chunks(window_rows: int, chunk_rows: int) -> None:
+    config = BuildConfig(embedding=EmbeddingConfig(model="m", window_rows=window_rows))
+    assert fitted(28_000, config) == (chunk_rows, window_rows)
+
+
+def test_a_window_of_no_whole_number_of_chunks_is_refused_with_one_that_would_do() -> None:
+    with pytest.raises(ConfigError, match="a window of 4001 rows") as caught:
+        fitted(28_000, BuildConfig(embedding=EmbeddingConfig(model="m", window_rows=4001)))
+    assert caught.value.hint == "give --window-rows 4160, or --chunk-rows as well"
+    assert fitted(28_000, BuildConfig(embedding=EmbeddingConfig(model="m", window_rows=4160))) == (320, 4160)
+
+
+def test_a_window_and_chunks_that_do_not_fit_are_refused_before_anything_is_read() -> None:
+    with pytest.raises(ConfigError, match="window_rows must be a multiple of chunk_rows, got 40 and 16"):
+        EmbeddingConfig(window_rows=40, chunk_rows=16)

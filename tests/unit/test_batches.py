@@ -107,3 +107,18 @@ def test_few_lengths_waste_little(length: int) -> None:
 
 def test_there_are_few_lengths() -> None:
     assert len({few_lengths(length) for length in range(1, 513)}) <= 96
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=windows(), batch_tokens=st.integers(1, 200), boundary=st.integers(1, 40))
+def test_no_batch_straddles_the_boundary(rows: list[TokenRow], batch_tokens: int, boundary: int) -> None:
+    seen: list[int] = []
+    for rows_B, length in batches_by_length(
+        rows, batch_tokens=batch_tokens, padded_length=lambda length: -(-length // 8) * 8, boundary=boundary
+    ):
+        is_long = {len(rows[row].ids_T) > boundary for row in rows_B}
+        assert len(is_long) == 1
+        assert is_long == {length > boundary}
+        assert all(len(rows[row].ids_T) <= length for row in rows_B)
+        seen += rows_B.tolist()
+    assert sorted(seen) == [row for row, tokens in enumerate(rows) if tokens.pooled_T.any()]

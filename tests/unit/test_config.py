@@ -30,7 +30,7 @@ EVERY_OPTION = shlex.split(
     --trust-remote-code --memory-budget 512M --knn hnsw --shards 2 --center --weighting uniform --k 5 --gamma 2
     --uniform-mix 0.25 --max-ratio inf --duplicates keep --text-field question --messages-field talk --id-field uid
     --on-error quarantine --strict --limit 7 --allow-drift --trust-journal --reuse A,B --reuse C
-    --engine ray --ray-address head:6379 --num-workers 4 --gpus-per-worker 0.5
+    --model-memory 3GiB --engine ray --ray-address head:6379 --num-workers 4 --gpus-per-worker 0.5
     """
 )
 EVERY_FIELD = BuildConfig(
@@ -54,6 +54,7 @@ EVERY_FIELD = BuildConfig(
     density=DensityConfig(knn="hnsw", shards=2, center=True),
     weighting=WeightingConfig(weighting="uniform", k=5, gamma=2.0, uniform_mix=0.25, max_ratio=None, duplicates="keep"),
     memory_budget_bytes=512 << 20,
+    model_memory_bytes=3 << 30,
     on_error="quarantine",
     strict=True,
     limit=7,

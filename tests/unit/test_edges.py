@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ class ValueSource(FakeSource):
         made = super().create(prompts, config, memory_bytes=memory_bytes, work=work, observer=observer)
         return _ValueEmbedder(self, made.spec, made.basis_VR)
 
-    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> FakeEmbedder:
+    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], **options: Any) -> FakeEmbedder:
         self.reopenings += 1
         return _ValueEmbedder(self, spec, basis_VR)
 

@@ -41,7 +41,7 @@ from embstore.core.records import (
     replay,
 )
 from embstore.core.rows import RowRange
-from embstore.core.spec import StoreSpec, decode_spec, diff_fields
+from embstore.core.spec import StoreSpec, Versions, decode_spec, diff_fields
 from tests.support.records import DIGEST, EMBEDDING, PROMPTS, SPEC, manifest, spec, window_record
 
 REUSE = ReuseRecord(stores=[ReusedStore(digest="d" * 64, rows=50, found=40, reused=39)])
@@ -342,3 +342,30 @@ def test_canonical_json_has_one_spelling_and_no_number_that_json_lacks() -> None
 
 def test_a_digest_is_compared_by_value() -> None:
     assert FileDigest(bytes=3, sha256="ab" * 32) == DIGEST
+
+
+def test_a_spec_from_before_versions_were_recorded_has_none() -> None:
+    whole = json.loads(document(dataclasses.asdict(spec())))
+    for name in ("versions", "token_limit"):
+        del whole["embedding"][name]
+    found = decode_spec(document(whole))
+    assert found == spec()
+    assert (found.embedding.versions, found.embedding.token_limit) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["versions", "token_limit"])
+def test_one_of_the_two_is_not_from_before(name: str) -> None:
+    whole = json.loads(document(dataclasses.asdict(spec())))
+    del whole["embedding"][name]
+    with pytest.raises(CorruptStoreError, match=f"missing or unknown: {name}"):
+        decode_spec(document(whole))
+
+
+def test_versions_are_decoded_and_checked_as_any_record() -> None:
+    versions = Versions(embstore="0.1.0", torch="2.13.0+cpu", transformers="5.24.0")
+    recorded = spec(embedding=dataclasses.replace(EMBEDDING, versions=versions, token_limit=128))
+    whole = json.loads(document(dataclasses.asdict(recorded)))
+    assert decode_spec(document(whole)) == recorded
+    whole["embedding"]["versions"]["torch"] = 2
+    with pytest.raises(CorruptStoreError, match=r"spec\.json\.embedding\.versions\.torch: expected str"):
+        decode_spec(document(whole))

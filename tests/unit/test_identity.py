@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import re
 import typing
@@ -13,11 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from embstore.core.config import BuildConfig, EmbeddingConfig, WeightingConfig
 from embstore.core.errors import ConfigError, CorruptStoreError, ExitCode, IdentityMismatchError
 from embstore.core.events import Notice
 from embstore.core.format import document
+from embstore.core.plan import model_mismatches
 from embstore.core.records import DriftRecord, encode_journal_header
 from embstore.core.spec import StoreSpec
 from embstore.flow.artifact import recompute_weights
@@ -25,8 +28,10 @@ from embstore.flow.build import build
 from embstore.storage.reader import open_store
 from embstore.storage.writer import StoreWriter
 from embstore.views.info import inspect, verify
+from embstore.views.terminal import print_info
 from tests.support.build_fake import CONFIG
-from tests.support.fake import FakeSource, renamed
+from tests.support.fake import VERSIONS, FakeSource, renamed
+from tests.support.records import MODEL
 from tests.support.rot import tree_state
 from tests.support.stores import (
     NUM_ROWS,
@@ -58,16 +63,18 @@ FIELDS = [
     ({"chunk_rows": 32}, "chunk_rows", "16", "32"),
     ({"trust_remote_code": True}, "trust_remote_code", "False", "True"),
 ]
-MODEL_FIELDS = ["weights_sha256", "tokenizer_sha256", "config_sha256", "architecture", "revision"]
+MODEL_FIELDS = ["weights_sha256", "tokenizer_sha256", "config_sha256", "architecture"]
 # how a run can be given another value of a field of spec.json: a field that is missing here has no test
 GIVEN_BY: dict[str, set[str]] = {
     "an option": {f"embedding.{name}" for name in ("max_tokens", "dtype", "columns", "space", "pooling", "batch_tokens")}
     | {"compressor", "window_rows", "chunk_rows", "model.trust_remote_code"},
     "the hardware": {f"embedding.{name}" for name in ("threads", "device", "capability", "packed_layers", "packed_head")},
-    "the model": {f"model.{field}" for field in MODEL_FIELDS},
+    "the libraries": {"embedding.versions"},
+    "the model": {f"model.{field}" for field in MODEL_FIELDS} | {"embedding.token_limit"},
     "the prompts": {"rows", "prompts_fingerprint"},
+    "trusted code in the model's folder": {"model.code_sha256"},
     "another release": {"format_version"},
-    "nobody, it is for people": {"model.name"},
+    "nobody, the digests decide": {"model.name", "model.revision"},
     # these follow from the others, and from code
     "a changed spec.json only": {f"embedding.{name}" for name in ("dimension", "rank", "head.kind", "head.scale")}
     | {f"embedding.{name}" for name in ("normalization", "token_rule", "basis")}
@@ -125,6 +132,17 @@ def test_every_field_of_the_spec_has_a_test_of_another_value() -> None:
     assert asked - {"model", "trust_tokenizer_pickle"} <= {field.rpartition(".")[2] for field in SPEC_FIELDS}
 
 
+def test_code_is_compared_where_the_store_has_its_digest() -> None:
+    """Stores from before the field do not have it."""
+    given = dataclasses.replace(MODEL, code_sha256="a" * 64)
+    assert model_mismatches(MODEL, given) == []
+    changed = dataclasses.replace(MODEL, code_sha256="b" * 64)
+    assert [str(each) for each in model_mismatches(given, changed)] == [
+        f"model.code_sha256: the store has {'a' * 64}, given {'b' * 64}"
+    ]
+    assert [each.field for each in model_mismatches(given, MODEL)] == ["model.code_sha256"]
+
+
 @pytest.mark.parametrize("state", ["unfinished", "store"])
 @pytest.mark.parametrize("field", SPEC_FIELDS)
 def test_a_spec_with_any_field_changed_is_refused_as_damaged(
@@ -174,7 +192,9 @@ def test_another_option_is_refused(
     options: dict[str, object], field: str, stored: str, given: str, state: str, request: pytest.FixtureRequest
 ) -> None:
     store: Path = request.getfixturevalue(state)
-    _named(_refusal(store, config=with_embedding(**options)), field, stored, given)
+    # as a source is that was located with the option
+    source = renamed(FakeSource(), trust_remote_code=bool(options.get("trust_remote_code")))
+    _named(_refusal(store, config=with_embedding(**options), source=source), field, stored, given)
 
 
 @pytest.mark.parametrize("state", ["unfinished", "store"])
@@ -197,6 +217,71 @@ def test_other_hardware_is_refused_and_drift_is_named_as_the_way(
     assert "--allow-drift" in str(error.hint)
 
 
+@pytest.mark.parametrize("library", ["embstore", "torch", "transformers", "tokenizers"])
+def test_another_version_is_refused_and_both_ways_on_are_named(library: str, unfinished: Path) -> None:
+    source = FakeSource()
+    source.versions = dataclasses.replace(VERSIONS, **{library: "9"})
+    error = _refusal(unfinished, source=source)
+    stored = getattr(VERSIONS, library)
+    _named(error, f"versions.{library}", stored, "9")
+    assert (
+        error.hint == f"install {library} {stored} and resume, or add --allow-drift (recorded; rows then differ in low bits)"
+    )
+
+
+def test_other_versions_and_threads_are_named_together(unfinished: Path) -> None:
+    source = FakeSource()
+    source.versions = dataclasses.replace(VERSIONS, torch="9", tokenizers="9")
+    error = _refusal(unfinished, source=source, config=with_embedding(threads=2))
+    assert [each.field for each in error.mismatches] == ["threads", "versions.torch", "versions.tokenizers"]
+    assert "install torch 2+fake, tokenizers 4 and resume on the same hardware and threads" in str(error.hint)
+
+
+def test_drift_in_versions_is_allowed_by_name_and_recorded(unfinished: Path, small_prompts: Path) -> None:
+    source = FakeSource()
+    source.versions = dataclasses.replace(VERSIONS, torch="9")
+    spec = (unfinished / "spec.json").read_bytes()
+    build_small(small_prompts, unfinished, source=source, config=dataclasses.replace(CONFIG, allow_drift=True))
+    drifts = [record for record in journal_records(unfinished) if isinstance(record, DriftRecord)]
+    assert [record.fields for record in drifts] == [["versions.torch"]]
+    assert (unfinished / "spec.json").read_bytes() == spec, "the versions that made the first rows"
+    assert inspect(unfinished).metadata is not None
+
+
+def test_a_finished_store_needs_no_row_and_compares_no_version(store: Path, small_prompts: Path) -> None:
+    source = FakeSource()
+    source.versions = dataclasses.replace(VERSIONS, torch="9")
+    for config in (CONFIG, with_embedding(threads=1, device="cpu")):
+        build_small(small_prompts, store, source=source, config=config)
+    assert source.calls == []
+
+
+def _began_before_versions(tmp_path: Path, prompts: Path) -> Path:
+    """An unfinished store as embstore left it before it recorded versions and the model's limit."""
+    source = FakeSource()
+    source.versions = source.token_limit = None
+    return build_part(prompts, tmp_path / "old", rows=32, source=source)
+
+
+def test_a_store_without_versions_is_continued_by_any(tmp_path: Path, small_prompts: Path) -> None:
+    store = _began_before_versions(tmp_path, small_prompts)
+    source = FakeSource()
+    build_small(small_prompts, store, source=source)
+    assert source.calls == WINDOWS[1:]
+    assert open_store(store).spec.embedding.versions is None
+    assert "versions not recorded" in _shown(store)
+
+
+def test_inspect_shows_versions(store: Path) -> None:
+    assert "made with embstore 1, torch 2+fake, transformers 3, tokenizers 4" in _shown(store)
+
+
+def _shown(store: Path) -> str:
+    shown = io.StringIO()
+    print_info(Console(file=shown, width=200), inspect(store))
+    return shown.getvalue()
+
+
 def test_another_processor_is_refused_and_drift_is_named_as_the_way(unfinished: Path) -> None:
     source = FakeSource()
     source.hardware = lambda config: {**FakeSource.hardware(source, config), "capability": "OTHER"}  # type: ignore[method-assign]
@@ -209,6 +294,42 @@ def test_every_field_that_differs_is_named_at_once(unfinished: Path) -> None:
     source = renamed(FakeSource(), weights_sha256="other")
     error = _refusal(unfinished, config=with_embedding(dtype="bfloat16", max_tokens=7), source=source)
     assert {item.field for item in error.mismatches} == {"dtype", "max_tokens", "model.weights_sha256"}
+
+
+def test_tokens_above_the_models_limit_continue_with_the_same_line_and_no_other(tmp_path: Path, small_prompts: Path) -> None:
+    """What is compared is what was asked for, cut as a new store cuts it."""
+    asked = with_embedding(max_tokens=100_000)
+    store = build_part(small_prompts, tmp_path / "store", rows=32, config=asked)
+    assert open_store(store, partial=True).spec.embedding.max_tokens == 2048
+    for same in (2048, 2049):
+        refused = with_embedding(max_tokens=same, dtype="bfloat16")
+        assert [each.field for each in _refusal(store, config=refused).mismatches] == ["dtype"]
+    _named(_refusal(store, config=with_embedding(max_tokens=2047)), "max_tokens", "2048", "2047")
+    source = FakeSource()
+    build_small(small_prompts, store, config=asked, source=source)
+    assert source.calls == WINDOWS[1:]
+
+
+def test_tokens_below_the_limit_are_no_tokens_above_it(unfinished: Path) -> None:
+    _named(_refusal(unfinished, config=with_embedding(max_tokens=100_000)), "max_tokens", "512", "100000")
+
+
+def test_another_name_of_the_revision_is_the_same_model(unfinished: Path, small_prompts: Path, finished_store: Path) -> None:
+    build_small(small_prompts, unfinished, source=renamed(FakeSource(), revision="main"))
+    assert snapshot(unfinished) == snapshot(finished_store)
+
+
+def test_rows_made_by_the_models_own_code_are_not_continued_without_it(tmp_path: Path, small_prompts: Path) -> None:
+    own = renamed(FakeSource(), trust_remote_code=True)
+    store = build_part(small_prompts, tmp_path / "store", rows=32, source=own)
+    _named(_refusal(store), "trust_remote_code", "True", "False")
+
+
+def test_a_format_that_has_no_code_of_its_own_ignores_the_trust_in_it(
+    unfinished: Path, small_prompts: Path, finished_store: Path
+) -> None:
+    build_small(small_prompts, unfinished, config=with_embedding(trust_remote_code=True))
+    assert snapshot(unfinished) == snapshot(finished_store)
 
 
 def _changed_prompts(path: Path, change: str) -> Path:

@@ -23,7 +23,7 @@ from embstore.core.errors import ConfigError, EmbstoreError, ModelError
 from embstore.core.events import Event, Notice
 from embstore.host.device import has_fast_bfloat16, resolve_device
 from embstore.model import source
-from embstore.model.load import load_model, locate_model
+from embstore.model.locate import locate_model
 from tests.support.models import PROMPTS, make_model, make_tokenizer, open_embedder, rows_before_rounding, save_model
 
 
@@ -125,7 +125,7 @@ def test_a_malicious_bin_is_refused_and_does_not_run(folder: Path, zipped: bool,
     weights, trap = only_bin(folder) / "pytorch_model.bin", tmp_path / "sprung"
     torch.save({"lm_head.weight": Touch(trap)}, weights, _use_new_zipfile_serialization=zipped)
     files = locate_model(EmbeddingConfig(model=str(folder)))
-    assert "loading own failed" in refusal(ModelError, lambda: load_model(files, "cpu"))
+    assert "contains more than tensors" in refusal(ModelError, lambda: files.load("logits"))
     assert not trap.exists()
     torch.load(weights, weights_only=False)
     assert trap.exists()  # the trap was real
@@ -144,7 +144,7 @@ def test_code_in_the_folder_runs_only_when_trusted(
     (folder / "home_made.py").write_text(f"import os\nos.mkdir({str(trap)!r})\n")
     files = locate_model(EmbeddingConfig(model=str(folder), trust_remote_code=trusted or None))
     assert files.trust_remote_code == files.identity().trust_remote_code == trusted
-    refusal(ModelError, lambda: load_model(files, "cpu"))
+    refusal(ModelError, lambda: files.load("logits"))
     assert trap.exists() == trusted
 
 
@@ -155,16 +155,7 @@ def test_weights_that_lack_a_tensor_are_refused(folder: Path) -> None:
     del tensors["lm_head.weight"]
     safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
     files = locate_model(EmbeddingConfig(model=str(folder)))
-    assert "lack 1 tensors of LlamaForCausalLM, such as lm_head.weight" in refusal(
-        ModelError, lambda: load_model(files, "cpu")
-    )
-
-
-def test_damaged_weights_are_refused(folder: Path) -> None:
-    (weights,) = folder.glob("*.safetensors")
-    weights.write_bytes(weights.read_bytes()[:1000])
-    files = locate_model(EmbeddingConfig(model=str(folder)))
-    refusal(ModelError, lambda: load_model(files, "cpu"))
+    assert "lack 1 tensors of LlamaForCausalLM, such as lm_head.weight" in refusal(ModelError, lambda: files.load("logits"))
 
 
 def flip_last_byte(path: Path) -> None:
@@ -261,7 +252,7 @@ def test_transformers_4_loads_a_tokenizer_that_transformers_5_saved(folder: Path
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "TokenizersBackend"}))
     monkeypatch.setattr("embstore.model.load.transformers", OlderTransformers())
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: pytest.fail("asked by that name"))
-    found = load_model(locate_model(EmbeddingConfig(model=str(folder))), "cpu").tokenizer
+    found = locate_model(EmbeddingConfig(model=str(folder))).load("logits").tokenizer
     assert [found(each.text).input_ids for each in PROMPTS] == [make_tokenizer()(each.text).input_ids for each in PROMPTS]
 
 

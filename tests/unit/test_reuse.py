@@ -31,7 +31,7 @@ from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.storage.writer import StoreWriter
 from embstore.views.info import inspect, verify
 from tests.support.build_fake import CONFIG
-from tests.support.fake import FakeSource, renamed
+from tests.support.fake import VERSIONS, FakeSource, renamed
 from tests.support.rot import tree_state
 from tests.support.stores import (
     HookedSource,
@@ -234,7 +234,7 @@ def test_other_settings_are_refused(
     assert not (tmp_path / "new" / "spec.json").exists()
 
 
-@pytest.mark.parametrize("field", ["weights_sha256", "config_sha256", "tokenizer_sha256", "architecture", "revision"])
+@pytest.mark.parametrize("field", ["weights_sha256", "config_sha256", "tokenizer_sha256", "architecture"])
 def test_another_model_is_refused(field: str, small_prompts: Path, old: Path, tmp_path: Path) -> None:
     with pytest.raises(IdentityMismatchError, match=rf"model\.{field}"):
         build_small(small_prompts, tmp_path / "new", config=reusing(old), source=renamed(FakeSource(), **{field: "x" * 64}))
@@ -244,6 +244,35 @@ def test_stores_made_unlike_are_refused_together(small_prompts: Path, old: Path,
     build_small(small_prompts, tmp_path / "other", config=with_embedding(max_tokens=100))
     with pytest.raises(IdentityMismatchError, match=r"together.*embedding\.max_tokens: the store has 512, given 100"):
         build_small(small_prompts, tmp_path / "new", config=reusing(old, tmp_path / "other"))
+
+
+def test_rows_of_other_versions_are_drift(small_prompts: Path, old: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more.jsonl"
+    more.write_bytes(small_prompts.read_bytes() + b'{"prompt": "one more"}\n')
+    source = FakeSource()
+    source.versions = dataclasses.replace(VERSIONS, torch="9")
+    with pytest.raises(IdentityMismatchError, match=r"versions\.torch: the store has 2\+fake, given 9") as caught:
+        build_small(more, tmp_path / "new", config=reusing(old), source=source)
+    assert "--allow-drift" in str(caught.value.hint)
+    config = dataclasses.replace(reusing(old), allow_drift=True)
+    build_small(more, tmp_path / "new", config=config, source=source)
+    assert [each.fields for each in journal_records(tmp_path / "new") if isinstance(each, DriftRecord)] == [
+        ["versions.torch"]
+    ]
+    assert open_store(tmp_path / "new").spec.embedding.versions == VERSIONS, "those of the copied rows"
+
+
+def test_stores_of_two_versions_are_refused_together_and_unknown_ones_are_not_compared(
+    small_prompts: Path, old: Path, tmp_path: Path
+) -> None:
+    for name, versions in (("other", dataclasses.replace(VERSIONS, torch="9")), ("before", None)):
+        source = FakeSource()
+        source.versions = versions
+        build_small(small_prompts, tmp_path / name, source=source)
+    with pytest.raises(IdentityMismatchError, match=r"together.*embedding\.versions\.torch: the store has 2\+fake, given 9"):
+        build_small(small_prompts, tmp_path / "new", config=reusing(old, tmp_path / "other"))
+    report = build_small(small_prompts, tmp_path / "newer", config=reusing(old, tmp_path / "before"))
+    assert report.embedded_rows == 0
 
 
 def test_what_is_no_finished_store_is_refused(small_prompts: Path, partial_store: Path, tmp_path: Path) -> None:

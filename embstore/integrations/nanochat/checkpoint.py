@@ -8,7 +8,7 @@ later generations (value embeddings, sliding windows, residual scales) are built
 and refused if none is installed. Weights load with ``weights_only``. A pickled tokenizer can run any code, so it is opened
 only if the user allows it.
 
-Mapped weights are loaded in float32, with float32 rotary tables and norms; nanochat itself rounds its tables to bfloat16.
+Mapped weights stay as they are stored, with float32 rotary tables and norms; nanochat itself rounds its tables to bfloat16.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from embstore.core.format import canonical_json
 from embstore.core.spec import ModelIdentity
 from embstore.integrations.nanochat.package import NanochatPackage, find_package
 from embstore.model.digests import files_sha256
-from embstore.model.load import Checkpoint
+from embstore.model.formats import Checkpoint, LoadedCheckpoint
 
 PREFIX = "nanochat:"
 _FOLDERS = {
@@ -82,6 +82,11 @@ class NanochatFiles:
     tokenizer: Path
     trust_pickle: bool
 
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weights' file."""
+        return self.weights.stat().st_size
+
     def identity(self) -> ModelIdentity:
         """Digests of weights, the model's configuration, the tokenizer, and the installed nanochat where that is needed."""
         settings = self._settings()
@@ -97,8 +102,10 @@ class NanochatFiles:
             trust_remote_code=False,
         )
 
-    def load(self, space: Space) -> tuple[Any, Any]:
-        """Model in float32 (without its head for ``space`` hidden) and tokenizer.
+    def load(self, space: Space, scratch: Path | None = None) -> LoadedCheckpoint:
+        """Model (without its head for ``space`` hidden) and tokenizer.
+
+        Tensors mapped onto transformers' class stay as they are stored; a model of the package's own is in float32.
 
         Raises
         ------
@@ -108,11 +115,9 @@ class NanochatFiles:
         """
         settings, state = self._settings(), self._state()
         package = self._package_for(settings, state)
-        if package is None:
-            mapped = self._mapped(settings, state)
-            return (mapped.model if space == "hidden" else mapped), self.open_tokenizer()
-        model = package.build(settings, state, name=self.name)
-        return (model.base_model if space == "hidden" else model), self.open_tokenizer()
+        whole: Any = self._mapped(settings, state) if package is None else package.build(settings, state, name=self.name)
+        model = whole.base_model if space == "hidden" else whole
+        return LoadedCheckpoint(model=model.eval().requires_grad_(False), tokenizer=self.open_tokenizer())
 
     def _mapped(self, settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> Any:  # noqa: ANN401
         """The class of transformers with these weights."""
@@ -130,7 +135,7 @@ class NanochatFiles:
         padded = -(-columns // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
         weights = {
             # rows that only pad the vocabulary: no token looks them up, and nanochat cuts their logits off
-            renamed[name]: (tensor[:columns] if name in _TENSORS and len(tensor) == padded else tensor).float()
+            renamed[name]: tensor[:columns] if name in _TENSORS and len(tensor) == padded else tensor
             for name, tensor in state.items()
         }
         try:

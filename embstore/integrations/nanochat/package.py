@@ -147,6 +147,8 @@ class Logits:
 class NanochatBackbone(nn.Module):
     """Everything before ``lm_head``."""
 
+    runs_whole = True  # its head is reached through its layers, so they must all be in memory
+
     def __init__(self, gpt: nn.Module, code: Any, config: NanochatConfig) -> None:  # noqa: ANN401 - a module
         super().__init__()
         self.trunk: Any = _with_output_layer(gpt, _Stop())
@@ -163,15 +165,13 @@ class NanochatBackbone(nn.Module):
         """The token table; it may have more rows than the vocabulary."""
         return self.trunk.transformer.wte
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - as in torch
-        """Also the dtype the package computes in; tables of a package that fixes theirs in bfloat16 stay as they are."""
-        super().to(*args, **kwargs)
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Tell the package, once its weights are in ``dtype``; tables that it fixes in bfloat16 stay as they are."""
         if hasattr(self._code, "COMPUTE_DTYPE"):
-            self._code.COMPUTE_DTYPE = self.get_input_embeddings().weight.dtype
+            self._code.COMPUTE_DTYPE = dtype
         else:
-            for name, dtype in self._table_dtypes.items():
-                setattr(self.trunk, name, getattr(self.trunk, name).to(dtype))
-        return self
+            for name, table_dtype in self._table_dtypes.items():
+                setattr(self.trunk, name, getattr(self.trunk, name).to(table_dtype))
 
     def forward(self, input_ids: Tensor, **_: object) -> States:
         """Hidden states [B, T, D] as ``lm_head`` receives them."""

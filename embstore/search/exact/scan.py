@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from embstore.core.rows import slices
 from embstore.core.sampling import shuffled
-from embstore.host.device import has_fast_bfloat16
+from embstore.host.device import has_fast_bfloat16, resolve_device
 from embstore.host.threads import Workers, abandon, finish_all
 from embstore.search.distances import FloatMatrix, IntMatrix, direct_distances, ranked, rerank_bytes
 from embstore.search.exact.pairwise import brute_force, brute_force_bytes
@@ -65,7 +65,7 @@ class NeighborBlock:
 def scan_device(name: str) -> torch.device:
     """Where tiles are computed: the GPU that the rows came from if it is here, else the CPU; the result is the same."""
     is_here = name.startswith("cuda") and torch.cuda.is_available()
-    return torch.device(name if is_here else "cpu")
+    return resolve_device(name) if is_here else torch.device("cpu")
 
 
 def scan_dtype(device: torch.device) -> torch.dtype:
@@ -141,7 +141,7 @@ def all_neighbors(
     plan = plan_scan(num_queries, rank, k, threads=threads, memory_bytes=memory_bytes, device=where)
     scratch = map_operand(work / "quantised.npy", num_nodes, rank, dtype) if where.type == "cpu" else None
     operand = quantise(coord_GR, order_G, dtype=dtype, device=where, scratch=scratch)
-    workers = Workers(threads, threads if where.type == "cpu" else 1)
+    workers = Workers(threads, threads if where.type == "cpu" else 1, where)
     report = _Report(advance, (num_queries - finished) * num_nodes, num_queries - finished)
     for first in range(finished, num_queries, plan.panel_rows):
         panel = positions_Q[first : first + plan.panel_rows]

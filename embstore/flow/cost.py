@@ -1,0 +1,113 @@
+"""What a build costs: rows of its chunks and windows, and the preflight, which refuses what cannot fit.
+
+Everything that decides a byte is arithmetic; only the estimates of times are measured.
+"""
+
+from __future__ import annotations
+
+from embstore.core.config import K_MAX, BuildConfig, format_bytes, over_memory_budget
+from embstore.core.errors import BudgetError, ConfigError
+from embstore.core.events import PREPARATIONS, Preflight
+from embstore.core.interfaces import Embedder
+from embstore.core.plan import BuildPlan
+from embstore.core.rows import chunk_rows_near
+from embstore.core.spec import StoreSpec
+from embstore.flow.reuse import Reuse
+from embstore.flow.run import Run
+
+CHUNK_BYTES = 32 << 20
+# A small store has smaller chunks, so that all cores work until its end and fewer new pages are touched.
+_LEAST_CHUNKS, _SMALL_CHUNK_BYTES = 8, 4 << 20
+_COPIED_BYTES_PER_SECOND = 300e6  # for the estimate: read, checked, decoded, encoded, written
+
+
+def fit_rows(config: BuildConfig, embedder: Embedder, num_rows: int, reuse: Reuse) -> tuple[int, int]:
+    """Rows per chunk and per window: near 32 MiB and about a minute, less for few rows or a small memory budget."""
+    embedding = config.embedding
+    row_bytes = 2 * embedder.spec.dimension
+    chunk_bytes = min(CHUNK_BYTES, max(_SMALL_CHUNK_BYTES, num_rows * row_bytes // _LEAST_CHUNKS))
+
+    def needs(chunk_rows: int) -> int:
+        return embedder.memory_bytes(chunk_rows) + reuse.memory_bytes(chunk_rows)
+
+    near = chunk_rows_near(row_bytes, chunk_bytes, num_rows=num_rows, max_rows=embedder.max_window_rows)
+    chunk_rows = embedding.chunk_rows or _part_of(embedding.window_rows, near)
+    while embedding.chunk_rows is None and near > 16 and needs(chunk_rows) > config.memory_budget_bytes:
+        near = max(16, near // 2 // 16 * 16)
+        chunk_rows = _part_of(embedding.window_rows, near)
+    needed = needs(chunk_rows)
+    if needed > config.memory_budget_bytes:
+        raise over_memory_budget("embedding needs", needed, config.memory_budget_bytes)
+    whole = -(-num_rows // chunk_rows) * chunk_rows
+    window_rows = embedding.window_rows or min(max(1, embedder.max_window_rows // chunk_rows) * chunk_rows, whole)
+    return chunk_rows, window_rows
+
+
+def copied_rows(config: BuildConfig, old: StoreSpec) -> tuple[int, int]:
+    """Rows per chunk and per window of a store whose rows are all copied: those of the old store, where none are chosen."""
+    embedding = config.embedding
+    chunk_rows = embedding.chunk_rows or _part_of(embedding.window_rows, old.chunk_rows)
+    return chunk_rows, embedding.window_rows or max(1, old.window_rows // chunk_rows) * chunk_rows
+
+
+def _part_of(window_rows: int | None, near: int) -> int:
+    """Rows of a chunk, ``near`` or less, of which a chosen window has a whole number."""
+    if window_rows is None:
+        return near
+    parts = [rows for rows in range(1, min(near, window_rows) + 1) if window_rows % rows == 0]
+    largest = max([rows for rows in parts if rows % 16 == 0] or parts)
+    if window_rows > near and largest < near // 8:
+        raise ConfigError(
+            f"a window of {window_rows} rows has no whole number of chunks of about {near} rows",
+            hint=f"give --window-rows {round(window_rows / near) * near}, or --chunk-rows as well",
+        )
+    return largest
+
+
+def check_fits(
+    run: Run, spec: StoreSpec, embedder: Embedder | None, todo: BuildPlan, free_bytes: int, reuse: Reuse
+) -> Preflight:
+    """Report the plan; refuse it if it does not fit on the disk or in the budget."""
+    from embstore.search.search_plan import plan_search  # noqa: PLC0415 - hnswlib loads only where it is needed
+
+    search = plan_search(
+        spec.rows,
+        spec.embedding.rank,
+        run.config.density,
+        threads=spec.embedding.threads,
+        memory_bytes=run.config.memory_budget_bytes,
+    )
+    row_bytes = 2 * spec.embedding.dimension
+    copies = 4 if run.config.density.center else 3  # coordinates, their centred copies, neighbours
+    search_bytes = spec.rows * (copies * 4 * spec.embedding.rank + 16 * K_MAX)
+    remaining_bytes = todo.remaining_rows * row_bytes + search_bytes
+    record = run.writer.state.prompts
+    seconds = (embedder.seconds_per_row if embedder else 0.0) * (todo.remaining_rows - reuse.num_rows)
+    seconds += reuse.num_rows * row_bytes / _COPIED_BYTES_PER_SECOND
+    event = Preflight(
+        num_rows=spec.rows,
+        remaining_rows=todo.remaining_rows,
+        quarantined_lines=record.quarantined if record else 0,
+        truncated_share=embedder.truncated_share if embedder else 0.0,
+        dimension=spec.embedding.dimension,
+        head=spec.embedding.head.kind,
+        dtype=spec.embedding.dtype,
+        device=run.device,
+        remaining_bytes=remaining_bytes,
+        free_bytes=free_bytes,
+        embed_memory_bytes=(embedder.memory_bytes(spec.chunk_rows) if embedder else 0) + reuse.memory_bytes(spec.chunk_rows),
+        memory_budget_bytes=run.config.memory_budget_bytes,
+        knn=search.method,
+        num_shards=search.shards,
+        seconds=seconds,
+        stage_seconds={name: run.seconds[name] for name in PREPARATIONS if name in run.seconds} | {"embed": seconds},
+        reused_rows=reuse.num_rows,
+        dropped_rows=reuse.dropped_rows,
+    )
+    run.observer(event)
+    if remaining_bytes > free_bytes:
+        raise BudgetError(
+            f"the store may need {format_bytes(remaining_bytes)}, but {run.writer.root} has {format_bytes(free_bytes)} free",
+            hint="free some space, choose another --out, or try --limit",
+        )
+    return event
