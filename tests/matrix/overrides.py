@@ -37,7 +37,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "rwkv": {"attention_hidden_size": 64, "rescale_every": 2},
     "xlstm": {"qk_dim_factor": 1.0},
     "zaya": {"num_experts_per_tok": 1},
-    # Kinds of layers that the default of this size would leave out: attention, experts, keys of another layer, shared blocks.
+    # Kinds of layers that so few would leave out: attention, experts, keys of another layer, blocks that layers share.
     "bamba": {"attn_layer_indices": [1]},
     "gemma3n_text": {
         "layer_types": _SLIDING,
@@ -69,6 +69,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3]},
-    # The class drops the least of more keys than this. Equal tokens tie there, and which of them goes depends on the padding.
+    # The class drops the least of more keys than this. Equal tokens tie there, and padding decides which of them goes.
     "doge": {"keep_window_size": 128},
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.matrix.record import Record, read_record
+from tests.matrix.record import read_record
 
 PAGE = Path(__file__).parents[2] / "docs" / "classes.md"
 
@@ -16,40 +16,49 @@ _HEADS = {
 _OUTCOMES = {
     "wrong": "its rows are wrong",
     "refused": "embstore stops",
-    "impossible": "not a model of tokens alone",
+    "impossible": "not compared",
 }
+
+
+_HEAD = """# Model classes
+
+Made by `python -m tests.matrix.page` from `tests/matrix/classes.toml`, which `tests/matrix/test_matrix.py` checks.
+
+For each causal model type of transformers {transformers} a tiny random model is made from its default configuration, with
+logits as large as those of a trained model. Its rows, from small batches in two threads, are compared with the mean of the
+class's own float32 logits, one prompt at a time. They may differ by 2e-6 (L2), or, where the class itself is farther than
+that from float64, by twice its own distance (5e-5 at most). The layered order, in the least memory that it takes, gives the
+same bits as the plain order. Parameters and buffers are those of `from_pretrained`, in float32 and in bfloat16.
+
+**{right} of {all} model types give the rows of their own class.** Model types that share a class are counted one by one.
+"""
 
 
 def page() -> str:
     """The whole page."""
     record = read_record()
-    right = [name for name, each in record.expected.items() if each.how == "right"]
-    text = _head(record, len(right))
-    text += "\n| head | model types | |\n|---|---|---|\n"
+    right = {name: each for name, each in record.expected.items() if each.how == "right"}
+    text = _HEAD.format(transformers=record.transformers, right=len(right), all=len(record.expected))
+    text += "\n| head | number | model types |\n|---|---|---|\n"
     for head, told in _HEADS.items():
-        names = sorted(name for name in right if record.expected[name].head == head)
+        names = sorted(name for name, each in right.items() if each.head == head)
         text += f"| {told} | {len(names)} | {', '.join(names)} |\n"
+    exceptions = [(how, name) for how in _OUTCOMES for name, each in record.expected.items() if each.how == how]
     text += "\n## Exceptions\n\n| model type | what happens | why |\n|---|---|---|\n"
-    for how, told in _OUTCOMES.items():
-        for name in sorted(name for name, each in record.expected.items() if each.how == how):
-            text += f"| {name} | {told} | {record.expected[name].reason} |\n"
-    text += "\n## State in modules\n\n"
-    text += "These classes leave something in their modules while they run, so two batches must not run at a time.\n"
-    text += "\n| model type | what |\n|---|---|\n"
-    text += "".join(f"| {name} | {told} |\n" for name, told in sorted(record.keeps_state.items()))
+    text += "".join(f"| {name} | {_OUTCOMES[how]} | {record.expected[name].reason} |\n" for how, name in exceptions)
+    for title, told, known in (
+        ("Plain order only", "These run with all weights in memory.", record.plain_only),
+        (
+            "Other bits in the layered order",
+            "A fault: rows are right in both orders, and not the same.",
+            record.unequal_orders,
+        ),
+        ("State in modules", "These leave something in their modules when they have run.", record.keeps_state),
+    ):
+        if known:
+            text += f"\n## {title}\n\n{told}\n\n| model type | what |\n|---|---|\n"
+            text += "".join(f"| {name} | {what} |\n" for name, what in known.items())
     return text
-
-
-def _head(record: Record, num_right: int) -> str:
-    return f"""# Model classes
-
-Made by `python -m tests.matrix.page` from `tests/matrix/classes.toml`, which `tests/matrix/test_matrix.py` checks.
-
-{num_right} of the {len(record.expected)} causal model types of transformers {record.transformers} give the rows of their own class. For each type a tiny random model is made from
-its default configuration, with logits as large as those of a trained model. Rows from small batches in two threads are compared
-with the mean of the class's own float32 logits, one prompt at a time. They may differ by 2e-6 (L2), or, where the class itself is
-farther than that from float64, by twice its own distance from float64 (5e-5 at most).
-"""
 
 
 if __name__ == "__main__":

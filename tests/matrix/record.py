@@ -28,11 +28,13 @@ class Expected:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """The version of transformers that the record is of, its model types, and those that must run one batch at a time."""
+    """The version of transformers that the record is of, its model types, and what is peculiar to some of them."""
 
     transformers: str
     expected: dict[str, Expected]
-    keeps_state: dict[str, str]  # reasons by model type
+    keeps_state: dict[str, str]  # what, by model type
+    plain_only: dict[str, str]  # reasons, by model type
+    unequal_orders: dict[str, str]  # as above
 
 
 @functools.cache
@@ -40,8 +42,16 @@ def read_record() -> Record:
     """The record as it is committed."""
     found = tomllib.loads(FILE.read_text())
     expected = {
-        model_type: Expected(how="right", head=head) for head, names in found["right"].items() for model_type in names.split()
+        model_type: Expected(how="right", head=head)
+        for head, names in found["right"].items()
+        for model_type in names.split()
     }
     for how in ("wrong", "refused", "impossible"):
         expected |= {model_type: Expected(how=how, **told) for model_type, told in found.get(how, {}).items()}
-    return Record(transformers=found["transformers"], expected=expected, keeps_state=found.get("keeps_state", {}))
+    return Record(
+        transformers=found["transformers"],
+        expected=expected,
+        keeps_state=found.get("keeps_state", {}),
+        plain_only=found.get("plain_only", {}),
+        unequal_orders=found.get("unequal_orders", {}),
+    )

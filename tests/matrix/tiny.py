@@ -53,8 +53,8 @@ _NAMES_OF_SIZE = {
     8: "index_topk qk_rope_head_dim rotary_dim mamba_n_heads n_mamba_heads mamba_num_heads laurel_rank adapter_rank "
     "time_step_rank mamba_dt_rank d_rel loop_gate_rank gated_norm_rank",
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads "
-    "num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads linear_num_heads linear_num_value_heads "
-    "num_query_groups num_experts n_routed_experts num_local_experts moe_num_experts",
+    "num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads linear_num_heads "
+    "linear_num_value_heads num_query_groups num_experts n_routed_experts num_local_experts moe_num_experts",
     2: "num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads num_experts_per_tok "
     "num_experts_per_token moe_topk moe_k n_groups index_topk_blocks zero_expert_num",
     1: "n_group topk_group num_expert_group",
@@ -109,9 +109,9 @@ def soft_cap(config: Any) -> float | None:
     return next((float(named[name]) for name in _CAPS if named.get(name)), None)
 
 
-def loudest_before_cap(logits: torch.Tensor, cap: float) -> float:
-    """The largest logit as it was before ``cap * tanh(logit / cap)``, as a share of the cap."""
-    return math.atanh(min(float(logits.abs().max()) / cap, 1 - 1e-7))
+def before_cap(logit: float, cap: float) -> float:
+    """What ``cap * tanh(x / cap)`` made a logit of, as a share of the cap."""
+    return math.atanh(min(abs(logit) / cap, 1 - 1e-7))
 
 
 @torch.inference_mode()
@@ -161,19 +161,20 @@ def _with(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
 def _shrunk_value(name: str, value: Any, depth: int | None, kept: list[int]) -> Any:
     if isinstance(value, Mapping):
         return _shrunk(value) if "model_type" in value else dict(value)
-    if isinstance(value, list | tuple) and depth:
-        if _is_layer_numbers(value, depth):
-            return [kept.index(layer) for layer in value if layer in kept]
-        if len(value) == depth:
-            return [_shrunk_value(name, value[layer], None, []) for layer in kept]
-        return value
+    if isinstance(value, list | tuple):
+        return _kept_values(name, value, depth, kept) if depth else value
     if not isinstance(value, int) or isinstance(value, bool):
         return value
-    if name in _LAYER_NAMES:
-        return min(value, len(kept))
     if name.endswith(("_token_id", "_token_index")):
         return min(value, 1)
-    return _SIZES.get(name, value)
+    return min(value, len(kept)) if name in _LAYER_NAMES else _SIZES.get(name, value)
+
+
+def _kept_values(name: str, values: list[Any] | tuple[Any, ...], depth: int, kept: list[int]) -> Any:
+    """What a list says of the layers that are kept, if it says something of layers."""
+    if _is_layer_numbers(values, depth):
+        return [kept.index(layer) for layer in values if layer in kept]
+    return [_shrunk_value(name, values[layer], None, []) for layer in kept] if len(values) == depth else values
 
 
 def _kept_layers(values: Mapping[str, Any], depth: int) -> list[int]:
