@@ -48,6 +48,11 @@ class SplitModel:
                 hint="use a causal LM class of transformers",
             )
         config = module.config.get_text_config()
+        if getattr(config, "hidden_size", None) is None:
+            raise ModelError(
+                f"{type(module).__name__} does not state the width of its states (hidden_size)",
+                hint="this model class is not supported; docs/models.md lists what is",
+            )
         self.width: int = config.hidden_size
         inner = getattr(config, "intermediate_size", None) or 4 * self.width
         self.inner_width: int = inner if isinstance(inner, int) else max(inner)  # Gemma3n has one for each layer
