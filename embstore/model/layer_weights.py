@@ -65,6 +65,8 @@ class Weights:
         self._make(self.parts.base)
         for place in self.parts.tables:
             self._settle_table(place, tables_here)
+        if self._stages is not None:
+            self._stages.ready()()
 
     def bytes_of(self, unit: Unit, dtype: torch.dtype | None = None) -> int:
         """Memory of a unit once it is made, under ``dtype`` (default: the settled one)."""
@@ -110,7 +112,7 @@ class Weights:
         if merge is not None:
             return merge(place.stored.to(dtype)).to(self.device)
         if self._stages is not None:
-            return self._stages.copy(place.stored).to(dtype)
+            return self._stages.copy(place.stored, dtype)
         # always a copy: a kernel depends on alignment, and a mapped tensor lies anywhere
         return place.stored.to(dtype) if dtype != place.stored.dtype else place.stored.clone()
 
@@ -200,8 +202,8 @@ class _Stages:
         self._turn = 0
         self._lock = threading.Lock()
 
-    def copy(self, stored: Tensor) -> Tensor:
-        """The tensor on the device, in its stored dtype; complete once ``ready`` was waited for."""
+    def copy(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor on the device in ``dtype``; complete once ``ready`` was waited for."""
         with self._lock, torch.cuda.stream(self._stream):
             self._turn = 1 - self._turn
             free = self._free[self._turn]
@@ -214,7 +216,7 @@ class _Stages:
             pinned.copy_(stored)
             here = pinned.to(self._device, non_blocking=True)
             self._free[self._turn] = self._stream.record_event()
-            return here
+            return here.to(dtype)  # on the same stream, behind the copy
 
     def ready(self) -> Callable[[], None]:
         """What the stream that uses the copies made so far must wait for."""
