@@ -30,6 +30,7 @@ from embstore.core.config import EmbeddingConfig
 from embstore.core.density import NOISE_FLOOR, total_variation
 from embstore.core.events import ignore
 from embstore.core.prompts import Prompt, parse_line
+from embstore.model.backbone import SplitModel
 from embstore.model.basis import orthonormal_basis
 from embstore.model.finish import spanning_columns
 from embstore.model.locate import locate_model
@@ -156,6 +157,12 @@ def measure(case: Case, prompts: list[Prompt], tokenizer: Any, work: Path, max_t
     coord_NR = np.concatenate([block[1] for block in blocks])
     residual_N = np.concatenate([block[2] for block in blocks])
     exact_NN = all_distances(unit_NV)
+    basis_VR = embedder.basis_VR
+    if embedder.spec.basis == "gram":  # the store has a map in its place
+        layer = SplitModel(model, torch.device("cpu")).output_layer()
+        assert layer is not None
+        read_layer, width = spanning_columns(layer, VOCABULARY)
+        basis_VR = orthonormal_basis(read_layer, VOCABULARY, width, max_rank=embedder.spec.rank)
     figures: Figures = {
         "class": type(model).__name__,
         "cap": case.cap,
@@ -167,7 +174,7 @@ def measure(case: Case, prompts: list[Prompt], tokenizer: Any, work: Path, max_t
         "shared_norm": float(np.linalg.norm(unit_NV.mean(axis=0, dtype=np.float64))),
         "median_distance": float(np.median(np.sort(exact_NN, axis=1)[:, :K].mean(axis=1))),
         "stored_residual": {"median": float(np.median(residual_N)), "max": float(residual_N.max())},
-        "range_finder": judged(coord_NR, exact_NN) | lost(unit_NV, embedder.basis_VR),
+        "range_finder": judged(coord_NR, exact_NN) | lost(unit_NV, basis_VR),
         "range_finder_and_residuals": judged(coord_NR, exact_NN, residual_N),
     }
     if embedder._capped is not None:

@@ -42,6 +42,7 @@ from embstore.storage.chunk_writer import WindowWriter
 from embstore.storage.chunks import decode_chunk, read_chunk
 from embstore.storage.direct import open_direct
 from embstore.storage.journal import read_journal
+from embstore.storage.row_files import map_basis
 from embstore.storage.writer import StoreWriter
 
 RESULTS = Path(__file__).parent / "results" / "embedding.json"
@@ -268,8 +269,7 @@ def writer(run: Run) -> Figures:
         rates["raw, past the page cache"].append(total / _raw_seconds(folder / "raw", sizes, direct=True))
         target = folder / "copy"
         with StoreWriter(target, resume=False) as copy:
-            basis_VR = np.load(finished.root / "basis.npy", mmap_mode="r")
-            same = copy.create(longer, basis_VR)
+            same = copy.create(longer, map_basis(finished.root, spec.embedding))
             grid = grid_of(same)
             given = [
                 RowBlock(

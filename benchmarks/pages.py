@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import plots, speed_tables, tables
+from benchmarks import model_tables, plots, speed_tables, tables
 from benchmarks.tables import Report
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +46,7 @@ BLOCKS = (
     Block("docs/performance.md", "scale", "embedding", speed_tables.scale),
     Block("docs/performance.md", "dtype", "embedding", speed_tables.dtype),
     Block("docs/performance.md", "gpu", "gpu", speed_tables.gpu),
+    Block("docs/performance.md", "models", "models", model_tables.models),
     Block("docs/performance.md", "acceptance", "acceptance", speed_tables.acceptance),
     Block("docs/density.md", "coordinates", "coordinates", speed_tables.coordinates),
     Block("docs/density.md", "shards", "knn", speed_tables.knn_shards),

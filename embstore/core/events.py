@@ -15,6 +15,7 @@ from typing import Literal, get_args
 Preparation = Literal[
     "imports",  # torch and transformers
     "prompts",  # stage 0 of a new store
+    "fetch",  # a model of the hub, from its cache or by a download
     "check",  # on a resume: stage 0 is read back, and the given prompts are compared with it
     "hash",  # the model's files, for its identity
     "reuse",  # prompts are looked up in the stores of --reuse

@@ -133,7 +133,14 @@ def find_source(run: Run) -> EmbedderSource | None:
         from embstore.model.locate import locate_model  # noqa: PLC0415
         from embstore.model.source import TorchSource  # noqa: PLC0415
     run.compute_exactly(needs_torch=True)
-    return TorchSource(locate_model(embedding), model_memory_bytes=run.config.model_memory_bytes)
+    with stage(run.observer, "fetch") if _may_download(str(embedding.model)) else contextlib.nullcontext():
+        files = locate_model(embedding)
+    return TorchSource(files, model_memory_bytes=run.config.model_memory_bytes)
+
+
+def _may_download(model: str) -> bool:
+    """Whether the name can be that of a model on the hub, which is downloaded where it is not in the cache."""
+    return ":" not in model and not Path(model).expanduser().exists()
 
 
 def _knows_model(root: Path) -> bool:
@@ -167,11 +174,11 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
             [FieldMismatch(field="stores to reuse", stored="none", given=", ".join(config.reuse))],
             hint="resume without --reuse, or build into another --out",
         )
-    _choose_device(run, spec.embedding)
-    model = run.source.identity(run.observer) if run.source is not None else None
     remaining = plan(spec, writer.state).windows
     # an explicit device or thread count is compared even if no rows are left; versions make rows and nothing else
     asked = config.embedding.device not in (None, "auto") or config.embedding.threads is not None
+    _choose_device(run, spec.embedding, computes=bool(remaining))
+    model = run.source.identity(run.observer) if run.source is not None else None
     hardware = None
     if run.source is not None and (remaining or asked):
         hardware = _hardware(run.source, config.embedding, spec.embedding)
@@ -213,7 +220,7 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
 def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tuple[StoreSpec, Embedder]:
     writer, config = run.writer, run.config
     prompts = PromptTable(writer.root / PROMPTS, record.rows)
-    _choose_device(run, None)
+    _choose_device(run, None, computes=True)
     identity = source.identity(run.observer)
     embedder = source.create(
         prompts,
@@ -253,16 +260,17 @@ def _new_spec(
     )
 
 
-def _choose_device(run: Run, stored: EmbeddingSpec | None) -> None:
+def _choose_device(run: Run, stored: EmbeddingSpec | None, *, computes: bool) -> None:
     """Where this run computes, once and with its index: as the options say, else on a device of the stored kind.
 
-    Without a model only the search is left, which finds out itself whether the device is here.
+    Where only the search is left, the rows' device need not be here: the search takes the CPU then.
     """
-    name = run.config.embedding.device or (stored.device if stored is not None else "auto")
-    if run.source is not None:
+    given = run.config.embedding.device
+    name = given or (stored.device if stored is not None else "auto")
+    if run.source is not None and (computes or given not in (None, "auto")):
         run.device = run.source.device(name)
-    elif name != "auto" or stored is not None:
-        run.device = stored.device if stored is not None and name == "auto" else name
+    elif stored is not None:
+        run.device = stored.device if name == "auto" else name
 
 
 def _hardware(source: EmbedderSource, config: EmbeddingConfig, stored: EmbeddingSpec) -> dict[str, object]:
@@ -295,7 +303,7 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
             f"{num_computed} prompts are not in the stores to reuse, and no model was given",
             hint="add --model, a folder or a hub id",
         )
-    _choose_device(run, old.embedding)
+    _choose_device(run, old.embedding, computes=num_computed > 0)
     model = run.source.identity(run.observer) if run.source is not None else None
     hardware = None
     if run.source is not None and num_computed:

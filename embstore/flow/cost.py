@@ -80,7 +80,9 @@ def check_fits(
     row_bytes = 2 * spec.embedding.dimension
     copies = 4 if run.config.density.center else 3  # coordinates, their centred copies, neighbours
     search_bytes = spec.rows * (copies * 4 * spec.embedding.rank + 16 * K_MAX)
-    remaining_bytes = todo.remaining_rows * row_bytes + search_bytes
+    # not written yet: of a sampled basis this is a float32 a column and coordinate
+    basis_bytes = embedder.basis_VR.nbytes if embedder is not None and run.writer.state.spec is None else 0
+    remaining_bytes = todo.remaining_rows * row_bytes + search_bytes + basis_bytes
     record = run.writer.state.prompts
     seconds = (embedder.seconds_per_row if embedder else 0.0) * (todo.remaining_rows - reuse.num_rows)
     seconds += reuse.num_rows * row_bytes / _COPIED_BYTES_PER_SECOND

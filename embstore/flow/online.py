@@ -65,7 +65,7 @@ class DensityAwareSampler:
 
         from embstore.model.source import InMemorySource  # noqa: PLC0415
 
-        threads = torch.get_num_threads()  # a build sets torch's thread count: pass the process's own, so it stays
+        threads = torch.get_num_threads()  # those that the training process has
         config = BuildConfig(
             embedding=EmbeddingConfig(device=str(device), threads=threads),
             weighting=WeightingConfig(k=k),

@@ -62,7 +62,8 @@ def free_device_bytes(device: torch.device) -> int | None:
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the hardware computes bfloat16 itself; emulated, it is several times slower than float32."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        with torch.cuda.device(device):  # torch asks the current one
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return _cpu_has_bfloat16()
 
 

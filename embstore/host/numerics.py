@@ -8,6 +8,8 @@ threads that start later have torch's own. ``exact_arithmetic`` has them all.
 from __future__ import annotations
 
 import contextlib
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,21 +32,22 @@ _REDUCTIONS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_pre
 
 _backends: Any = torch.backends  # its modules have properties that no stub knows
 _Setting = tuple[Callable[[], Any], Callable[[Any], object], Any]  # read, write, and the value that is wanted
+_lock = threading.Lock()
+_inside: list[None] = []  # one for each thread that is in ``exact_arithmetic``
+_undo = contextlib.ExitStack()  # how the first of them found the process
 
 
 @contextlib.contextmanager
 def exact_arithmetic() -> Iterator[None]:
     """Products in full precision, whatever the process or the calling thread has set; put back at the end, also on errors.
 
-    Enter and leave it in one thread. Other threads of the process have the process-wide part of it meanwhile.
+    Enter and leave it in one thread. Other threads of the process have the process-wide part of it meanwhile. Where several
+    threads are in it, the last one to leave puts that part back.
     """
     with contextlib.ExitStack() as undo:
-        _set_precision(undo)
-        for read, write, wanted in _settings():
-            before = read()
-            if before != wanted:
-                undo.callback(write, before)
-                write(wanted)
+        undo.enter_context(_process_wide())
+        for kind in ("cpu", "cuda"):
+            _set(undo, _called(torch.is_autocast_enabled, kind), _called(torch.set_autocast_enabled, kind), False)
         # a thread count is set later, by whoever computes, for this thread and for those that start after it
         undo.callback(torch.set_num_threads, torch.get_num_threads())
         undo.enter_context(torch.inference_mode(False))
@@ -54,14 +57,46 @@ def exact_arithmetic() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _process_wide() -> Iterator[None]:
+    """Set what belongs to the process, unless another thread has done so already."""
+    with _lock:
+        _inside.append(None)
+        try:
+            if len(_inside) == 1:
+                _quietly(_set_precision, _undo)
+                for setting in _settings():
+                    _set(_undo, *setting)
+        except BaseException:
+            _leave()
+            raise
+    try:
+        yield
+    finally:
+        with _lock:
+            _leave()
+
+
+def _leave() -> None:
+    _inside.pop()
+    if not _inside:
+        _undo.close()
+
+
+def _set(undo: contextlib.ExitStack, read: Callable[[], Any], write: Callable[[Any], object], wanted: object) -> None:
+    before = read()
+    if before != wanted:
+        undo.callback(write, before)
+        write(wanted)
+
+
 def _settings() -> Iterator[_Setting]:
-    """Every setting besides the precision of float32 products."""
+    """Every setting of the process, besides the precision of float32 products."""
     yield torch.get_default_dtype, torch.set_default_dtype, torch.float32
-    for kind in ("cpu", "cuda"):
-        yield _called(torch.is_autocast_enabled, kind), _called(torch.set_autocast_enabled, kind), False
     yield torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, 0
     yield _attribute(_backends.mkldnn, "enabled", True)
-    yield _attribute(_backends.mkldnn, "deterministic", False)
+    if hasattr(_backends.mkldnn, "deterministic"):
+        yield _attribute(_backends.mkldnn, "deterministic", False)
     yield _attribute(_backends.cudnn, "enabled", True)
     yield _attribute(_backends.cudnn, "benchmark", False)
     yield _attribute(_backends.cudnn, "deterministic", False)
@@ -116,11 +151,18 @@ def _set_precision(undo: contextlib.ExitStack) -> None:
         for (backend, operator), value in precisions.items():
             torch._C._set_fp32_precision_setter(backend, operator, value)
 
-    undo.callback(put_back)
+    undo.callback(_quietly, put_back)
     torch.set_float32_matmul_precision("highest")
     _backends.cudnn.allow_tf32 = False
     if onednn is not None:
         _backends.mkldnn.allow_tf32 = False
+
+
+def _quietly(change: Callable[..., None], *arguments: object) -> None:
+    """Some versions of torch warn of the older interface, which is part of the state all the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        change(*arguments)
 
 
 def _take_precisions() -> dict[tuple[str, str], str]:

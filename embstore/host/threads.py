@@ -45,7 +45,7 @@ class Workers:
         self.num_workers = num_workers
         share = max(1, threads // num_workers)
         self._executor = ThreadPoolExecutor(
-            num_workers, thread_name_prefix="embstore", initializer=_start_thread, initargs=(share, device)
+            num_workers, thread_name_prefix="embstore", initializer=start_thread, initargs=(share, device)
         )
         self._waiting: list[_Waiting] = []
         self._lock = threading.Lock()
@@ -73,7 +73,7 @@ class Workers:
             done.set_result(None)
 
 
-def _start_thread(num_threads: int, device: torch.device | None) -> None:
+def start_thread(num_threads: int, device: torch.device | None) -> None:
     """Torch's thread count and its current GPU belong to the thread that sets them; a new thread's GPU is number 0."""
     torch.set_num_threads(num_threads)
     if device is not None and device.type == "cuda":

@@ -71,6 +71,11 @@ def with_adapter(model: Any, adapter: Path) -> tuple[Any, dict[nn.Module, Merge]
     return plain.eval(), merges
 
 
+def is_headless(adapter: Path) -> bool:
+    """Whether an adapter was trained on a class without a head, as encoders are."""
+    return bool(json.loads((adapter / ADAPTER).read_bytes()).get("task_type") == "FEATURE_EXTRACTION")
+
+
 def _refuse_kinds(adapter: Path) -> None:
     settings = json.loads((adapter / ADAPTER).read_bytes())
     refused = ("target_parameters", "layer_replication", "lora_bias", "trainable_token_indices", "megatron_config")

@@ -10,6 +10,7 @@ Shapes: B rows, T tokens, D model width, V vocabulary, L tokens in a flat list.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +48,11 @@ class SplitModel:
                 hint="use a causal LM class of transformers",
             )
         config = module.config.get_text_config()
+        if getattr(config, "hidden_size", None) is None:
+            raise ModelError(
+                f"{type(module).__name__} does not state the width of its states (hidden_size)",
+                hint="this model class is not supported; docs/models.md lists what is",
+            )
         self.width: int = config.hidden_size
         inner = getattr(config, "intermediate_size", None) or 4 * self.width
         self.inner_width: int = inner if isinstance(inner, int) else max(inner)  # Gemma3n has one for each layer
@@ -259,12 +265,16 @@ def _shadow_forward(backbone: Any) -> threading.local:  # noqa: ANN401
     """Make ``backbone`` return the calling thread's ``output`` while there is one: batches run in several threads."""
     given = threading.local()
     own = weakref.ref(backbone)  # no cycle: the model's memory is freed when its last user is done
+    known = inspect.signature(type(backbone).forward).parameters
+    takes_cache = "use_cache" in known or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values())
 
     def forward(*args: object, **kwargs: object) -> object:
         output = getattr(given, "output", None)
         if output is not None:
             return output
         model: Any = own()
+        if not takes_cache:
+            kwargs.pop("use_cache", None)  # encoders of transformers 4
         return type(model).forward(model, *args, **kwargs)
 
     backbone.forward = forward  # an instance attribute shadows the class's method

@@ -31,6 +31,7 @@ _LEAST_BLOCK_ROWS = 512  # fewer, and a product would spend its time on reading 
 _STRIP_COLUMNS = 512  # the Gram matrix is symmetric: only strips on and above its diagonal are computed
 # M x M in float64: the Gram matrix, its vectors, and LAPACK's work space (measured: 3.06 above the matrix).
 _GRAM_COPIES = 4.1
+_PACKED_BLOCKS = 8  # blocks of the least height that MKL packs or keeps, above three of the usual size (measured)
 
 # Rows start <= v < stop of the spanning matrix [V, M], any float dtype, on the device that shall compute.
 ReadBlock = Callable[[int, int], Tensor]
@@ -38,7 +39,8 @@ ReadBlock = Callable[[int, int], Tensor]
 
 def factor_bytes(width: int) -> int:
     """Memory that a factorisation with M = ``width`` takes on a CPU, above its result."""
-    return int(_GRAM_COPIES * 8 * width**2) + 3 * max(_BLOCK_BYTES["cpu"], 8 * _LEAST_BLOCK_ROWS * width)
+    packed = _PACKED_BLOCKS * 8 * _LEAST_BLOCK_ROWS * width
+    return int(_GRAM_COPIES * 8 * width**2) + packed + 3 * _BLOCK_BYTES["cpu"]
 
 
 def largest_width(memory_bytes: int) -> int:
@@ -158,7 +160,7 @@ def _gram(read_block: ReadBlock, num_columns: int, width: int) -> Tensor:
 
 
 def _num_strong(values_M: Tensor) -> int:
-    """How many of these eigenvalues, ascending, are those of directions that are no noise."""
+    """How many of these eigenvalues, ascending, are above the noise of float32 weights."""
     return int((values_M > values_M[-1] * _SINGULAR_TOLERANCE**2).sum())
 
 

@@ -18,10 +18,11 @@ from embstore.core.errors import ModelError
 _WITH_LOGITS = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
 
-# classes in which a row does not depend on its prompt alone
-_DEPENDENT = {
+# classes whose rows would be wrong, or depend on more than their prompt
+_REFUSED = {
     "reformer": "its attention draws random hashes, so two runs give different rows",
     "funnel": "it pools neighbouring tokens, padding included, so a row would depend on the other prompts of its batch",
+    "rwkv": "it rescales its weights in place while it runs, and embstore makes them anew",
     "cpmant": "it looks at padding, so a row would depend on the other prompts of its batch",
 }
 
@@ -47,7 +48,7 @@ def class_of(config: Any, folder: Path, name: str, *, space: Space, trusted: boo
             f"{name} is an encoder-decoder ({config.model_type}): its logits are of an answer, not of the prompt",
             hint="add --space hidden, which pools the states of its encoder",
         )
-    if reason := _DEPENDENT.get(config.model_type):
+    if reason := _REFUSED.get(config.model_type):
         raise ModelError(f"{name} ({config.model_type}) cannot be used: {reason}", hint="give another model")
     _attend_to_all(config)
     autos = _WITH_LOGITS if space == "logits" else _hidden_autos(config)

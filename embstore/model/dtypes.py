@@ -59,7 +59,9 @@ def compute_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtyp
     found = {}
     for name, tensor in named.items():
         loaded_as = sources.get(name, name)
-        as_made = made.get(loaded_as, tensor).dtype
+        # a part taken out of a model may have been given its table of tokens by the whole
+        as_asked = dtype if tensor.is_floating_point() else tensor.dtype
+        as_made = made[loaded_as].dtype if loaded_as in made else as_asked
         found[name] = torch.float32 if tensor.is_floating_point() and is_kept_in_float32(loaded_as) else as_made
     return found
 

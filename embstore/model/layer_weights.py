@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from embstore.host.allocator import give_back
 from embstore.model.dtypes import compute_dtypes, fresh_buffers, set_config_dtype
-from embstore.model.packed import packed_for_tokens, set_packed
+from embstore.model.packed import expect_packed, expect_plain, packed_for_tokens
 from embstore.model.units import Parts, Place, Unit
 
 # The merged weight of an adapted module, given its weight in the dtype of the pass.
@@ -49,9 +49,13 @@ class Weights:
 
         ``tables_here`` holds embedding tables on the device instead of looking rows up where they are mapped.
         """
+        for layer in self._packed:
+            expect_plain(layer)
         self.dtype, self._packed = dtype, frozenset(packed)
         if isinstance(self._module, transformers.PreTrainedModel):
             set_config_dtype(self._module.config, dtype)
+        for layer in self._packed:
+            expect_packed(layer)
         for unit in self.parts.units:
             self.drop(unit)
         give_back()  # another dtype makes blocks of other sizes, and those of before would stay
@@ -61,6 +65,8 @@ class Weights:
         self._make(self.parts.base)
         for place in self.parts.tables:
             self._settle_table(place, tables_here)
+        if self._stages is not None:
+            self._stages.ready()()
 
     def bytes_of(self, unit: Unit, dtype: torch.dtype | None = None) -> int:
         """Memory of a unit once it is made, under ``dtype`` (default: the settled one)."""
@@ -86,7 +92,6 @@ class Weights:
             current = place.module._parameters[place.name]
             if self._stages is not None and current is not None and current.device == self.device:
                 current.record_stream(torch.cuda.current_stream(self.device))
-            place.module.__dict__.pop("forward", None)  # a packed layer's
             self._put_nothing(place)
 
     # --- one parameter ----------------------------------------------------------------------------------------------
@@ -100,17 +105,14 @@ class Weights:
             if key not in made:
                 tensor = self._packed_copy(place, merge, scratch) if is_packed else self._copy(place, merge)
                 made[key] = nn.Parameter(tensor, requires_grad=False)
-            if is_packed and isinstance(place.module, nn.Linear):
-                set_packed(place.module, made[key])
-            else:
-                place.module._parameters[place.name] = made[key]
+            place.module._parameters[place.name] = made[key]
 
     def _copy(self, place: Place, merge: Callable[[Tensor], Tensor] | None) -> Tensor:
         dtype = self._rules[self.dtype][id(place.stored)]
         if merge is not None:
             return merge(place.stored.to(dtype)).to(self.device)
         if self._stages is not None:
-            return self._stages.copy(place.stored).to(dtype)
+            return self._stages.copy(place.stored, dtype)
         # always a copy: a kernel depends on alignment, and a mapped tensor lies anywhere
         return place.stored.to(dtype) if dtype != place.stored.dtype else place.stored.clone()
 
@@ -200,8 +202,8 @@ class _Stages:
         self._turn = 0
         self._lock = threading.Lock()
 
-    def copy(self, stored: Tensor) -> Tensor:
-        """The tensor on the device, in its stored dtype; complete once ``ready`` was waited for."""
+    def copy(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor on the device in ``dtype``; complete once ``ready`` was waited for."""
         with self._lock, torch.cuda.stream(self._stream):
             self._turn = 1 - self._turn
             free = self._free[self._turn]
@@ -214,7 +216,7 @@ class _Stages:
             pinned.copy_(stored)
             here = pinned.to(self._device, non_blocking=True)
             self._free[self._turn] = self._stream.record_event()
-            return here
+            return here.to(dtype)  # on the same stream, behind the copy
 
     def ready(self) -> Callable[[], None]:
         """What the stream that uses the copies made so far must wait for."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from embstore.core.config import Space
 from embstore.core.errors import EmbstoreError, ModelError
-from embstore.model.adapters import with_adapter
+from embstore.model.adapters import is_headless, with_adapter
 from embstore.model.classes import ModelClass, class_of
 from embstore.model.dtypes import compute_dtypes, fresh_buffers, set_config_dtype, stored_dtype
 from embstore.model.formats import LoadedCheckpoint, Merge
@@ -37,8 +37,9 @@ _HARMLESS = re.compile(
 # what encoders have behind their hidden states
 _HEADS = re.compile(
     r"^(lm_head|lm_loss|final_logits_bias|pred_layer|cls|classifier|score|qa_outputs|pooler|head|decoder|predictions|lm_predictions|mask_predictions|embed_out"
-    r"|pre_classifier|vocab_\w+|generator_\w+|discriminator_predictions|pooler\w*|summary|v_head)(\.|$)|(^|\.)(pooler|lm_head)\."
+    r"|pre_classifier|vocab_\w+|generator_\w+|discriminator_predictions|pooler\w*|summary|v_head)(\.|$)"
 )
+_INNER_HEADS = re.compile(r"(^|\.)(pooler|lm_head)\.")  # also of a part of a model
 
 
 def load_files(
@@ -62,8 +63,8 @@ def load_files(
     with _quiet_transformers():
         tokenizer = _tokenizer(tokenizer_folder, name, trusted=trusted)
         config = _config(folder, name, trusted=trusted)
-        # an adapter uses the layer names of the model with a head
-        asked: Space = "logits" if adapter is not None else space
+        # an adapter uses the layer names of the class on which it was trained, which has a head unless it says otherwise
+        asked: Space = space if adapter is None or is_headless(adapter) else "logits"
         try:
             chosen = class_of(config, folder, name, space=asked, trusted=trusted)
             tensors = plain_tensors(mapped_tensors(weight_files), _settings(folder), name, scratch)
@@ -114,9 +115,10 @@ def _config(folder: Path, name: str, *, trusted: bool) -> Any:  # noqa: ANN401 -
 class _AsStored(Tensor):
     """A tensor of a file, which stays as it is where the library casts it."""
 
-    def to(self, *_: object, **__: object) -> Tensor:
-        """The plain tensor, whatever dtype is asked for."""
-        return self.as_subclass(Tensor)
+    def to(self, *given: object, **named: object) -> Tensor:
+        """The plain tensor where a dtype is asked for; transformers 4 asks for a device before."""
+        is_cast = "dtype" in named or any(isinstance(each, torch.dtype) for each in given)
+        return self.as_subclass(Tensor) if is_cast else self
 
 
 def _from_tensors(
@@ -134,15 +136,25 @@ def _from_tensors(
             output_loading_info=True,
             **({"trust_remote_code": True} if trusted else {}),
         )
-    for parameter in model.parameters():
-        if isinstance(parameter.data, _AsStored):
-            parameter.data = parameter.data.as_subclass(Tensor)
+    for module in model.modules():
+        for attribute, buffer in module._buffers.items():
+            if isinstance(buffer, _AsStored):  # of whole numbers, which transformers 4 does not cast
+                module._buffers[attribute] = buffer.as_subclass(Tensor)
     set_config_dtype(model.config, stored_dtype(model))
+    _refuse_differences(model, found, tensors, name, space)
+    return model
+
+
+def _refuse_differences(model: Any, found: dict[str, Any], tensors: dict[str, Tensor], name: str, space: Space) -> None:  # noqa: ANN401
+    """Refuse a model whose files and class do not have the same tensors; ``found`` is what transformers noticed."""
     kind = type(model).__name__
     if mismatched := sorted(found["mismatched_keys"], key=str):
-        tensor, in_file, in_class = mismatched[0]
+        # transformers 4 gives names alone
+        key = mismatched[0] if isinstance(mismatched[0], str) else mismatched[0][0]
+        in_file = tensors[key].shape if key in tensors else mismatched[0][1]
+        in_class = model.get_parameter_or_buffer(key).shape
         raise ModelError(
-            f"{name}: {tensor} has the shape {tuple(in_file)} in the weight files and {tuple(in_class)} by config.json "
+            f"{name}: {key} has the shape {tuple(in_file)} in the weight files and {tuple(in_class)} by config.json "
             f"({len(mismatched)} such tensors)",
             hint="are config.json and the weights of the same model?",
         )
@@ -157,7 +169,6 @@ def _from_tensors(
             f"{name}: {kind} does not use {len(unused)} tensors of the weight files, such as {unused[0]}",
             hint="the class of this version of transformers is not the one that was trained; its rows would be wrong",
         )
-    return model
 
 
 def _is_dispensable(key: str, model: Any, space: Space) -> bool:  # noqa: ANN401
@@ -174,7 +185,15 @@ def _is_dispensable(key: str, model: Any, space: Space) -> bool:  # noqa: ANN401
 def _is_harmless(key: str, model: Any, space: Space) -> bool:  # noqa: ANN401
     if _HARMLESS.search(key):
         return True
-    return space == "hidden" and _HEADS.search(key) is not None and key not in model.state_dict()
+    text = model.config.get_text_config()
+    layer = re.search(r"(^|\.)layers\.(\d+)\.", key)
+    predicts_further = bool(getattr(text, "num_nextn_predict_layers", 0))
+    if layer is not None and predicts_further and int(layer[2]) >= text.num_hidden_layers:
+        return True  # DeepSeek's and GLM's layers that predict further tokens follow those of the model
+    if space == "logits":
+        return False
+    is_elsewhere = not hasattr(model, key.partition(".")[0])
+    return _INNER_HEADS.search(key) is not None or (is_elsewhere and _HEADS.search(key) is not None)
 
 
 def _part_for(model: Any, space: Space) -> Any:  # noqa: ANN401
@@ -213,6 +232,9 @@ def _tokenizer(folder: Path, name: str, *, trusted: bool) -> Any:  # noqa: ANN40
             hint=f"check whether transformers.AutoTokenizer.from_pretrained({str(folder)!r}) loads it",
         ) from error
     if "MistralCommon" in type(found).__name__:
+        # where mistral-common is installed transformers prefers it; rows must not depend on what is installed
+        if (folder / "tokenizer.json").is_file():
+            return transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         raise ModelError(
             f"{folder} has only a tokenizer of mistral-common (tekken.json), which renders chats by other rules",
             hint="add tokenizer.json and tokenizer_config.json, which the model's Hugging Face folder has",

@@ -8,6 +8,7 @@ they are. The two give rows that differ in low bits, so ``spec.json`` says which
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +42,17 @@ def packed_for_tokens(weight: Tensor) -> Tensor:
     return packed_weight(weight, _TOKENS)
 
 
-def set_packed(layer: nn.Linear, weight: nn.Parameter) -> None:
-    """Give a layer a packed weight. It keeps its shape and hooks; code that multiplies with its weight itself fails."""
-    layer.weight = weight
-    layer.forward = functools.partial(_product, layer)  # type: ignore[method-assign]  # shadows the class's
+def expect_packed(layer: nn.Module) -> None:
+    """Have a layer multiply with a packed weight. It keeps its hooks; code that multiplies with its weight itself fails.
+
+    Its weight may come later, but not this: a call takes the layer's ``forward`` before its first hook runs.
+    """
+    layer.forward = functools.partial(_product, layer)  # shadows the class's
+
+
+def expect_plain(layer: nn.Module) -> None:
+    """Undo ``expect_packed``."""
+    vars(layer).pop("forward", None)
 
 
 def packed_weight(weight: Tensor, num_rows: int) -> Tensor:
@@ -59,5 +67,5 @@ def packed_product(given: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return result
 
 
-def _product(layer: nn.Linear, given: Tensor) -> Tensor:
+def _product(layer: Any, given: Tensor) -> Tensor:  # noqa: ANN401 - a Linear
     return packed_product(given, layer.weight, layer.bias)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from embstore.core.errors import ModelError
+from embstore.host.allocator import give_back
 from embstore.model.spilled import spilled
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the values of a 4-bit float; the highest bit is the sign
@@ -72,6 +73,7 @@ def plain_tensors(
             if scales is None:
                 raise ModelError(f"{name}: {blocks} has no scales ({key}_scales)", hint="is the download complete?")
             plain[key] = spilled(_from_mxfp4(plain.pop(blocks), scales), scratch)
+            give_back()
     elif method is not None:
         suffix = "_scale" if method == "compressed-tensors" else "_scale_inv"
         sizes = _block_sizes(config)
@@ -80,6 +82,7 @@ def plain_tensors(
             if scales is None:
                 raise ModelError(f"{name}: {key} is stored in 8 bits and has no {key}{suffix}", hint=_PLAIN)
             plain[key] = spilled(_scaled(tensors[key], scales, sizes, f"{name}: {key}"), scratch)
+            give_back()  # as in spilled.conversions_spilled
         # scales of activations, which are not quantised here
         plain = {key: each for key, each in plain.items() if not key.endswith((".activation_scale", ".input_scale"))}
     for key, tensor in plain.items():

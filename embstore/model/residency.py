@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-
+from embstore.host.allocator import give_back
+from embstore.host.threads import start_thread
 from embstore.model.layer_weights import Weights
 from embstore.model.units import Unit
 
@@ -36,7 +36,7 @@ class Residency:
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._loader = ThreadPoolExecutor(
-            1, thread_name_prefix="embstore-weights", initializer=torch.set_num_threads, initargs=(1,)
+            1, thread_name_prefix="embstore-weights", initializer=start_thread, initargs=(1, weights.device)
         )
 
     def begin(self, batches: Iterable[object]) -> None:
@@ -171,6 +171,9 @@ class Residency:
 
     def _load(self, unit: Unit) -> None:
         try:
+            # glibc keeps what was dropped, and does not find a hole again that is as large as an aligned block: two layers
+            # would soon take the memory of five
+            give_back()
             ready = self._weights.make(unit)
         except BaseException as error:  # noqa: BLE001 - raised again in the threads that wait
             self._weights.drop(unit)  # what was made of it

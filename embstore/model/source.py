@@ -7,6 +7,7 @@ find the basis, choose the dtype, pack, embed.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from embstore.core.interfaces import PromptReader
 from embstore.core.prompts import Prompt
 from embstore.core.sampling import seeded_sample
 from embstore.core.spec import EmbeddingSpec, ModelIdentity, Versions
+from embstore.host.allocator import return_large_blocks
 from embstore.host.device import capability_of, has_fast_bfloat16, library_versions, resolve_device
 from embstore.host.threads import num_cores
 from embstore.model.backbone import SplitModel
@@ -109,6 +111,7 @@ class TorchSource:
         ModelError, BudgetError, RowError
             The model cannot be used, cannot fit, or gives no usable row on any sampled prompt.
         """
+        return_large_blocks()
         threads = config.threads or num_cores()
         torch.set_num_threads(threads)
         space: Space = config.space or "logits"
@@ -199,6 +202,7 @@ class TorchSource:
             The model cannot be loaded, or the spec has a head, pooling or token rule that this embstore does not compute.
         """
         _refuse_unknown(spec)
+        return_large_blocks()
         torch.set_num_threads(spec.threads)
         with stage(observer, "load", self._files_bytes, "bytes"):
             loaded = self._load(_space_of(spec))
@@ -285,11 +289,18 @@ class TorchSource:
                 self._settle(model, torch.float32, asked=False)
                 exact = mean_distances(parts, settings, finisher, sample[:count])
                 self._settle(model, torch.bfloat16)
-                tv = total_variation(exact, mean_distances(parts, settings, finisher, sample[:count]))
+                try:
+                    tv = total_variation(exact, mean_distances(parts, settings, finisher, sample[:count]))
+                except RuntimeError as error:
+                    if isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    tv = math.inf  # a few classes mix precisions in a way that torch refuses
             takes_bfloat16 = tv <= _DTYPE_MAX_TV
             if not takes_bfloat16:
                 limits = f"limit {_DTYPE_MAX_TV:g}, {len(sample[:count])} sampled prompts"
-                observer(Notice(message=f"using float32: bfloat16 would change the weights by TV {tv:.1e} ({limits})"))
+                change = f"bfloat16 would change the weights by TV {tv:.1e} ({limits})"
+                cannot = f"{type(model.module).__name__} does not run in bfloat16"
+                observer(Notice(message=f"using float32: {cannot if math.isinf(tv) else change}"))
         self._settle(model, torch.bfloat16 if takes_bfloat16 else torch.float32)
         return narrow if takes_bfloat16 else settings
 

@@ -47,7 +47,7 @@ def spilled(tensor: Tensor, scratch: Path | None) -> Tensor:
     except OSError as error:
         where = scratch or tempfile.gettempdir()
         failure = StorageError(
-            f"writing {format_bytes(size)} of converted weights to {where} failed: {error.strerror}",
+            f"writing {format_bytes(size)} of converted weights to {where} failed: {error.strerror or error}",
             hint="free some space there, or set TMPDIR to a folder with more",
         )
         failure.errno = error.errno
@@ -67,7 +67,7 @@ def conversions_spilled(sources: dict[str, Tensor], scratch: Path | None) -> Ite
         yield
         return
     mapped = {tensor.untyped_storage().data_ptr() for tensor in sources.values()}
-    original, owner = converter.convert, threading.get_ident()
+    owner = threading.get_ident()
 
     def kept(tensor: Tensor) -> Tensor:
         is_view = tensor.untyped_storage().data_ptr() in mapped
@@ -85,6 +85,7 @@ def conversions_spilled(sources: dict[str, Tensor], scratch: Path | None) -> Ite
         return kept_found
 
     with _LOADING:
+        original = converter.convert
         converter.convert = convert
         try:
             yield

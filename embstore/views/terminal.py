@@ -45,6 +45,7 @@ _SHOWN_RANGES = 5
 _TITLES = {
     "imports": "loading torch and transformers",
     "prompts": "reading prompts",
+    "fetch": "fetching the model from the hub or its cache",
     "check": "comparing the prompts with the store's",
     "hash": "hashing the model's files",
     "reuse": "looking prompts up in the stores to reuse",

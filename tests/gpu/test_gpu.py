@@ -147,6 +147,46 @@ def test_tf32_is_not_used_and_would_be_seen(
         assert error > 5e-6
 
 
+def test_a_build_has_the_same_bytes_in_a_process_that_uses_tf32(
+    model_of: Callable[[str], tuple[Path, Any]], tmp_path: Path
+) -> None:
+    """Also float32 sums of 16-bit products, and cuDNN's TF32; all of it is put back."""
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": prompt.text} for prompt in PROMPTS])
+    embedding = EmbeddingConfig(model=str(model_of("llama")[0]), device=DEVICE, dtype="float32")
+    config = BuildConfig(embedding=embedding, density=DensityConfig(knn="exact"))
+    build(prompts, out=tmp_path / "plain", config=config)
+    matmul: Any = torch.backends.cuda.matmul
+    torch.set_float32_matmul_precision("medium")
+    matmul.allow_bf16_reduced_precision_reduction = True
+    try:
+        build(prompts, out=tmp_path / "disturbed", config=config)
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert matmul.allow_tf32
+        assert matmul.allow_bf16_reduced_precision_reduction
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert snapshot(tmp_path / "disturbed") == snapshot(tmp_path / "plain")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("current", [0, 1])
+def test_every_gpu_gives_the_same_bytes_whatever_the_processes_current_one(
+    current: int, model_of: Callable[[str], tuple[Path, Any]], tmp_path: Path
+) -> None:
+    prompts = write_lines(
+        tmp_path / "prompts.jsonl", [{"prompt": f"{prompt.text} {n}"} for prompt in PROMPTS for n in range(40)]
+    )
+    torch.cuda.set_device(current)
+    try:
+        for device in ("cuda", "cuda:0", "cuda:1"):
+            embedding = EmbeddingConfig(model=str(model_of("llama")[0]), device=device, dtype="float32", window_rows=64)
+            config = BuildConfig(embedding=embedding, density=DensityConfig(knn="exact"))
+            build(prompts, out=tmp_path / device, config=config)
+            assert snapshot(tmp_path / device) == snapshot(tmp_path / "cuda")
+    finally:
+        torch.cuda.set_device(0)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_hidden_rows_of_an_encoder_are_pooled_float64_states(pooling: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -17,6 +17,7 @@ import transformers
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
 from embstore.model.locate import locate_model
+from tests.support.kinds import ADAPTERS, ENCODERS, REFUSED_ADAPTERS, make_kind
 from tests.support.models import (
     PROMPTS,
     distances,
@@ -126,21 +127,6 @@ def saved_adapter(folder: Path, base: Path, **settings: Any) -> Any:
     return adapted.eval()
 
 
-GPT2 = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
-ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "lora": ("llama", {"target_modules": ["q_proj", "down_proj"]}),
-    "rslora": ("llama", {"target_modules": ["q_proj"], "use_rslora": True}),
-    "dora": ("llama", {"target_modules": ["q_proj", "up_proj"], "use_dora": True}),
-    "conv1d": ("gpt2", GPT2),
-    "head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
-    "embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
-    "saved head": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
-    "saved both": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
-    "saved head, tied": ("llama-tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
-    "biases": ("phi", {"target_modules": ["q_proj", "fc1"], "bias": "all"}),
-}
-
-
 @pytest.mark.parametrize("name", sorted(ADAPTERS))
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
 def test_a_merge_is_that_of_peft_in_the_dtype_that_computes(name: str, tmp_path: Path) -> None:
@@ -166,7 +152,16 @@ def test_a_merge_is_that_of_peft_in_the_dtype_that_computes(name: str, tmp_path:
     assert all(torch.equal(adapted[key], stored[key]) for key in unmerged)  # the base stays as it is
 
 
-@pytest.mark.parametrize("name", ["dora", "saved both", "saved head, tied", "embedding", "biases"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DoRA",
+        "modules_to_save: head and embedding",
+        "modules_to_save: tied head",
+        "LoRA of an untied embedding",
+        "trained biases",
+    ],
+)
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
 def test_rows_are_those_of_the_unmerged_model(name: str, tmp_path: Path) -> None:
     kind, settings = ADAPTERS[name]
@@ -180,18 +175,10 @@ def test_rows_are_those_of_the_unmerged_model(name: str, tmp_path: Path) -> None
     assert distances(found_NV, expected_NV).max() <= 5e-6
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "a tied head": ({"target_modules": ["lm_head"]}, r"adapts lm_head, whose weight is tied"),
-    "a tied embedding": ({"target_modules": ["embed_tokens"]}, r"adapts model\.embed_tokens, whose weight is tied"),
-    "single tokens": ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-    "a bias in lora": ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias"),
-}
-
-
-@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.parametrize("name", sorted(REFUSED_ADAPTERS))
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
 def test_what_cannot_be_merged_a_weight_at_a_time_is_refused(name: str, tmp_path: Path) -> None:
-    settings, said = REFUSED[name]
+    settings, said = REFUSED_ADAPTERS[name]
     base = save_model(tmp_path / "base", make_model("llama-tied"), make_tokenizer())
     saved_adapter(tmp_path / "adapter", base, **settings)
     with pytest.raises(ModelError, match=said) as caught:
@@ -234,3 +221,22 @@ def test_a_base_in_the_home_folder_is_found(base: Path, tmp_path: Path, monkeypa
     assert files == dataclasses.replace(
         locate_model(EmbeddingConfig(model=str(base))), name="adapter", adapter=tmp_path / "adapter"
     )  # type: ignore[type-var]
+
+
+def test_an_adapter_of_an_encoder(tmp_path: Path) -> None:
+    """Its layers are named as those of the class without a head."""
+    kind, make, _ = ENCODERS["BERT"]
+    make_kind(kind, make, tmp_path / "base")
+    model = transformers.AutoModel.from_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], task_type="FEATURE_EXTRACTION")
+    adapted = peft.get_peft_model(model, settings).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer = make_tokenizer()
+    with torch.inference_mode():
+        states = [adapted(input_ids=torch.tensor([tokenizer(each.text).input_ids])).last_hidden_state[0] for each in PROMPTS]
+    expected_ND = np.stack([unit_mean(each.double().numpy()) for each in states])
+    embedder = open_embedder(tmp_path / "adapter", PROMPTS, tmp_path / "work", space="hidden")
+    assert distances(rows_before_rounding(embedder, PROMPTS), expected_ND).max() <= 5e-6

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import json
-import re
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,18 @@ from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
 from embstore.core.prompts import Prompt
 from embstore.model.locate import locate_model
-from tests.support.kinds import ENCODER_DECODERS, ENCODERS, MULTIMODAL, REFUSED, make_kind
+from tests.support.kinds import (
+    ENCODER_DECODERS,
+    ENCODERS,
+    MULTIMODAL,
+    REFUSED,
+    as_8_bits,
+    change_config,
+    documented_rows,
+    make_kind,
+)
 from tests.support.models import (
+    CONFIGS,
     PROMPTS,
     distances,
     make_model,
@@ -103,41 +112,37 @@ def test_a_class_that_cannot_be_right_is_refused_by_name(name: str, space: str, 
     assert "transformers has no class" in caught.value.message or said in caught.value.message
 
 
+def _longrope() -> Any:
+    """Phi-3's: other frequencies for every position of a batch of more than 16 tokens."""
+    rope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 27.0], "rope_theta": 10000.0}
+    config = CONFIGS["phi3"]()
+    return transformers.Phi3Config(
+        **{key: getattr(config, key) for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        original_max_position_embeddings=16,
+        rope_scaling=rope if not hasattr(transformers, "initialization") else rope | {"rope_type": "longrope"},
+        pad_token_id=1,
+        eos_token_id=1,
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_do_not_depend_on_batch_mates_where_frequencies_depend_on_length(threads: int, tmp_path: Path) -> None:
+    """Rows of 2 to 48 tokens, on both sides of the limit: padded beyond it, a short one moves by 7e-4."""
+    model = make_kind("Phi3ForCausalLM", _longrope, tmp_path / "model")
+    tokenizer = make_tokenizer()
+    lengths = [len(tokenizer(each.text).input_ids) for each in PROMPTS]
+    assert min(lengths) <= 16 < max(lengths)
+    # each alone: the frequencies stay in the module
+    expected_NV = class_rows(model, PROMPTS, logits=True)
+    embedder = open_embedder(tmp_path / "model", PROMPTS, tmp_path / "work", threads=threads, batch_tokens=256)
+    for _ in range(3):
+        assert distances(rows_before_rounding(embedder, PROMPTS), expected_NV).max() <= 2e-6
+
+
 # --- quantised weights ------------------------------------------------------------------------------------------------
-
-
-def change_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def as_8_bits(folder: Path, *, block: int) -> None:
-    """Turn the linear layers of a saved model into what DeepSeek and Qwen publish."""
-    (path,) = folder.glob("*.safetensors")
-    tensors = {}
-    for name, tensor in safetensors.torch.load_file(path).items():
-        if not re.search(r"_proj\.weight$", name):
-            tensors[name] = tensor.to(torch.bfloat16)
-            continue
-        rows, columns = tensor.shape
-        grid = (-(-rows // block), -(-columns // block))
-        scales = torch.stack(
-            [
-                torch.stack(
-                    [
-                        tensor[r * block : (r + 1) * block, c * block : (c + 1) * block].abs().max() / 448
-                        for c in range(grid[1])
-                    ]
-                )
-                for r in range(grid[0])
-            ]
-        )
-        wide = scales.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
-        tensors[name] = (tensor / wide).to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale_inv"] = scales
-    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
-    change_config(folder, quantization_config=settings)
 
 
 @pytest.mark.parametrize("name", ["llama", "olmoe"])
@@ -180,3 +185,14 @@ def test_weights_in_4_bits_are_the_dequantised_model(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], each) for name, each in expected.named_parameters())
     rows_NV = rows_before_rounding(open_embedder(folder, PROMPTS, tmp_path / "work"), PROMPTS)
     assert distances(rows_NV, class_rows(expected.float(), PROMPTS, logits=True)).max() <= 2e-6
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_lists_what_is_established_here() -> None:
+    """Rows are made of the cases that the tests of this file, of adapters and of weight files run over."""
+    lines = (ROOT / "docs" / "models.md").read_text().splitlines()
+    start = lines.index("| format | CPU | CUDA |")
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :]))
+    assert table == [f"| {' | '.join(row)} |" for row in documented_rows()]

@@ -32,7 +32,7 @@ from embstore.model.embed import LogitEmbedder
 from embstore.model.finish import AffineFinisher, finish, spanning_columns
 from embstore.model.heads import AffineHead
 from embstore.model.layer_weights import Weights
-from embstore.model.packed import can_pack, packed_for_tokens, set_packed
+from embstore.model.packed import can_pack, expect_packed, packed_for_tokens
 from embstore.model.probe import watched_layers
 from embstore.model.units import parts_of
 from tests.support import records
@@ -87,7 +87,8 @@ def test_a_packed_layer_gives_the_product_of_any_input(dtype: torch.dtype, bias:
     inputs = [torch.randn(shape).to(dtype) for shape in ((0, 24), (24,), (1, 24), (5, 24), (2, 3, 24), (2, 0, 24))]
     inputs += [torch.randn(24, 7).to(dtype).T, torch.randn(4, 7, 48).to(dtype)[..., ::2], inputs[2].expand(6, 24)]
     offset = 0.0 if layer.bias is None else layer.bias.double()
-    set_packed(layer, nn.Parameter(packed_for_tokens(weight), requires_grad=False))
+    layer.weight = nn.Parameter(packed_for_tokens(weight), requires_grad=False)
+    expect_packed(layer)
     assert layer.weight.is_mkldnn
     assert (layer.weight.dtype, layer.weight.shape) == (weight.dtype, weight.shape)
     for given in inputs:
@@ -230,8 +231,10 @@ def test_a_packed_head_is_the_only_float32_copy(case_of: CaseOf, tmp_path: Path,
     assert packing(embedder) == (True, True)
     gc.collect()
     assert len(plain) >= 2  # for the probe, and for the rows
-    assert {each.expired() for each in plain} == {True}
-    assert embedder.model.module.get_output_embeddings().weight.dtype == torch.bfloat16
+    stored = embedder.model.module.get_output_embeddings().weight
+    kept = [each for each in plain if not each.expired()]
+    assert {each.cdata for each in kept} <= {StorageWeakRef(stored.untyped_storage()).cdata}
+    assert stored.dtype == torch.bfloat16
 
 
 @needs_packing
@@ -318,7 +321,7 @@ def test_layers_are_packed_as_the_store_has_them(
     fields, found = (dict(zip(names, values, strict=True)) for values in as_fields)
     spec = records.spec(embedding=dataclasses.replace(records.EMBEDDING, **fields))
     hardware = as_stored({"device": "cpu", "threads": 2, **found}, spec.embedding)
-    assert refuse_other_input(spec, EmbeddingConfig(), None, hardware) == drift
+    assert [each.field for each in refuse_other_input(spec, EmbeddingConfig(), None, hardware)] == drift
     for name in names[1:]:
         assert hardware[name] == (found[name] and fields[name])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from embstore.model.dtypes import stored_dtype
 from embstore.model.load import whole_in_float32
 from embstore.model.locate import locate_model
 from embstore.model.tokens import PromptTokenizer
+from tests.support.kinds import as_8_bits
 from tests.support.models import (
     CONFIGS,
     PROMPTS,
@@ -78,19 +80,23 @@ def saved(name: str, folder: Path, **changes: object) -> Path:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize(
-    ("name", "changes"),
+    ("name", "changes", "in_8_bits"),
     [
-        ("llama", {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 1000}),
+        ("llama", {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 1000}, False),
+        # dequantised into scratch files
+        ("llama", {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 1000}, True),
         # fused from files of single experts: written to scratch files, the largest tensor is 16 MiB
-        ("mixtral", {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_local_experts": 8}),
+        ("mixtral", {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_local_experts": 8}, False),
     ],
 )
 def test_a_model_of_200_mb_takes_less_than_60_mb_of_anonymous_memory(
-    name: str, changes: dict[str, object], tmp_path: Path
+    name: str, changes: dict[str, object], in_8_bits: bool, tmp_path: Path
 ) -> None:
     folder = saved(name, tmp_path / "model", **changes)
     command = [sys.executable, "-c", _MEASURE, str(folder)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    if in_8_bits:
+        as_8_bits(folder, block=128)
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     anonymous_mib, stored_mib = map(float, done.stdout.split())
@@ -163,6 +169,14 @@ def test_a_tensor_that_no_layer_takes_is_refused(folder: Path, key: str, space: 
         load(folder, space)
 
 
+def test_a_layer_that_is_called_as_a_head_elsewhere_is_refused(tmp_path: Path) -> None:
+    """ "decoder" is the head of some encoders, and where OPT has its layers."""
+    folder = save_model(tmp_path / "model", make_model("opt"), make_tokenizer())
+    edit(folder, lambda tensors: tensors.update({"model.decoder.layers.0.extra.weight": torch.ones(8)}))
+    with pytest.raises(ModelError, match=r"does not use 1 tensors of the weight files, such as .*layers\.0\.extra"):
+        load(folder, "hidden")
+
+
 @pytest.mark.parametrize(
     "key",
     [
@@ -177,6 +191,20 @@ def test_harmless_tensors_are_left_out(folder: Path, key: str, tmp_path: Path) -
     expected_NV = rows_before_rounding(open_embedder(folder, PROMPTS, tmp_path / "first"), PROMPTS)
     edit(folder, lambda tensors: tensors.update({key: torch.ones(8)}))
     assert np.array_equal(rows_before_rounding(open_embedder(folder, PROMPTS, tmp_path / "second"), PROMPTS), expected_NV)
+
+
+def test_layers_behind_the_last_are_harmless_where_they_predict_further_tokens(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", make_model("deepseek-v3"), make_tokenizer())
+    edit(folder, lambda tensors: tensors.update({"model.layers.2.eh_proj.weight": torch.ones(8)}))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+    for number, is_refused in ((0, True), (1, False)):
+        (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": number}))
+        with pytest.raises(ModelError, match=r"layers\.2\.eh_proj") if is_refused else contextlib.nullcontext():
+            load(folder)
+    edit(folder, lambda tensors: tensors.update({"model.layers.1.eh_proj.weight": torch.ones(8)}))
+    with pytest.raises(ModelError, match="does not use 1 tensors"):
+        load(folder)
 
 
 def test_a_tensor_of_another_shape_is_refused_with_both(folder: Path) -> None:
@@ -236,6 +264,21 @@ def test_a_tokenizer_of_mistral_common_alone_is_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"only a tokenizer of mistral-common \(tekken\.json\)") as caught:
         locate_model(EmbeddingConfig(model=str(folder)))
     assert "tokenizer.json" in str(caught.value.hint)
+
+
+def test_an_installed_mistral_common_changes_no_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers prefers it for Mistral's models; its chats and special tokens follow other rules."""
+
+    class MistralCommonBackend:
+        pass
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: MistralCommonBackend())
+    files = locate_model(EmbeddingConfig(model=str(folder)))
+    found = files.load("logits").tokenizer
+    assert [found(each.text).input_ids for each in PROMPTS] == [make_tokenizer()(each.text).input_ids for each in PROMPTS]
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="only a tokenizer of mistral-common"):
+        files.load("logits")
 
 
 def test_a_home_folder_is_expanded_and_a_relative_one_resolved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,13 @@ Each is small, random and made on the spot. The class that saves it is the one t
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import transformers
 
@@ -251,6 +254,37 @@ REFUSED: dict[str, tuple[str, Callable[[], Any], str]] = {
 }
 
 
+# quantisations whose weights are not turned into plain ones
+OTHER_METHODS = ("bitsandbytes", "gptq", "awq", "hqq", "quark", "torchao", "aqlm")
+# name: (base of models.CONFIGS, settings of peft.LoraConfig)
+_GPT2 = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoRA": ("llama", {"target_modules": ["q_proj", "down_proj"]}),
+    "rank-stabilised LoRA": ("llama", {"target_modules": ["q_proj"], "use_rslora": True}),
+    "DoRA": ("llama", {"target_modules": ["q_proj", "up_proj"], "use_dora": True}),
+    "LoRA of Conv1D layers (GPT-2)": ("gpt2", _GPT2),
+    "LoRA of an untied head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+    "LoRA of an untied embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "modules_to_save: head": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "modules_to_save: head and embedding": (
+        "llama",
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    ),
+    "modules_to_save: tied head": ("llama-tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "trained biases": ("phi", {"target_modules": ["q_proj", "fc1"], "bias": "all"}),
+}
+# name: (settings over a tied Llama, what the refusal says)
+REFUSED_ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
+    "LoRA of a tied head": ({"target_modules": ["lm_head"]}, r"adapts lm_head, whose weight is tied"),
+    "LoRA of a tied embedding": ({"target_modules": ["embed_tokens"]}, r"adapts model\.embed_tokens, whose weight is tied"),
+    "trained rows of single tokens": (
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+        "trainable_token_indices",
+    ),
+    "LoRA with lora_bias": ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias"),
+}
+
+
 def make_kind(kind: str, make: Callable[[], Any], folder: Path) -> Any:
     """A random model of a class, saved with a tokenizer; its head is loud enough for rows to differ."""
     torch.manual_seed(0)
@@ -260,3 +294,67 @@ def make_kind(kind: str, make: Callable[[], Any], folder: Path) -> Any:
         head.weight.normal_(std=0.5)
     save_model(folder, model, make_tokenizer())
     return model
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    """Change entries of a saved model's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def as_8_bits(folder: Path, *, block: int) -> None:
+    """Turn the linear layers of a saved model into what DeepSeek and Qwen publish."""
+    (path,) = folder.glob("*.safetensors")
+    tensors = {}
+    for name, tensor in safetensors.torch.load_file(path).items():
+        if not re.search(r"_proj\.weight$", name):
+            tensors[name] = tensor.to(torch.bfloat16)
+            continue
+        rows, columns = tensor.shape
+        grid = (-(-rows // block), -(-columns // block))
+        scales = torch.stack(
+            [
+                torch.stack(
+                    [
+                        tensor[r * block : (r + 1) * block, c * block : (c + 1) * block].abs().max() / 448
+                        for c in range(grid[1])
+                    ]
+                )
+                for r in range(grid[0])
+            ]
+        )
+        wide = scales.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
+        tensors[name] = (tensor / wide).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
+    change_config(folder, quantization_config=settings)
+
+
+def documented_rows() -> list[tuple[str, str, str]]:
+    """Format, outcome on a CPU and outcome on CUDA, for each case of the tests: the table of ``docs/models.md``.
+
+    "simulated" is what is loaded the same way whatever computes, and was not run on a GPU.
+    """
+    plain = [
+        ("safetensors in float32, bfloat16 or float16", "right", "right"),
+        ("safetensors of several dtypes", "right", "simulated"),
+        ("`pytorch_model.bin`, of tensors only", "right", "simulated"),
+        ("8 bits (`fp8`, and `compressed-tensors` as `float-quantized`)", "right, in bfloat16", "simulated"),
+        ("MXFP4 (gpt-oss)", "right, in bfloat16", "simulated"),
+    ]
+    methods = [f"`{method}`" for method in OTHER_METHODS]
+    return [
+        *plain,
+        (f"other quantisations: {', '.join(methods)} and any other", "refused", "refused"),
+        ("tensors that no layer takes, or of another shape; Git LFS pointers; files cut off", "refused", "refused"),
+        *((f"multimodal, text alone: {name}", "right", "simulated") for name in sorted(MULTIMODAL)),
+        *(
+            (f"encoder-decoder: {name}", "logits refused, `--space hidden` right", "simulated")
+            for name in sorted(ENCODER_DECODERS)
+        ),
+        *((f"encoder, `--space hidden`: {name}", "right", "simulated") for name in sorted(ENCODERS)),
+        *((f"class: {name} ({said})", "refused", "refused") for name, (_, _, said) in sorted(REFUSED.items())),
+        *((f"PEFT: {name}", "right", "simulated") for name in sorted(ADAPTERS)),
+        *((f"PEFT: {name}", "refused", "refused") for name in sorted(REFUSED_ADAPTERS)),
+    ]

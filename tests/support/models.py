@@ -135,9 +135,14 @@ def make_tokenizer(
     return tokenizer
 
 
-def make_model(name: str, *, seed: int = 0, logit_std: float = 6.0, **changes: object) -> Any:
+def make_model(name: str, *, seed: int = 0, logit_std: float = 6.0, layers: int | None = None, **changes: object) -> Any:
     """A random model of one of CONFIGS, in float32 eval mode, its output layer scaled to the wanted logits."""
     config = CONFIGS[name]()
+    if layers is not None:
+        values = config.to_dict()
+        values.pop("layer_types", None)  # one for each layer
+        values["n_layer" if "n_layer" in values else "num_hidden_layers"] = layers
+        config = type(config)(**values)
     config.update(changes)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
@@ -192,11 +197,12 @@ def open_embedder(
     *,
     observer: Callable[[Event], None] = ignore,
     memory_bytes: int = 1 << 30,
+    model_memory: int | None = None,
     **settings: Any,
 ) -> LogitEmbedder:
     """A new embedder as ``build`` makes it; float32 unless told otherwise."""
     config = EmbeddingConfig(model=str(folder), **({"dtype": "float32", "device": "cpu", "threads": 1} | settings))
-    source = TorchSource(locate_model(config))
+    source = TorchSource(locate_model(config), model_memory_bytes=model_memory)
     work.mkdir(exist_ok=True)
     return source.create(PromptList(list(prompts)), config, memory_bytes=memory_bytes, work=work, observer=observer)
 
@@ -270,10 +276,20 @@ def embed(embedder: LogitEmbedder, prompts: list[Prompt]) -> list[RowBlock]:
     return list(embedder.embed(prompts, first_row=0, chunk_rows=10, check=lambda: None))
 
 
-def reopened(folder: Path, like: LogitEmbedder, **changes: Any) -> LogitEmbedder:
+def reopened(
+    folder: Path, like: LogitEmbedder, *, model_memory: int | None = None, memory_bytes: int = 0, **changes: Any
+) -> LogitEmbedder:
     """An embedder of another model under the spec, with ``changes``, and basis of ``like``, as a resume makes it."""
     spec = dataclasses.replace(like.spec, **changes)
-    return TorchSource(locate_model(EmbeddingConfig(model=str(folder)))).reopen(spec, like.basis_VR)
+    source = TorchSource(locate_model(EmbeddingConfig(model=str(folder))), model_memory_bytes=model_memory)
+    return source.reopen(spec, like.basis_VR, memory_bytes=memory_bytes)
+
+
+def least_model_memory(embedder: LogitEmbedder) -> int:
+    """Memory of the two largest units of a model, and of what always stays, in the embedder's dtype."""
+    weights = embedder.model.weights
+    sizes = sorted(weights.bytes_of(unit) for unit in weights.parts.units)
+    return sum(sizes[-2:]) + weights.base_bytes(weights.dtype)
 
 
 def distances(first_NV: NDArray[np.float64], second_NV: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -17,12 +17,12 @@ from embstore.core.events import Preflight
 from embstore.flow.build import build
 from embstore.host.device import resolve_device
 from embstore.host.threads import Workers, finish_all
-from embstore.model.embed import LogitEmbedder
+from embstore.model.embed import LogitEmbedder, PooledWindow
 from embstore.search import graph
 from embstore.search.exact.scan import scan_device
 from embstore.storage.reader import open_store
 from tests.support.fake import FakeSource
-from tests.support.stores import build_part, build_small, with_embedding
+from tests.support.stores import build_part, build_small, with_density, with_embedding
 
 pytestmark = pytest.mark.usefixtures("without_syncs")
 
@@ -101,9 +101,11 @@ def test_an_event_is_recorded_on_a_stream_of_the_embedders_device(monkeypatch: p
     embedder: Any = object.__new__(LogitEmbedder)
     embedder._device = torch.device("cuda", 1)
     embedder._tokenizer = dataclasses.make_dataclass("Tokenizer", ["pad_id"])(0)
-    window: Any = dataclasses.make_dataclass("Window", ["ready"])(None)
+    window: Any = dataclasses.make_dataclass("Window", ["ready", "means"])(
+        None, PooledWindow(mean_WX=torch.zeros(1), ok_W=np.ones(1))
+    )
     row = dataclasses.make_dataclass("Row", ["ids_T", "pooled_T"])(np.array([3, 4]), np.array([True, True]))
-    embedder._pool_rows(window, [row], np.array([0]), 2, lambda: None)
+    embedder._pool_rows(window, [row], np.array([0]), 2, lambda: None, {})
     assert asked == [torch.device("cuda", 1)]
     assert window.ready == "recorded"
 
@@ -166,6 +168,27 @@ def test_copied_and_computed_rows_are_on_the_device_that_was_given(
     config = dataclasses.replace(with_embedding(device="cuda:1"), reuse=(str(tmp_path / "old"),))
     build_small(more, tmp_path / "store", config=config, source=source)
     assert source.devices == searched.devices == ["cuda:1"]
+
+
+def test_a_finished_store_is_searched_again_where_its_gpu_is_not(
+    small_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the model named, as on the line that built it; the search looks itself whether there is a GPU."""
+
+    class Laptop(FakeSource):
+        def device(self, name: str) -> str:
+            if name.startswith("cuda"):
+                raise ConfigError("torch sees 0 CUDA devices here")
+            return super().device(name)
+
+    store = tmp_path / "store"
+    build_small(small_prompts, store, config=with_embedding(device="cuda:1"))
+    searched = _Searched(monkeypatch)
+    build_small(small_prompts, store, config=with_density(seed=5), source=Laptop())
+    assert searched.devices == ["cuda"]
+    config = dataclasses.replace(with_embedding(device="cuda:1"), density=with_density(seed=6).density)
+    with pytest.raises(ConfigError, match="0 CUDA devices"):
+        build_small(small_prompts, store, config=config, source=Laptop())
 
 
 def test_a_search_alone_is_on_the_stores_kind_of_device(

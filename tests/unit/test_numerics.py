@@ -189,6 +189,28 @@ def test_a_build_that_fails_puts_its_settings_back(folder: Path, prompts: Path, 
         assert _state() == before
 
 
+def test_the_last_of_two_builds_puts_the_settings_back() -> None:
+    """In two threads, one begins before and ends before the other: neither loses its precision nor keeps it."""
+    first_left, second_is_in, seen = threading.Event(), threading.Event(), list[str]()
+
+    def second() -> None:
+        with exact_arithmetic():
+            second_is_in.set()
+            assert first_left.wait(timeout=300)
+            seen.append(torch.get_float32_matmul_precision())
+
+    with _matmul("medium"):
+        before = _state()
+        thread = threading.Thread(target=second)
+        with exact_arithmetic():
+            thread.start()
+            assert second_is_in.wait(timeout=300)
+        first_left.set()
+        thread.join()
+        assert seen == ["highest"]
+        assert _state() == before
+
+
 def test_threads_of_a_build_see_full_precision(folder: Path, prompts: Path, tmp_path: Path) -> None:
     """What is thread-local is torch's own in a new thread; what is not, the build has set."""
     seen = []

@@ -27,6 +27,7 @@ from embstore.core.events import (
 )
 from embstore.flow.array_import import import_array
 from embstore.flow.build import build, preflight
+from embstore.model import locate
 from embstore.views import terminal
 from embstore.views.terminal import TerminalObserver, time_line
 from tests.support.models import make_model, make_tokenizer, save_model
@@ -84,6 +85,16 @@ def test_every_part_of_a_build_and_of_a_resume_is_a_stage(prompts: Path, config:
     readback = [event for event in resumed if isinstance(event, StageStarted | StageAdvanced) and event.stage == "readback"]
     assert readback == [StageStarted(stage="readback", total=1, unit="windows"), StageAdvanced(stage="readback", count=1)]
     assert set(RESUMED[:5]) <= report.seconds.keys(), "the report says what each took"
+
+
+def test_a_model_of_the_hub_is_fetched_in_a_stage(
+    folder: Path, prompts: Path, config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locate, "download", lambda model, revision, *, trusted: folder)
+    events: list[Event] = []
+    hub = dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, model="org/name"))
+    preflight(prompts, out=tmp_path / "store", config=hub, observer=events.append)
+    assert _finished(events)[:3] == ["prompts", "fetch", "hash"]
 
 
 def test_auto_compares_dtypes_in_a_stage(

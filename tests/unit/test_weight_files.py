@@ -16,6 +16,7 @@ from embstore.model import digests
 from embstore.model.locate import locate_model
 from embstore.model.quantised import method_of, plain_tensors
 from embstore.model.spilled import spilled
+from tests.support.kinds import OTHER_METHODS
 from tests.support.models import make_model, make_tokenizer, save_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 16060522984\n"
@@ -85,9 +86,7 @@ def test_weights_in_another_format_beside_them_are_not_read(folder: Path) -> Non
     assert locate_model(EmbeddingConfig(model=str(folder))).identity() == before
 
 
-@pytest.mark.parametrize(
-    "method", ["bitsandbytes", "gptq", "awq", "hqq", "quark", "torchao", "compressed-tensors", "aqlm", "made-up"]
-)
+@pytest.mark.parametrize("method", [*OTHER_METHODS, "compressed-tensors", "made-up"])
 def test_a_quantisation_that_is_not_computed_is_refused_by_name(folder: Path, method: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     settings = {"quant_method": method, "format": "pack-quantized"}
@@ -172,11 +171,10 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> N
 
 
 def test_a_file_is_read_once_and_again_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    digests._read_sha256.cache_clear()
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"one")
     first = digests.files_sha256([path])
-    monkeypatch.setattr(Path, "open", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(digests, "_READ_BYTES", 0)  # whoever reads it now finds it empty
     assert digests.files_sha256([path]) == first
     monkeypatch.undo()
     path.write_bytes(b"other")

@@ -26,13 +26,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from embstore.core.config import format_bytes
+from embstore.core.errors import BudgetError
 from embstore.core.rows import slices
 from embstore.core.sampling import shuffled
-from embstore.host.device import has_fast_bfloat16, resolve_device
+from embstore.host.device import free_device_bytes, has_fast_bfloat16, resolve_device
+from embstore.host.numerics import exact_arithmetic
 from embstore.host.threads import Workers, abandon, finish_all
 from embstore.search.distances import FloatMatrix, IntMatrix, direct_distances, ranked, rerank_bytes
 from embstore.search.exact.pairwise import brute_force, brute_force_bytes
-from embstore.search.exact.tiles import Operand, TileScan, map_operand, quantise, state_bytes, tile_bytes
+from embstore.search.exact.tiles import Operand, TileScan, map_operand, operand_bytes, quantise, state_bytes, tile_bytes
 
 _TILE_ROWS = (4096, 2048, 1024, 512, 256)
 _SETTLED_ROWS = 512  # ranked by one job, or scanned again together
@@ -40,6 +43,7 @@ _RANKED_ROWS = 64
 _RANKED_FIRST = 2  # beyond the k best scores, so that the k-th distance is about what it will be
 _LEAST_PANEL_ROWS = 4096
 _MOST_CANDIDATES = 256
+_DEVICE_RESERVE_BYTES = 256 << 20  # of a GPU: libraries, parts of operands on their way, fragmentation
 
 Advance = Callable[[int], None]
 
@@ -71,6 +75,31 @@ def scan_device(name: str) -> torch.device:
 def scan_dtype(device: torch.device) -> torch.dtype:
     """What tiles are computed in: bfloat16 where the hardware has it, float32 elsewhere."""
     return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+
+
+def plan_on_device(
+    num_nodes: int, num_queries: int, rank: int, k: int, *, memory_bytes: int, free_bytes: int, device: torch.device
+) -> tuple[ScanPlan, bool]:
+    """How a scan is cut on a GPU with ``free_bytes`` of free memory, and whether all nodes lie there.
+
+    Where they do not fit, they stay on the host, and parts are copied when they are used: the result is the same.
+
+    Raises
+    ------
+    BudgetError
+        Not even the smallest tiles fit; the message has the least that would do.
+    """
+    operand, room = operand_bytes(num_nodes, rank, scan_dtype(device)), free_bytes - _DEVICE_RESERVE_BYTES
+    for held_bytes in (operand, 0):
+        affordable = min(memory_bytes, room - held_bytes)
+        plan = plan_scan(num_queries, rank, k, threads=1, memory_bytes=max(0, affordable), device=device)
+        if plan.memory_bytes <= room - held_bytes:
+            return plan, held_bytes > 0
+    raise BudgetError(
+        f"the exact search needs {format_bytes(plan.memory_bytes + _DEVICE_RESERVE_BYTES)} on {device}, "
+        f"which has {format_bytes(free_bytes)} free",
+        hint="free some of the device's memory, then run the command again (a build: with --resume)",
+    )
 
 
 def plan_scan(
@@ -138,19 +167,26 @@ def all_neighbors(
     num_queries = len(positions_Q)
     if finished >= num_queries:
         return
-    plan = plan_scan(num_queries, rank, k, threads=threads, memory_bytes=memory_bytes, device=where)
-    scratch = map_operand(work / "quantised.npy", num_nodes, rank, dtype) if where.type == "cpu" else None
+    is_held = False
+    if (free_bytes := free_device_bytes(where)) is None:
+        plan = plan_scan(num_queries, rank, k, threads=threads, memory_bytes=memory_bytes, device=where)
+    else:
+        plan, is_held = plan_on_device(
+            num_nodes, num_queries, rank, k, memory_bytes=memory_bytes, free_bytes=free_bytes, device=where
+        )
+    scratch = None if is_held else map_operand(work / "quantised.npy", num_nodes, rank, dtype)
     operand = quantise(coord_GR, order_G, dtype=dtype, device=where, scratch=scratch)
     workers = Workers(threads, threads if where.type == "cpu" else 1, where)
     report = _Report(advance, (num_queries - finished) * num_nodes, num_queries - finished)
-    for first in range(finished, num_queries, plan.panel_rows):
-        panel = positions_Q[first : first + plan.panel_rows]
-        is_mirrored = queries_Q is None and len(panel) == num_nodes - finished
-        scan = TileScan(operand, panel, min(_num_candidates(k), num_nodes), plan.tile_rows)
-        with contextlib.closing(_Jobs(scan, workers, report, first_node=finished if is_mirrored else None)) as jobs:
-            for rows in slices(0, len(panel), plan.tile_rows):
-                jobs.run(rows)
-                yield _settled(coord_GR, order_G, scan, rows, k, workers)
+    with exact_arithmetic():
+        for first in range(finished, num_queries, plan.panel_rows):
+            panel = positions_Q[first : first + plan.panel_rows]
+            is_mirrored = queries_Q is None and len(panel) == num_nodes - finished
+            scan = TileScan(operand, panel, min(_num_candidates(k), num_nodes), plan.tile_rows)
+            with contextlib.closing(_Jobs(scan, workers, report, first_node=finished if is_mirrored else None)) as jobs:
+                for rows in slices(0, len(panel), plan.tile_rows):
+                    jobs.run(rows)
+                    yield _settled(coord_GR, order_G, scan, rows, k, workers)
 
 
 class _Jobs:

@@ -50,11 +50,13 @@ _PRODUCT_ROWS, _PRODUCT_COLUMNS = 1024, 4096  # of one matrix product: its resul
 class Operand:
     """Quantised rows of all nodes, ready for the product, with what quantisation lost.
 
-    ``rows_GP``: [G, P] bfloat16 or float32. ``norm_G`` float64, the true norms; ``error_G`` float64, |y - q(y)|.
+    ``rows_GP``: [G, P] bfloat16 or float32, on ``device``, which computes, or on the host, from where parts are copied when
+    they are used. ``norm_G`` float64, the true norms; ``error_G`` float64, |y - q(y)|.
     ``relative_error``: the largest error over norm. ``rounding``: bound of the product's rounding, per half squared norm.
     """
 
     rows_GP: Tensor
+    device: torch.device
     rank: int
     norm_G: NDArray[np.float64]
     error_G: NDArray[np.float64]
@@ -64,13 +66,17 @@ class Operand:
 
     def left(self, nodes: slice | NDArray[np.int64]) -> Tensor:
         """The other side of the product: [n, P] with signs turned and norms exchanged."""
-        rows_GP = self.rows_GP[nodes if isinstance(nodes, slice) else torch.from_numpy(nodes)]
+        rows_GP = self.right(nodes)
         parts, rank = _NORM_PARTS[rows_GP.dtype], self.rank
         left_QP = rows_GP.clone()
         left_QP[:, rank : rank + parts] = -1
         left_QP[:, rank + parts : rank + 2 * parts] = -rows_GP[:, rank : rank + parts]
         left_QP[:, rank + 2 * parts] = -self.bias
         return left_QP
+
+    def right(self, nodes: slice | NDArray[np.int64]) -> Tensor:
+        """Rows [n, P] of these nodes on the device that computes."""
+        return self.rows_GP[nodes if isinstance(nodes, slice) else torch.from_numpy(nodes)].to(self.device)
 
     def reach(self, nodes: NDArray[np.integer], distance_Q: NDArray[np.float64]) -> NDArray[np.float64]:
         """The largest magnitude a score of row ``nodes[i]`` can have with a node at most ``distance_Q[i]`` away.
@@ -101,7 +107,7 @@ def quantise(
 ) -> Operand:
     """Operand of centred coordinates float32 [G, R], row i of it being node ``order_G[i]``.
 
-    ``scratch``: bytes for its rows, when they should not be anonymous memory.
+    ``scratch``: bytes on the host for its rows, when they should not be anonymous memory, or do not fit the device.
     """
     num_nodes, rank = coord_GR.shape
     width, parts = _columns(rank, dtype), _NORM_PARTS[dtype]
@@ -130,6 +136,7 @@ def quantise(
     rounding = 2 * (width + parts) * 2.0**-24
     return Operand(
         rows_GP=rows_GP,
+        device=device,
         rank=rank,
         norm_G=norm_G,
         error_G=error_G,
@@ -164,7 +171,7 @@ class TileScan:
         self._members = tile_rows // _GROUPS_A_TILE
         self._bits = _BITS[rows.dtype]
         self._farthest = torch.iinfo(self._bits).max
-        shape, device = (len(queries_Q), num_candidates), rows.device
+        shape, device = (len(queries_Q), num_candidates), operand.device
         self._score_QC = torch.full(shape, self._farthest, dtype=self._bits, device=device)
         self._id_QC = torch.full(shape, -1, dtype=torch.int32, device=device)
         self._bar_Q = torch.full(shape[:1], self._farthest, dtype=self._bits, device=device)  # scores below it are kept
@@ -211,7 +218,7 @@ class TileScan:
         """The calling thread's tile, as integers, padded to whole groups in both directions by scores that nothing beats."""
         height, width = _whole(num_rows, self._members), _whole(num_nodes, self._members * _LANES)
         if not hasattr(self._own, "tile") or len(self._own.tile) < height * width:
-            self._own.tile = _new_tile(height * width, self._bits, self.operand.rows_GP.device)
+            self._own.tile = _new_tile(height * width, self._bits, self.operand.device)
         tile_AB: Tensor = self._own.tile[: height * width].view(height, width)
         tile_AB[num_rows:] = self._farthest
         tile_AB[:, num_nodes:] = self._farthest
@@ -251,7 +258,7 @@ class TileScan:
             minima_AH[top:bottom, : begin // self._members] = self._farthest
             for first in range(begin, num_nodes, _PRODUCT_COLUMNS):
                 last = min(first + _PRODUCT_COLUMNS, num_nodes)
-                right_BP = self.operand.rows_GP[nodes.start + first : nodes.start + last]
+                right_BP = self.operand.right(slice(nodes.start + first, nodes.start + last))
                 torch.mm(left_AP, right_BP.T, out=score_AB[top:bottom, first:last])
                 # a row is not its own neighbour: excluded by its number, never as the first that is found
                 is_here = (own_row >= top) & (own_row < bottom) & (own_column >= first) & (own_column < last)
