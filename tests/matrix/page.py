@@ -30,7 +30,7 @@ class's own float32 logits, one prompt at a time. They may differ by 2e-6 (L2), 
 that from float64, by twice its own distance (5e-5 at most). The layered order, in the least memory that it takes, gives the
 same bits as the plain order. Parameters and buffers are those of `from_pretrained`, in float32 and in bfloat16.
 
-**{right} of {all} model types give the rows of their own class.** Model types that share a class are counted one by one.
+**Rows are right for {right} of {all} model types.** Model types that share a class are counted one by one.
 """
 
 

@@ -6,6 +6,8 @@ transformers than the recorded one, classes that came, went or cannot be made an
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,19 +71,23 @@ def skip_unless_right(model_type: str) -> None:
         pytest.skip(f"{expected.how}: {expected.reason}")
 
 
-def made(model_type: str, folder: Path) -> Path:
+@contextlib.contextmanager
+def as_recorded() -> Iterator[None]:
+    """An error under another version of transformers skips: there the class may differ, or not be there."""
     try:
-        return save_tiny(folder, model_type)
+        yield
+    except AssertionError:
+        raise
     except Exception as error:
         if IS_RECORDED_VERSION:
             raise
-        pytest.skip(f"cannot be made: {ANOTHER_VERSION}: {error}")
+        pytest.skip(f"{ANOTHER_VERSION}: {type(error).__name__}: {str(error)[:200]}")
 
 
 def check(found: Found, expected: Expected) -> None:
-    if not IS_RECORDED_VERSION and (found.how == "impossible") != (expected.how == "impossible"):
-        pytest.skip(f"{expected.how} when recorded, {found.how} now ({found.message[:200]}): {ANOTHER_VERSION}")
     told = f"worst row {found.worst:.1e}; {found.raises}: {found.message[:300]}"
+    if not IS_RECORDED_VERSION and found.how not in ("wrong", expected.how):
+        pytest.skip(f"{expected.how} when recorded, {found.how} now ({told}): {ANOTHER_VERSION}")
     assert (found.how, found.head) == (expected.how, expected.head), told
     if IS_RECORDED_VERSION:
         assert found.raises == expected.raises, told
@@ -112,22 +118,24 @@ def test_rows_are_the_class_s_own(model_type: str, tmp_path: Path) -> None:
 def test_both_orders_give_the_same_bits(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layered order in the least memory that it takes: two layers at a time."""
     skip_unless_right(model_type)
-    folder = made(model_type, tmp_path / "model")
-    with one_thread():
+    with one_thread(), as_recorded():
+        folder = save_tiny(tmp_path / "model", model_type)
         plain = open_tiny(folder, tmp_path)
         assert plain.model.residency is None
         monkeypatch.setattr("embstore.model.settings.SMALL_BACKBONE_BYTES", 0)
         layered = open_tiny(folder, tmp_path)
         assert (layered.model.residency is None) == (model_type in RECORD.plain_only), layered.model.why_plain
         is_equal = np.array_equal(rows_before_rounding(layered, PROMPTS), rows_before_rounding(plain, PROMPTS))
-        assert is_equal == (model_type not in RECORD.unequal_orders)
+        if IS_RECORDED_VERSION:
+            assert is_equal == (model_type not in RECORD.unequal_orders)
+        assert is_equal or model_type in RECORD.unequal_orders
 
 
 @pytest.mark.parametrize("model_type", types(CAPPED))
 def test_a_cap_that_is_left_out_is_noticed(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_unless_right(model_type)
-    with one_thread():
-        folder = made(model_type, tmp_path / "model")
+    with one_thread(), as_recorded():
+        folder = save_tiny(tmp_path / "model", model_type)
         model = load_class(folder)
         cap, oracle = soft_cap(model.config), ask_class(model)
         assert cap is not None
@@ -142,7 +150,9 @@ def test_a_cap_that_is_left_out_is_noticed(model_type: str, tmp_path: Path, monk
 
 @pytest.mark.parametrize("model_type", types())
 def test_what_has_a_cap_is_known_to_have_one(model_type: str) -> None:
-    if expected_of(model_type).how == "right":
+    if expected_of(model_type).how == "impossible":
+        return
+    with as_recorded():
         assert (soft_cap(tiny_config(model_type)) is not None) == (model_type in CAPPED)
 
 
@@ -150,7 +160,11 @@ def test_what_has_a_cap_is_known_to_have_one(model_type: str) -> None:
 def test_every_tensor_is_that_of_from_pretrained(model_type: str, tmp_path: Path) -> None:
     """Whatever the file holds, and whatever is computed with: parameters, buffers of the file and buffers that are made."""
     skip_unless_right(model_type)
-    folder = made(model_type, tmp_path / "model")
+    with as_recorded():
+        check_tensors(save_tiny(tmp_path / "model", model_type))
+
+
+def check_tensors(folder: Path) -> None:
     for stored, computed in (
         (torch.float32, torch.bfloat16),
         (torch.bfloat16, torch.bfloat16),
@@ -190,7 +204,9 @@ def computed_tensors(folder: Path, dtype: torch.dtype) -> tuple[dict[str, torch.
 @pytest.mark.parametrize("model_type", types())
 def test_what_keeps_state_in_its_modules_is_known(model_type: str) -> None:
     """Two batches at a time would meet there."""
-    if expected_of(model_type).how != "impossible":
+    if expected_of(model_type).how == "impossible":
+        return
+    with as_recorded():
         assert bool(found := changed_state(model_type)) == (model_type in RECORD.keeps_state), found
 
 
