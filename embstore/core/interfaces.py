@@ -98,7 +98,8 @@ class Embedder(Protocol):
         """Rows of one window, chunk by chunk; ``counts`` are valid once the iterator is exhausted.
 
         ``following`` gives the prompts objects that the next calls will pass, in their order: the embedder takes as many as
-        it wants to start on in the background. If that work fails, the error is raised by the call for those prompts.
+        it wants to start on in the background. If that work fails, the error is raised by the call for those prompts, or by
+        that for an earlier window which is computed together with them.
         """
 
     def close(self) -> None:
