@@ -53,6 +53,7 @@ def page() -> str:
             "A fault: rows are right in both orders, and not the same.",
             record.unequal_orders,
         ),
+        ("float32 only", "The class itself fails in bfloat16.", record.float32_only),
         ("State in modules", "These leave something in their modules when they have run.", record.keeps_state),
     ):
         if known:
