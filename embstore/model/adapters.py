@@ -36,7 +36,6 @@ def with_adapter(model: Any, adapter: Path) -> tuple[Any, dict[nn.Module, Merge]
     """
     try:
         import peft  # type: ignore[import-untyped,unused-ignore]  # noqa: PLC0415 - an extra
-        from peft.tuners.tuners_utils import BaseTunerLayer  # type: ignore[import-untyped,unused-ignore]  # noqa: PLC0415
     except ImportError as error:
         raise ModelError(
             f"{adapter} is a PEFT adapter, and peft is not installed", hint="pip install 'embstore[peft]'"
@@ -54,11 +53,7 @@ def with_adapter(model: Any, adapter: Path) -> tuple[Any, dict[nn.Module, Merge]
                     f"{adapter} does not change weights ({type(adapted).__name__}), so it cannot be merged",
                     hint=_MERGE_FIRST,
                 )
-            tuner: Any = adapted.base_model
-            layers = {name: each for name, each in tuner.model.named_modules() if isinstance(each, BaseTunerLayer)}
-            tuner._check_merge_allowed()
-            merges = {each.get_base_layer(): _merge_of(each, name, shared, adapter) for name, each in layers.items()}
-            plain = adapted.unload()
+            plain, merges = _taken_out(adapted, shared, str(adapter))
     except EmbstoreError:
         raise
     except Exception as error:  # peft raises whatever its layers raise
@@ -69,6 +64,30 @@ def with_adapter(model: Any, adapter: Path) -> tuple[Any, dict[nn.Module, Merge]
     _take_whole_tensors(plain, adapter)
     plain.requires_grad_(False)
     return plain.eval(), merges
+
+
+def without_adapter(adapted: Any) -> tuple[Any, dict[nn.Module, Merge]]:  # noqa: ANN401
+    """A PEFT model in memory: its base model, and a merge for each module that the adapter changes. It is taken apart.
+
+    Raises
+    ------
+    ModelError
+        The adapter cannot be merged one weight at a time.
+    """
+    where = f"the adapter of {type(adapted.base_model.model).__name__}"
+    if any("modules_to_save" in name.split(".") for name, _ in adapted.named_modules()):
+        raise ModelError(f"{where} has trained whole modules (modules_to_save)", hint=_MERGE_FIRST)
+    return _taken_out(adapted, _shared_parameters(adapted), where)
+
+
+def _taken_out(adapted: Any, shared: set[int], where: str) -> tuple[Any, dict[nn.Module, Merge]]:  # noqa: ANN401
+    from peft.tuners.tuners_utils import BaseTunerLayer  # type: ignore[import-untyped,unused-ignore]  # noqa: PLC0415
+
+    tuner: Any = adapted.base_model
+    layers = {name: each for name, each in tuner.model.named_modules() if isinstance(each, BaseTunerLayer)}
+    tuner._check_merge_allowed()
+    merges = {each.get_base_layer(): _merge_of(each, name, shared, where) for name, each in layers.items()}
+    return adapted.unload(), merges
 
 
 def is_headless(adapter: Path) -> bool:
@@ -94,7 +113,7 @@ def _shared_parameters(model: Any) -> set[int]:  # noqa: ANN401
     return shared
 
 
-def _merge_of(layer: Any, name: str, shared: set[int], adapter: Path) -> Merge:  # noqa: ANN401
+def _merge_of(layer: Any, name: str, shared: set[int], adapter: str) -> Merge:  # noqa: ANN401
     base = layer.get_base_layer()
     if not isinstance(getattr(base, "weight", None), Tensor) or isinstance(base, nn.MultiheadAttention):
         raise ModelError(

@@ -151,6 +151,7 @@ class LogitEmbedder:
         self._slabs = SlabWorkers(row_workers, memory, SLAB_ROWS, (_ROWS,))
         self._numbers = itertools.count()
         self._under_way: deque[_Window] = deque()  # begun and not asked for yet, in order
+        self._declined: _Window | None = None  # tokenised for a lap in which it found no room
 
     def memory_bytes(self, chunk_rows: int) -> int:
         """Upper estimate of host memory one window takes above the loaded model."""
@@ -183,7 +184,7 @@ class LogitEmbedder:
         """Rows of one window by chunks; a prompt without a usable row is NaN and named, never skipped."""
         if not self._under_way or self._under_way[0].prompts is not prompts:
             self._abandon()
-            self._begin(itertools.chain([prompts], following), chunk_rows, check)
+            following = self._begin(itertools.chain([prompts], following), chunk_rows, check)
         window = self._under_way.popleft()
         window.tokens.result()
         if not self._under_way:
@@ -233,13 +234,14 @@ class LogitEmbedder:
 
     # --- a window's means -------------------------------------------------------------------------------------------
 
-    def _begin(self, windows: Iterable[Sequence[Prompt]], chunk_rows: int, check: Check) -> None:
-        """Begin the next of these windows, or as many as make a lap."""
+    def _begin(self, windows: Iterable[Sequence[Prompt]], chunk_rows: int, check: Check) -> Iterator[Sequence[Prompt]]:
+        """Begin the next of these windows, or as many as make a lap; those that are left, in their order."""
+        windows = iter(windows)
         if self._model.residency is not None:
-            begun, batches = self._lap_of(windows, chunk_rows, check)
+            begun, batches, declined = self._lap_of(windows, chunk_rows, check)
             self._under_way.extend(begun)
             self._begin_lap(begun, batches, check)
-            return
+            return itertools.chain(declined, windows)
         for prompts in itertools.islice(windows, 1):
             window, number = _Window(prompts), next(self._numbers)
 
@@ -249,6 +251,7 @@ class LogitEmbedder:
 
             window.tokens = self._token_workers.submit(tokenise, (_TOKENS, number))
             self._under_way.append(window)
+        return windows
 
     def _abandon(self) -> None:
         while self._under_way:
@@ -280,19 +283,25 @@ class LogitEmbedder:
 
     def _lap_of(
         self, windows: Iterable[Sequence[Prompt]], chunk_rows: int, check: Check
-    ) -> tuple[list[_Window], list[tuple[Callable[[], None], int]]]:
-        """The windows of the next lap: one, and more while what waits at the gates fits the memory and ten minutes."""
+    ) -> tuple[list[_Window], list[tuple[Callable[[], None], int]], list[Sequence[Prompt]]]:
+        """The windows of the next lap: one, and more while what waits at the gates fits the memory and ten minutes.
+
+        Last comes the window that was looked at and is left for another lap, if there is one.
+        """
         begun: list[_Window] = []
         batches: list[tuple[Callable[[], None], int]] = []
         most_tokens = lap_tokens(self.spec, self._model, spare_bytes=self._memory_bytes - self.memory_bytes(chunk_rows))
         for prompts in windows:
             window = _Window(prompts)
-            further = self._batches(window, self.tokens(prompts), check)
+            known, self._declined = self._declined, None
+            rows = known.rows if known is not None and known.prompts is prompts else self.tokens(prompts)
+            further = self._batches(window, rows, check)
             if begun and sum(tokens for _, tokens in (*batches, *further)) > most_tokens:
-                break
+                self._declined = window
+                return begun, batches, [prompts]
             begun.append(window)
             batches += further
-        return begun, batches
+        return begun, batches, []
 
     def _begin_lap(
         self, windows: Sequence[_Window], batches: Sequence[tuple[Callable[[], None], int]], check: Check

@@ -30,6 +30,7 @@ from embstore.core.spec import EmbeddingSpec, ModelIdentity, Versions
 from embstore.host.allocator import return_large_blocks
 from embstore.host.device import capability_of, has_fast_bfloat16, library_versions, resolve_device
 from embstore.host.threads import num_cores
+from embstore.model.adapters import without_adapter
 from embstore.model.backbone import SplitModel
 from embstore.model.digests import KnownDigests, counted_bytes
 from embstore.model.embed import DTYPES, LogitEmbedder, ModelParts
@@ -328,9 +329,11 @@ class InMemorySource(TorchSource):
         # its structure is copied, because layers are replaced while they compute; the weights are the caller's own
         shared = {id(tensor): tensor for tensor in (*self._model.parameters(), *self._model.buffers())}
         model: Any = copy.deepcopy(self._model, shared)
+        model, merges = without_adapter(model) if hasattr(model, "peft_config") else (model, {})
         if getattr(model.config, "_attn_implementation", "sdpa") not in ("eager", "sdpa"):
             model.set_attn_implementation("sdpa")  # kernels of training refuse float32
-        return LoadedCheckpoint(model=(model.base_model if space == "hidden" else model).eval(), tokenizer=self._tokenizer)
+        part = model.base_model if space == "hidden" else model
+        return LoadedCheckpoint(model=part.eval(), tokenizer=self._tokenizer, merges=merges)
 
     @property
     def _files_bytes(self) -> int | None:

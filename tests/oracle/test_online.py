@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 
@@ -50,3 +51,20 @@ def test_what_a_build_refuses_is_refused() -> None:
         embstore.DensityAwareSampler([*TEXTS, " "], model, tokenizer, "cpu")
     with pytest.raises(ConfigError, match=r"k must lie in 1\.\.32"):
         embstore.DensityAwareSampler(TEXTS, model, tokenizer, "cpu", k=33)
+
+
+def test_a_model_with_an_adapter_has_the_weights_of_the_merged_one() -> None:
+    """As a trainer with LoRA hands it over; it stays as it is."""
+    torch.manual_seed(3)
+    base, tokenizer = make_model("llama"), make_tokenizer()
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(base, settings)
+    before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    online = embstore.DensityAwareSampler(TEXTS, adapted, tokenizer, "cpu", k=5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapted.state_dict().items())
+    merged = embstore.DensityAwareSampler(TEXTS, adapted.merge_and_unload(), tokenizer, "cpu", k=5)
+    plain = embstore.DensityAwareSampler(TEXTS, make_model("llama"), tokenizer, "cpu", k=5)
+    # a pass in bfloat16 merges in bfloat16
+    apart = total_variation(online.density_weights, merged.density_weights)
+    assert apart < 1e-3
+    assert total_variation(online.density_weights, plain.density_weights) > 20 * apart
