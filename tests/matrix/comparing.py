@@ -90,9 +90,10 @@ def compare(model_type: str, work: Path) -> Found:
         return Found(how="right" if is_right else "wrong", head=embedder.spec.head.kind, worst=worst, std=oracle.std)
 
 
-def open_tiny(folder: Path, work: Path) -> LogitEmbedder:
+def open_tiny(folder: Path, work: Path, dtype: str = "float32") -> LogitEmbedder:
     """An embedder with two threads and small batches."""
-    return open_embedder(folder, PROMPTS, work / "embedder", threads=_THREADS, batch_tokens=_BATCH_TOKENS)
+    settings = {"threads": _THREADS, "batch_tokens": _BATCH_TOKENS, "dtype": dtype}
+    return open_embedder(folder, PROMPTS, work / "embedder", **settings)
 
 
 def rounding_of(model: Any, oracle: Oracle) -> float:

@@ -34,7 +34,7 @@ class Record:
     expected: dict[str, Expected]
     keeps_state: dict[str, str]  # what, by model type
     plain_only: dict[str, str]  # reasons, by model type
-    unequal_orders: dict[str, str]  # as above
+    float32_only: dict[str, str]  # as above
 
 
 @functools.cache
@@ -53,5 +53,5 @@ def read_record() -> Record:
         expected=expected,
         keeps_state=found.get("keeps_state", {}),
         plain_only=found.get("plain_only", {}),
-        unequal_orders=found.get("unequal_orders", {}),
+        float32_only=found.get("float32_only", {}),
     )
