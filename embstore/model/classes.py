@@ -22,7 +22,7 @@ _WITH_LOGITS = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoMode
 _REFUSED = {
     "reformer": "its attention draws random hashes, so two runs give different rows",
     "funnel": "it pools neighbouring tokens, padding included, so a row would depend on the other prompts of its batch",
-    "rwkv": "it rescales its weights in place while it runs, and embstore makes them anew",
+    "rwkv": "it rescales its weights in place while it runs, and embstore computes with copies that it makes later",
     "cpmant": "it looks at padding, so a row would depend on the other prompts of its batch",
 }
 
