@@ -35,7 +35,7 @@ def job(store: Path) -> RemoteWindowJob:
     folder.mkdir(parents=True)
     spec = decode_spec((store / "spec.json").read_bytes())
     reuse = nothing_reused(spec.rows)
-    return RemoteWindowJob.prepare(store, spec, FakeSource(), reuse, stops_at_failure=True, folder=folder)
+    return RemoteWindowJob.prepare(store, spec, FakeSource(), reuse, stops_at_failure=True, folder=folder, memory_bytes=0)
 
 
 def next_writer(job: RemoteWindowJob) -> None:

@@ -35,7 +35,7 @@ from embstore.core.config import EmbeddingConfig
 from embstore.core.prompts import Prompt
 from embstore.host.allocator import give_back
 from embstore.host.memory import MemoryMeter
-from embstore.model.load import locate_model
+from embstore.model.locate import locate_model
 from embstore.model.source import TorchSource
 from tests.support.models import PromptList
 
@@ -94,7 +94,7 @@ from embstore.host.memory import MemoryMeter
 
 prompts, model, out, options = sys.argv[1:]
 options = json.loads(options)
-is_killed = options.pop("is_killed", False)
+is_killed, memory = options.pop("is_killed", False), options.pop("model_memory", None)
 
 def watch(event):
     if is_killed and isinstance(event, RowsCommitted):
@@ -103,7 +103,8 @@ def watch(event):
 with MemoryMeter() as meter:
     meter.set_baseline()
     config = EmbeddingConfig(model=model, device="cpu", threads=2, **options)
-    embstore.build(prompts, out=out, config=BuildConfig(embedding=config), observer=watch, resume=Path(out).exists())
+    config = BuildConfig(embedding=config, model_memory_bytes=memory)
+    embstore.build(prompts, out=out, config=config, observer=watch, resume=Path(out).exists())
     print(meter.peak_anonymous_bytes)
 """
 

@@ -21,7 +21,7 @@ from embstore.core.interfaces import RowBlock
 from embstore.core.prompts import Prompt
 from embstore.host.threads import Urgency, Workers
 from embstore.model.backbone import SplitModel
-from embstore.model.load import locate_model
+from embstore.model.locate import locate_model
 from embstore.model.source import TorchSource
 from tests.support.models import (
     PROMPTS,

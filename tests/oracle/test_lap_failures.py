@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -263,10 +262,10 @@ def test_closing_in_the_middle_of_a_lap_ends_it(opened: Opened) -> None:
     is_closed.set()
     assert opened.under_way == 0
     assert late == []
-    assert opened.embedder.model.residency is None
-    gc.collect()
-    reading = [thread for thread in threading.enumerate() if thread.name.startswith("embstore-weights")]
-    assert not [thread for thread in reading if thread.is_alive()]
+    residency = opened.embedder.model.residency
+    assert residency is not None
+    assert residency.opened == []
+    assert residency._loading is None
 
 
 def test_a_lap_that_nobody_takes_is_given_up(opened: Opened) -> None:

@@ -130,7 +130,7 @@ def test_a_head_that_is_not_finite_is_said_at_the_end() -> None:
 def test_a_models_output_layer_is_taken_as_it_lies(name: str) -> None:
     module = make_model(name).to(torch.bfloat16)
     stored = module.get_output_embeddings().weight
-    head = SplitModel(module).output_layer()
+    head = SplitModel(module, torch.device("cpu")).output_layer()
     assert head is not None
     assert head.weight_VD.dtype == torch.bfloat16
     assert head.weight_VD.data_ptr() == stored.data_ptr()
@@ -139,7 +139,7 @@ def test_a_models_output_layer_is_taken_as_it_lies(name: str) -> None:
 def test_a_tied_head_keeps_what_was_loaded_when_the_backbone_is_cast() -> None:
     module = make_model("llama-tied")
     loaded = module.get_output_embeddings().weight.detach().clone()
-    model = SplitModel(module)
+    model = SplitModel(module, torch.device("cpu"))
     model.to_dtype(torch.bfloat16)
     head = model.output_layer()
     assert head is not None
@@ -170,7 +170,7 @@ def test_a_store_with_a_basis_of_the_head_is_continued(name: str, tmp_path: Path
     folder = save_model(tmp_path / "model", make_model(name), make_tokenizer())
     prompts = make_prompts(24)
     new = open_embedder(folder, prompts, tmp_path / "work")
-    head = SplitModel(make_model(name)).output_layer(new.spec.head.scale)
+    head = SplitModel(make_model(name), torch.device("cpu")).output_layer(new.spec.head.scale)
     assert head is not None
     read_block, width = spanning_columns(head, new.spec.dimension)
     basis_VR = orthonormal_basis(read_block, new.spec.dimension, width, max_rank=width)

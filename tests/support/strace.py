@@ -127,7 +127,7 @@ def parse_trace(lines: Iterable[str]) -> Iterator[TracedCall]:
         elif unfinished := _BEGUN.fullmatch(rest):
             begun[thread] = len(whole)
             whole.append((thread, unfinished["begin"]))
-        elif not rest.startswith(("---", "+++")):
+        elif not rest.startswith(("---", "+++", "???")):  # signals, exits, and what strace lets go
             whole.append((thread, rest))
     for thread, text in whole:
         # a call that never returned: its thread was killed

@@ -47,7 +47,7 @@ class MapSource(FakeSource):
         map_MR[:DIMENSION] = made.basis_VR
         return MapEmbedder(self, dataclasses.replace(made.spec, basis="gram"), map_MR)
 
-    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32]) -> FakeEmbedder:
+    def reopen(self, spec: EmbeddingSpec, basis_VR: NDArray[np.float32], **settings: object) -> FakeEmbedder:
         assert basis_VR.shape == (MAP_ROWS, spec.rank)
         self.reopenings += 1
         return MapEmbedder(self, spec, basis_VR)

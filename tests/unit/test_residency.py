@@ -38,6 +38,7 @@ class FakeWeights:
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes, self.held, self.most_bytes = sizes, set[int](), 0
+        self.device = torch.device("cpu")
         self.made: list[int] = []
         self.fails = -1
         self.layers = [Layer(self, number) for number in range(len(sizes))]
