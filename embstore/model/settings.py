@@ -35,10 +35,6 @@ _STREAMED_WINDOW_BYTES = 128 << 20  # of V-wide float32 means; two windows are u
 _LEAST_CHUNK_ROWS = 16
 # Weights of a backbone that stay in memory whatever their stored dtype is: below it, a cast copy costs less than reading on.
 SMALL_BACKBONE_BYTES = 256 << 20
-LEAST_COMPARED, _MOST_COMPARED = 32, 256
-_COMPARED_SHARE = 0.05
-_FLOAT32_COST = 8  # of a row in float32, as a multiple of one in bfloat16, on a CPU with AMX
-_COMPARED_FLOPS = 1e12
 _LAP_SECONDS = 600  # of arithmetic at the nominal rates below
 _LAP_FLOPS = {torch.float32: {"cpu": 2e11, "cuda": 2e13}, torch.bfloat16: {"cpu": 5e11, "cuda": 2e14}}
 _KERNEL_BYTES = 160 << 20  # oneDNN's: three for each of about a hundred lengths
@@ -116,17 +112,6 @@ def _batch_tokens(model: SplitModel) -> int:
         while tokens > _MIN_BATCH_TOKENS and activation_bytes(tokens, model) > memory:
             tokens //= 2
     return tokens
-
-
-def compared_rows(model: SplitModel, num_rows: int, *, mean_tokens: float) -> int:
-    """How many sampled prompts ``--dtype auto`` compares in both types; 0: even the fewest would cost too much.
-
-    The float32 side of a comparison may take 5 % of the pass, or a few seconds whatever the pass takes.
-    """
-    affordable = int(num_rows * _COMPARED_SHARE / _FLOAT32_COST)
-    cheap = int(_COMPARED_FLOPS / max(1.0, 2 * model.backbone_parameters * mean_tokens))
-    count = min(_MOST_COMPARED, max(affordable, cheap))
-    return count if count >= LEAST_COMPARED else 0
 
 
 def capacity_bytes(model: SplitModel, dtype: torch.dtype, asked_bytes: int | None) -> int | None:

@@ -7,7 +7,6 @@ find the basis, choose the dtype, pack, embed.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 from embstore.core.config import EmbeddingConfig, Space
-from embstore.core.density import total_variation
 from embstore.core.errors import ModelError
 from embstore.core.events import Notice, Observer, ignore, stage
 from embstore.core.interfaces import PromptReader
@@ -28,24 +26,23 @@ from embstore.core.prompts import Prompt
 from embstore.core.sampling import seeded_sample
 from embstore.core.spec import EmbeddingSpec, ModelIdentity, Versions
 from embstore.host.allocator import return_large_blocks
-from embstore.host.device import capability_of, has_fast_bfloat16, library_versions, resolve_device
+from embstore.host.device import capability_of, library_versions, resolve_device
 from embstore.host.threads import num_cores
 from embstore.model.adapters import without_adapter
 from embstore.model.backbone import SplitModel
 from embstore.model.digests import KnownDigests, counted_bytes
+from embstore.model.dtype_choice import takes_bfloat16
 from embstore.model.embed import DTYPES, LogitEmbedder, ModelParts
 from embstore.model.finish import AffineFinisher, Finisher, make_finisher
 from embstore.model.formats import Checkpoint, LoadedCheckpoint
 from embstore.model.heads import AffineHead, stays_float32
 from embstore.model.packed import can_pack
-from embstore.model.pilot import find_basis, mean_distances, note_plan
+from embstore.model.pilot import find_basis, note_plan
 from embstore.model.positions import usable_positions
 from embstore.model.probe import examine, open_head, packable_layers, probe_tokens
 from embstore.model.settings import (
-    LEAST_COMPARED,
     Settings,
     capacity_bytes,
-    compared_rows,
     does_not_fit,
     in_16_bits,
     settle_batches,
@@ -55,7 +52,6 @@ from embstore.model.tokens import TOKEN_RULE, PromptTokenizer, TokenRow
 
 _SAMPLE_ROWS = 256
 _DEFAULT_MAX_TOKENS = 512
-_DTYPE_MAX_TV = 1e-3
 _BASIS_OF = {"affine": "gram", "none": "identity"}  # any other head: "range-finder"
 
 
@@ -268,42 +264,24 @@ class TorchSource:
         memory_bytes: int,
         observer: Observer,
     ) -> Settings:
-        """Settle the backbone's dtype: as asked, or bfloat16 where it is fast and moves weights by a TV below 1e-3."""
+        """Settle the backbone's dtype, as asked or as ``dtype_choice`` finds; the settings that go with it."""
         model = parts.model
         narrow = in_16_bits(settings, config, model, memory_bytes=memory_bytes)
-        if config.dtype not in (None, "auto"):
-            takes_bfloat16 = config.dtype == "bfloat16"
-        # kernels of bfloat16 are made for every shape, and kept: where they do not fit, float32 may
-        elif settings.changed(dtype="bfloat16").needed_bytes(model) > memory_bytes or not has_fast_bfloat16(parts.device):
-            takes_bfloat16 = False
-        elif (count := compared_rows(model, num_rows, mean_tokens=_mean_tokens(sample))) == 0:
-            takes_bfloat16 = model.stored_dtype == torch.bfloat16
-            kept = "bfloat16" if takes_bfloat16 else "float32"
-            observer(
-                Notice(
-                    message=f"using {kept}, the checkpoint's precision: comparing bfloat16 with float32 on "
-                    f"{LEAST_COMPARED} prompts would cost more than 5 % of the pass, so nothing was compared"
-                )
+        if config.dtype in (None, "auto"):
+            is_narrow = takes_bfloat16(
+                parts,
+                settings,
+                finisher,
+                sample,
+                num_rows=num_rows,
+                memory_bytes=memory_bytes,
+                settle=lambda dtype: self._settle(model, dtype, asked=dtype == torch.bfloat16),
+                observer=observer,
             )
         else:
-            with stage(observer, "dtype"):
-                self._settle(model, torch.float32, asked=False)
-                exact = mean_distances(parts, settings, finisher, sample[:count])
-                self._settle(model, torch.bfloat16)
-                try:
-                    tv = total_variation(exact, mean_distances(parts, settings, finisher, sample[:count]))
-                except RuntimeError as error:
-                    if isinstance(error, torch.OutOfMemoryError):
-                        raise
-                    tv = math.inf  # a few classes mix precisions in a way that torch refuses
-            takes_bfloat16 = tv <= _DTYPE_MAX_TV
-            if not takes_bfloat16:
-                limits = f"limit {_DTYPE_MAX_TV:g}, {len(sample[:count])} sampled prompts"
-                change = f"bfloat16 would change the weights by TV {tv:.1e} ({limits})"
-                cannot = f"{type(model.module).__name__} does not run in bfloat16"
-                observer(Notice(message=f"using float32: {cannot if math.isinf(tv) else change}"))
-        self._settle(model, torch.bfloat16 if takes_bfloat16 else torch.float32)
-        return narrow if takes_bfloat16 else settings
+            is_narrow = config.dtype == "bfloat16"
+        self._settle(model, torch.bfloat16 if is_narrow else torch.float32)
+        return narrow if is_narrow else settings
 
 
 class InMemorySource(TorchSource):

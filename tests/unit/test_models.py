@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ConfigError, EmbstoreError, ModelError
 from embstore.core.events import Event, Notice
 from embstore.host.device import has_fast_bfloat16, resolve_device
-from embstore.model import source
+from embstore.model import dtype_choice
 from embstore.model.locate import locate_model
 from tests.support.models import PROMPTS, make_model, make_tokenizer, open_embedder, rows_before_rounding, save_model
 
@@ -259,7 +260,7 @@ def test_transformers_4_loads_a_tokenizer_that_transformers_5_saved(folder: Path
 def auto_dtype(folder: Path, work: Path, *, fast: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[str]]:
     """What ``--dtype auto`` takes, and the notices on the way."""
     events: list[Event] = []
-    monkeypatch.setattr(source, "has_fast_bfloat16", lambda device: fast)
+    monkeypatch.setattr(dtype_choice, "has_fast_bfloat16", lambda device: fast)
     embedder = open_embedder(folder, PROMPTS, work, dtype="auto", max_tokens=64, observer=events.append)
     return embedder.spec.dtype, [event.message for event in events if isinstance(event, Notice)]
 
@@ -281,10 +282,34 @@ def test_auto_stays_in_float32_where_bfloat16_moves_weights(tmp_path: Path, monk
     assert ["using float32: bfloat16 would change the weights by TV" in notice for notice in notices] == [True]
 
 
+@pytest.mark.parametrize(("stored", "expected"), [("bfloat16", "bfloat16"), ("float32", "float32"), ("float16", "float32")])
+def test_auto_takes_what_is_stored_where_a_comparison_is_too_dear(
+    stored: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Float16 is not computed in: models that were trained in bfloat16 overflow there."""
+    monkeypatch.setattr(dtype_choice, "_COMPARED_FLOPS", 0.0)
+    monkeypatch.setattr(dtype_choice, "mean_distances", lambda *_: pytest.fail("compared"))
+    folder = save_model(tmp_path / "model", make_model("llama").to(getattr(torch, stored)), make_tokenizer())
+    dtype, notices = auto_dtype(folder, tmp_path / "work", fast=True, monkeypatch=monkeypatch)
+    assert dtype == expected
+    assert [f"using {expected}, " in notice and "nothing was compared" in notice for notice in notices] == [True]
+
+
+def test_a_comparison_takes_5_percent_of_the_pass_or_a_few_seconds() -> None:
+    def compared(parameters: float, num_rows: int) -> int:
+        model: Any = types.SimpleNamespace(backbone_parameters=parameters)
+        return dtype_choice.compared_rows(model, num_rows, mean_tokens=100.0)
+
+    assert compared(3.3e6, 100) == compared(3.3e6, 28_000) == 256  # cheap whatever the pass
+    assert compared(7e9, 64) == compared(7e9, 5_000) == 0
+    assert compared(7e9, 8_000) == 50  # a float32 row costs 8 in bfloat16
+    assert compared(7e9, 1_000_000) == 256
+
+
 def test_auto_leaves_no_trace_of_its_probe(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A float32 embedder after a refused probe gives the rows of one that never probed."""
-    monkeypatch.setattr(source, "_DTYPE_MAX_TV", -1.0)
-    monkeypatch.setattr(source, "has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(dtype_choice, "_MAX_TV", -1.0)
+    monkeypatch.setattr(dtype_choice, "has_fast_bfloat16", lambda device: True)
     probed = open_embedder(llama, PROMPTS, tmp_path / "first", dtype="auto")
     plain = open_embedder(llama, PROMPTS, tmp_path / "second", dtype="float32")
     assert probed.spec == plain.spec

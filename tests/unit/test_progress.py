@@ -100,7 +100,7 @@ def test_a_model_of_the_hub_is_fetched_in_a_stage(
 def test_auto_compares_dtypes_in_a_stage(
     prompts: Path, config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embstore.model.source.has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr("embstore.model.dtype_choice.has_fast_bfloat16", lambda device: True)
     events: list[Event] = []
     auto = dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, dtype="auto"))
     preflight(prompts, out=tmp_path / "store", config=auto, observer=events.append)
