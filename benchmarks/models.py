@@ -41,6 +41,7 @@ class Job:
     tokenizer: Path
     work: Path
     base: Path | None
+    counts: tuple[int, ...]
     rounds: int
 
     def first(self, count: int) -> Path:
@@ -59,6 +60,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("demo_output/models"), help="scratch folder, up to 20 GB")
     parser.add_argument("--parts", default="0.5B,1.7B,8B")
     parser.add_argument("--base", type=Path, help="python of another version of embstore, for the part small")
+    parser.add_argument("--counts", default="64,256", help="numbers of prompts of the part 8B")
     parser.add_argument("--rounds", type=int, default=3, help="repetitions of each side of a ratio")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -67,6 +69,7 @@ def main() -> int:
         tokenizer=options.tokenizer,
         work=options.work,
         base=options.base,
+        counts=tuple(int(count) for count in options.counts.split(",")),
         rounds=options.rounds,
     )
     runs: dict[str, Callable[[Job], dict[str, Any]]] = {"0.5B": half, "1.7B": medium, "8B": large, "small": small}
@@ -95,7 +98,7 @@ def large(job: Job) -> dict[str, Any]:
     model = make("8B", job.tokenizer, job.work)
     options = ("--dtype", "bfloat16", "--memory-budget", "2GiB", "--model-memory", "2GiB")
     builds = {}
-    for count in (64, 256):
+    for count in job.counts:
         warm(model)
         figures = build(job, model, count, *options)
         warm(model)
