@@ -72,6 +72,7 @@ class WindowWorker:
         self._copier = RowCopier(reuse, spec, work)
         self._counts = _NOTHING_COMPUTED
         self._todo = todo
+        self._position_of = {window: position for position, window in enumerate(todo)}
         self._read: dict[int, list[Prompt]] = {}  # prompts of windows for the model: announced ones keep their objects
         self._resources = resources or contextlib.ExitStack()
         self._meter = meter
@@ -115,8 +116,9 @@ class WindowWorker:
 
     def _announced(self, window: int, following: int | None) -> Iterator[list[Prompt]]:
         """Prompts of the windows after this one, read as they are asked for; a window that is copied has none."""
-        windows = self._todo[self._todo.index(window) + 1 :] if window in self._todo else (following,)
-        return (prompts for later in windows if later is not None and (prompts := self._missing(later)))
+        position = self._position_of.get(window)
+        later = (self._todo[each] for each in range(position + 1, len(self._todo))) if position is not None else (following,)
+        return (prompts for each in later if each is not None and (prompts := self._missing(each)))
 
     def _blocks(
         self, window: int, given: Sequence[Prompt], check: Check, following: Iterable[Sequence[Prompt]]
