@@ -45,7 +45,7 @@ def exact_arithmetic() -> Iterator[None]:
     threads are in it, the last one to leave puts that part back.
     """
     with contextlib.ExitStack() as undo:
-        undo.enter_context(_process_wide())
+        undo.enter_context(full_precision())
         for kind in ("cpu", "cuda"):
             _set(undo, _called(torch.is_autocast_enabled, kind), _called(torch.set_autocast_enabled, kind), False)
         # a thread count is set later, by whoever computes, for this thread and for those that start after it
@@ -58,8 +58,11 @@ def exact_arithmetic() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _process_wide() -> Iterator[None]:
-    """Set what belongs to the process, unless another thread has done so already."""
+def full_precision() -> Iterator[None]:
+    """The process-wide part of ``exact_arithmetic``: sums and products in full float32 precision.
+
+    A generator may hold it while it waits: nothing of the calling thread changes.
+    """
     with _lock:
         _inside.append(None)
         try:

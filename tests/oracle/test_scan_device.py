@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from embstore.core.errors import BudgetError
-from embstore.host.numerics import exact_arithmetic
+from embstore.host.numerics import full_precision
 from embstore.search.exact import scan
 from embstore.search.exact.scan import all_neighbors, plan_on_device, plan_scan
 from embstore.search.exact.tiles import operand_bytes
@@ -42,6 +42,7 @@ def test_products_are_added_in_float32_while_a_scan_goes_on(reduced_precision: o
     assert before[:2] == [True, True]
     blocks = all_neighbors(points(1500), 5, threads=1, memory_bytes=1 << 20, work=tmp_path)
     next(blocks)
+    assert torch.is_grad_enabled()  # whoever takes the blocks may train meanwhile
     assert settings()[:2] == [False, False]
     assert settings()[-1] == "highest"
     assert len(list(blocks)) > 0
@@ -54,7 +55,7 @@ def test_products_are_added_in_float32_while_a_scan_goes_on(reduced_precision: o
 
 def test_settings_are_put_back_after_an_error(reduced_precision: object) -> None:
     before = settings()
-    with pytest.raises(KeyError), exact_arithmetic():
+    with pytest.raises(KeyError), full_precision():
         raise KeyError
     assert settings() == before
 

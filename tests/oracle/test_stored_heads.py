@@ -140,7 +140,7 @@ def test_a_tied_head_keeps_what_was_loaded_when_the_backbone_is_cast() -> None:
     module = make_model("llama-tied")
     loaded = module.get_output_embeddings().weight.detach().clone()
     model = SplitModel(module, torch.device("cpu"))
-    model.to_dtype(torch.bfloat16)
+    model.settle(torch.bfloat16, None)
     head = model.output_layer()
     assert head is not None
     assert torch.equal(head.weight_VD, loaded)

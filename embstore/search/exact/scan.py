@@ -31,7 +31,7 @@ from embstore.core.errors import BudgetError
 from embstore.core.rows import slices
 from embstore.core.sampling import shuffled
 from embstore.host.device import free_device_bytes, has_fast_bfloat16, resolve_device
-from embstore.host.numerics import exact_arithmetic
+from embstore.host.numerics import full_precision
 from embstore.host.threads import Workers, abandon, finish_all
 from embstore.search.distances import FloatMatrix, IntMatrix, direct_distances, ranked, rerank_bytes
 from embstore.search.exact.pairwise import brute_force, brute_force_bytes
@@ -178,7 +178,7 @@ def all_neighbors(
     operand = quantise(coord_GR, order_G, dtype=dtype, device=where, scratch=scratch)
     workers = Workers(threads, threads if where.type == "cpu" else 1, where)
     report = _Report(advance, (num_queries - finished) * num_nodes, num_queries - finished)
-    with exact_arithmetic():
+    with full_precision():
         for first in range(finished, num_queries, plan.panel_rows):
             panel = positions_Q[first : first + plan.panel_rows]
             is_mirrored = queries_Q is None and len(panel) == num_nodes - finished
