@@ -14,7 +14,7 @@ import torch
 import embstore
 from embstore.core.config import BuildConfig, EmbeddingConfig, WeightingConfig
 from embstore.core.density import total_variation
-from embstore.core.errors import ConfigError, PromptError
+from embstore.core.errors import ConfigError, ModelError, PromptError
 from tests.support.models import make_model, make_prompts, make_tokenizer, save_model
 
 TEXTS = [prompt.rendered for prompt in make_prompts(60, seed=3)]
@@ -68,3 +68,12 @@ def test_a_model_with_an_adapter_has_the_weights_of_the_merged_one() -> None:
     apart = total_variation(online.density_weights, merged.density_weights)
     assert apart < 1e-3
     assert total_variation(online.density_weights, plain.density_weights) > 20 * apart
+
+
+@pytest.mark.parametrize("mark", ["ds_id", "device_mesh"])
+def test_a_model_that_is_not_whole_in_this_process_is_refused(mark: str) -> None:
+    """As ZeRO-3 and FSDP leave it: the parameters of one process are parts."""
+    model = make_model("llama")
+    setattr(model.get_input_embeddings().weight, mark, 1)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM\.\S*embed_tokens\.weight is not whole in this process"):
+        embstore.DensityAwareSampler(TEXTS, model, make_tokenizer(), "cpu")
