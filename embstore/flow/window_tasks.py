@@ -243,26 +243,27 @@ class RemoteWindowJob:
         own = self.folder / str(number)
         with storage_errors("creating folder", own):
             own.mkdir()  # without parents: a removed driver's folder must not come back
-        embedder, resources = None, contextlib.ExitStack()
-        if self.source is not None:
-            _compute_exactly(resources)
-            self._refuse_other(self.source)
-            # on this process's own device
-            basis_VR = map_basis(self.root, self.spec.embedding)
-            embedder = self.source.reopen(self.spec.embedding, basis_VR, memory_bytes=self.memory_bytes)
-        offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
-        return WindowWorker(
-            self.root,
-            self.spec,
-            embedder,
-            self.reuse.open(self.root) if self.reuse is not None else nothing_reused(self.spec.rows),
-            prompts=PromptTable(self.root / PROMPTS, self.spec.rows, offsets=offsets),
-            stops_at_failure=self.stops_at_failure,
-            work=own,
-            temps=own,
-            meter=MemoryMeter(),
-            resources=resources,
-        )
+        with contextlib.ExitStack() as opening:
+            embedder = None
+            if self.source is not None:
+                _compute_exactly(opening)
+                self._refuse_other(self.source)
+                # on this process's own device
+                basis_VR = map_basis(self.root, self.spec.embedding)
+                embedder = self.source.reopen(self.spec.embedding, basis_VR, memory_bytes=self.memory_bytes)
+            offsets = np.load(self.folder / "offsets.npy", mmap_mode="r")
+            return WindowWorker(
+                self.root,
+                self.spec,
+                embedder,
+                self.reuse.open(self.root) if self.reuse is not None else nothing_reused(self.spec.rows),
+                prompts=PromptTable(self.root / PROMPTS, self.spec.rows, offsets=offsets),
+                stops_at_failure=self.stops_at_failure,
+                work=own,
+                temps=own,
+                meter=MemoryMeter(),
+                resources=opening.pop_all(),
+            )
 
     def name(self, task: int) -> str:
         """The window, its rows, and the ids of its first and last prompts."""
@@ -302,9 +303,9 @@ class RemoteWindowJob:
 def _compute_exactly(resources: contextlib.ExitStack) -> None:
     """Full precision until the worker is closed, where torch computes: a source that needs it has loaded it."""
     if "torch" in sys.modules:
-        from embstore.host.numerics import exact_arithmetic  # noqa: PLC0415
+        from embstore.host.numerics import full_precision  # noqa: PLC0415
 
-        resources.enter_context(exact_arithmetic())
+        resources.enter_context(full_precision())  # not of this thread alone: its workers may be closed in any order
 
 
 def name_window(root: Path, spec: StoreSpec, window: int) -> str:

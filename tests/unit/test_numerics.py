@@ -15,7 +15,7 @@ from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig
 from embstore.core.errors import EmbstoreError
 from embstore.core.events import StageStarted
 from embstore.flow.build import build
-from embstore.host.numerics import exact_arithmetic
+from embstore.host.numerics import exact_arithmetic, full_precision
 from tests.support.models import make_model, make_tokenizer, save_model
 from tests.support.stores import snapshot, write_lines
 
@@ -227,3 +227,20 @@ def test_threads_of_a_build_see_full_precision(folder: Path, prompts: Path, tmp_
     assert seen[0]["autocast"] == (False, False)
     assert seen[0]["device"] == torch.device("cpu")
     assert "highest" in seen[0].values()
+
+
+def test_the_part_of_the_process_may_be_left_in_any_order() -> None:
+    """As workers in one thread are closed: the first one first."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with contextlib.ExitStack() as first:
+            first.enter_context(full_precision())
+            second = contextlib.ExitStack()
+            second.enter_context(full_precision())
+        assert torch.get_float32_matmul_precision() == "highest"
+        second.close()
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.is_grad_enabled()
+    finally:
+        torch.set_float32_matmul_precision(before)
