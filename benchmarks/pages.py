@@ -37,7 +37,7 @@ class Block:
 
 
 BLOCKS = (
-    Block("README.md", "figures", "embedding faults knn training", tables.readme),
+    Block("README.md", "figures", "embedding faults knn models training", tables.readme),
     Block("docs/performance.md", "methods", "embedding embedding_amx", speed_tables.methods),
     Block("docs/performance.md", "sweep", "embedding", speed_tables.sweep),
     Block("docs/performance.md", "streamed", "embedding", speed_tables.streamed),

@@ -91,16 +91,20 @@ systems, {full:,} full disks, and {modelled:,} kills and power cuts of a modelle
 confidence; 28,000 prompts in {search[seconds]:.1f} s, {faster:,} times as fast as scikit-learn over the full rows \
 ([density](docs/density.md#search-engines)) |
 | Weights at the start of training, joined by content | **{joined[density_seconds]:.1f} s** | {prompts:,} prompts, on a \
-busy machine; computing them there took {online[density_seconds]:.0f} s ([training](docs/training.md#figures)) |"""
+busy machine; computing them there took {online[density_seconds]:.0f} s ([training](docs/training.md#figures)) |
+| Memory of a build with an 8B checkpoint, a file of 15 GiB | **{large_GiB:.1f} GiB** | random weights, \
+{large[prompts]} prompts, at {large[speed]:.2f} of the speed of its bare \
+backbone ([models](docs/performance.md#models-of-real-shapes)) |"""
 
 
-def readme(embedding: Report, report: Report, knn: Report, training: Report) -> str:
+def readme(embedding: Report, report: Report, knn: Report, models: Report, training: Report) -> str:
     """The figures that a stranger sees first."""
     default = embedding["dtype"]["auto_takes"]
     other = next(dtype for dtype in DTYPES if dtype != default)
     kinds = faults_by_kind(report)[ACKNOWLEDGED]
     times = {title: sum(row["cycles"] for row in rows) for title, rows in kinds.items()}
     modelled = sum(count for title, count in times.items() if "modelled" in title)
+    large = models["8B"]["builds"]["64"]
     figures = {
         "default": default,
         "other": other,
@@ -113,6 +117,8 @@ def readme(embedding: Report, report: Report, knn: Report, training: Report) -> 
         "modelled": modelled,
         "search": knn["store"]["28000"]["auto"]["tried"][0],
         "faster": knn["store"]["28000"]["times_faster"]["auto"],
+        "large": large,
+        "large_GiB": large["peak_anonymous_bytes"] / (1 << 30),
         **training["start"],
     }
     return fill(_README, figures)

@@ -105,9 +105,9 @@ def run_and_print(work: Callable[..., BuildReport | Preflight], out: Path, *, as
     """Run ``work(observer=...)`` with its progress on stderr; print the report of a build, and of a plan only its JSON."""
     sys.stderr.write(f"embstore {__version__}\n")  # the first word, before anything that takes seconds
     sys.stderr.flush()
-    from embstore.views import info, terminal  # noqa: PLC0415 - other commands start without them
+    from embstore.views import info, progress, terminal  # noqa: PLC0415 - other commands start without them
 
-    with terminal.TerminalObserver(Console(stderr=True, soft_wrap=not sys.stderr.isatty())) as observer:
+    with progress.TerminalObserver(Console(stderr=True, soft_wrap=not sys.stderr.isatty())) as observer:
         result = work(observer=observer)
     if as_json:
         print_json(result)

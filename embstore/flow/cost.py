@@ -51,14 +51,14 @@ def copied_rows(config: BuildConfig, old: StoreSpec) -> tuple[int, int]:
 
 
 def _part_of(window_rows: int | None, near: int) -> int:
-    """Rows of a chunk, ``near`` or less, of which a chosen window has a whole number."""
+    """Rows of a chunk, ``near`` or less, that divide a chosen window."""
     if window_rows is None:
         return near
     parts = [rows for rows in range(1, min(near, window_rows) + 1) if window_rows % rows == 0]
     largest = max([rows for rows in parts if rows % 16 == 0] or parts)
     if window_rows > near and largest < near // 8:
         raise ConfigError(
-            f"a window of {window_rows} rows has no whole number of chunks of about {near} rows",
+            f"a window of {window_rows} rows cannot be divided into equal chunks of about {near} rows",
             hint=f"give --window-rows {round(window_rows / near) * near}, or --chunk-rows as well",
         )
     return largest

@@ -88,6 +88,8 @@ class WindowWorker:
         RowError
             A prompt failed in the model, and failed rows are not quarantined.
         """
+        if not self._todo:  # what was announced may have gone to another worker
+            self._read = {window: prompts for window, prompts in self._read.items() if window == task}
         given = self._missing(task)
         blocks = self._blocks(task, given, check, self._announced(task, following))
         rows = grid_of(self._spec).window(task)

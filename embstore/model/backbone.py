@@ -169,14 +169,12 @@ class SplitModel:
         bias_V = None if linear.bias is None else linear.bias.detach().float()  # type: ignore[redundant-expr]  # torch's stub
         return AffineHead(weight_VD=linear.weight.detach().to(self.device), bias_V=bias_V, scale=scale)
 
-    @contextlib.contextmanager
-    def probed_head(self, most_bytes: int) -> Iterator[bool]:
+    def probed_head(self, most_bytes: int) -> contextlib.AbstractContextManager[bool]:
         """What follows the backbone in float32; of an output layer above ``most_bytes`` only evenly spaced columns.
 
-        Yields whether it is whole.
+        The context gives whether the layer is whole.
         """
-        with self._tail.in_float32(self.device, most_bytes, self.module.get_output_embeddings()) as is_whole:
-            yield is_whole
+        return self._tail.in_float32(self.device, most_bytes, self.module.get_output_embeddings())
 
     def hold_head(self) -> None:
         """Keep all that follows the backbone in float32, for a head that is streamed by its class's own code."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from embstore.model.residency import Residency
 from embstore.model.units import Unit
 
 Job = Callable[[], None]  # one batch: calls the backbone
+_Task = tuple[greenlet.greenlet, Job]  # a batch that has begun
 
 
 class Lap:
@@ -42,13 +44,13 @@ class Lap:
             least = loads.index(min(loads))
             hands[least].append(job)
             loads[least] += cost
-        return [_bound(self._run, hand) for hand in hands]
+        return [functools.partial(self._run, hand) for hand in hands]
 
     def _run(self, jobs: Sequence[Job]) -> None:
         """All jobs of this thread; the first error of one cancels the lap."""
         self._residency.begin(jobs)
         fresh = list(reversed(jobs))
-        waiting: dict[Unit, list[tuple[greenlet.greenlet, Job]]] = defaultdict(list)
+        waiting: dict[Unit, list[_Task]] = defaultdict(list)
         try:
             while fresh or waiting:
                 self._check()
@@ -73,7 +75,7 @@ class Lap:
         batch.gr_context = contextvars.copy_context()
         return batch
 
-    def _next(self, waiting: dict[Unit, list[tuple[greenlet.greenlet, Job]]]) -> tuple[greenlet.greenlet, Job] | None:
+    def _next(self, waiting: dict[Unit, list[_Task]]) -> _Task | None:
         """A batch that waits at an open unit, the oldest one first; None after half a second without."""
         for unit in self._residency.opened:
             if unit in waiting and self._residency.enter(unit):
@@ -84,7 +86,7 @@ class Lap:
         self._residency.wait(waiting)
         return None
 
-    def _resume(self, task: tuple[greenlet.greenlet, Job], waiting: dict[Unit, list[tuple[greenlet.greenlet, Job]]]) -> None:
+    def _resume(self, task: _Task, waiting: dict[Unit, list[_Task]]) -> None:
         """Run a batch until it calls the next gate, or ends."""
         batch, job = task
         try:
@@ -114,7 +116,3 @@ def _gate(unit: Unit) -> Callable[[nn.Module, object], None]:
         thread.switch(unit)
 
     return wait
-
-
-def _bound(run: Callable[[Sequence[Job]], None], jobs: Sequence[Job]) -> Job:
-    return lambda: run(jobs)

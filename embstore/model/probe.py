@@ -167,7 +167,8 @@ def _named(model: SplitModel) -> Iterator[None]:
     except Exception as error:  # any class's code runs here
         message = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"{type(model.module).__name__} cannot be run on token ids alone in {model.dtype}: {message[0][:300]}",
+            f"{type(model.module).__name__} cannot be run on token ids alone in {str(model.dtype).removeprefix('torch.')}: "
+            f"{message[0][:300]}",
             hint="embstore runs causal LMs, and encoders with --space hidden; docs/models.md lists what is refused",
         ) from error
 

@@ -32,6 +32,7 @@ class Residency:
         self._left: set[Unit] = set()  # still open when the last batch ended: nobody who lives now comes from there
         self._at: Counter[Unit] = Counter()  # batches at each unit
         self._place: dict[object, Unit | None] = {}  # of every live batch
+        self._unplaced = 0  # live batches that have not arrived anywhere yet
         self._next: dict[Unit | None, Unit] = {}  # the unit that followed last time; after None comes the first one
         self._error: BaseException | None = None
         self._changed = threading.Condition()
@@ -42,14 +43,15 @@ class Residency:
     def begin(self, batches: Iterable[object]) -> None:
         """These batches are live, and have not arrived anywhere."""
         with self._changed:
-            self._place.update(dict.fromkeys(batches))
+            fresh = dict.fromkeys(batches)
+            self._place.update(fresh)
+            self._unplaced += len(fresh)
             self._advance()
 
     def arrive(self, batch: object, unit: Unit) -> None:
         """``batch`` calls a gate of ``unit``."""
         with self._changed:
-            before = self._place.get(batch)
-            self._next[before] = unit
+            self._next[self._place[batch]] = unit
             self._move(batch, unit)
             self._advance()
 
@@ -113,8 +115,10 @@ class Residency:
     # --- all below under the lock -----------------------------------------------------------------------------------
 
     def _move(self, batch: object, unit: Unit | None) -> None:
-        before = self._place.get(batch)
-        if before is not None:
+        before = self._place[batch]
+        if before is None:
+            self._unplaced -= 1
+        else:
             self._at[before] -= 1
         if unit is not None:
             self._at[unit] += 1
@@ -140,11 +144,10 @@ class Residency:
 
     def _make_room(self, needed_bytes: int, *, is_wanted: bool) -> bool:
         used = sum(self._bytes[unit] for unit in self._open)
-        all_arrived = all(unit is not None for unit in self._place.values())
 
         def may_go(unit: Unit) -> bool:
             # what was read ahead and not visited goes only for a unit that batches wait for
-            return unit in self._left or (all_arrived and (is_wanted or unit in self._visited))
+            return unit in self._left or (not self._unplaced and (is_wanted or unit in self._visited))
 
         idle = sorted((unit for unit in self._open if not self._at[unit] and may_go(unit)), key=self._worth)
         chosen: list[Unit] = []

@@ -125,38 +125,43 @@ def capacity_bytes(model: SplitModel, dtype: torch.dtype, asked_bytes: int | Non
     BudgetError
         Less was asked for than the two largest units take.
     """
-    weights = model.weights
-    sizes = sorted((weights.bytes_of(unit, dtype) for unit in weights.parts.units), reverse=True)
-    base_bytes = weights.base_bytes(dtype)
+    sizes, base_bytes = _layer_sizes(model, dtype)
     whole_bytes, least_bytes = sum(sizes) + base_bytes, sum(sizes[:2]) + base_bytes
-    is_plain = whole_bytes <= (_resident_bytes(model.device) if asked_bytes is None else asked_bytes)
-    if is_plain:
-        return None
     problem = model.why_plain
-    if problem is not None and asked_bytes is None:
+    if asked_bytes is None:
+        stays = problem is not None or whole_bytes <= _resident_bytes(model.device)
+        return None if stays else sum(sizes[:2])
+    if whole_bytes <= asked_bytes:
         return None
-    if problem is not None or (asked_bytes is not None and asked_bytes < least_bytes):
-        needed_bytes = least_bytes if problem is None else whole_bytes
-        reason = (
-            f"the two largest layers of {type(model.module).__name__} take" if problem is None else f"{problem}, which takes"
-        )
-        raise BudgetError(
-            f"{reason} {format_bytes(needed_bytes)} in {str(dtype).removeprefix('torch.')}, --model-memory is "
-            f"{format_bytes(asked_bytes or 0)}",
-            hint=f"give --model-memory {-(-needed_bytes // (1 << 20))}MiB or more",
-        )
-    return sum(sizes[:2]) if asked_bytes is None else asked_bytes - base_bytes
+    if problem is None and asked_bytes >= least_bytes:
+        return asked_bytes - base_bytes
+    if problem is not None:
+        needs, needed_bytes = f"{problem}, which takes", whole_bytes
+    else:
+        needs, needed_bytes = f"the two largest layers of {type(model.module).__name__} take", least_bytes
+    raise BudgetError(
+        f"{needs} {format_bytes(needed_bytes)} in {str(dtype).removeprefix('torch.')}, --model-memory is "
+        f"{format_bytes(asked_bytes)}",
+        hint=f"give --model-memory {-(-needed_bytes // (1 << 20))}MiB or more",
+    )
 
 
 def does_not_fit(model: SplitModel, dtype: torch.dtype, asked_bytes: int | None) -> BudgetError:
     """The refusal of weights that turned out not to fit the device, with what would."""
-    sizes = sorted((model.weights.bytes_of(unit, dtype) for unit in model.weights.parts.units), reverse=True)
-    least_bytes = sum(sizes[:2]) + model.weights.base_bytes(dtype)
+    sizes, base_bytes = _layer_sizes(model, dtype)
+    least_bytes = sum(sizes[:2]) + base_bytes
     given = "auto" if asked_bytes is None else format_bytes(asked_bytes)
     return BudgetError(
         f"the layers of {type(model.module).__name__} do not fit the memory of {model.device} (--model-memory is {given})",
         hint=f"free memory there, or give --model-memory {-(-least_bytes // (1 << 20))}MiB, the least that works",
     )
+
+
+def _layer_sizes(model: SplitModel, dtype: torch.dtype) -> tuple[list[int], int]:
+    """Bytes of each unit in ``dtype``, the largest first, and of the weights that always stay."""
+    weights = model.weights
+    sizes = sorted((weights.bytes_of(unit, dtype) for unit in weights.parts.units), reverse=True)
+    return sizes, weights.base_bytes(dtype)
 
 
 def _resident_bytes(device: torch.device) -> int:

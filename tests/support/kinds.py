@@ -29,7 +29,7 @@ _TEXT: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
-_VISION: dict[str, Any] = {
+VISION: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 16,
     "num_hidden_layers": 1,
@@ -95,19 +95,19 @@ def _qwen3_vl() -> Any:
 def _mistral3() -> Any:
     text = transformers.MistralConfig(**_TEXT, head_dim=8)
     return transformers.Mistral3Config(
-        text_config=text.to_dict(), vision_config=transformers.PixtralVisionConfig(**_VISION).to_dict()
+        text_config=text.to_dict(), vision_config=transformers.PixtralVisionConfig(**VISION).to_dict()
     )
 
 
 def _llava() -> Any:
-    text, vision = transformers.LlamaConfig(**_TEXT), transformers.CLIPVisionConfig(**_VISION)
+    text, vision = transformers.LlamaConfig(**_TEXT), transformers.CLIPVisionConfig(**VISION)
     return transformers.LlavaConfig(text_config=text.to_dict(), vision_config=vision.to_dict())
 
 
 def _llama4() -> Any:
     sizes = {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
     text = {"head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2, "attention_chunk_size": 32}
-    return transformers.Llama4Config(text_config=_TEXT | text, vision_config=_VISION | sizes | {"intermediate_size": 64})
+    return transformers.Llama4Config(text_config=_TEXT | text, vision_config=VISION | sizes | {"intermediate_size": 64})
 
 
 def _mllama() -> Any:
@@ -132,7 +132,7 @@ def _mllama() -> Any:
 
 def _gemma3() -> Any:
     text = transformers.Gemma3TextConfig(**_TEXT, head_dim=8, sliding_window=16)
-    return transformers.Gemma3Config(text_config=text.to_dict(), vision_config=_VISION, mm_tokens_per_image=4)
+    return transformers.Gemma3Config(text_config=text.to_dict(), vision_config=VISION, mm_tokens_per_image=4)
 
 
 def _led() -> Any:
@@ -248,7 +248,7 @@ REFUSED: dict[str, tuple[str, Callable[[], Any], str]] = {
     ),
     "CLIP": (
         "CLIPModel",
-        lambda: transformers.CLIPConfig(text_config=_ENCODER, vision_config=_VISION),
+        lambda: transformers.CLIPConfig(text_config=_ENCODER, vision_config=VISION),
         "does not take tokens",
     ),
 }

@@ -17,6 +17,7 @@ import transformers
 
 from embstore.core.errors import ModelError
 from embstore.model.dtypes import compute_dtypes, fresh_buffers, length_limit, stored_dtype
+from tests.support.kinds import VISION
 from tests.support.models import CONFIGS
 
 _SMALL: dict[str, Any] = {
@@ -30,14 +31,6 @@ _SMALL: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": 1,
-}
-_VISION: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 8,
 }
 
 
@@ -59,7 +52,7 @@ def _roberta() -> Any:
 
 def _gemma3() -> Any:
     text = transformers.Gemma3TextConfig(**_SMALL, head_dim=8, sliding_window=8)
-    return transformers.Gemma3Config(text_config=text.to_dict(), vision_config=_VISION, mm_tokens_per_image=4)
+    return transformers.Gemma3Config(text_config=text.to_dict(), vision_config=VISION, mm_tokens_per_image=4)
 
 
 def _phi3() -> Any:

@@ -15,7 +15,7 @@ from embstore.core.events import RowsCommitted, StageStarted, WorkersChanged
 from embstore.engines import ray as ray_module
 from embstore.flow.build import build
 from embstore.storage.writer import StoreWriter
-from embstore.views.terminal import TerminalObserver
+from embstore.views.progress import TerminalObserver
 from tests.support.build_fake import CONFIG
 from tests.support.fake import FakeSource
 

@@ -28,8 +28,8 @@ from embstore.core.events import (
 from embstore.flow.array_import import import_array
 from embstore.flow.build import build, preflight
 from embstore.model import locate
-from embstore.views import terminal
-from embstore.views.terminal import TerminalObserver, time_line
+from embstore.views import progress
+from embstore.views.progress import TerminalObserver, time_line
 from tests.support.models import make_model, make_tokenizer, save_model
 from tests.support.stores import Stopped, write_lines
 
@@ -147,7 +147,7 @@ class _Clock:
 
 def test_a_log_has_a_line_for_each_stage_and_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, said = _Clock(), io.StringIO()
-    monkeypatch.setattr(terminal, "time", clock)
+    monkeypatch.setattr(progress, "time", clock)
     with TerminalObserver(Console(file=said, width=200)) as observer:
         observer(StageStarted(stage="imports", total=None))
         observer(StageFinished(stage="imports", seconds=4.0))
@@ -169,7 +169,7 @@ def test_a_log_has_a_line_for_each_stage_and_every_ten_seconds(monkeypatch: pyte
 
 
 def test_every_stage_has_a_title() -> None:
-    assert set(PREPARATIONS) <= terminal._TITLES.keys()
+    assert set(PREPARATIONS) <= progress._TITLES.keys()
 
 
 def test_a_terminal_shows_bars_of_bytes_and_of_unknown_length() -> None:
