@@ -282,7 +282,7 @@ read = time.perf_counter()
 weights = load_weights(sys.argv[2], expect_len=len(prompts))
 if sys.argv[3] == "joined":
     weights = weights.for_dataset(prompts)
-iterator = iter(DensitySampler(weights))
+iterator = iter(DensitySampler(weights, positional=True))
 batch = [prompts[next(iterator)] for _ in range(8)]
 done = time.perf_counter()
 print(json.dumps({"numpy_seconds": base - started, "embstore_import_seconds": imported - base,

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from embstore.core.errors import ConfigError, LengthMismatchError
 from embstore.training.draws import Method
 from embstore.training.sampler import DensitySampler
-from embstore.training.weights import Weights, check_vector
+from embstore.training.weights import Weights, check_vector, vector_of
 
 DRAW_COLUMN = "embstore_draw"
 
@@ -59,9 +59,17 @@ def resample_indices(
     epoch: int = 0,
     method: Method = "systematic",
     no_repeat_within: int = 0,
+    positional: bool = False,
 ) -> NDArray[np.int64]:
     """The indices of one epoch of ``DensitySampler``, int64 [n], in order."""
-    sampler = DensitySampler(weights, num_samples=num_samples, method=method, seed=seed, no_repeat_within=no_repeat_within)
+    sampler = DensitySampler(
+        weights,
+        num_samples=num_samples,
+        method=method,
+        seed=seed,
+        no_repeat_within=no_repeat_within,
+        positional=positional,
+    )
     return sampler.plan(epoch)
 
 
@@ -74,6 +82,7 @@ def resample_dataset(
     epoch: int = 0,
     method: Method = "systematic",
     reindex: str | None = None,
+    positional: bool = False,
 ) -> _Dataset:
     """A Hugging Face dataset of the drawn items, in order; train on it without shuffling.
 
@@ -83,7 +92,7 @@ def resample_dataset(
         ``datasets.Dataset``; its columns stay, and ``embstore_draw`` (int64) numbers the draws.
     weights
         One per item: ``load_weights(STORE).for_dataset(dataset)``.
-    num_samples, seed, epoch, method
+    num_samples, seed, epoch, method, positional
         See ``DensitySampler``.
     reindex
         A column to renumber, 0 to n - 1: for trainers that look items up by number.
@@ -93,14 +102,14 @@ def resample_dataset(
     LengthMismatchError
         The numbers of weights and items differ.
     ConfigError
-        The dataset has an ``embstore_draw`` already, or no column called ``reindex``.
+        The dataset has an ``embstore_draw`` already, or no column called ``reindex``; or the weights are not joined.
     """
     _check_length(dataset, weights)
     if DRAW_COLUMN in dataset.column_names:
         raise ConfigError(f"the dataset has a column {DRAW_COLUMN}: it is resampled already", hint="resample the original")
     if reindex is not None and reindex not in dataset.column_names:
         raise ConfigError(f"the dataset has no column {reindex!r} to renumber; it has {', '.join(dataset.column_names)}")
-    rows_n = resample_indices(weights, num_samples, seed=seed, epoch=epoch, method=method)
+    rows_n = resample_indices(weights, num_samples, seed=seed, epoch=epoch, method=method, positional=positional)
     drawn = dataset.select(rows_n)
     if reindex is not None:
         drawn = drawn.remove_columns(reindex).add_column(reindex, np.arange(len(rows_n)))
@@ -130,7 +139,9 @@ class IndexedView(Generic[_Item_co]):
         return self.dataset[int(self.indices_n[index])]
 
 
-def importance_weights(weights: Weights | ArrayLike, indices: ArrayLike | None = None) -> NDArray[np.float64]:
+def importance_weights(
+    weights: Weights | ArrayLike, indices: ArrayLike | None = None, *, positional: bool = False
+) -> NDArray[np.float64]:
     """Loss weights that undo the sampling: 1 / (N p_i), float64, mean 1 over the draws given.
 
     The mean of the loss times these weights estimates the plain mean over all items of weight > 0.
@@ -141,13 +152,15 @@ def importance_weights(weights: Weights | ArrayLike, indices: ArrayLike | None =
         The weights that were drawn from.
     indices
         The draws; default: every item of weight above 0, in order.
+    positional
+        See ``DensitySampler``.
 
     Raises
     ------
     ConfigError
-        An index has weight 0, so it cannot have been drawn.
+        An index has weight 0, so it cannot have been drawn; or the weights are not joined.
     """
-    array = weights.array if isinstance(weights, Weights) else np.asarray(weights)
+    array = vector_of(weights, positional=positional)
     check_vector("weights", array)
     rows_n = np.flatnonzero(array) if indices is None else np.asarray(indices, dtype=np.int64)
     drawn_n = array[rows_n].astype(np.float64)

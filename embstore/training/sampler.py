@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from embstore.core.errors import ConfigError
 from embstore.training.draws import Method, check_spread, check_without_replacement, draw
 from embstore.training.resumable import Resumable
-from embstore.training.weights import Weights, check_vector, sha256_of
+from embstore.training.weights import Weights, check_vector, sha256_of, vector_of
 
 _STATE_VERSION = 1
 # versions of the drawing algorithms: a change of the order needs a new number
@@ -33,7 +33,7 @@ class DensitySampler(Resumable):
     Parameters
     ----------
     weights
-        ``Weights``, or any non-negative vector with a positive sum.
+        ``load_weights(STORE).for_dataset(dataset)``, or any non-negative vector with a positive sum.
     num_samples
         Draws per epoch over all ranks; default: one per row.
     method
@@ -47,13 +47,15 @@ class DensitySampler(Resumable):
         ``rank="auto"`` asks torch.distributed, if torch is loaded and a process group is initialised.
     no_repeat_within
         Minimum distance of repeats of a row within an epoch, in draws (systematic only; not across epochs).
+    positional
+        Needed for weights of a store that were not joined to a dataset: the draws are then the store's own row numbers.
 
     Raises
     ------
     InvalidWeightsError
         The vector is empty, not finite, negative somewhere, or sums to 0.
     ConfigError
-        A setting is out of range.
+        A setting is out of range, or the weights were not joined to a dataset.
     """
 
     def __init__(
@@ -66,9 +68,10 @@ class DensitySampler(Resumable):
         rank: int | Literal["auto"] = 0,
         num_replicas: int = 1,
         no_repeat_within: int = 0,
+        positional: bool = False,
     ) -> None:
         super().__init__()
-        array = weights.array if isinstance(weights, Weights) else np.asarray(weights)
+        array = vector_of(weights, positional=positional)
         check_vector("weights", array)
         self._fingerprint = weights.fingerprint if isinstance(weights, Weights) else sha256_of(array)
         if method not in _ALGORITHMS:

@@ -49,6 +49,7 @@ class Weights:
     ``array`` is float32 [N], finite, >= 0, with sum 1 (less is checked if ``verify`` was not "full"). As loaded it is a
     read-only memory map and is pickled as its path, so that a spawned worker maps the file again. ``store`` is the folder to
     join with, None for a bare file and after a join. ``steps`` lists what was done to the published weights, in order.
+    ``order_checked``: the dataset's keys were compared with the store's (``expect_keys``).
     """
 
     path: Path
@@ -57,6 +58,7 @@ class Weights:
     store: Path | None = None
     steps: tuple[str, ...] = ()
     digest: str | None = None
+    order_checked: bool = False
 
     def __len__(self) -> int:
         return len(self.array)
@@ -222,6 +224,25 @@ class Weights:
         return _restore, (fields,)
 
 
+def vector_of(weights: Weights | ArrayLike, *, positional: bool) -> NDArray[Any]:
+    """The weights as an array, whose item i is that of the dataset's item i.
+
+    Raises
+    ------
+    ConfigError
+        They are in the order of a store's rows, and nobody said that the dataset is, too (``positional``).
+    """
+    if not isinstance(weights, Weights):
+        return np.asarray(weights)
+    if weights.store is not None and not weights.order_checked and not positional:
+        raise ConfigError(
+            f"these weights are in the order of the rows of {weights.store}, and were not joined to a dataset",
+            hint=f"join them: load_weights({str(weights.store)!r}).for_dataset(dataset). To draw the store's own row "
+            "numbers, pass positional=True",
+        )
+    return weights.array
+
+
 def check_vector(name: str, array: NDArray[np.floating]) -> float:
     """Refuse a vector that cannot be sampled from; returns its float64 sum. Makes no copy."""
     if array.ndim != 1 or not len(array):
@@ -263,9 +284,10 @@ def load_weights(
     name
         Name of the weighting in the store.
     expect_len
-        Length of the dataset these weights are for.
+        Length of the dataset these weights are for; equal lengths say nothing of the order.
     expect_keys
-        uint64 [N] row keys in dataset order; they must equal the store's ``keys.npy``.
+        uint64 [N] row keys in dataset order; they must equal the store's ``keys.npy``. Samplers then take the weights as
+        they are.
     verify
         "full" checks digests, dtype, finiteness, sign and sum; "shape" only dtype and length, which takes the same time for
         any N; "off" nothing.
@@ -345,7 +367,14 @@ def _load(
         )
     if expect_keys is not None:
         _check_keys(root, np.asarray(expect_keys, dtype=np.uint64), manifest, full=verify == "full")
-    return Weights(path=file, array=array, metadata=metadata, store=root, digest=digest.sha256)
+    return Weights(
+        path=file,
+        array=array,
+        metadata=metadata,
+        store=root,
+        digest=digest.sha256,
+        order_checked=expect_keys is not None,
+    )
 
 
 def _map_bare(path: Path) -> NDArray[Any]:

@@ -60,7 +60,9 @@ def print_report(console: Console, report: BuildReport, info: StoreInfo) -> None
     _print_density(console, report.metadata)
     _print_prompts(console, "rarest", info.rarest)
     _print_prompts(console, "most crowded", info.most_crowded)
-    console.print(f"  training: [bold]load_weights({escape(repr(str(report.store)))})[/bold]", highlight=False)
+    console.print(
+        f"  training: [bold]load_weights({escape(repr(str(report.store)))}).for_dataset(dataset)[/bold]", highlight=False
+    )
 
 
 def print_info(console: Console, info: StoreInfo) -> None:
@@ -177,11 +179,12 @@ def _print_spec(console: Console, spec: JsonObject) -> None:
         )
         _print_versions(console, embedding["versions"])
         return
+    dated = "date not recorded" if embedding["chat_date"] is None else f"chats dated {plain(embedding['chat_date'])}"
     console.print(
         f"  {embedding['dimension']:,} columns in {embedding['rank']} coordinates, {plain(embedding['head']['kind'])} head, "
         f"{plain(embedding['dtype'])} on {plain(embedding['device'])} "
         f"({plain(embedding['capability'])}, {embedding['threads']} threads), "
-        f"at most {embedding['max_tokens']} tokens",
+        f"at most {embedding['max_tokens']} tokens, {dated}",
         highlight=False,
     )
     _print_versions(console, embedding["versions"])

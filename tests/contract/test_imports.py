@@ -99,7 +99,7 @@ sys.path += sys.argv[1:3]
 import embstore
 from embstore.training import DensitySampler, load_weights
 weights = load_weights(sys.argv[3])
-sampler = DensitySampler(weights, num_samples=30, seed=4)
+sampler = DensitySampler(weights, num_samples=30, seed=4, positional=True)
 found = {}
 for name in ("torch", "zarr", "hnswlib"):
     try:
@@ -121,4 +121,5 @@ print(json.dumps({"file": embstore.__file__, "found": found, "sum": float(weight
     assert {path.suffix for path in (installed / "embstore" / "views" / "report").iterdir()} >= {".py", ".js", ".css"}
     assert result["found"] == {"torch": False, "zarr": False, "hnswlib": False}
     assert result["sum"] == pytest.approx(1, abs=1e-5)
-    assert result["drawn"] == DensitySampler(load_weights(finished_store), num_samples=30, seed=4).plan(0).tolist()
+    weights = load_weights(finished_store)
+    assert result["drawn"] == DensitySampler(weights, num_samples=30, seed=4, positional=True).plan(0).tolist()

@@ -64,7 +64,7 @@ READERS: Mapping[str, Callable[[Path], object]] = {
     "verify": lambda store: print_verify(_terminal(), verify(store), repaired=False),
     "open": _read,
     "report": lambda store: render_page(read_report(store)),
-    "load_weights": lambda store: DensitySampler(load_weights(store)).plan(0),
+    "load_weights": lambda store: DensitySampler(load_weights(store), positional=True).plan(0),
     "load_weights with keys": _train,
     "export": lambda store: export_store(store, store.parent / "exported", format="kat"),
 }

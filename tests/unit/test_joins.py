@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,16 @@ from embstore.core.errors import (
     OrderMismatchError,
     PromptError,
 )
-from embstore.training import load_weights, prompt_keys
+from embstore.training import (
+    DensitySampler,
+    GroupRepeat,
+    importance_weights,
+    load_weights,
+    prompt_keys,
+    resample_dataset,
+    resample_indices,
+)
+from embstore.training import torch as torch_samplers
 from tests.support.stores import NUM_ROWS, small_lines
 
 
@@ -48,6 +58,49 @@ def test_keys_are_those_of_the_store(finished_store: Path) -> None:
     assert np.array_equal(prompt_keys(texts), prompt_keys([{"prompt": f"  {text}\n"} for text in texts]))
     with pytest.raises(PromptError, match="item 1 has no prompt: the prompt is empty"):
         prompt_keys(["one", " "])
+
+
+def test_weights_of_a_store_are_drawn_from_only_after_a_join(finished_store: Path, tmp_path: Path) -> None:
+    """Whatever makes draws of weights asks in which order they are; an array's owner knows."""
+    stored = load_weights(finished_store)
+    table = datasets.Dataset.from_list([{"number": number} for number in range(NUM_ROWS)])
+    draws: list[Callable[..., object]] = [
+        DensitySampler,
+        torch_samplers.DensitySampler,
+        lambda weights, **order: GroupRepeat(DensitySampler(weights, **order), 2),
+        resample_indices,
+        lambda weights, **order: resample_dataset(table, weights, **order),
+        importance_weights,
+    ]
+    np.save(tmp_path / "w.npy", stored.array)
+    with pytest.warns(UserWarning, match="bare"):
+        bare = load_weights(tmp_path / "w.npy")
+    keys = np.load(finished_store / "keys.npy")
+    for draw in draws:
+        for unjoined in (stored, stored.temper(0.5), load_weights(finished_store, expect_len=NUM_ROWS)):
+            with pytest.raises(ConfigError, match=f"order of the rows of {finished_store}") as caught:
+                draw(unjoined)
+            hint = str(caught.value.hint)
+            assert f"load_weights({str(finished_store)!r}).for_dataset(dataset)" in hint
+            assert "positional=True" in hint
+            draw(unjoined, positional=True)
+        in_order = load_weights(finished_store, expect_keys=keys)
+        for known in (
+            stored.array,
+            stored.array.tolist(),
+            bare,
+            stored.for_dataset(small_lines()),
+            in_order,
+            in_order.temper(2),
+        ):
+            draw(known)
+
+
+def test_an_order_that_was_compared_survives_pickling(finished_store: Path) -> None:
+    weights = load_weights(finished_store, expect_keys=np.load(finished_store / "keys.npy"))
+    DensitySampler(pickle.loads(pickle.dumps(weights)))
+    with pytest.raises(ConfigError, match="not joined"):
+        DensitySampler(pickle.loads(pickle.dumps(load_weights(finished_store))))
 
 
 def test_a_shuffled_part_of_the_prompts_gets_its_own_weights(finished_store: Path) -> None:

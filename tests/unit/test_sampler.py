@@ -152,7 +152,7 @@ def test_a_state_of_another_sampler_is_refused(finished_store: Path) -> None:
     for field in ("method", "version"):
         with pytest.raises(WeightsError, match=f"differs in {field}"):
             sampler.load_state_dict(state | {field: "of tomorrow"})
-    from_store = DensitySampler(load_weights(finished_store), num_samples=10, seed=7)
+    from_store = DensitySampler(load_weights(finished_store), num_samples=10, seed=7, positional=True)
     with pytest.raises(WeightsError, match="differs in fingerprint"):
         from_store.load_state_dict(state)
 
@@ -173,7 +173,7 @@ class Rows(Dataset[tuple[int, float]]):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_dataloader_draws_the_plan(finished_store: Path, workers: int) -> None:
     weights = load_weights(finished_store)
-    sampler = DensitySampler(weights, num_samples=45, seed=5)
+    sampler = DensitySampler(weights, num_samples=45, seed=5, positional=True)
     loader = DataLoader(
         Rows(weights),
         batch_size=8,
@@ -192,11 +192,11 @@ def test_a_dataloader_draws_the_plan(finished_store: Path, workers: int) -> None
 def test_a_dataloader_resumes_between_batches(finished_store: Path) -> None:
     """Without workers nothing is fetched ahead, so the state after a batch names the next one."""
     weights = load_weights(finished_store)
-    whole = DensitySampler(weights, num_samples=40, seed=5).plan(0).tolist()
-    sampler = DensitySampler(weights, num_samples=40, seed=5)
+    whole = DensitySampler(weights, num_samples=40, seed=5, positional=True).plan(0).tolist()
+    sampler = DensitySampler(weights, num_samples=40, seed=5, positional=True)
     batches = iter(DataLoader(Rows(weights), batch_size=8, sampler=sampler))
     seen = [int(row) for _ in range(3) for row in next(batches)[0]]
-    resumed = DensitySampler(weights, num_samples=40, seed=5)
+    resumed = DensitySampler(weights, num_samples=40, seed=5, positional=True)
     resumed.load_state_dict(sampler.state_dict())
     seen += [int(row) for rows, _ in DataLoader(Rows(weights), batch_size=8, sampler=resumed) for row in rows]
     assert seen == whole
