@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 _TOKENS = 1024  # of a product of the backbone
-_DTYPES = (torch.float32, torch.bfloat16)
-_OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")
+_OPERATORS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
 
 
 def can_pack(device: torch.device) -> bool:
@@ -33,7 +32,12 @@ def is_packable(layer: nn.Module) -> bool:
     """Whether a layer's product is what ``nn.Linear`` says, of a weight that is an ordinary matrix."""
     if type(layer) is not nn.Linear:
         return False
-    return "forward" not in vars(layer) and layer.weight.dtype in _DTYPES and layer.weight.layout == torch.strided
+    return "forward" not in vars(layer) and packs(layer.weight.dtype) and layer.weight.layout == torch.strided
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of this dtype: bfloat16 ones need instructions that a CPU with AVX2 alone lacks."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ from embstore.core.prompts import Prompt
 from embstore.core.sampling import seeded_sample
 from embstore.core.spec import EmbeddingSpec, ModelIdentity, Versions
 from embstore.host.allocator import return_large_blocks
-from embstore.host.device import capability_of, library_versions, resolve_device
+from embstore.host.device import capability_of, has_fast_bfloat16, library_versions, resolve_device
 from embstore.host.threads import num_cores
 from embstore.model.adapters import without_adapter
 from embstore.model.backbone import SplitModel
@@ -52,6 +52,10 @@ from embstore.model.tokens import TOKEN_RULE, PromptTokenizer, TokenRow
 
 _SAMPLE_ROWS = 256
 _DEFAULT_MAX_TOKENS = 512
+_EMULATED = (
+    "this processor does not compute in bfloat16 and emulates it, which takes several times as long as float32; "
+    "leave out --dtype bfloat16, unless other rows were made in it"
+)
 _BASIS_OF = {"affine": "gram", "none": "identity"}  # any other head: "range-finder"
 
 
@@ -280,6 +284,8 @@ class TorchSource:
             )
         else:
             is_narrow = config.dtype == "bfloat16"
+            if is_narrow and not has_fast_bfloat16(parts.device):
+                observer(Notice(message=_EMULATED))
         self._settle(model, torch.bfloat16 if is_narrow else torch.float32)
         return narrow if is_narrow else settings
 

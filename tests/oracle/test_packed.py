@@ -32,7 +32,7 @@ from embstore.model.embed import LogitEmbedder
 from embstore.model.finish import AffineFinisher, finish, spanning_columns
 from embstore.model.heads import AffineHead
 from embstore.model.layer_weights import Weights
-from embstore.model.packed import can_pack, expect_packed, packed_for_tokens
+from embstore.model.packed import can_pack, expect_packed, packed_for_tokens, packs
 from embstore.model.probe import watched_layers
 from embstore.model.units import parts_of
 from tests.support import records
@@ -77,10 +77,32 @@ def are_packed(embedder: LogitEmbedder) -> set[bool]:
 
 
 @needs_packing
+def test_layers_stay_plain_in_a_dtype_that_the_processor_cannot_pack(
+    case_of: CaseOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With AVX2 alone, oneDNN refuses to pack bfloat16; its refusal ended the build."""
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+
+    def refusing(weight: torch.Tensor, num_rows: int) -> Any:
+        if weight.dtype == torch.bfloat16:
+            raise RuntimeError("mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx_ne_convert or avx512bw")
+        return reorder(weight, num_rows)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refusing)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    folder = case_of("llama").folder
+    embedder = open_embedder(folder, PROMPTS, tmp_path, dtype="bfloat16")
+    assert packing(embedder) == (False, False)
+    assert np.array_equal(stored_rows(reopened(folder, embedder)), stored_rows(embedder))
+
+
+@needs_packing
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.inference_mode()
 def test_a_packed_layer_gives_the_product_of_any_input(dtype: torch.dtype, bias: bool) -> None:
+    if not packs(dtype):
+        pytest.skip(f"this processor packs no weights in {dtype}")
     torch.manual_seed(0)
     layer = nn.Linear(24, 40, bias=bias).to(dtype).requires_grad_(False)
     weight = layer.weight.clone()
@@ -161,10 +183,11 @@ def test_only_plain_layers_are_watched_with_the_tokens_they_get() -> None:
 def test_a_new_build_packs_and_a_reopened_one_gives_the_same_bytes(case_of: CaseOf, dtype: str, tmp_path: Path) -> None:
     folder = case_of("llama").folder
     embedder = open_embedder(folder, PROMPTS, tmp_path, dtype=dtype)
-    assert packing(embedder) == (True, True)
-    assert are_packed(embedder) == {True}
+    is_packed = packs(getattr(torch, dtype))
+    assert packing(embedder) == (is_packed, is_packed)
+    assert are_packed(embedder) == {is_packed}
     again = reopened(folder, embedder)
-    assert are_packed(again) == {True}
+    assert are_packed(again) == {is_packed}
     assert stored_rows(again).tobytes() == stored_rows(embedder).tobytes()
 
 

@@ -20,11 +20,11 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from embstore.core.config import EmbeddingConfig
+from embstore.core.config import DTypeChoice, EmbeddingConfig
 from embstore.core.errors import ConfigError, EmbstoreError, ModelError
 from embstore.core.events import Event, Notice
 from embstore.host.device import has_fast_bfloat16, resolve_device
-from embstore.model import dtype_choice
+from embstore.model import dtype_choice, source
 from embstore.model.locate import locate_model
 from tests.support.models import PROMPTS, make_model, make_tokenizer, open_embedder, rows_before_rounding, save_model
 
@@ -258,11 +258,14 @@ def test_transformers_4_loads_a_tokenizer_that_transformers_5_saved(folder: Path
     assert [found(each.text).input_ids for each in PROMPTS] == [make_tokenizer()(each.text).input_ids for each in PROMPTS]
 
 
-def auto_dtype(folder: Path, work: Path, *, fast: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[str]]:
-    """What ``--dtype auto`` takes, and the notices on the way."""
+def chosen_dtype(
+    folder: Path, work: Path, *, fast: bool, monkeypatch: pytest.MonkeyPatch, dtype: DTypeChoice = "auto"
+) -> tuple[str, list[str]]:
+    """The dtype of the layers, and the notices on the way."""
     events: list[Event] = []
-    monkeypatch.setattr(dtype_choice, "has_fast_bfloat16", lambda device: fast)
-    embedder = open_embedder(folder, PROMPTS, work, dtype="auto", max_tokens=64, observer=events.append)
+    for module in (dtype_choice, source):
+        monkeypatch.setattr(module, "has_fast_bfloat16", lambda device: fast)
+    embedder = open_embedder(folder, PROMPTS, work, dtype=dtype, max_tokens=64, observer=events.append)
     return embedder.spec.dtype, [event.message for event in events if isinstance(event, Notice)]
 
 
@@ -270,7 +273,17 @@ def auto_dtype(folder: Path, work: Path, *, fast: bool, monkeypatch: pytest.Monk
 def test_auto_takes_bfloat16_only_where_it_is_fast(
     llama: Path, fast: bool, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert auto_dtype(llama, tmp_path, fast=fast, monkeypatch=monkeypatch) == (expected, [])
+    assert chosen_dtype(llama, tmp_path, fast=fast, monkeypatch=monkeypatch) == (expected, [])
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_emulated_bfloat16_is_said_to_be_slow(
+    llama: Path, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An 8B checkpoint that takes minutes on one processor took an hour on another, without a word."""
+    dtype, notices = chosen_dtype(llama, tmp_path, fast=fast, monkeypatch=monkeypatch, dtype="bfloat16")
+    assert dtype == "bfloat16"
+    assert ["emulates it" in notice for notice in notices] == [True] * (not fast)
 
 
 def test_auto_stays_in_float32_where_bfloat16_moves_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +291,7 @@ def test_auto_stays_in_float32_where_bfloat16_moves_weights(tmp_path: Path, monk
     model = make_model("llama")
     model.get_input_embeddings().weight.add_(torch.linspace(4, 8, model.config.hidden_size))
     folder = save_model(tmp_path / "model", model, make_tokenizer())
-    dtype, notices = auto_dtype(folder, tmp_path / "work", fast=True, monkeypatch=monkeypatch)
+    dtype, notices = chosen_dtype(folder, tmp_path / "work", fast=True, monkeypatch=monkeypatch)
     assert dtype == "float32"
     assert ["using float32: bfloat16 would change the weights by TV" in notice for notice in notices] == [True]
 
@@ -291,7 +304,7 @@ def test_auto_takes_what_is_stored_where_a_comparison_is_too_dear(
     monkeypatch.setattr(dtype_choice, "_COMPARED_FLOPS", 0.0)
     monkeypatch.setattr(dtype_choice, "mean_distances", lambda *_: pytest.fail("compared"))
     folder = save_model(tmp_path / "model", make_model("llama").to(getattr(torch, stored)), make_tokenizer())
-    dtype, notices = auto_dtype(folder, tmp_path / "work", fast=True, monkeypatch=monkeypatch)
+    dtype, notices = chosen_dtype(folder, tmp_path / "work", fast=True, monkeypatch=monkeypatch)
     assert dtype == expected
     assert [f"using {expected}, " in notice and "nothing was compared" in notice for notice in notices] == [True]
 
