@@ -28,6 +28,7 @@ KnnMethod = Literal["auto", "hnsw", "exact"]
 Space = Literal["logits", "hidden"]
 Pooling = Literal["mean", "last"]
 Columns = Literal["model", "tokenizer"]
+Turns = Literal["all", "prompt"]
 
 # For people: what a row is, for each pair of options.
 _POOLING_RULES = {
@@ -190,6 +191,22 @@ class PromptFields:
 
 
 USUAL_FIELDS = PromptFields()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptRule:
+    """How the lines of a store became prompts; the journal and the manifest record it.
+
+    ``version`` 2 is the canonical form of ``core.prompts``; stores from before December 2026 have 1. ``turns`` says which
+    part of a chat is the prompt: all of it, or what comes before the assistant's answer.
+    """
+
+    version: int = 2
+    turns: Turns = "all"
+
+
+CURRENT_RULE = PromptRule()
+FIRST_RULE = PromptRule(version=1)
 
 
 @documented

@@ -72,7 +72,7 @@ def parse_json(content: bytes, *, name: str, levels: int = MAX_NESTING) -> Any: 
     """
     try:
         text = content.decode()
-        value = json.loads(text, parse_constant=refuse_constant, parse_float=parse_finite, object_pairs_hook=_unique_keys)
+        value = json.loads(text, parse_constant=refuse_constant, parse_float=parse_finite, object_pairs_hook=unique_keys)
     except ValueError as error:
         raise CorruptStoreError(f"{name} is not valid JSON ({str(error)[:80]})", hint=_HINT) from error
     except RecursionError:
@@ -208,8 +208,15 @@ def _plain(hint: Any) -> str:  # noqa: ANN401 - type hints are data here
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class RepeatedKeyError(ValueError):
+    """An object has two values of one name; readers differ in which counts."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """``object_pairs_hook`` for JSON that raises RepeatedKeyError."""
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise ValueError("a key occurs twice")
+        names = [name for name, _ in pairs]
+        twice = next(name for position, name in enumerate(names) if name in names[:position])
+        raise RepeatedKeyError(f"the key {shown(twice)} occurs twice in an object")
     return value

@@ -1,6 +1,8 @@
 """One prompt: how an input line becomes a canonical row, and how a row is identified. Pure functions on bytes and values.
 
-Identity is content, never position: rows with the same whitespace-collapsed text, or the same messages, are one row.
+Identity is content, never position: rows with the same whitespace-collapsed text, or the same chat, are one row. A chat has
+one form, whoever wrote it (``core.chats``): it is what a row's digest covers, what ``prompts.jsonl`` holds, and what the chat
+template gets.
 """
 
 from __future__ import annotations
@@ -11,42 +13,71 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from embstore.core.config import USUAL_FIELDS, PromptFields
+from embstore.core.chats import (
+    LONE_SURROGATE,
+    TOO_DEEP,
+    Opaque,
+    Unusable,
+    chat_of,
+    is_chat_text,
+    plain,
+    plain_key,
+    template_kwargs_of,
+    tools_of,
+    valid_text,
+)
+from embstore.core.config import CURRENT_RULE, FIRST_RULE, USUAL_FIELDS, PromptFields, PromptRule
 from embstore.core.decode import (
     MAX_NESTING,
+    RepeatedKeyError,
     has_lone_surrogate,
     is_too_deep,
     parse_finite,
     parse_json,
+    printable,
     refuse_constant,
+    unique_keys,
 )
 from embstore.core.errors import CorruptStoreError
 from embstore.core.format import PROMPTS, canonical_json
 
 Message = Mapping[str, object]
 
-_TOO_DEEP = f"nested more than {MAX_NESTING} levels deep"
-_LONE_SURROGATE = "contains a lone surrogate, which is not valid Unicode"
+_TOOLS, _KWARGS = "tools", "chat_template_kwargs"
+_SHAREGPT = ("conversations", "conversation")
+_NAMED_FIELDS, _NAMED_CHARACTERS = 12, 40  # of a line without a prompt, in its reason
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A prompt as written: either ``text`` or ``messages`` is set; ``fields`` are the line's other fields (such as src).
+    """A prompt: either ``text``, or ``messages`` with what the chat template gets besides (``tools``, ``template_kwargs``).
 
-    ``text`` is empty only for a row of an imported array that was given without a text.
+    ``fields`` are the line's other fields (such as src). ``is_answered`` says whether the chat ended in an assistant turn as
+    it was given. ``text`` is empty only for a row of an imported array that was given without a text.
     """
 
     id: str | None
     text: str | None = None
     messages: tuple[Message, ...] | None = None
+    tools: tuple[Mapping[str, object], ...] | None = None
+    template_kwargs: Mapping[str, object] | None = None
     fields: Mapping[str, object] = field(default_factory=dict)
+    is_answered: bool = field(default=False, compare=False)
 
     @property
     def digest(self) -> bytes:
         """Row identity where prompts are embedded: sha256 of the canonical rendering (32 bytes)."""
         if self.messages is not None:
-            return hashlib.sha256(b"messages\0" + canonical_json(list(self.messages)).encode()).digest()
+            return hashlib.sha256(b"messages\0" + canonical_json(self.chat).encode()).digest()
         return hashlib.sha256(b"text\0" + collapse_whitespace(self.text or "").encode()).digest()
+
+    @property
+    def chat(self) -> object:
+        """What the chat template gets, as JSON: the messages alone where there is nothing else."""
+        messages = list(self.messages or ())
+        if self.tools is None and self.template_kwargs is None:
+            return messages
+        return {"messages": messages, _TOOLS: self.tools, _KWARGS: self.template_kwargs}
 
     @property
     def id_digest(self) -> bytes:
@@ -56,7 +87,7 @@ class Prompt:
     @property
     def verbatim_digest(self) -> bytes:
         """sha256 of exactly what the model reads (32 bytes); prompts of equal ``digest`` may differ in it by whitespace."""
-        content = list(self.messages) if self.messages is not None else self.text
+        content = self.chat if self.messages is not None else self.text
         return hashlib.sha256(json.dumps(content).encode()).digest()
 
     @property
@@ -85,38 +116,132 @@ class Rejected:
     reason: str
 
 
-def parse_line(line: bytes, names: PromptFields = USUAL_FIELDS) -> Prompt | Rejected:
-    """Read one JSONL line.
-
-    Accepts ``prompt`` (text), ``messages`` (a chat list) or ``prefix`` (``{"messages": [...]}`` or text), in this order; or
-    the fields that ``names`` gives, text first.
+def parse_line(line: bytes, names: PromptFields = USUAL_FIELDS, rule: PromptRule = CURRENT_RULE) -> Prompt | Rejected:
+    """Read one JSONL line: strict JSON, then ``prompt_of``. A number that JSON does not have (NaN) counts as null.
 
     Examples
     --------
-    >>> parse_line(b'{"prompt": "2 + 2?", "src": "maths"}').fields
+    >>> parse_line(b'{"prompt": "2 + 2?", "src": "maths", "loss": NaN}').fields
     {'src': 'maths'}
     >>> parse_line(b'{"prompt": "  "}')
     Rejected(reason='the prompt is empty')
     >>> parse_line(b'{"question": "2 + 2?", "prompt": 7}', PromptFields(text="question")).text
     '2 + 2?'
     """
-    record = _decode_object(line)
-    if isinstance(record, Rejected):
-        return record
+    record = _decode_object(line, rule)
+    return record if isinstance(record, Rejected) else prompt_of(record, names, rule)
+
+
+def prompt_of(
+    record: Mapping[str, object], names: PromptFields = USUAL_FIELDS, rule: PromptRule = CURRENT_RULE
+) -> Prompt | Rejected:
+    """The prompt of one record: a line of a file, a row of a table, an item of a dataset.
+
+    It is taken from ``prompt`` (text or a chat), ``messages``, ``prefix`` or ``conversations`` (chats, also ShareGPT's), in
+    this order, or from the fields that ``names`` gives, text first. Values may be as Python, numpy, pandas or pyarrow give
+    them: the prompt is the same (``core.chats``). A chat may have ``tools`` and ``chat_template_kwargs``.
+
+    Examples
+    --------
+    >>> prompt_of({"messages": [{"role": "user", "content": "2 + 2?", "name": None}], "loss": float("nan")}).messages
+    ({'role': 'user', 'content': '2 + 2?'},)
+    >>> chat = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    >>> len(prompt_of({"prompt": chat}, rule=PromptRule(turns="prompt")).messages)
+    1
+    >>> prompt_of({"question": "2 + 2?"})
+    Rejected(reason='no prompt: none of the fields prompt, messages, prefix, conversations; the fields are question')
+    """
+    if rule.version == FIRST_RULE.version:
+        return _by_first_rule(record, names)
+    try:
+        content = _content(record, names)
+        if isinstance(content, str):
+            if not content.strip():
+                return Rejected(reason="the prompt is empty")
+            return Prompt(id=_id(record, names), text=content, fields=_fields(record, _own_names(names, is_chat=False)))
+        messages = chat_of(content)
+        is_answered = messages[-1]["role"] == "assistant"
+        if is_answered and rule.turns == "prompt":
+            messages = messages[:-1]
+            if not any(str(message["content"]).strip() or "tool_calls" in message for message in messages):
+                return Rejected(reason="nothing is left of the chat before the assistant's turn")
+        return Prompt(
+            id=_id(record, names),
+            messages=tuple(messages),
+            tools=_tuple(tools_of(record.get(_TOOLS))),
+            template_kwargs=template_kwargs_of(record.get(_KWARGS)),
+            fields=_fields(record, _own_names(names, is_chat=True)),
+            is_answered=is_answered,
+        )
+    except Unusable as error:
+        return Rejected(reason=str(error))
+
+
+def _content(record: Mapping[str, object], names: PromptFields) -> object:
+    """Text, or what ``chat_of`` reads."""
+    if names.text is not None or names.messages is not None:
+        looked_at = [name for name in (names.text, names.messages) if name is not None]
+    else:
+        looked_at = ["prompt", "messages", "prefix", *_SHAREGPT]
+    for name in looked_at:
+        value = record.get(name)
+        if type(value) is not str:
+            if value is None:
+                continue
+            value = plain(value) if not isinstance(value, list | dict) else value
+            if value is None:
+                continue
+        if not isinstance(value, str):
+            return value
+        if is_chat_text(value):
+            return chat_of(value)
+        is_turn = name != "prompt" and name not in (names.text, names.messages)
+        return [{"role": "user", "content": value}] if is_turn else valid_text(value)
+    fields = [printable(str(name))[:_NAMED_CHARACTERS] for name in record]
+    more = ", ..." if len(fields) > _NAMED_FIELDS else ""
+    sought = ", ".join(name for name in looked_at if name != _SHAREGPT[1])
+    there = f"the fields are {', '.join(fields[:_NAMED_FIELDS])}{more}" if fields else "there are no fields"
+    raise Unusable(f"no prompt: none of the fields {sought}; {there}")
+
+
+def _own_names(names: PromptFields, *, is_chat: bool) -> frozenset[str]:
+    """Fields that belong to the prompt; the others are kept with its row."""
+    own = names.names
+    if names.text is None and names.messages is None:
+        own |= frozenset(_SHAREGPT)
+    return own | {_TOOLS, _KWARGS} if is_chat else own
+
+
+def _fields(record: Mapping[str, object], own: frozenset[str]) -> dict[str, object]:
+    """The other fields; nulls, and what JSON cannot express, such as images, are left out."""
+    fields: dict[str, object] = {}
+    for name, value in record.items():
+        if name in own or value is None:
+            continue
+        try:
+            kept = plain(value, MAX_NESTING - 1)
+        except Opaque:
+            continue
+        if kept is not None:
+            fields[plain_key(name)] = kept
+    return fields
+
+
+def _id(record: Mapping[str, object], names: PromptFields) -> str | None:
+    """The id as text; None where there is none, or one that names nothing, which never costs the prompt."""
     given = record.get(names.id or "id")
-    if isinstance(given, bool) or not isinstance(given, str | int | None):
-        return Rejected(reason=f"the id is neither text nor a whole number but {type(given).__name__}")
-    row_id = str(given) if given not in (None, "") else None
-    fields = {name: value for name, value in record.items() if name not in names.names}
-    content = _content(record, names)
-    if isinstance(content, str):
-        if not content.strip():
-            return Rejected(reason="the prompt is empty")
-        return Prompt(id=row_id, text=content, fields=fields)
-    if content is None:
-        looked_at = [name for name in (names.text, names.messages) if name is not None] or ["prompt", "messages", "prefix"]
-        return Rejected(reason=f"no text: none of the fields {', '.join(looked_at)}")
-    return _chat(row_id, content, fields)
+    if type(given) is not str:
+        try:
+            given = plain(given) if given is not None else None
+        except Opaque:
+            return None
+        if isinstance(given, bool) or not isinstance(given, str | int):
+            return None
+    return valid_text(str(given)) or None
+
+
+def _tuple(values: list[dict[str, Any]] | None) -> tuple[Mapping[str, object], ...] | None:
+    return None if values is None else tuple(values)
 
 
 def parse_named_row(line: bytes) -> Prompt | Rejected:
@@ -125,7 +250,7 @@ def parse_named_row(line: bytes) -> Prompt | Rejected:
     Examples
     --------
     >>> parse_named_row(b'{"id": 7, "src": "maths"}')
-    Prompt(id='7', text='', messages=None, fields={'src': 'maths'})
+    Prompt(id='7', text='', messages=None, tools=None, template_kwargs=None, fields={'src': 'maths'}, is_answered=False)
     >>> parse_named_row(b'"seven"').id
     'seven'
     """
@@ -138,7 +263,7 @@ def parse_named_row(line: bytes) -> Prompt | Rejected:
     record = _decode_object(line)
     if isinstance(record, Rejected):
         return record
-    if all(record.get(name) is None for name in ("prompt", "messages", "prefix")):
+    if all(record.get(name) is None for name in ("prompt", "messages", "prefix", *_SHAREGPT)):
         fields = {name: value for name, value in record.items() if name not in USUAL_FIELDS.names}
         named = named_row(record["id"]) if "id" in record else Prompt(id=None, text="")
         return named if isinstance(named, Rejected) else replace(named, fields=fields)
@@ -156,22 +281,8 @@ def named_row(value: object) -> Prompt | Rejected:
     if isinstance(value, bool) or not isinstance(value, str | int):
         return Rejected(reason=f"the id is neither text nor a whole number but {type(value).__name__}")
     if value == "" or has_lone_surrogate(str(value), value):
-        return Rejected(reason="the id is empty" if value == "" else _LONE_SURROGATE)
+        return Rejected(reason="the id is empty" if value == "" else LONE_SURROGATE)
     return Prompt(id=str(value), text="")
-
-
-def _content(record: Mapping[str, Any], names: PromptFields) -> object:
-    """Text or messages of a line, None if it has neither."""
-    # in tables exported as JSONL every line has every field, null where it does not apply
-    if names.text is not None or names.messages is not None:
-        chosen = [record.get(name) for name in (names.text, names.messages) if name is not None]
-        return next((value for value in chosen if value is not None), None)
-    if record.get("prompt") is not None:
-        return record["prompt"]
-    content = record["messages"] if record.get("messages") is not None else record.get("prefix")
-    if isinstance(content, dict):
-        return content.get("messages")
-    return [{"role": "user", "content": content}] if isinstance(content, str) else content
 
 
 def collapse_whitespace(text: str) -> str:
@@ -194,9 +305,13 @@ def encode_row(prompt: Prompt) -> bytes:
     """The canonical line of a row in ``prompts.jsonl``, newline included; ``decode_row`` reads it back."""
     record: dict[str, object] = {"id": prompt.id}
     if prompt.messages is not None:
-        record["messages"] = list(prompt.messages)
+        record["messages"] = prompt.messages
     else:
         record["prompt"] = prompt.text
+    if prompt.tools is not None:
+        record[_TOOLS] = prompt.tools
+    if prompt.template_kwargs is not None:
+        record[_KWARGS] = prompt.template_kwargs
     if prompt.fields:
         record["fields"] = dict(prompt.fields)
     return json.dumps(record, ensure_ascii=False).encode() + b"\n"
@@ -210,13 +325,14 @@ def decode_row(line: bytes) -> Prompt:
         content = record.get("prompt", record.get("messages"))
         if isinstance(content, str):
             return Prompt(id=record.get("id"), text=content, fields=record.get("fields", {}))
-        prompt = _chat(record.get("id"), content, record.get("fields", {}))
-        if isinstance(prompt, Prompt):
-            return prompt
+        prompt = _chat_as_written(record.get("id"), content, record.get("fields", {}))
+        tools, kwargs = record.get(_TOOLS), record.get(_KWARGS)
+        if isinstance(prompt, Prompt) and isinstance(tools, list | None) and isinstance(kwargs, dict | None):
+            return replace(prompt, tools=_tuple(tools), template_kwargs=kwargs) if tools or kwargs else prompt
     raise CorruptStoreError(f"{PROMPTS}: a row is not a prompt ({_start(line)})", hint="run embstore verify STORE")
 
 
-def _decode_object(line: bytes) -> dict[str, Any] | Rejected:  # noqa: PLR0911 - one return per reason
+def _decode_object(line: bytes, rule: PromptRule = CURRENT_RULE) -> dict[str, Any] | Rejected:  # noqa: PLR0911
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -224,21 +340,63 @@ def _decode_object(line: bytes) -> dict[str, Any] | Rejected:  # noqa: PLR0911 -
     if not text.strip():
         return Rejected(reason="empty line")
     try:
-        record = json.loads(text, parse_constant=refuse_constant, parse_float=parse_finite)
+        if rule.version == FIRST_RULE.version:
+            record = json.loads(text, parse_constant=refuse_constant, parse_float=parse_finite)
+        else:
+            record = json.loads(text, object_pairs_hook=unique_keys)
+    except RepeatedKeyError as error:
+        return Rejected(reason=str(error))
     except ValueError as error:
         return Rejected(reason=f"not JSON ({str(error)[:80]})")
     except RecursionError:
-        return Rejected(reason=_TOO_DEEP)
+        return Rejected(reason=TOO_DEEP)
     if not isinstance(record, dict):
         return Rejected(reason=f"not a JSON object but {type(record).__name__}")
     if is_too_deep(text, record):
-        return Rejected(reason=_TOO_DEEP)
+        return Rejected(reason=TOO_DEEP)
     if has_lone_surrogate(text, record):
-        return Rejected(reason=_LONE_SURROGATE)
+        return Rejected(reason=LONE_SURROGATE)
     return record
 
 
-def _chat(row_id: str | None, content: object, fields: Mapping[str, object]) -> Prompt | Rejected:
+# --- rule 1: stores from before December 2026 --------------------------------------------------------------------------
+
+
+def _by_first_rule(record: Mapping[str, Any], names: PromptFields) -> Prompt | Rejected:
+    given = record.get(names.id or "id")
+    if isinstance(given, bool) or not isinstance(given, str | int | None):
+        return Rejected(reason=f"the id is neither text nor a whole number but {type(given).__name__}")
+    row_id = str(given) if given not in (None, "") else None
+    fields = {name: value for name, value in record.items() if name not in names.names}
+    content = _content_by_first_rule(record, names)
+    if isinstance(content, str):
+        if not content.strip():
+            return Rejected(reason="the prompt is empty")
+        return Prompt(id=row_id, text=content, fields=fields)
+    if content is None:
+        looked_at = [name for name in (names.text, names.messages) if name is not None] or ["prompt", "messages", "prefix"]
+        return Rejected(reason=f"no text: none of the fields {', '.join(looked_at)}")
+    prompt = _chat_as_written(row_id, content if isinstance(content, list | dict) else plain(content), fields)
+    if isinstance(prompt, Prompt) and not any(str(message["content"]).strip() for message in prompt.messages or ()):
+        return Rejected(reason="every message is empty")
+    return prompt
+
+
+def _content_by_first_rule(record: Mapping[str, Any], names: PromptFields) -> object:
+    """Text or messages of a line, None if it has neither."""
+    if names.text is not None or names.messages is not None:
+        chosen = [record.get(name) for name in (names.text, names.messages) if name is not None]
+        return next((value for value in chosen if value is not None), None)
+    if record.get("prompt") is not None:
+        return record["prompt"]
+    content = record["messages"] if record.get("messages") is not None else record.get("prefix")
+    if isinstance(content, dict):
+        return content.get("messages")
+    return [{"role": "user", "content": content}] if isinstance(content, str) else content
+
+
+def _chat_as_written(row_id: str | None, content: object, fields: Mapping[str, object]) -> Prompt | Rejected:
+    """A chat whose messages stay as they are: of a canonical row, or by rule 1."""
     if not isinstance(content, list):
         return Rejected(reason=f"the prompt is neither text nor a list of messages but {type(content).__name__}")
     if not content:
@@ -248,8 +406,6 @@ def _chat(row_id: str | None, content: object, fields: Mapping[str, object]) -> 
             return Rejected(reason=f"message {position} is not an object")
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             return Rejected(reason=f"message {position} lacks a text role or text content")
-    if not any(message["content"].strip() for message in content):
-        return Rejected(reason="every message is empty")
     return Prompt(id=row_id, messages=tuple(content), fields=fields)
 
 

@@ -1,0 +1,389 @@
+"""The canonical form of values and chats: one spelling for what JSON, Arrow, pandas and ``datasets`` write differently.
+
+A table has every field on every row and in every message, null where it does not apply. It cannot hold objects with
+different keys in one column, so people put JSON text there. pandas gives lists as arrays, and integers beside a gap as floats.
+``plain`` and ``chat_of`` undo this (docs/decisions/0049). Pure; anything that cannot be a prompt is an ``Unusable``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import json
+import math
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from embstore.core.decode import MAX_NESTING, unique_keys
+
+JsonValue = Any  # None, bool, int, finite float, str, list or dict
+
+TOO_DEEP = f"nested more than {MAX_NESTING} levels deep"
+LONE_SURROGATE = "contains a lone surrogate, which is not valid Unicode"
+
+# The order in which people and templates write these keys; the others follow by name. Templates print nested objects as they
+# are, and a model has seen them in this order.
+_FIRST_KEYS = ("role", "content", "id", "type", "function", "name", "description", "parameters", "properties", "required")
+_RANKS = {name: rank for rank, name in enumerate(_FIRST_KEYS)}
+# What a turn may consist of instead of text.
+_INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_EXACT_FLOAT = 1 << 53  # larger floats do not say which integer was meant
+_MISSING = ("NAType", "NaTType")  # pandas' own nulls, without importing pandas
+
+
+class Unusable(Exception):
+    """A value that no prompt may contain; the text is the reason that ``quarantine.jsonl`` states."""
+
+
+class Opaque(Unusable):
+    """A value that JSON cannot express, such as an image; as another field of a line it is left out."""
+
+
+def plain(value: object, levels: int = MAX_NESTING - 1) -> JsonValue:  # noqa: PLR0911 - one return per kind
+    """The value as JSON expresses it, in its one spelling.
+
+    Objects lose their null fields and have their keys in one order, integral floats are integers, NaN and infinities are
+    null, bytes are UTF-8 text, arrays of any library are lists, dates and decimals are text.
+
+    Parameters
+    ----------
+    value
+        As Python, numpy, pandas or pyarrow give it.
+    levels
+        How deep it may be nested: what a line of ``MAX_NESTING`` levels has left.
+
+    Raises
+    ------
+    Unusable
+        Too deep, or not valid Unicode.
+    Opaque
+        Of a type that JSON does not have.
+
+    Examples
+    --------
+    >>> plain({"unit": None, "city": "Oslo", "days": 2.0, "name": b"weather"})
+    {'name': 'weather', 'city': 'Oslo', 'days': 2}
+    """
+    kind = type(value)
+    if kind is str:
+        return valid_text(value)  # type: ignore[arg-type]
+    if value is None or kind is bool or kind is int:
+        return value
+    if kind is float:
+        return _number(value)  # type: ignore[arg-type]
+    if isinstance(value, Mapping):
+        return _object(value, levels)
+    if isinstance(value, list | tuple):
+        _descend(levels)
+        if value and all(type(item) is tuple and len(item) == 2 and isinstance(item[0], str) for item in value):
+            return _object(dict(value), levels)  # a map of Arrow
+        return [plain(item, levels - 1) for item in value]
+    return _foreign(value, levels)
+
+
+def valid_text(text: str) -> str:
+    """The text, if a UTF-8 file can hold it."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise Unusable(LONE_SURROGATE) from None
+    return text
+
+
+def _descend(levels: int) -> None:
+    if levels < 1:
+        raise Unusable(TOO_DEEP)
+
+
+def _number(value: float) -> float | int | None:
+    if not math.isfinite(value):
+        return None
+    return int(value) if value.is_integer() and abs(value) <= _EXACT_FLOAT else value
+
+
+def _object(value: Mapping[Any, object], levels: int) -> dict[str, JsonValue]:
+    _descend(levels)
+    items = {plain_key(name): plain(item, levels - 1) for name, item in value.items() if item is not None}
+    return {name: items[name] for name in sorted(items, key=_rank) if items[name] is not None}
+
+
+def plain_key(name: object) -> str:
+    """The name of a field as text."""
+    return valid_text(name if isinstance(name, str) else str(plain(name)))
+
+
+def _rank(name: str) -> tuple[int, str]:
+    return _RANKS.get(name, len(_RANKS)), name
+
+
+def _foreign(value: Any, levels: int) -> JsonValue:  # noqa: ANN401 - of any library
+    name = type(value).__name__
+    if name in _MISSING:
+        return None
+    if isinstance(value, bytes | bytearray | memoryview):
+        try:
+            return bytes(value).decode()
+        except UnicodeDecodeError as error:
+            raise Opaque(f"bytes that are not UTF-8 (byte {error.start})") from None
+    for base in (bool, int, float, str):  # subclasses, such as numpy.float64 and enumerations
+        if isinstance(value, base):
+            return plain(base(value), levels)
+    if isinstance(value, datetime.date | datetime.time | datetime.timedelta | decimal.Decimal | uuid.UUID):
+        return str(value)
+    # arrays and scalars of numpy, pandas, torch, pyarrow and polars, by the method that each has
+    for method in ("tolist", "to_pylist", "as_py", "to_list"):
+        convert: Callable[[], object] | None = getattr(value, method, None)
+        if callable(convert):
+            return plain(convert(), levels)
+    raise Opaque(f"a value of type {name}")
+
+
+# --- JSON text, and structs of lists -----------------------------------------------------------------------------------
+
+
+def _decoded(value: JsonValue, levels: int) -> JsonValue:
+    """What a text that is a JSON object or list stands for; any other value as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            return plain(json.loads(value, object_pairs_hook=unique_keys), levels)
+        except (ValueError, RecursionError):
+            return value  # a text that only begins like JSON
+    return value
+
+
+def _turned(value: dict[str, JsonValue]) -> list[JsonValue] | None:
+    """A struct of equally long lists as a list of structs, as which a table may hold the same; None for anything else."""
+    columns = list(value.values())
+    if not columns or not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return None
+    rows = (dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True))
+    return [{name: item for name, item in row.items() if item is not None} for row in rows]
+
+
+def _listed(value: JsonValue, levels: int) -> JsonValue:
+    """A list of objects, however it is written: as JSON text as a whole or by item, or as a struct of lists."""
+    value = _decoded(value, levels)
+    if isinstance(value, dict):
+        value = _turned(value) or value
+    return [_decoded(item, levels - 1) for item in value] if isinstance(value, list) else value
+
+
+# --- messages ----------------------------------------------------------------------------------------------------------
+
+
+def chat_of(value: object) -> list[dict[str, JsonValue]]:
+    """Messages in canonical form: each has a text ``role`` and a text ``content``; tool calls have objects as arguments.
+
+    Parameters
+    ----------
+    value
+        A list of messages (role and content, or ShareGPT's from and value), JSON text of one, a struct of lists, or an
+        object with ``messages``.
+
+    Raises
+    ------
+    Unusable
+        It is none of these, or a message has parts that are not text.
+
+    Examples
+    --------
+    >>> chat_of([{"from": "human", "value": "2 + 2?"}])
+    [{'role': 'user', 'content': '2 + 2?'}]
+    >>> chat_of({"role": ["user"], "content": [[{"type": "text", "text": "2 + "}, {"type": "text", "text": "2?"}]]})
+    [{'role': 'user', 'content': '2 + 2?'}]
+    """
+    levels = MAX_NESTING - 1
+    if type(value) is not list:
+        value = plain(value, levels)
+        if isinstance(value, dict):
+            value = next((value[name] for name in ("messages", "conversations", "conversation") if name in value), value)
+        value = _listed(value, levels)
+    if not isinstance(value, list):
+        raise Unusable(f"the prompt is neither text nor a list of messages but {_kind(value)}")
+    if not value:
+        raise Unusable("the list of messages is empty")
+    messages = [_message(message, position, levels - 1) for position, message in enumerate(value)]
+    if not any(message["content"].strip() or "tool_calls" in message for message in messages):
+        raise Unusable("every message is empty")
+    return messages
+
+
+def is_chat_text(text: str) -> bool:
+    """Whether a text is JSON of a list of messages, as a whole: a chat that a column of texts holds.
+
+    Examples
+    --------
+    >>> is_chat_text('[{"role": "user", "content": "2 + 2?"}]'), is_chat_text("[1, 2] and [3]"), is_chat_text("[1, 2]")
+    (True, False, False)
+    """
+    if text.lstrip()[:1] != "[":
+        return False
+    found = _decoded(text, MAX_NESTING)
+    return (
+        isinstance(found, list)
+        and bool(found)
+        and all(isinstance(item, dict) and ("role" in item or "from" in item) for item in found)
+    )
+
+
+def _message(value: object, position: int, levels: int) -> dict[str, JsonValue]:
+    if type(value) is dict and len(value) == 2:
+        role, content = value.get("role"), value.get("content")
+        if type(role) is str and type(content) is str:  # nearly every message
+            return {"role": valid_text(role), "content": valid_text(content)}
+    try:
+        message = _decoded(plain(value, levels), levels)
+    except Opaque as error:
+        raise Unusable(f"message {position} contains {error}") from None
+    if not isinstance(message, dict):
+        raise Unusable(f"message {position} is {_kind(message)}, not an object with role and content")
+    if "role" not in message and "from" in message:
+        message = _of_sharegpt(message)
+    role = message.pop("role", None)
+    if not isinstance(role, str):
+        raise Unusable(f"message {position} has no text role; its fields are {', '.join(map(repr, message)) or 'none'}")
+    for name in ("tool_calls", "function_call"):
+        if name in message:
+            message[name] = _calls(message[name], name, position, levels - 1)
+    content = _content(message.pop("content", None), message, position, levels - 1)
+    return {"role": role, "content": content, **message}
+
+
+def _of_sharegpt(message: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    given = message.pop("from")
+    message["role"] = _SHAREGPT_ROLES.get(given, given) if isinstance(given, str) else given
+    if "content" not in message:
+        message["content"] = message.pop("value", None)
+    call = _decoded(message["content"], 1) if given == "function_call" else None
+    if isinstance(call, dict) and "name" in call:
+        message["content"], message["tool_calls"] = None, [{"type": "function", "function": call}]
+    return message
+
+
+def _content(value: JsonValue, message: dict[str, JsonValue], position: int, levels: int) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None:
+        if any(message.get(name) for name in _INSTEAD_OF_CONTENT):
+            return ""
+        raise Unusable(f"message {position} has neither content nor tool calls")
+    if isinstance(value, dict):
+        value = _turned(value) or [value]
+    if not isinstance(value, list):
+        raise Unusable(f"the content of message {position} is {_kind(value)}, not text")
+    return "".join(_part(_decoded(part, levels), position) for part in value if part is not None)
+
+
+def _part(part: JsonValue, position: int) -> str:
+    """Text of one part of a message; templates that take parts write them one after the other, without a separator."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise Unusable(f"message {position} has a part that is {_kind(part)}, not text")
+    kind = part.get("type", "text" if "text" in part else ", ".join(part) or "none")
+    if kind not in _TEXT_PARTS:
+        raise Unusable(f"message {position} has a part of kind {kind}; only parts of kind text can be embedded")
+    text = part.get("text", "")
+    if not isinstance(text, str):
+        raise Unusable(f"message {position} has a part of kind {kind} whose text is {_kind(text)}")
+    return text
+
+
+def _calls(value: JsonValue, name: str, position: int, levels: int) -> JsonValue:
+    """Tool calls with objects as arguments, as templates expect them; OpenAI's own format has JSON text there."""
+    calls = [_decoded(value, levels)] if name == "function_call" else _listed(value, levels)
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise Unusable(f"the {name} of message {position} are {_kind(value)}, not objects")
+    for call in calls:
+        if "function" in call:
+            call["function"] = _decoded(call["function"], levels - 2)
+        function = call.get("function", call)
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            arguments = _decoded(function["arguments"], levels - 3)
+            function["arguments"] = arguments if isinstance(arguments, dict) else function["arguments"]
+    return calls[0] if name == "function_call" else calls
+
+
+# --- what a template gets besides messages -----------------------------------------------------------------------------
+
+
+def tools_of(value: object) -> list[dict[str, JsonValue]] | None:
+    """The tools of a chat: a list of objects, also as JSON text as a whole, by item or by schema; None if there are none.
+
+    Raises
+    ------
+    Unusable
+        Anything else.
+    """
+    levels = MAX_NESTING - 1
+    try:
+        tools = _listed(plain(value, levels), levels)
+    except Opaque as error:
+        raise Unusable(f"tools contains {error}") from None
+    if not tools:
+        return None
+    if isinstance(tools, dict):
+        tools = [tools]
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Unusable("tools is not a list of objects, which is what a chat template takes")
+    return [_with_schema(tool, levels - 2) for tool in tools]
+
+
+def _with_schema(tool: dict[str, JsonValue], levels: int) -> dict[str, JsonValue]:
+    for name in ("function", "parameters", "properties", "input_schema", "output_schema", "return"):
+        if name in tool:
+            inner = _decoded(tool[name], levels)
+            tool[name] = _with_schema(inner, levels - 1) if isinstance(inner, dict) else inner
+    return tool
+
+
+def template_kwargs_of(value: object) -> dict[str, JsonValue] | None:
+    """Variables for the chat template, as an object or as JSON text of one; None if there are none.
+
+    Raises
+    ------
+    Unusable
+        Anything else, or a variable that the store's own settings decide.
+    """
+    levels = MAX_NESTING - 1
+    try:
+        found = _decoded(plain(value, levels), levels)
+    except Opaque as error:
+        raise Unusable(f"chat_template_kwargs contains {error}") from None
+    if not found:
+        return None
+    if not isinstance(found, dict):
+        raise Unusable(f"chat_template_kwargs is {_kind(found)}, not an object")
+    decided = sorted(_DECIDED & found.keys())
+    if decided:
+        raise Unusable(f"chat_template_kwargs sets {', '.join(decided)}, which embstore sets itself for every prompt")
+    return found
+
+
+# arguments of apply_chat_template that are not variables of a template
+_DECIDED = frozenset(
+    {"conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
+    | {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
+    | {"tokenizer_kwargs"}
+)
+
+_KINDS = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+
+
+def _kind(value: object) -> str:
+    """What a JSON value is, as a message says it."""
+    return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
