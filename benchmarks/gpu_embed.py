@@ -44,6 +44,10 @@ class Held:
         """Of the source."""
         return self._source.device(name)
 
+    def reads_clock(self) -> bool:
+        """Of the source."""
+        return self._source.reads_clock()
+
     def hardware(self, config: EmbeddingConfig) -> dict[str, object]:
         """Of the source."""
         return self._source.hardware(config)

@@ -155,7 +155,7 @@ def backbone(job: Job, *, is_ours: bool = False) -> dict[str, Any]:
     padded_length = few_lengths if keeps_kernels else int
     prompts = [Prompt(id=None, text=text) for text in texts_of(job)]
     started = time.perf_counter()
-    rows = PromptTokenizer(loaded.tokenizer, MAX_TOKENS, model.num_tokens).encode(prompts)
+    rows = PromptTokenizer(loaded.tokenizer, MAX_TOKENS, model.num_tokens, chat_date=None).encode(prompts)
     tokenising = (started, time.perf_counter())
     rounds: list[dict[str, Any]] = []
     for settings in job["settings"] * job.get("rounds", 1):

@@ -31,7 +31,9 @@ def main() -> None:
     file, folder, window_rows = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     backbone, width, inner = model.base_model, model.config.hidden_size, model.config.intermediate_size
-    tokenizer = PromptTokenizer(transformers.AutoTokenizer.from_pretrained(folder), _MAX_TOKENS, model.config.vocab_size)
+    tokenizer = PromptTokenizer(
+        transformers.AutoTokenizer.from_pretrained(folder), _MAX_TOKENS, model.config.vocab_size, chat_date=None
+    )
     texts = [json.loads(line)["prompt"] for line in file.read_text(encoding="utf-8").splitlines()]
     rows = tokenizer.encode([Prompt(id=None, text=text) for text in texts])
     batches = [

@@ -1,31 +1,19 @@
-"""The canonical form of values and chats: one spelling for what JSON, Arrow, pandas and ``datasets`` write differently.
+"""The canonical form of chats: one spelling for what JSON, Arrow, pandas, ``datasets`` and ShareGPT write differently.
 
-A table has every field on every row and in every message, null where it does not apply. It cannot hold objects with
-different keys in one column, so people put JSON text there. pandas gives lists as arrays, and integers beside a gap as floats.
-``plain`` and ``chat_of`` undo this (docs/decisions/0049). Pure; anything that cannot be a prompt is an ``Unusable``.
+Fields are null where they do not apply; objects with different keys are JSON text, because a table cannot hold them in one
+column; texts are lists of parts. ``chat_of`` undoes this (docs/decisions/0049). Pure; what cannot be a prompt is an
+``Unusable``.
 """
 
 from __future__ import annotations
 
-import datetime
-import decimal
+import contextlib
 import json
-import math
-import uuid
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
-from embstore.core.decode import MAX_NESTING, unique_keys
+from embstore.core.decode import MAX_NESTING, RepeatedKeyError, unique_keys
+from embstore.core.values import TOO_DEEP, JsonValue, Opaque, Unusable, plain, valid_text
 
-JsonValue = Any  # None, bool, int, finite float, str, list or dict
-
-TOO_DEEP = f"nested more than {MAX_NESTING} levels deep"
-LONE_SURROGATE = "contains a lone surrogate, which is not valid Unicode"
-
-# The order in which people and templates write these keys; the others follow by name. Templates print nested objects as they
-# are, and a model has seen them in this order.
-_FIRST_KEYS = ("role", "content", "id", "type", "function", "name", "description", "parameters", "properties", "required")
-_RANKS = {name: rank for rank, name in enumerate(_FIRST_KEYS)}
 # What a turn may consist of instead of text.
 _INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 _SHAREGPT_ROLES = {
@@ -39,117 +27,8 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+_CHAT_NAMES = ("messages", "conversations", "conversation")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_EXACT_FLOAT = 1 << 53  # larger floats do not say which integer was meant
-_MISSING = ("NAType", "NaTType")  # pandas' own nulls, without importing pandas
-
-
-class Unusable(Exception):
-    """A value that no prompt may contain; the text is the reason that ``quarantine.jsonl`` states."""
-
-
-class Opaque(Unusable):
-    """A value that JSON cannot express, such as an image; as another field of a line it is left out."""
-
-
-def plain(value: object, levels: int = MAX_NESTING - 1) -> JsonValue:  # noqa: PLR0911 - one return per kind
-    """The value as JSON expresses it, in its one spelling.
-
-    Objects lose their null fields and have their keys in one order, integral floats are integers, NaN and infinities are
-    null, bytes are UTF-8 text, arrays of any library are lists, dates and decimals are text.
-
-    Parameters
-    ----------
-    value
-        As Python, numpy, pandas or pyarrow give it.
-    levels
-        How deep it may be nested: what a line of ``MAX_NESTING`` levels has left.
-
-    Raises
-    ------
-    Unusable
-        Too deep, or not valid Unicode.
-    Opaque
-        Of a type that JSON does not have.
-
-    Examples
-    --------
-    >>> plain({"unit": None, "city": "Oslo", "days": 2.0, "name": b"weather"})
-    {'name': 'weather', 'city': 'Oslo', 'days': 2}
-    """
-    kind = type(value)
-    if kind is str:
-        return valid_text(value)  # type: ignore[arg-type]
-    if value is None or kind is bool or kind is int:
-        return value
-    if kind is float:
-        return _number(value)  # type: ignore[arg-type]
-    if isinstance(value, Mapping):
-        return _object(value, levels)
-    if isinstance(value, list | tuple):
-        _descend(levels)
-        if value and all(type(item) is tuple and len(item) == 2 and isinstance(item[0], str) for item in value):
-            return _object(dict(value), levels)  # a map of Arrow
-        return [plain(item, levels - 1) for item in value]
-    return _foreign(value, levels)
-
-
-def valid_text(text: str) -> str:
-    """The text, if a UTF-8 file can hold it."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise Unusable(LONE_SURROGATE) from None
-    return text
-
-
-def _descend(levels: int) -> None:
-    if levels < 1:
-        raise Unusable(TOO_DEEP)
-
-
-def _number(value: float) -> float | int | None:
-    if not math.isfinite(value):
-        return None
-    return int(value) if value.is_integer() and abs(value) <= _EXACT_FLOAT else value
-
-
-def _object(value: Mapping[Any, object], levels: int) -> dict[str, JsonValue]:
-    _descend(levels)
-    items = {plain_key(name): plain(item, levels - 1) for name, item in value.items() if item is not None}
-    return {name: items[name] for name in sorted(items, key=_rank) if items[name] is not None}
-
-
-def plain_key(name: object) -> str:
-    """The name of a field as text."""
-    return valid_text(name if isinstance(name, str) else str(plain(name)))
-
-
-def _rank(name: str) -> tuple[int, str]:
-    return _RANKS.get(name, len(_RANKS)), name
-
-
-def _foreign(value: Any, levels: int) -> JsonValue:  # noqa: ANN401 - of any library
-    name = type(value).__name__
-    if name in _MISSING:
-        return None
-    if isinstance(value, bytes | bytearray | memoryview):
-        try:
-            return bytes(value).decode()
-        except UnicodeDecodeError as error:
-            raise Opaque(f"bytes that are not UTF-8 (byte {error.start})") from None
-    for base in (bool, int, float, str):  # subclasses, such as numpy.float64 and enumerations
-        if isinstance(value, base):
-            return plain(base(value), levels)
-    if isinstance(value, datetime.date | datetime.time | datetime.timedelta | decimal.Decimal | uuid.UUID):
-        return str(value)
-    # arrays and scalars of numpy, pandas, torch, pyarrow and polars, by the method that each has
-    for method in ("tolist", "to_pylist", "as_py", "to_list"):
-        convert: Callable[[], object] | None = getattr(value, method, None)
-        if callable(convert):
-            return plain(convert(), levels)
-    raise Opaque(f"a value of type {name}")
 
 
 # --- JSON text, and structs of lists -----------------------------------------------------------------------------------
@@ -157,12 +36,16 @@ def _foreign(value: Any, levels: int) -> JsonValue:  # noqa: ANN401 - of any lib
 
 def _decoded(value: JsonValue, levels: int) -> JsonValue:
     """What a text that is a JSON object or list stands for; any other value as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-        try:
-            return plain(json.loads(value, object_pairs_hook=unique_keys), levels)
-        except (ValueError, RecursionError):
-            return value  # a text that only begins like JSON
-    return value
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "["):
+        return value
+    try:
+        return plain(json.loads(value, object_pairs_hook=unique_keys), levels)
+    except RepeatedKeyError as error:
+        raise Unusable(str(error)) from None
+    except RecursionError:
+        raise Unusable(TOO_DEEP) from None
+    except ValueError:
+        return value  # a text that only begins like JSON
 
 
 def _turned(value: dict[str, JsonValue]) -> list[JsonValue] | None:
@@ -197,7 +80,7 @@ def chat_of(value: object) -> list[dict[str, JsonValue]]:
     Raises
     ------
     Unusable
-        It is none of these, or a message has parts that are not text.
+        It is something else, or a message has parts that are not text.
 
     Examples
     --------
@@ -208,9 +91,9 @@ def chat_of(value: object) -> list[dict[str, JsonValue]]:
     """
     levels = MAX_NESTING - 1
     if type(value) is not list:
-        value = plain(value, levels)
+        value = _decoded(plain(value, levels), levels)
         if isinstance(value, dict):
-            value = next((value[name] for name in ("messages", "conversations", "conversation") if name in value), value)
+            value = next((value[name] for name in _CHAT_NAMES if name in value), value)
         value = _listed(value, levels)
     if not isinstance(value, list):
         raise Unusable(f"the prompt is neither text nor a list of messages but {_kind(value)}")
@@ -223,16 +106,21 @@ def chat_of(value: object) -> list[dict[str, JsonValue]]:
 
 
 def is_chat_text(text: str) -> bool:
-    """Whether a text is JSON of a list of messages, as a whole: a chat that a column of texts holds.
+    """Whether a text is JSON of a list of messages, or of an object with one, as a whole: a chat in a column of texts.
 
     Examples
     --------
     >>> is_chat_text('[{"role": "user", "content": "2 + 2?"}]'), is_chat_text("[1, 2] and [3]"), is_chat_text("[1, 2]")
     (True, False, False)
     """
-    if text.lstrip()[:1] != "[":
+    if text.lstrip()[:1] not in ("{", "["):
         return False
-    found = _decoded(text, MAX_NESTING)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    if isinstance(found, dict):
+        found = next((found[name] for name in _CHAT_NAMES if name in found), None)
     return (
         isinstance(found, list)
         and bool(found)
@@ -248,11 +136,12 @@ def _message(value: object, position: int, levels: int) -> dict[str, JsonValue]:
     try:
         message = _decoded(plain(value, levels), levels)
     except Opaque as error:
+        _refuse_part(value, position)
         raise Unusable(f"message {position} contains {error}") from None
     if not isinstance(message, dict):
         raise Unusable(f"message {position} is {_kind(message)}, not an object with role and content")
     if "role" not in message and "from" in message:
-        message = _of_sharegpt(message)
+        message = _of_sharegpt(message, levels - 1)
     role = message.pop("role", None)
     if not isinstance(role, str):
         raise Unusable(f"message {position} has no text role; its fields are {', '.join(map(repr, message)) or 'none'}")
@@ -263,12 +152,12 @@ def _message(value: object, position: int, levels: int) -> dict[str, JsonValue]:
     return {"role": role, "content": content, **message}
 
 
-def _of_sharegpt(message: dict[str, JsonValue]) -> dict[str, JsonValue]:
+def _of_sharegpt(message: dict[str, JsonValue], levels: int) -> dict[str, JsonValue]:
     given = message.pop("from")
     message["role"] = _SHAREGPT_ROLES.get(given, given) if isinstance(given, str) else given
     if "content" not in message:
         message["content"] = message.pop("value", None)
-    call = _decoded(message["content"], 1) if given == "function_call" else None
+    call = _decoded(message["content"], levels - 2) if given == "function_call" else None
     if isinstance(call, dict) and "name" in call:
         message["content"], message["tool_calls"] = None, [{"type": "function", "function": call}]
     return message
@@ -288,15 +177,31 @@ def _content(value: JsonValue, message: dict[str, JsonValue], position: int, lev
     return "".join(_part(_decoded(part, levels), position) for part in value if part is not None)
 
 
+def _refuse_part(message: object, position: int) -> None:
+    """Name the kind of a part that holds what JSON cannot express, such as a decoded image."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    for part in content if isinstance(content, Iterable) else ():
+        if isinstance(part, Mapping) and _kind_of_part(part) not in _TEXT_PARTS:
+            raise Unusable(_NOT_TEXT.format(position, _kind_of_part(part)))
+
+
+_NOT_TEXT = "message {} has a part of kind {}; only parts of kind text can be embedded"
+
+
+def _kind_of_part(part: Mapping[str, object]) -> str:
+    named = part.get("type", "text" if "text" in part else ", ".join(part) or "none")
+    return str(named)
+
+
 def _part(part: JsonValue, position: int) -> str:
     """Text of one part of a message; templates that take parts write them one after the other, without a separator."""
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
         raise Unusable(f"message {position} has a part that is {_kind(part)}, not text")
-    kind = part.get("type", "text" if "text" in part else ", ".join(part) or "none")
+    kind = _kind_of_part(part)
     if kind not in _TEXT_PARTS:
-        raise Unusable(f"message {position} has a part of kind {kind}; only parts of kind text can be embedded")
+        raise Unusable(_NOT_TEXT.format(position, kind))
     text = part.get("text", "")
     if not isinstance(text, str):
         raise Unusable(f"message {position} has a part of kind {kind} whose text is {_kind(text)}")
@@ -313,8 +218,9 @@ def _calls(value: JsonValue, name: str, position: int, levels: int) -> JsonValue
             call["function"] = _decoded(call["function"], levels - 2)
         function = call.get("function", call)
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            arguments = _decoded(function["arguments"], levels - 3)
-            function["arguments"] = arguments if isinstance(arguments, dict) else function["arguments"]
+            with contextlib.suppress(Unusable):  # a model wrote this text, and it need not be JSON
+                arguments = _decoded(function["arguments"], levels - 3)
+                function["arguments"] = arguments if isinstance(arguments, dict) else function["arguments"]
     return calls[0] if name == "function_call" else calls
 
 

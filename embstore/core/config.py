@@ -10,6 +10,7 @@ never rows. *Runtime* fields (memory budget, engine) may differ on every run.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import re
 from dataclasses import dataclass
@@ -56,6 +57,15 @@ def refuse_device_name(name: str) -> None:
         raise ConfigError(f"embstore does not compute on device {name!r}", hint="use auto, cpu, cuda or cuda:N")
 
 
+def _refuse_no_date(text: str) -> None:
+    try:
+        is_date = datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        is_date = False
+    if not is_date:
+        raise ConfigError(f"chat_date is not a day: {text!r}", hint=f"write it as YYYY-MM-DD, such as {DEFAULT_CHAT_DATE}")
+
+
 @documented
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbeddingConfig:
@@ -72,6 +82,9 @@ class EmbeddingConfig:
     )
     max_tokens: int | None = option(None, "Keep the first N tokens of each prompt. Default: 512.", "model", unit="tokens")
     vocab: Columns | None = option(None, "All columns of logits, or without those that only pad the vocabulary.")
+    chat_date: str | None = option(
+        None, "The day that chat templates print as today. Default: 2024-07-26, so that rows do not depend on the day."
+    )
     space: Space | None = option(None, "Rows of logits, or of final hidden states (also of encoders).", "model")
     pooling: Pooling | None = option(None, "Average over all tokens of a prompt (mean), or use only the last one.")
     batch_tokens: int | None = option(
@@ -94,6 +107,8 @@ class EmbeddingConfig:
                 f"window_rows must be a multiple of chunk_rows, got {self.window_rows} and {self.chunk_rows}",
                 hint="leave out one of them",
             )
+        if self.chat_date is not None:
+            _refuse_no_date(self.chat_date)
         if self.device is not None:
             refuse_device_name(self.device)
         if self.space == "hidden" and self.vocab is not None:
@@ -177,7 +192,7 @@ class PromptFields:
     """
 
     text: str | None = option(
-        None, "Field with the prompt. Default: prompt, messages or prefix.", "input", flag="--text-field"
+        None, "Field with the prompt. Default: prompt, messages, prefix or conversations.", "input", flag="--text-field"
     )
     messages: str | None = option(None, "Field with a list of messages.", flag="--messages-field")
     id: str | None = option(None, "Field with the id. Default: id.", "input", flag="--id-field")
@@ -191,6 +206,7 @@ class PromptFields:
 
 
 USUAL_FIELDS = PromptFields()
+DEFAULT_CHAT_DATE = "2024-07-26"  # what templates of Llama 3.1 print where nobody gives a date
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -270,6 +286,9 @@ class BuildConfig:
     )
     on_error: Literal["stop", "quarantine"] = option(
         "stop", "If a row cannot be embedded: stop, or keep its number with an empty row of weight 0 (quarantine)."
+    )
+    turns: Turns | None = option(
+        None, "The prompt is all of a chat, or what comes before its last assistant turn (prompt). Default: all."
     )
     strict: bool = option(False, "Refuse the file if any line does not contain a prompt.")
     limit: int | None = option(None, "Use only the first N distinct prompts, or rows of an array.", "input", unit="rows")

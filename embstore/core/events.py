@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from embstore.core.config import Turns
+
 # What comes before the first row, in its order; ``Preflight.stage_seconds`` says what each took.
 Preparation = Literal[
     "imports",  # torch and transformers
@@ -77,7 +79,9 @@ class Preflight:
 
     Of ``remaining_rows``, ``reused_rows`` are copied from other stores; ``dropped_rows`` counts rows of those stores whose
     prompts are not in this pool. ``device`` is the one that computes, with its index. ``seconds`` is the estimate for the
-    remaining rows; ``stage_seconds`` says what the stages before them took in this run, and has "embed", the same estimate.
+    remaining rows; ``answered_lines`` counts chats that end in an assistant turn, which ``turns`` all embeds as well and
+    prompt leaves out; ``stage_seconds`` says what the stages before them took in this run, and has "embed", the same
+    estimate.
     """
 
     num_rows: int
@@ -97,6 +101,8 @@ class Preflight:
     seconds: float
     reused_rows: int = 0
     dropped_rows: int = 0
+    answered_lines: int = 0
+    turns: Turns = "all"
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
 
 

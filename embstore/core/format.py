@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from embstore.core.config import FIRST_RULE, PromptRule
 from embstore.core.decode import Sha256, from_json, parse_json, printable, shown
 from embstore.core.errors import CorruptStoreError, FieldMismatch, IdentityMismatchError
 
@@ -158,7 +159,8 @@ class Manifest:
     """``manifest.json``: its rename publishes everything at once, and readers follow nothing else.
 
     ``files`` has the digest of every listed file; ``neighbors`` is the digest that names the folder of the neighbour graph;
-    ``names`` maps the name of a weighting to its digest (``density_weights.npy`` links to "default").
+    ``names`` maps the name of a weighting to its digest (``density_weights.npy`` links to "default"). ``rule`` says how
+    lines became prompts, and items of a dataset do; the first stores of version 1 do not record it.
     """
 
     format_version: int
@@ -167,6 +169,7 @@ class Manifest:
     neighbors: Digest
     names: dict[str, Digest]
     files: dict[str, FileDigest]
+    rule: PromptRule = FIRST_RULE
 
     def encode(self) -> bytes:
         """The file's bytes, with names in sorted order."""
@@ -178,7 +181,8 @@ class Manifest:
 
 def decode_manifest(content: bytes) -> Manifest:
     """Read ``manifest.json``; a manifest that lists fewer or more files than it publishes is a CorruptStoreError."""
-    manifest = from_json(Manifest, parse_document(content, name=MANIFEST), name=MANIFEST)
+    value = {"rule": dataclasses.asdict(FIRST_RULE), **parse_document(content, name=MANIFEST)}
+    manifest = from_json(Manifest, value, name=MANIFEST)
     problem = _manifest_problem(manifest)
     if problem is not None:
         raise CorruptStoreError(f"{MANIFEST} {problem}", hint="run embstore verify STORE")

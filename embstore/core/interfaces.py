@@ -191,6 +191,9 @@ class EmbedderSource(Protocol):
     ) -> Embedder:
         """Load with another store's settings for a new store; probe only what the plan needs, on a seeded sample."""
 
+    def reads_clock(self) -> bool:
+        """Whether the chat template asks for the current time, so that rows depend on the date that a store records."""
+
     def hardware(self, config: EmbeddingConfig) -> dict[str, object]:
         """Device kind, capability, packing, threads and versions of this run, under their names in EmbeddingSpec."""
 

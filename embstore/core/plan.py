@@ -101,6 +101,7 @@ def refuse_other_input(
         "space": (stored.space, config.space),
         "pooling": (stored.pooling, config.pooling),
         "batch_tokens": (stored.batch_tokens, config.batch_tokens),
+        "chat_date": (stored.chat_date or "none recorded", config.chat_date),
         "dtype": (stored.dtype, None if config.dtype == "auto" else config.dtype),
         "window_rows": (spec.window_rows, config.window_rows),
         "chunk_rows": (spec.chunk_rows, config.chunk_rows),
@@ -158,9 +159,11 @@ def hardware_mismatches(stored: EmbeddingSpec, hardware: Mapping[str, object]) -
 
 
 def settings_mismatches(stored: EmbeddingSpec, other: EmbeddingSpec) -> list[FieldMismatch]:
-    """What differs between the settings of two stores; versions that one of them did not record are not compared."""
+    """What differs between the settings of two stores; versions and dates are compared where both recorded them."""
     if stored.versions is None or other.versions is None:
         stored, other = (dataclasses.replace(each, versions=None) for each in (stored, other))
+    if stored.chat_date is None or other.chat_date is None:
+        stored, other = (dataclasses.replace(each, chat_date=None) for each in (stored, other))
     return diff_fields(stored, dataclasses.replace(other, token_limit=stored.token_limit), prefix="embedding.")
 
 

@@ -1,8 +1,8 @@
 """One prompt: how an input line becomes a canonical row, and how a row is identified. Pure functions on bytes and values.
 
 Identity is content, never position: rows with the same whitespace-collapsed text, or the same chat, are one row. A chat has
-one form, whoever wrote it (``core.chats``): it is what a row's digest covers, what ``prompts.jsonl`` holds, and what the chat
-template gets.
+one form, whoever wrote it (``core.chats``): it is what a row's digest covers, what ``prompts.jsonl`` holds, and what the
+chat template gets.
 """
 
 from __future__ import annotations
@@ -13,19 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from embstore.core.chats import (
-    LONE_SURROGATE,
-    TOO_DEEP,
-    Opaque,
-    Unusable,
-    chat_of,
-    is_chat_text,
-    plain,
-    plain_key,
-    template_kwargs_of,
-    tools_of,
-    valid_text,
-)
+from embstore.core.chats import chat_of, is_chat_text, template_kwargs_of, tools_of
 from embstore.core.config import CURRENT_RULE, FIRST_RULE, USUAL_FIELDS, PromptFields, PromptRule
 from embstore.core.decode import (
     MAX_NESTING,
@@ -40,6 +28,7 @@ from embstore.core.decode import (
 )
 from embstore.core.errors import CorruptStoreError
 from embstore.core.format import PROMPTS, canonical_json
+from embstore.core.values import LONE_SURROGATE, TOO_DEEP, Opaque, Unusable, plain, plain_key, valid_text
 
 Message = Mapping[str, object]
 
@@ -197,10 +186,11 @@ def _content(record: Mapping[str, object], names: PromptFields) -> object:
             return chat_of(value)
         is_turn = name != "prompt" and name not in (names.text, names.messages)
         return [{"role": "user", "content": value}] if is_turn else valid_text(value)
-    fields = [printable(str(name))[:_NAMED_CHARACTERS] for name in record]
+    # a table has every field on every row
+    fields = [printable(str(name))[:_NAMED_CHARACTERS] for name, value in record.items() if value is not None]
     more = ", ..." if len(fields) > _NAMED_FIELDS else ""
     sought = ", ".join(name for name in looked_at if name != _SHAREGPT[1])
-    there = f"the fields are {', '.join(fields[:_NAMED_FIELDS])}{more}" if fields else "there are no fields"
+    there = f"the fields are {', '.join(fields[:_NAMED_FIELDS])}{more}" if fields else "no field has a value"
     raise Unusable(f"no prompt: none of the fields {sought}; {there}")
 
 
@@ -244,7 +234,7 @@ def _tuple(values: list[dict[str, Any]] | None) -> tuple[Mapping[str, object], .
     return None if values is None else tuple(values)
 
 
-def parse_named_row(line: bytes) -> Prompt | Rejected:
+def parse_named_row(line: bytes, rule: PromptRule = CURRENT_RULE) -> Prompt | Rejected:
     """Read one JSONL line that names a row of an array: as ``parse_line``, but it may have no text, or be a bare id.
 
     Examples
@@ -260,14 +250,14 @@ def parse_named_row(line: bytes) -> Prompt | Rejected:
         bare = None
     if bare is not None:
         return named_row(bare)
-    record = _decode_object(line)
+    record = _decode_object(line, rule)
     if isinstance(record, Rejected):
         return record
     if all(record.get(name) is None for name in ("prompt", "messages", "prefix", *_SHAREGPT)):
-        fields = {name: value for name, value in record.items() if name not in USUAL_FIELDS.names}
+        fields = _fields(record, USUAL_FIELDS.names)
         named = named_row(record["id"]) if "id" in record else Prompt(id=None, text="")
         return named if isinstance(named, Rejected) else replace(named, fields=fields)
-    return parse_line(line)
+    return prompt_of(record, rule=rule)
 
 
 def named_row(value: object) -> Prompt | Rejected:
@@ -327,8 +317,11 @@ def decode_row(line: bytes) -> Prompt:
             return Prompt(id=record.get("id"), text=content, fields=record.get("fields", {}))
         prompt = _chat_as_written(record.get("id"), content, record.get("fields", {}))
         tools, kwargs = record.get(_TOOLS), record.get(_KWARGS)
-        if isinstance(prompt, Prompt) and isinstance(tools, list | None) and isinstance(kwargs, dict | None):
-            return replace(prompt, tools=_tuple(tools), template_kwargs=kwargs) if tools or kwargs else prompt
+        if tools is None and kwargs is None and isinstance(prompt, Prompt):
+            return prompt
+        is_usable = isinstance(kwargs, dict | None) and isinstance(tools, list | None)
+        if is_usable and all(isinstance(tool, dict) for tool in tools or ()) and isinstance(prompt, Prompt):
+            return replace(prompt, tools=_tuple(tools), template_kwargs=kwargs)
     raise CorruptStoreError(f"{PROMPTS}: a row is not a prompt ({_start(line)})", hint="run embstore verify STORE")
 
 

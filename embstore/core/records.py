@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from embstore.core.config import CURRENT_RULE, FIRST_RULE, PromptRule
 from embstore.core.decode import Crc32c, Sha256, from_json, parse_json, shown
 from embstore.core.errors import CorruptStoreError
 from embstore.core.format import (
@@ -34,7 +35,11 @@ from embstore.core.rows import RowRange
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptsRecord:
-    """Journal: stage 0 is durable. ``files`` are the digests of its files."""
+    """Journal: stage 0 is durable. ``files`` are the digests of its files.
+
+    ``rule`` says how lines became prompts, ``answered`` how many of them have a chat that ends in an assistant turn; a store
+    from before December 2026 records neither.
+    """
 
     rows: int
     lines: int
@@ -42,6 +47,8 @@ class PromptsRecord:
     repeats: int
     fingerprint: Sha256
     files: dict[str, FileDigest]
+    rule: PromptRule = FIRST_RULE
+    answered: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -301,6 +308,8 @@ def _parse_journal_line(line: bytes, name: str) -> JsonObject | None:
 
 
 def _decode_record(record_type: type[JournalRecord], value: JsonObject, name: str) -> JournalRecord:
+    if record_type is PromptsRecord:
+        value = {"rule": dataclasses.asdict(FIRST_RULE), "answered": 0, **value}
     record = from_json(record_type, value, name=name)
     problem = _problem(record)
     if problem is not None:
@@ -314,6 +323,8 @@ def _problem(record: JournalRecord) -> str | None:  # noqa: PLR0911 - one return
         case PromptsRecord():
             if not 0 < record.rows <= min(record.lines, MAX_ROWS):
                 return f"{record.rows} rows from {record.lines} lines"
+            if record.rule.version not in (FIRST_RULE.version, CURRENT_RULE.version):
+                return f"prompts by rule {record.rule.version}, which this embstore does not know"
             return _foreign_file(record.files, STAGE0_FILES)
         case SpecRecord():
             if SPEC not in record.files:

@@ -81,7 +81,8 @@ class EmbeddingSpec:
     for an imported array. ``capability`` is what decides a kernel's bits: a CPU's vector instructions or a GPU's model;
     ``packed_layers`` and ``packed_head`` say whether the weights of the backbone's linear layers, and of the output layer,
     lie in oneDNN's layout (docs/decisions/0025). ``max_tokens`` is never above ``token_limit``, the most that the model
-    takes (None: no limit is known). ``versions`` is None in a store from before they were recorded.
+    takes (None: no limit is known). ``chat_date`` (YYYY-MM-DD) is what chat templates print as today. ``versions`` and
+    ``chat_date`` are None in a store from before they were recorded; an imported array has no date.
 
     ``basis`` says where coordinates come from, and ``format.basis_file`` which file has it: "gram" (a map of an affine
     head's inputs), or an orthonormal basis: "range-finder" (of a sample of rows), "identity" (hidden states), "head" (an
@@ -107,6 +108,7 @@ class EmbeddingSpec:
     basis: str
     token_limit: int | None = None
     versions: Versions | None = None
+    chat_date: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,7 +162,7 @@ _OLD_PACKED_LAYERS, _OLD_PACKED_HEAD = " with packed layers", " and head"
 
 
 def _upgraded(whole: JsonObject) -> JsonObject:
-    """``spec.json`` with today's fields, where it has "head_scale" and sentences, or no versions or digest of code."""
+    """``spec.json`` with today's fields, where it has "head_scale" and sentences, or no versions, digest of code or date."""
     model = whole.get("model")
     if isinstance(model, dict) and "code_sha256" not in model:
         whole = {**whole, "model": {**model, "code_sha256": ""}}
@@ -169,6 +171,7 @@ def _upgraded(whole: JsonObject) -> JsonObject:
         return whole
     if not old.keys() & {"token_limit", "versions"}:
         old = {**old, "token_limit": None, "versions": None}
+    old = {"chat_date": None, **old}
     if "head_scale" not in old:
         return {**whole, "embedding": old}
     new = {name: value for name, value in old.items() if name != "head_scale"}

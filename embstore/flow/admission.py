@@ -11,16 +11,17 @@ import dataclasses
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from embstore.core.config import BuildConfig, Compressor, EmbeddingConfig
+from embstore.core.config import BuildConfig, Compressor, EmbeddingConfig, PromptRule
 from embstore.core.errors import ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.events import Notice, stage
 from embstore.core.files import file_problem
 from embstore.core.format import FORMAT_VERSION, MANIFEST, PROMPTS, basis_file
 from embstore.core.interfaces import Embedder, EmbedderSource
-from embstore.core.plan import as_stored, plan, refuse_drift, refuse_other_input
+from embstore.core.plan import as_stored, grid_of, plan, refuse_drift, refuse_other_input
+from embstore.core.prompts import Prompt
 from embstore.core.records import DemotedRecord, DriftRecord, PromptsRecord
 from embstore.core.spec import EmbeddingSpec, ModelIdentity, StoreSpec
 from embstore.flow.cost import check_fits, copied_rows, fit_rows
@@ -31,7 +32,7 @@ from embstore.storage.ingest import ingest
 from embstore.storage.journal import run_entries
 from embstore.storage.prompt_source import PromptSource
 from embstore.storage.prompt_table import PromptTable
-from embstore.storage.reader import open_published
+from embstore.storage.reader import EmbeddingStore, open_published
 from embstore.storage.row_files import map_basis
 from embstore.storage.verify import check_stage0, damaged_windows
 
@@ -51,6 +52,7 @@ def commit_prompts(run: Run, source: PromptSource | None) -> PromptsRecord:
     writer, config = run.writer, run.config
     _refuse_lost_journal(run)
     committed = writer.state.prompts
+    rule = _rule(committed, config)
     if committed is None:
         if source is None:
             raise ConfigError(
@@ -58,7 +60,15 @@ def commit_prompts(run: Run, source: PromptSource | None) -> PromptsRecord:
                 hint="give PROMPTS, the file to build from",
             )
         with stage(run.observer, "prompts"):
-            record = ingest(source, writer.root, writer.work, strict=config.strict, limit=config.limit, fields=config.fields)
+            record = ingest(
+                source,
+                writer.root,
+                writer.work,
+                strict=config.strict,
+                limit=config.limit,
+                fields=config.fields,
+                rule=rule,
+            )
             writer.commit(record)
     else:
         record = committed
@@ -78,6 +88,16 @@ def commit_prompts(run: Run, source: PromptSource | None) -> PromptsRecord:
     return record
 
 
+def _rule(committed: PromptsRecord | None, config: BuildConfig) -> PromptRule:
+    """How lines become prompts: a store keeps the rule that it began with."""
+    if committed is None:
+        return PromptRule(turns=config.turns or "all")
+    stored = committed.rule.turns
+    if config.turns not in (None, stored):
+        raise IdentityMismatchError([FieldMismatch(field="turns", stored=stored, given=config.turns)])
+    return committed.rule
+
+
 def _refuse_lost_journal(run: Run) -> None:
     """Refuse a manifest without a complete journal: rows that readers use must not be computed again under it."""
     finished = open_published(run.writer.root)
@@ -94,7 +114,15 @@ def _refuse_other_prompts(root: Path, record: PromptsRecord, source: PromptSourc
     """Ingest the given file in a temporary folder and compare; the error names the first row that differs."""
     with tempfile.TemporaryDirectory(prefix="embstore-compare-") as scratch:
         folder = Path(scratch)
-        given = ingest(source, folder, folder, strict=config.strict, limit=config.limit or None, fields=config.fields)
+        given = ingest(
+            source,
+            folder,
+            folder,
+            strict=config.strict,
+            limit=config.limit or None,
+            fields=config.fields,
+            rule=record.rule,
+        )
         if given.fingerprint == record.fingerprint:
             return
         mismatches = [FieldMismatch(field="prompts", stored=record.fingerprint[:16], given=given.fingerprint[:16])]
@@ -193,6 +221,7 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
             writer.commit(DriftRecord(fields=fields))
         # only in this run: the stored spec still describes the first rows
         spec = dataclasses.replace(spec, embedding=dataclasses.replace(spec.embedding, **hardware))  # type: ignore[arg-type]
+    _refuse_unrecorded_date(run, spec.embedding, _prompts_of(writer.root, spec, remaining))
     reuse = _open_reused_again(run, spec) if remaining else None
     run.log_start()
     _demote_damaged(run, spec)
@@ -205,6 +234,7 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
     run.source = run.source or find_source(run)  # all rows were committed, but some were found damaged
     if run.source is None:
         raise ConfigError("rows must be computed, but no model was given", hint="add --model, a folder or a hub id")
+    _refuse_unrecorded_date(run, spec.embedding, _prompts_of(writer.root, spec, todo.windows))
     if config.engine.is_remote:
         return spec, None, reuse  # workers load it
     embedder = run.source.reopen(
@@ -215,6 +245,28 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
         observer=run.observer,
     )
     return spec, embedder, reuse
+
+
+def _refuse_unrecorded_date(
+    run: Run, stored: EmbeddingSpec, computed: Iterable[Prompt], *, reused: str | None = None
+) -> None:
+    """Refuse to add chats to rows whose date is not recorded, if the chat template prints the current one."""
+    if stored.chat_date is not None or run.source is None or all(prompt.messages is None for prompt in computed):
+        return
+    if run.source.reads_clock():
+        given = "a chat template that prints the current date"
+        raise IdentityMismatchError(
+            [FieldMismatch(field="chat_date", stored="none recorded", given=given)],
+            hint="new rows would contain another date than the stored ones: build into another --out without --reuse; it "
+            "records its date",
+            reused=reused,
+        )
+
+
+def _prompts_of(root: Path, spec: StoreSpec, windows: Sequence[int]) -> Iterator[Prompt]:
+    grid, prompts = grid_of(spec), PromptTable(root / PROMPTS, spec.rows)
+    for window in windows:
+        yield from prompts.read(grid.window(window))
 
 
 def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tuple[StoreSpec, Embedder]:
@@ -298,6 +350,7 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
         reuse = match_rows(prompts, stores)
     old = stores[0].spec
     num_computed = record.rows - reuse.num_rows
+    _refuse_other_turns(record, stores)
     if num_computed and run.source is None:
         raise ConfigError(
             f"{num_computed} prompts are not in the stores to reuse, and no model was given",
@@ -309,6 +362,8 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
     if run.source is not None and num_computed:
         hardware = _hardware(run.source, config.embedding, old.embedding)
     drifted = refuse_unlike(stores, config, model, hardware)
+    computed = (prompt for row, prompt in enumerate(prompts) if reuse.store_N[row] < 0)
+    _refuse_unrecorded_date(run, old.embedding, computed, reused=str(stores[0].root))
     # only in this run: the stored spec describes the copied rows
     embedding = dataclasses.replace(old.embedding, **hardware) if hardware is not None else old.embedding  # type: ignore[arg-type]
     name = basis_file(old.embedding.basis)
@@ -340,6 +395,18 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
         run.observer(Notice(message=f"drift allowed in {', '.join(fields)}: computed rows may differ in low bits"))
         writer.commit(DriftRecord(fields=fields))
     return spec, embedder, reuse
+
+
+def _refuse_other_turns(record: PromptsRecord, stores: Sequence[EmbeddingStore]) -> None:
+    """Rows of whole chats and of their beginnings do not belong into one store."""
+    for store in stores:
+        old = store.journal.prompts
+        if old is not None and old.rule.turns != record.rule.turns:
+            raise IdentityMismatchError(
+                [FieldMismatch(field="turns", stored=old.rule.turns, given=record.rule.turns)],
+                hint=f"add --turns {old.rule.turns}, or build without --reuse",
+                reused=str(store.root),
+            )
 
 
 def _open_reused_again(run: Run, spec: StoreSpec) -> Reuse:

@@ -175,6 +175,7 @@ def publish(
         neighbors=neighbors.digest,
         names=names,
         files=files,
+        rule=state.prompts.rule,
     )
     writer.publish(manifest)
     return manifest

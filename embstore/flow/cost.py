@@ -90,6 +90,8 @@ def check_fits(
         num_rows=spec.rows,
         remaining_rows=todo.remaining_rows,
         quarantined_lines=record.quarantined if record else 0,
+        answered_lines=record.answered if record else 0,
+        turns=record.rule.turns if record else "all",
         truncated_share=embedder.truncated_share if embedder else 0.0,
         dimension=spec.embedding.dimension,
         head=spec.embedding.head.kind,

@@ -69,6 +69,10 @@ class ArraySource:
             trust_remote_code=False,
         )
 
+    def reads_clock(self) -> bool:
+        """An array has no chats."""
+        return False
+
     def device(self, name: str) -> str:
         """An array is read and scaled by the CPU."""
         return "cpu"

@@ -48,6 +48,9 @@ class Checkpoint(Protocol):
     def identity(self) -> ModelIdentity:
         """Digests of everything that decides a row."""
 
+    def load_tokenizer(self) -> Any:  # noqa: ANN401 - transformers is untyped
+        """The tokenizer alone."""
+
     def load(self, space: Space, scratch: Path | None = None) -> LoadedCheckpoint:
         """The model (without its head for ``space`` hidden) and its tokenizer.
 

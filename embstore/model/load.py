@@ -61,7 +61,7 @@ def load_files(
         The library cannot load it (its own message is included); tensors are missing, left over, or of another shape.
     """
     with _quiet_transformers():
-        tokenizer = _tokenizer(tokenizer_folder, name, trusted=trusted)
+        tokenizer = load_tokenizer(tokenizer_folder, name, trusted=trusted)
         config = _config(folder, name, trusted=trusted)
         # an adapter uses the layer names of the class on which it was trained, which has a head unless it says otherwise
         asked: Space = space if adapter is None or is_headless(adapter) else "logits"
@@ -222,9 +222,11 @@ def _refuse_other_inputs(model: Any, name: str, space: Space) -> None:  # noqa: 
         )
 
 
-def _tokenizer(folder: Path, name: str, *, trusted: bool) -> Any:  # noqa: ANN401
+def load_tokenizer(folder: Path, name: str, *, trusted: bool) -> Any:  # noqa: ANN401
+    """The tokenizer of a model folder, by transformers; a ModelError if it cannot be read."""
     try:
-        found = _tokenizer_class(folder).from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
+        with _quiet_transformers():
+            found = _tokenizer_class(folder).from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
     except Exception as error:  # any class's constructor runs here
         message = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(

@@ -22,7 +22,7 @@ from embstore.model.adapters import ADAPTER, ADAPTER_WEIGHTS
 from embstore.model.digests import files_sha256
 from embstore.model.formats import Checkpoint, LoadedCheckpoint
 from embstore.model.hub import download, weight_names
-from embstore.model.load import load_files
+from embstore.model.load import load_files, load_tokenizer
 from embstore.model.quantised import refuse_other_methods
 from embstore.model.weight_files import check_files
 
@@ -94,6 +94,10 @@ class ModelFiles:
             trust_remote_code=self.trust_remote_code,
             code_sha256=files_sha256(self.code_files) if self.code_files else "",
         )
+
+    def load_tokenizer(self) -> Any:  # noqa: ANN401 - transformers is untyped
+        """The tokenizer alone; see ``load_files``."""
+        return load_tokenizer(self.tokenizer_folder, self.name, trusted=self.trust_remote_code)
 
     def load(self, space: Space, scratch: Path | None = None) -> LoadedCheckpoint:
         """The model as its files store it, and the tokenizer; see ``load_files``."""

@@ -18,7 +18,7 @@ import transformers
 from numpy.typing import NDArray
 from torch import nn
 
-from embstore.core.config import EmbeddingConfig, Space
+from embstore.core.config import DEFAULT_CHAT_DATE, EmbeddingConfig, Space
 from embstore.core.errors import ModelError
 from embstore.core.events import Notice, Observer, ignore, stage
 from embstore.core.interfaces import PromptReader
@@ -48,7 +48,7 @@ from embstore.model.settings import (
     settle_batches,
     window_rows_of,
 )
-from embstore.model.tokens import TOKEN_RULE, PromptTokenizer, TokenRow
+from embstore.model.tokens import TOKEN_RULE, PromptTokenizer, TokenRow, template_reads_clock
 
 _SAMPLE_ROWS = 256
 _DEFAULT_MAX_TOKENS = 512
@@ -102,6 +102,10 @@ class TorchSource:
             "versions": _versions(),
         }
 
+    def reads_clock(self) -> bool:
+        """Whether the chat template asks for the current time; loads the tokenizer and not the model."""
+        return template_reads_clock(self._files.load_tokenizer())
+
     def create(
         self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path, observer: Observer
     ) -> LogitEmbedder:
@@ -122,7 +126,9 @@ class TorchSource:
         with stage(observer, "probe"):
             positions = usable_positions(loaded.model)
             model = SplitModel(loaded.model, device, loaded.merges, headless=space == "hidden")
-            tokenizer = PromptTokenizer(loaded.tokenizer, _max_tokens(config, positions, observer), model.num_tokens)
+            chat_date = config.chat_date or DEFAULT_CHAT_DATE
+            max_tokens = _max_tokens(config, positions, observer)
+            tokenizer = PromptTokenizer(loaded.tokenizer, max_tokens, model.num_tokens, chat_date=chat_date)
             sample = _sampled(tokenizer.encode, prompts)
             self._settle(model, torch.float32, asked=False)
             head, columns = examine(model, None if space == "hidden" else probe_tokens(sample).to(device))
@@ -145,6 +151,7 @@ class TorchSource:
             basis=_BASIS_OF.get(head.kind, "range-finder"),
             token_limit=positions,
             versions=_versions(),
+            chat_date=chat_date,
         )
         settings = settle_batches(spec, config, model, mean_tokens=_mean_tokens(sample), memory_bytes=memory_bytes)
         basis_VR = None
@@ -230,7 +237,7 @@ class TorchSource:
                 "the store's rows were made with packed layers, which this version of torch cannot pack",
                 hint="continue with the versions of torch and transformers that began the store",
             )
-        tokenizer = PromptTokenizer(loaded.tokenizer, spec.max_tokens, model.num_tokens)
+        tokenizer = PromptTokenizer(loaded.tokenizer, spec.max_tokens, model.num_tokens, chat_date=spec.chat_date)
         parts = ModelParts(model=model, head=head, tokenizer=tokenizer, device=device)
         finisher = make_finisher(spec, head, basis_VR, device)
         if spec.packed_head:
@@ -307,6 +314,10 @@ class InMemorySource(TorchSource):
             tokenizer_sha256="",
             trust_remote_code=False,
         )
+
+    def reads_clock(self) -> bool:
+        """See ``TorchSource.reads_clock``."""
+        return template_reads_clock(self._tokenizer)
 
     def _load(self, space: Space) -> LoadedCheckpoint:
         _refuse_scattered(self._model)

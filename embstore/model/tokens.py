@@ -2,15 +2,18 @@
 
 Token rule (``TOKEN_RULE``): text goes through the tokenizer's default special tokens, which condition the model but are not
 pooled; chats use the chat template without generation prompt (``role: content`` lines when there is none) and their special
-tokens are not pooled either; the first max_tokens are kept.
+tokens are not pooled either; the first max_tokens are kept. The template sees the date that the store records.
 
 Shapes: T tokens.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Sequence
+import datetime
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +22,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from embstore.core.errors import ModelError
-from embstore.core.prompts import Prompt, render_messages
+from embstore.core.prompts import Message, Prompt, render_messages
+from embstore.model.chat_clock import ChatClock, reads_clock
 
 TOKEN_RULE = "own-tokens-1"  # names the rule above; another rule needs another name, because rows would differ
 
@@ -34,10 +38,16 @@ class TokenRow:
 
 
 class PromptTokenizer:
-    """A Hugging Face tokenizer under the token rule, for a model that knows ``num_tokens`` tokens."""
+    """A Hugging Face tokenizer under the token rule, for a model that knows ``num_tokens`` tokens.
 
-    def __init__(self, tokenizer: Any, max_tokens: int, num_tokens: int) -> None:  # noqa: ANN401 - transformers is untyped
+    ``chat_date`` (YYYY-MM-DD) is what the chat template takes for today; None: the store does not record it, and the flow
+    refuses a template that asks for the clock.
+    """
+
+    def __init__(self, tokenizer: Any, max_tokens: int, num_tokens: int, *, chat_date: str | None) -> None:  # noqa: ANN401
         self._tokenizer = tokenizer
+        self._clock = None if chat_date is None else ChatClock(date=datetime.date.fromisoformat(chat_date))
+        self._dated: dict[str, tuple[str, dict[str, str]]] = {}  # by template: itself with a clock, and its variables
         self.max_tokens = max_tokens
         self._num_tokens = num_tokens
         self._backend = _plain_backend(tokenizer)
@@ -94,13 +104,53 @@ class PromptTokenizer:
         return prompt.messages is not None and bool(self._tokenizer.chat_template)
 
     def _apply_template(self, prompt: Prompt) -> str:
-        messages = [dict(message) for message in prompt.messages or ()]
+        messages = prompt.messages or ()
+        calls = [arguments for message in messages for arguments in _arguments(message)]
+        template, dates = self._template_for(prompt)
         try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
-        except Exception as error:  # jinja raises whatever the model's template raises
+            try:
+                rendered = self._rendered(prompt, messages, template, dates)
+            except Exception:  # jinja raises whatever the model's template raises
+                if not calls:
+                    raise
+                rendered = None
+            # some templates join the arguments of a call with text, as OpenAI gives them, or print an object as Python does
+            if rendered is None or any(repr(arguments) in rendered for arguments in calls):
+                rendered = self._rendered(prompt, [_with_text_arguments(each) for each in messages], template, dates)
+        except Exception as error:
             raise ModelError(
                 f"the chat template refuses prompt {prompt.id!r}: {error}", hint="correct or remove that prompt"
             ) from error
+        return rendered
+
+    def _rendered(self, prompt: Prompt, messages: Sequence[Message], template: str | None, dates: Mapping[str, str]) -> str:
+        given: dict[str, object] = {**dates, **(prompt.template_kwargs or {})}
+        if prompt.tools is not None:
+            given["tools"] = list(prompt.tools)
+        if template is not None:
+            given["chat_template"] = template
+        return str(
+            self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=False, **given
+            )
+        )
+
+    def _template_for(self, prompt: Prompt) -> tuple[str | None, dict[str, str]]:
+        """The template with the store's clock (None: the tokenizer's own), and the dates that it takes as variables."""
+        template = self._tokenizer.chat_template
+        if not isinstance(template, str):  # several, by name
+            template = self._tokenizer.get_chat_template(tools=prompt.tools)
+        if self._clock is None:
+            if reads_clock(template):
+                raise ModelError(
+                    "the chat template prints the current date, and no date is recorded for the rows of this store",
+                    hint="build into another --out: new stores record their date",
+                )
+            return None, {}
+        if template not in self._dated:
+            self._dated[template] = self._clock.set_in(template), self._clock.variables(template)
+        dated, variables = self._dated[template]
+        return (None if dated == template else dated), variables
 
     def _cut(self, ids_T: NDArray[np.int64], pooled_T: NDArray[np.bool_]) -> TokenRow:
         if len(ids_T) and ids_T.max() >= self._num_tokens:
@@ -127,11 +177,38 @@ def _plain_backend(tokenizer: Any) -> Any:  # noqa: ANN401
     return tokenizer.backend_tokenizer
 
 
+def template_reads_clock(tokenizer: Any) -> bool:  # noqa: ANN401
+    """Whether the chat template of a tokenizer, or one of several, asks for the current time."""
+    given = tokenizer.chat_template or ""
+    templates = [given] if isinstance(given, str) else list(given.values())
+    return any(reads_clock(template) for template in templates)
+
+
 def last_token_only(row: TokenRow) -> TokenRow:
     """The same tokens, of which only the last of those pooled is pooled: ``--pooling last``."""
     pooled_T = np.zeros_like(row.pooled_T)
     pooled_T[np.flatnonzero(row.pooled_T)[-1:]] = True
     return dataclasses.replace(row, pooled_T=pooled_T)
+
+
+def _arguments(message: Message) -> list[dict[str, object]]:
+    """The objects that are arguments of a message's tool calls; empty ones look the same in every spelling."""
+    calls = message.get("tool_calls")
+    functions = [call.get("function", call) for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    found = [function.get("arguments") for function in functions if isinstance(function, dict)]
+    return [arguments for arguments in found if isinstance(arguments, dict) and arguments]
+
+
+def _with_text_arguments(message: Message) -> Message:
+    """The message, with the arguments of its tool calls as JSON text."""
+    if not _arguments(message):
+        return message
+    changed: dict[str, Any] = copy.deepcopy(dict(message))
+    for call in changed["tool_calls"]:
+        function = call.get("function", call)
+        if isinstance(function.get("arguments"), dict):
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return changed
 
 
 def _text_of(prompt: Prompt) -> str:

@@ -6,6 +6,8 @@ all its codecs merely unpack numbers. Nothing is unpickled.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.core.config import format_bytes
+from embstore.core.config import PromptRule, format_bytes
 from embstore.core.decode import HEADER_BYTES, decode_array_header, parse_json, shown
 from embstore.core.errors import ArrayError, CorruptStoreError, PromptError
 from embstore.core.format import DOCUMENT_BYTES, MAX_COLUMNS, MAX_ROWS, canonical_json
@@ -208,7 +210,7 @@ class RowIds:
         """The path of the file, for messages."""
         return str(self.path) if self.path is not None else "row numbers"
 
-    def prompts(self) -> Generator[Prompt, None, None]:
+    def prompts(self, rule: PromptRule) -> Generator[Prompt, None, None]:
         """As ``RowNames``.
 
         Raises
@@ -220,25 +222,21 @@ class RowIds:
             yield from (Prompt(id=str(row), text="") for row in range(self.num_rows))
             return
         count = 0
-        for prompt in self._read():
+        for prompt in self._read(rule):
             if isinstance(prompt, Rejected):
                 raise PromptError(
                     f"{self.path} line {count + 1} does not name a row: {prompt.reason}",
                     hint="every row of the array needs an id; correct the line",
                 )
             if count < self.num_rows:
-                yield (
-                    prompt
-                    if prompt.id is not None
-                    else Prompt(id=str(count), text=prompt.text, messages=prompt.messages, fields=prompt.fields)
-                )
+                yield prompt if prompt.id is not None else dataclasses.replace(prompt, id=str(count))
             count += 1
         if count != self.num_rows:
             raise PromptError(
                 f"{self.path} names {count} rows, the array has {self.num_rows}", hint="give one id for each row, in order"
             )
 
-    def _read(self) -> Iterator[Prompt | Rejected]:
+    def _read(self, rule: PromptRule) -> Iterator[Prompt | Rejected]:
         if self.path is None:
             raise AssertionError("row numbers need no file")
         with open_prompts(self.path) as lines:
@@ -249,7 +247,7 @@ class RowIds:
             if opening == b"[":
                 yield from self._list(first, lines)
                 return
-            parse = parse_named_row if opening in (b"{", b'"') else _text_id
+            parse = functools.partial(parse_named_row, rule=rule) if opening in (b"{", b'"') else _text_id
             for line in itertools.chain([first], lines):
                 yield parse(line) if len(line) <= MAX_LINE_BYTES else Rejected(reason=f"longer than {MAX_LINE_BYTES} bytes")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from embstore.core.config import USUAL_FIELDS, PromptFields
+from embstore.core.config import CURRENT_RULE, USUAL_FIELDS, PromptFields, PromptRule
 from embstore.core.errors import PromptError
 from embstore.core.files import array_header, storage_errors
 from embstore.core.format import (
@@ -52,6 +52,7 @@ class _Rows:
     multiplicity: list[int] = field(default_factory=list)
     lines: int = 0
     quarantined: int = 0
+    answered: int = 0
     first_quarantined: list[str] = field(default_factory=list)
 
 
@@ -63,6 +64,7 @@ def ingest(
     strict: bool,
     limit: int | None,
     fields: PromptFields = USUAL_FIELDS,
+    rule: PromptRule = CURRENT_RULE,
 ) -> PromptsRecord:
     """Write stage 0 of ``source`` into ``folder``; durable, but committed only by the record the caller journals.
 
@@ -78,6 +80,8 @@ def ingest(
         Stop after this many distinct rows; None reads everything.
     fields
         Names of the prompt fields, if they are not the usual ones.
+    rule
+        How lines become prompts; a store keeps the rule that it began with.
 
     Raises
     ------
@@ -92,7 +96,7 @@ def ingest(
                 storage_errors("writing to", spool_folder),
                 spools[0].open("wb") as row_spool,
                 spools[1].open("wb") as line_spool,
-                open_source(source, fields) as prompts,
+                open_source(source, fields, rule) as prompts,
             ):
                 for prompt in prompts:
                     rows.lines += 1
@@ -104,12 +108,13 @@ def ingest(
                     else:
                         row, is_new = _place_named(rows, prompt, source.name)
                     line_spool.write(row.to_bytes(8, "little", signed=True))
+                    rows.answered += isinstance(prompt, Prompt) and prompt.is_answered
                     if is_new and isinstance(prompt, Prompt):
                         row_spool.write(encode_row(prompt))
                         if limit is not None and len(rows.row_ids) >= limit:
                             break
             _refuse_unusable(rows, str(source) if isinstance(source, str | Path) else source.name, strict=strict)
-        return _write_files(rows, spools, folder, quarantine.digest)
+        return _write_files(rows, spools, folder, quarantine.digest, rule)
     finally:
         for spool in spools:
             with storage_errors("removing", spool):
@@ -153,14 +158,15 @@ def _place(rows: _Rows, prompt: Prompt, digest: bytes) -> tuple[int, bool]:
     return row, is_new
 
 
+_LINES = """write one JSON object per line, such as {"prompt": "..."}; jq -c '.[]' makes lines of a JSON array"""
+_OTHER_FIELDS = "name the field of the prompt: --text-field NAME if it is a text, --messages-field NAME if it is a chat"
+
+
 def _refuse_unusable(rows: _Rows, source: str, *, strict: bool) -> None:
     first = "; ".join(rows.first_quarantined)
     if not rows.row_ids:
         seen = f"none of its {rows.lines} lines is usable ({first})" if rows.lines else "the file is empty"
-        raise PromptError(
-            f"no prompts in {source}: {seen}",
-            hint="""write one JSON object per line, such as {"prompt": "..."}; jq -c '.[]' makes lines of a JSON array""",
-        )
+        raise PromptError(f"no prompts in {source}: {seen}", hint=_OTHER_FIELDS if "no prompt: " in first else _LINES)
     if strict and rows.quarantined:
         raise PromptError(
             f"{rows.quarantined} of {rows.lines} lines of {source} have no prompt ({first})",
@@ -168,7 +174,9 @@ def _refuse_unusable(rows: _Rows, source: str, *, strict: bool) -> None:
         )
 
 
-def _write_files(rows: _Rows, spools: tuple[Path, Path], folder: Path, quarantine: FileDigest) -> PromptsRecord:
+def _write_files(
+    rows: _Rows, spools: tuple[Path, Path], folder: Path, quarantine: FileDigest, rule: PromptRule
+) -> PromptsRecord:
     row_spool_path, line_spool_path = spools
     num_rows = len(rows.row_ids)
     taken = set(rows.explicit)
@@ -210,6 +218,8 @@ def _write_files(rows: _Rows, spools: tuple[Path, Path], folder: Path, quarantin
         repeats=rows.lines - rows.quarantined - num_rows,
         fingerprint=fingerprint.hexdigest(),
         files=files,
+        rule=rule,
+        answered=rows.answered,
     )
 
 
@@ -224,7 +234,7 @@ def _unique_id(base: str, taken: set[str], next_suffix: dict[str, int]) -> str:
 
 
 def _update_fingerprint(fingerprint: hashlib._Hash, prompt: Prompt) -> None:
-    content = canonical_json(list(prompt.messages)) if prompt.messages is not None else prompt.text or ""
+    content = canonical_json(prompt.chat) if prompt.messages is not None else prompt.text or ""
     for part in (prompt.id or "", "messages" if prompt.messages is not None else "text", content):
         data = part.encode()
         fingerprint.update(len(data).to_bytes(8, "little") + data)

@@ -1,9 +1,8 @@
-"""Prompts in Parquet files and in Hugging Face datasets saved on disk, converted to JSON lines.
+"""Prompts in Parquet files and in Hugging Face datasets saved on disk.
 
-Every row becomes one line, so one parser decides what a prompt is, what is quarantined and how lines are counted. Files are
-read batch by batch with pyarrow alone: no ``datasets``, no pandas, nothing unpickled. Nulls, and numbers that JSON cannot
-express, count as absent fields, because a table has every field on every row and in every message. Binary columns are left
-out; dates and decimals become text.
+Every row becomes one record, and ``core.prompts.prompt_of`` decides what it means. Files are read batch by batch with
+pyarrow alone: no ``datasets``, no pandas, nothing unpickled. Binary columns are left out, unless they have the name of a
+prompt field.
 """
 
 from __future__ import annotations
@@ -11,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+from embstore.core.config import USUAL_FIELDS, PromptFields
 from embstore.core.decode import parse_json, shown
 from embstore.core.errors import CorruptStoreError, PromptError
 
@@ -37,7 +37,15 @@ def is_table(source: Path) -> bool:
 
 
 def table_lines(source: Path) -> Iterator[bytes]:
-    """Rows of a Parquet file, of a folder of them in the order of their names, or of a saved dataset, as JSON lines.
+    """Rows of a table as JSON lines by rule 1, for stores from before December 2026, and for whoever reads lines."""
+    for record in table_records(source, None):
+        yield json.dumps(_plain(record)).encode() + b"\n"
+
+
+def table_records(source: Path, fields: PromptFields | None = USUAL_FIELDS) -> Generator[dict[str, Any], None, None]:
+    """Rows of a Parquet file, of a folder of them in the order of their names, or of a saved dataset, as Python values.
+
+    ``fields`` name binary columns that are text; None: there are none.
 
     Raises
     ------
@@ -51,45 +59,51 @@ def table_lines(source: Path) -> Iterator[bytes]:
     except ImportError:
         raise PromptError(f"reading {source} needs pyarrow", hint=_INSTALL) from None
     try:
-        for batch in _batches(source):
+        for batch in _batches(source, _texts(fields)):
+            decode = _decoder(pa.struct(batch.schema)) if fields is not None else None
             for record in batch.to_pylist():
-                yield json.dumps(_plain(record)).encode() + b"\n"
+                yield record if decode is None else decode(record)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise PromptError(f"reading prompts {source} failed: {error}", hint="the file is damaged or truncated") from error
 
 
-def _batches(source: Path) -> Iterator[Any]:
+def _texts(fields: PromptFields | None) -> frozenset[str]:
+    """Columns that are text, also where they are stored as bytes."""
+    return fields.names | {"conversations", "conversation", "tools", "chat_template_kwargs"} if fields else frozenset()
+
+
+def _batches(source: Path, texts: frozenset[str]) -> Iterator[Any]:
     if source.is_file():
-        yield from _parquet_batches(source)
+        yield from _parquet_batches(source, texts)
     elif (source / _STATE).is_file():
         for path in _saved_files(source):
-            yield from _arrow_batches(path)
+            yield from _arrow_batches(path, texts)
     else:
         for path in _parquet_files(source):
-            yield from _parquet_batches(path)
+            yield from _parquet_batches(path, texts)
 
 
 def _parquet_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.parquet"))
 
 
-def _parquet_batches(path: Path) -> Iterator[Any]:
+def _parquet_batches(path: Path, texts: frozenset[str]) -> Iterator[Any]:
     import pyarrow.parquet as pq  # noqa: PLC0415 - an extra
 
     with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
-        columns = [field.name for field in file.schema_arrow if not _is_binary(field.type)]
+        columns = [field.name for field in file.schema_arrow if field.name in texts or not _is_binary(field.type)]
         yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=columns, use_threads=False)
 
 
-def _arrow_batches(path: Path) -> Iterator[Any]:
+def _arrow_batches(path: Path, texts: frozenset[str]) -> Iterator[Any]:
     import pyarrow as pa  # noqa: PLC0415 - an extra
 
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
         for batch in stream:
             batch.validate(full=True)  # offsets in a damaged file may point anywhere
-            texts = batch.select([field.name for field in batch.schema if not _is_binary(field.type)])
-            for start in range(0, texts.num_rows, _BATCH_ROWS):
-                yield texts.slice(start, _BATCH_ROWS)
+            kept = batch.select([field.name for field in batch.schema if field.name in texts or not _is_binary(field.type)])
+            for start in range(0, kept.num_rows, _BATCH_ROWS):
+                yield kept.slice(start, _BATCH_ROWS)
 
 
 def _saved_files(folder: Path) -> list[Path]:
@@ -129,7 +143,30 @@ def _document(path: Path) -> Any:  # noqa: ANN401 - JSON
 def _is_binary(kind: Any) -> bool:  # noqa: ANN401 - a pyarrow type
     from pyarrow import types  # noqa: PLC0415 - an extra
 
-    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind))
+    is_view = getattr(types, "is_binary_view", lambda _: False)  # newer than the oldest supported version
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind) or is_view(kind))
+
+
+def _decoder(kind: Any) -> Callable[[Any], Any] | None:  # noqa: ANN401 - a pyarrow type
+    """What replaces JSON text in a value of this type by what it stands for, where its type says so (``arrow.json``)."""
+    from pyarrow import types  # noqa: PLC0415 - an extra
+
+    if getattr(kind, "extension_name", None) == "arrow.json":
+        return _from_json
+    if types.is_struct(kind):
+        inner = {field.name: decode for field in kind if (decode := _decoder(field.type)) is not None}
+        return (lambda value: value and {**value, **{name: inner[name](value[name]) for name in inner}}) if inner else None
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        item = _decoder(kind.value_type)
+        return (lambda value: value and [item(each) for each in value]) if item is not None else None
+    return None
+
+
+def _from_json(text: object) -> object:
+    try:
+        return json.loads(text) if isinstance(text, str) else text
+    except ValueError:
+        return text
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - any value of a table

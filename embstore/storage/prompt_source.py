@@ -11,10 +11,10 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from embstore.core.config import PromptFields
+from embstore.core.config import PromptFields, PromptRule
 from embstore.core.errors import PromptError
-from embstore.core.prompts import Prompt, Rejected, parse_line
-from embstore.storage.parquet_source import is_table, table_lines
+from embstore.core.prompts import Prompt, Rejected, parse_line, prompt_of
+from embstore.storage.parquet_source import is_table, table_lines, table_records
 
 # A longer line means that the file is not JSONL; reading stays bounded in memory.
 MAX_LINE_BYTES = 64 << 20
@@ -28,7 +28,7 @@ class RowNames(Protocol):
     def name(self) -> str:
         """The file, for messages."""
 
-    def prompts(self) -> Generator[Prompt, None, None]:
+    def prompts(self, rule: PromptRule) -> Generator[Prompt, None, None]:
         """One prompt per row, each with an id; raises if an id is missing, or if there are not as many prompts as rows."""
 
 
@@ -66,20 +66,23 @@ def open_prompts(source: str | Path) -> Iterator[Iterator[bytes]]:
 
 
 @contextlib.contextmanager
-def open_source(source: PromptSource, fields: PromptFields) -> Iterator[Iterator[Prompt | Rejected]]:
+def open_source(source: PromptSource, fields: PromptFields, rule: PromptRule) -> Iterator[Iterator[Prompt | Rejected]]:
     """Prompts of a source, one for each line or row; a line without a prompt is ``Rejected``. ``fields`` is for files."""
-    if isinstance(source, str | Path):
-        with open_prompts(source) as lines:
-            yield (_read(line, fields) for line in lines)
-    else:
-        with contextlib.closing(source.prompts()) as prompts:
+    if not isinstance(source, str | Path):
+        with contextlib.closing(source.prompts(rule)) as prompts:
             yield prompts
+    elif rule.version > 1 and str(source) != "-" and is_table(Path(source)):
+        with contextlib.closing(table_records(Path(source), fields)) as records:
+            yield (prompt_of(record, fields, rule) for record in records)
+    else:
+        with open_prompts(source) as lines:
+            yield (_read(line, fields, rule) for line in lines)
 
 
-def _read(line: bytes, fields: PromptFields) -> Prompt | Rejected:
+def _read(line: bytes, fields: PromptFields, rule: PromptRule) -> Prompt | Rejected:
     if len(line) > MAX_LINE_BYTES:
         return Rejected(reason=f"longer than {MAX_LINE_BYTES >> 20} MiB")
-    return parse_line(line, fields)
+    return parse_line(line, fields, rule)
 
 
 def _lines(stream: BinaryIO, name: str) -> Iterator[bytes]:

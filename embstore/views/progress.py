@@ -210,7 +210,7 @@ def preflight_line(event: Preflight) -> str:
     return (
         f"[bold]preflight[/bold]: {reuse}{event.remaining_rows:,} of {event.num_rows:,} rows x {event.dimension:,} float16 "
         f"({event.head} head, {event.dtype} on {event.device}), about {_duration(event.seconds)}; "
-        f"{event.truncated_share:.1%} of prompts truncated, {event.quarantined_lines:,} lines quarantined; "
+        f"{event.truncated_share:.1%} of prompts truncated, {event.quarantined_lines:,} lines quarantined; {_answers(event)}"
         f"disk {format_bytes(event.remaining_bytes)} of {format_bytes(event.free_bytes)} free; "
         f"memory {format_bytes(event.embed_memory_bytes)} of {format_bytes(event.memory_budget_bytes)}; {_search(event)}"
     )
@@ -225,6 +225,14 @@ def time_line(event: Preflight) -> str:
     ]
     before = f"so far {', '.join(spent)}; " if spent else ""
     return f"[bold]time[/bold]: {before}next the pass, about {_duration(event.seconds)}, then the search, not estimated"
+
+
+def _answers(event: Preflight) -> str:
+    """What becomes of assistant turns at the end of chats."""
+    if not event.answered_lines:
+        return ""
+    done = "is left out" if event.turns == "prompt" else "is embedded, too (--turns prompt leaves it out)"
+    return f"{event.answered_lines:,} chats end in an assistant turn, which {done}; "
 
 
 def _search(event: Preflight) -> str:

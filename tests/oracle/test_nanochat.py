@@ -173,7 +173,7 @@ def test_a_pickled_tokenizer_is_not_opened_unasked(base: Path) -> None:
 def test_a_tokenizer_file_that_is_no_pickle_comes_first(base: Path, tmp_path: Path) -> None:
     make_base(base, CONFIG, make_state())
     files = _located("nanochat:base", trust_tokenizer_pickle=True)  # as docs/models.md says
-    files.open_tokenizer().backend_tokenizer.save(str(files.tokenizer.with_name("tokenizer.json")))
+    files.load_tokenizer().backend_tokenizer.save(str(files.tokenizer.with_name("tokenizer.json")))
     again = open_embedder(Path("nanochat:base"), PROMPTS, tmp_path / "work")
     assert [list(row.ids_T) for row in again.tokens(PROMPTS)] == [tokens_of(prompt.text or "") for prompt in PROMPTS]
 

@@ -247,7 +247,7 @@ def test_the_pad_token_is_always_one_of_the_table(pad: int | None, eos: Any, exp
             self.added_tokens_decoder: dict[int, Any] = {}
             self.all_special_ids: list[int] = []
 
-    assert PromptTokenizer(Named(), 16, 320).pad_id == expected
+    assert PromptTokenizer(Named(), 16, 320, chat_date=None).pad_id == expected
 
 
 def test_a_tokenizer_without_an_end_of_text(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.core.config import EmbeddingConfig
+from embstore.core.config import DEFAULT_CHAT_DATE, EmbeddingConfig
 from embstore.core.events import Observer, ignore
 from embstore.core.interfaces import Check, PromptReader, RowBlock, WindowCounts
 from embstore.core.prompts import Prompt
@@ -44,6 +44,7 @@ class FakeSource:
             tokenizer_sha256="t" * 64,
             trust_remote_code=False,
         )
+        self.prints_date, self.records_date = False, True
         self.versions: Versions | None = VERSIONS
         self.devices: list[str | None] = []  # where it was created or reopened
         self.calls: list[tuple[int, int]] = []  # rows start, stop of every window computed
@@ -59,6 +60,9 @@ class FakeSource:
     def hardware(self, config: EmbeddingConfig) -> dict[str, object]:
         device = self.device(config.device or "cpu").partition(":")[0]
         return {"device": device, "capability": "FAKE", "threads": config.threads or 1, "versions": self.versions}
+
+    def reads_clock(self) -> bool:
+        return self.prints_date
 
     def create(
         self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path, observer: Observer
@@ -83,6 +87,7 @@ class FakeSource:
             basis="head",
             token_limit=self.token_limit,
             versions=self.versions,
+            chat_date=(config.chat_date or DEFAULT_CHAT_DATE) if self.records_date else None,
         )
         random = np.random.default_rng(0)
         basis_VR = np.linalg.qr(random.standard_normal((self.dimension, self.rank)))[0].astype(np.float32)

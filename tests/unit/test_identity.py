@@ -16,18 +16,19 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from embstore.core.config import BuildConfig, EmbeddingConfig, WeightingConfig
+from embstore.core.config import BuildConfig, EmbeddingConfig, Turns, WeightingConfig
 from embstore.core.errors import ConfigError, CorruptStoreError, ExitCode, IdentityMismatchError
-from embstore.core.events import Notice
+from embstore.core.events import Notice, Preflight
 from embstore.core.format import document
 from embstore.core.plan import model_mismatches
-from embstore.core.records import DriftRecord, encode_journal_header
+from embstore.core.records import DriftRecord, PromptsRecord, encode_journal_header
 from embstore.core.spec import StoreSpec
 from embstore.flow.artifact import recompute_weights
 from embstore.flow.build import build
 from embstore.storage.reader import open_store
 from embstore.storage.writer import StoreWriter
 from embstore.views.info import inspect, verify
+from embstore.views.progress import preflight_line
 from embstore.views.terminal import print_info
 from tests.support.build_fake import CONFIG
 from tests.support.fake import VERSIONS, FakeSource, renamed
@@ -57,6 +58,7 @@ FIELDS = [
     ({"vocab": "tokenizer"}, "vocab", "model", "tokenizer"),
     ({"space": "hidden"}, "space", "logits", "hidden"),
     ({"pooling": "last"}, "pooling", "mean", "last"),
+    ({"chat_date": "2031-03-05"}, "chat_date", "2024-07-26", "2031-03-05"),
     ({"batch_tokens": 8192}, "batch_tokens", "4096", "8192"),
     ({"compressor": "none"}, "compressor", "lz4", "none"),
     ({"window_rows": 48}, "window_rows", "32", "48"),
@@ -67,7 +69,7 @@ MODEL_FIELDS = ["weights_sha256", "tokenizer_sha256", "config_sha256", "architec
 # how a run can be given another value of a field of spec.json: a field that is missing here has no test
 GIVEN_BY: dict[str, set[str]] = {
     "an option": {f"embedding.{name}" for name in ("max_tokens", "dtype", "columns", "space", "pooling", "batch_tokens")}
-    | {"compressor", "window_rows", "chunk_rows", "model.trust_remote_code"},
+    | {"embedding.chat_date", "compressor", "window_rows", "chunk_rows", "model.trust_remote_code"},
     "the hardware": {f"embedding.{name}" for name in ("threads", "device", "capability", "packed_layers", "packed_head")},
     "the libraries": {"embedding.versions"},
     "the model": {f"model.{field}" for field in MODEL_FIELDS} | {"embedding.token_limit"},
@@ -514,3 +516,130 @@ def test_no_listed_file_holds_a_time_host_path_or_pid(
     assert snapshot(store) == snapshot(finished_store)
     assert b"424242" in (store / ".lock").read_bytes(), "the lock is where such things go"
     assert b"another-host" in (store / "runs.jsonl").read_bytes()
+
+
+# --- the date in chats ---------------------------------------------------------------------------------------------------
+
+
+def _began_without_a_date(tmp_path: Path, prompts: Path, *, rows: int) -> Path:
+    """An unfinished store as embstore left it before it recorded the date that chat templates print."""
+    source = FakeSource()
+    source.records_date = False
+    return build_part(prompts, tmp_path / "old", rows=rows, source=source)
+
+
+def _with_clock() -> FakeSource:
+    source = FakeSource()
+    source.prints_date = True
+    return source
+
+
+def test_a_store_without_a_date_is_continued_by_a_template_that_prints_none(tmp_path: Path, small_prompts: Path) -> None:
+    store = _began_without_a_date(tmp_path, small_prompts, rows=32)
+    source = FakeSource()
+    build_small(small_prompts, store, source=source)
+    assert source.calls == WINDOWS[1:]
+    assert open_store(store).spec.embedding.chat_date is None
+    assert "date not recorded" in _shown(store)
+
+
+@pytest.mark.parametrize("rows", [0, 32])
+def test_a_store_without_a_date_is_not_continued_by_a_template_that_prints_one(
+    rows: int, tmp_path: Path, small_prompts: Path
+) -> None:
+    store = _began_without_a_date(tmp_path, small_prompts, rows=rows)
+    for prompts in (None, small_prompts):
+        error = _refusal(store, prompts=prompts, source=_with_clock())
+        _named(error, "chat_date", "none recorded", "a chat template that prints the current date")
+        assert "--out" in str(error.hint)
+    # a date that is given now is not the one of the first rows
+    _named(_refusal(store, config=with_embedding(chat_date="2024-07-26")), "chat_date", "none recorded", "2024-07-26")
+
+
+def test_texts_need_no_date(tmp_path: Path) -> None:
+    """What is left are texts: no template is applied to them."""
+    prompts = write_lines(tmp_path / "p.jsonl", [*small_lines()[60:64], *small_lines()[:60]])
+    store = _began_without_a_date(tmp_path, prompts, rows=32)
+    source = _with_clock()
+    build_small(prompts, store, source=source)
+    assert source.calls == [(32, 64)]
+
+
+def test_a_finished_store_without_a_date_stays_readable_and_damage_is_not_mended_with_another_date(
+    tmp_path: Path, small_prompts: Path
+) -> None:
+    source = FakeSource()
+    source.records_date = False
+    store = tmp_path / "old"
+    build_small(small_prompts, store, source=source)
+    assert verify(store).findings == []
+    build_small(small_prompts, store, source=_with_clock())  # nothing to compute
+    assert inspect(store).is_complete
+    chunk = store / "embeddings.zarr" / "c.4.0"  # of the window with the last chat
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"\0")
+    verify(store, repair=True)
+    with pytest.raises(IdentityMismatchError, match="chat_date"):
+        build_small(None, store, source=_with_clock())
+
+
+def test_inspect_shows_the_date(store: Path) -> None:
+    assert "chats dated 2024-07-26" in _shown(store)
+
+
+# --- which part of a chat --------------------------------------------------------------------------------------------------
+
+
+def _chats(path: Path) -> Path:
+    lines = small_lines()
+    for line in lines:
+        if "messages" in line:
+            line["messages"] = [*line["messages"], {"role": "assistant", "content": "Because."}]
+    return write_lines(path, lines)
+
+
+@pytest.mark.parametrize(("first", "then"), [("all", "prompt"), ("prompt", "all")])
+def test_other_turns_are_refused(first: Turns, then: Turns, tmp_path: Path) -> None:
+    prompts = _chats(tmp_path / "chats.jsonl")
+    config = dataclasses.replace(CONFIG, turns=first)
+    for store in (
+        build_part(prompts, tmp_path / "part", rows=32, config=config),
+        build_small(prompts, tmp_path / "whole", config=config).store,
+    ):
+        for given in (None, prompts):
+            error = _refusal(store, prompts=given, config=dataclasses.replace(CONFIG, turns=then))
+            _named(error, "turns", first, then)
+    # left open, they are those of the store
+    build_small(prompts, tmp_path / "part")
+    assert snapshot(tmp_path / "part") == snapshot(tmp_path / "whole")
+    manifest = json.loads((tmp_path / "part" / "manifest.json").read_bytes())
+    assert manifest["rule"] == {"version": 2, "turns": first}
+
+
+def test_turns_of_prompts_only_are_the_store_of_the_prompts(tmp_path: Path) -> None:
+    whole = build_small(
+        _chats(tmp_path / "chats.jsonl"), tmp_path / "cut", config=dataclasses.replace(CONFIG, turns="prompt")
+    )
+    build_small(write_lines(tmp_path / "bare.jsonl", small_lines()), tmp_path / "bare")
+    cut, bare = (journal_records(tmp_path / name)[0] for name in ("cut", "bare"))
+    assert isinstance(cut, PromptsRecord)
+    assert isinstance(bare, PromptsRecord)
+    assert (cut.fingerprint, cut.files) == (bare.fingerprint, bare.files)
+    assert (cut.answered, bare.answered) == (5, 0)
+    assert whole.num_rows == NUM_ROWS
+
+
+@pytest.mark.parametrize(("turns", "said"), [(None, "--turns prompt leaves it out"), ("prompt", "which is left out")])
+def test_the_preflight_counts_chats_that_end_in_an_answer(turns: Turns | None, said: str, tmp_path: Path) -> None:
+    events: list[Preflight] = []
+    config = dataclasses.replace(CONFIG, turns=turns)
+    build_small(
+        _chats(tmp_path / "chats.jsonl"),
+        tmp_path / "store",
+        config=config,
+        observer=lambda event: events.append(event) if isinstance(event, Preflight) else None,
+    )
+    (planned,) = events
+    assert planned.answered_lines == 5
+    assert "5 chats end in an assistant turn, " in preflight_line(planned)
+    assert said in preflight_line(planned)
+    assert "assistant turn" not in preflight_line(dataclasses.replace(planned, answered_lines=0))

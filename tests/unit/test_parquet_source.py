@@ -113,7 +113,7 @@ def test_fields_of_other_names(kind: str, tmp_path: Path) -> None:
     assert found.ids == ["q1", "q2"]
     assert found.prompts[0] == {"id": "q1", "prompt": "2 + 2?", "fields": {"prompt": "not this", "answer": "4"}}
     assert found.prompts[1] == {"id": "q2", "messages": CHAT}
-    assert found.quarantine == [(3, "no text: none of the fields question, talk")]
+    assert found.quarantine == [(3, "no prompt: none of the fields question, talk; the fields are uid, prompt")]
 
 
 def _refused(source: Path, match: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embstore.core.errors import CorruptStoreError
 from embstore.core.prompts import Prompt, Rejected, collapse_whitespace, decode_row, encode_row, parse_line
 
 TEXTS = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda text: text.strip())
@@ -75,26 +76,20 @@ def test_prompt_comes_before_messages_and_messages_before_prefix() -> None:
         (b'["a"]', "not a JSON object but list"),
         (b'"text"', "not a JSON object but str"),
         (b"null", "not a JSON object but NoneType"),
-        (b'{"prompt": "a", "score": NaN}', "NaN is not a JSON number"),
-        (b'{"prompt": "a", "score": -Infinity}', "-Infinity is not a JSON number"),
-        (b'{"prompt": "a", "score": 1e999}', "the number 1e999 is too large"),
-        (b'{"prompt": "a", "id": true}', "neither text nor a whole number but bool"),
-        (b'{"prompt": "a", "id": 1.5}', "neither text nor a whole number but float"),
-        (b'{"prompt": "a", "id": ["x"]}', "neither text nor a whole number but list"),
+        (b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' occurs twice in an object"),
         (b'{"prompt": "\\ud800"}', "lone surrogate"),
         (b'{"prompt": "a", "id": "\\uDFFF"}', "lone surrogate"),
         (b'{"prompt": "a", "\\udabc": 1}', "lone surrogate"),
         (b'{"prompt": " \\n\\t "}', "the prompt is empty"),
         (b'{"prompt": ""}', "the prompt is empty"),
-        (b'{"text": "a"}', "no text: none of the fields prompt, messages, prefix"),
-        (b'{"prompt": null}', "no text"),
-        (b'{"prefix": {"other": []}}', "no text"),
-        (b'{"prompt": 7}', "neither text nor a list of messages but int"),
+        (b'{"text": "a"}', "no prompt: none of the fields prompt, messages, prefix, conversations; the fields are text"),
+        (b'{"prompt": null}', "no prompt"),
+        (b'{"prefix": {"other": []}}', "neither text nor a list of messages but an object"),
+        (b'{"prompt": 7}', "neither text nor a list of messages but a number"),
         (b'{"messages": []}', "the list of messages is empty"),
-        (b'{"messages": ["hi"]}', "message 0 is not an object"),
-        (b'{"messages": [{"role": "user"}]}', "message 0 lacks"),
-        (b'{"messages": [{"role": "user", "content": "a"}, {"role": 1, "content": "a"}]}', "message 1 lacks"),
-        (b'{"messages": [{"role": "user", "content": [{"text": "a"}]}]}', "message 0 lacks"),
+        (b'{"messages": ["hi"]}', "message 0 is text, not an object"),
+        (b'{"messages": [{"role": "user"}]}', "message 0 has neither content nor tool calls"),
+        (b'{"messages": [{"role": "user", "content": "a"}, {"role": 1, "content": "a"}]}', "message 1 has no text role"),
         (b'{"messages": [{"role": "user", "content": "  "}]}', "every message is empty"),
     ],
 )
@@ -210,3 +205,14 @@ def test_collapsing_whitespace_twice_changes_nothing(text: str) -> None:
 @given(st.binary(max_size=60))
 def test_no_bytes_make_the_parser_fail(line: bytes) -> None:
     assert isinstance(parse_line(line), Prompt | Rejected)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"tools": {}}, {"tools": [1]}, {"tools": "[]"}, {"chat_template_kwargs": []}, {"messages": [{"role": "user"}]}],
+)
+def test_a_damaged_row_with_tools_is_refused(damage: dict[str, object]) -> None:
+    row = {"id": "a", "messages": [{"role": "user", "content": "hi"}], "tools": [{"type": "function"}]}
+    assert decode_row(json.dumps(row).encode()).tools == ({"type": "function"},)
+    with pytest.raises(CorruptStoreError):
+        decode_row(json.dumps({**row, **damage}).encode())

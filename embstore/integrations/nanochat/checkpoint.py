@@ -117,7 +117,7 @@ class NanochatFiles:
         package = self._package_for(settings, state)
         whole: Any = self._mapped(settings, state) if package is None else package.build(settings, state, name=self.name)
         model = whole.base_model if space == "hidden" else whole
-        return LoadedCheckpoint(model=model.eval().requires_grad_(False), tokenizer=self.open_tokenizer())
+        return LoadedCheckpoint(model=model.eval().requires_grad_(False), tokenizer=self.load_tokenizer())
 
     def _mapped(self, settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> Any:  # noqa: ANN401
         """The class of transformers with these weights."""
@@ -187,7 +187,7 @@ class NanochatFiles:
             )
         return package
 
-    def open_tokenizer(self) -> Any:  # noqa: ANN401
+    def load_tokenizer(self) -> Any:  # noqa: ANN401
         """A fast Hugging Face tokenizer that prepends <|bos|> and renders chats as nanochat does; errors as of ``load``."""
         if self.tokenizer.suffix == ".json":
             tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(self.tokenizer), bos_token=_BOS)
