@@ -172,8 +172,10 @@ class Manifest:
     rule: PromptRule = FIRST_RULE
 
     def encode(self) -> bytes:
-        """The file's bytes, with names in sorted order."""
+        """The file's bytes, with names in sorted order; rule 1 is not written, as before there were others."""
         value = dataclasses.asdict(self)
+        if self.rule == FIRST_RULE:
+            del value["rule"]
         value["names"] = dict(sorted(self.names.items()))
         value["files"] = {name: dataclasses.asdict(self.files[name]) for name in sorted(self.files)}
         return document(value)

@@ -7,18 +7,23 @@ the manifest that b2eabab itself wrote at the end of an uninterrupted build. Mad
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import embstore
+from embstore.core.config import CURRENT_RULE, FIRST_RULE
 from embstore.core.errors import IdentityMismatchError
 from embstore.core.format import document
 from embstore.core.spec import Head, decode_spec
+from embstore.training import load_weights, prompt_keys
+from tests.support.build_fake import CONFIG
 from tests.support.fake import FakeSource
-from tests.support.stores import build_small, with_embedding, write_small_prompts
+from tests.support.stores import build_part, build_small, small_lines, with_embedding, write_lines, write_small_prompts
 
 DATA = Path(__file__).parent / "data"
 MANIFEST = DATA / "unfinished.manifest.json"
@@ -104,3 +109,51 @@ def test_what_was_packed_was_written_behind_the_instructions(written: str, field
 def test_space_and_pooling_were_one_sentence(written: str, fields: tuple[str, str]) -> None:
     embedding = decode_spec(document({**OLD_SPEC, "embedding": {**OLD_SPEC["embedding"], "pooling": written}})).embedding
     assert (embedding.space, embedding.pooling) == fields
+
+
+# --- the rule of prompts ---------------------------------------------------------------------------------------------------
+
+
+def test_a_store_from_before_rules_has_the_first_and_keeps_it(unfinished: Path, tmp_path: Path) -> None:
+    """The prompts file is read again by the rule that the store began with; what it publishes records no other."""
+    lines = [*small_lines(), b'{"prompt": "Explain number 3.", "score": NaN}\n', {"prompt": "Explain number 3.", "id": True}]
+    assert embstore.open_store(unfinished, partial=True).journal.prompts.rule == FIRST_RULE  # type: ignore[union-attr]
+    build_small(write_lines(tmp_path / "p.jsonl", lines), unfinished)  # the last two lines are quarantined by rule 1
+    store = embstore.open_store(unfinished)
+    assert store.manifest is not None
+    assert store.manifest.rule == FIRST_RULE
+    assert b'"rule"' not in (unfinished / "manifest.json").read_bytes()
+    assert embstore.verify(unfinished).findings == []
+
+
+def test_what_only_the_new_rule_reads_is_another_input_to_an_old_store(unfinished: Path, tmp_path: Path) -> None:
+    parts = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a part"}]}]}
+    prompts = write_lines(tmp_path / "p.jsonl", [*small_lines(), parts])
+    build_small(prompts, unfinished)  # quarantined, as b2eabab would have done it
+    with pytest.raises(IdentityMismatchError, match="rows: the store has 70, given 71"):
+        build_small(prompts, build_part(write_lines(tmp_path / "q.jsonl", small_lines()), tmp_path / "new", rows=32))
+
+
+def test_turns_of_an_old_store_are_all(unfinished: Path) -> None:
+    with pytest.raises(IdentityMismatchError, match="turns: the store has all, given prompt"):
+        build_small(None, unfinished, config=dataclasses.replace(CONFIG, turns="prompt"))
+
+
+def test_plain_prompts_join_with_an_old_store_as_before(tmp_path: Path) -> None:
+    """Texts and chats of nothing but role and content: every row of the golden store is found, in order."""
+    store = Path(shutil.copytree(DATA / "v1", tmp_path / "v1", symlinks=True))
+    keys = prompt_keys(small_lines())
+    np.testing.assert_array_equal(keys, np.load(store / "keys.npy"))
+    assert len(load_weights(store).for_dataset(small_lines())) == 70
+
+
+def test_rows_of_an_old_store_are_reused_by_a_new_one(tmp_path: Path) -> None:
+    store = Path(shutil.copytree(DATA / "v1", tmp_path / "v1", symlinks=True))
+    prompts = write_lines(tmp_path / "p.jsonl", [*small_lines(), {"prompt": "a new one"}])
+    source = FakeSource()
+    source.versions = None
+    report = build_small(prompts, tmp_path / "new", config=dataclasses.replace(CONFIG, reuse=(str(store),)), source=source)
+    assert (report.reused_rows, report.embedded_rows) == (70, 1)
+    new = embstore.open_store(tmp_path / "new")
+    assert new.manifest is not None
+    assert new.manifest.rule == CURRENT_RULE

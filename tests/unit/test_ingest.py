@@ -110,7 +110,7 @@ def test_strict_refuses_bad_lines_and_names_the_first_of_them(source: Path, tmp_
     error = _refusal(source, tmp_path / "out", strict=True)
     assert "2 of 3 lines" in str(error)
     assert "line 2: not JSON" in str(error)
-    assert "line 3: no text" in str(error)
+    assert "line 3: no prompt" in str(error)
 
 
 def test_strict_takes_a_file_without_bad_lines(source: Path) -> None:

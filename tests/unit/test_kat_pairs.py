@@ -201,7 +201,7 @@ def test_unique_prompts_in_both_formats(base: Path, script: Any, capsys: pytest.
         f"total_pairs: 4\nunique_{noun}: 3\ndedup_ratio: 75.00%\nsource_breakdown: {{'x': 2, 'y': 2}}\n"
     )
     said = capsys.readouterr().out
-    assert "skipped line 6 of pairs_all.jsonl: no text" in said
+    assert "skipped line 6 of pairs_all.jsonl: no prompt" in said
     assert "skipped line 7 of pairs_all.jsonl: not JSON" in said
     assert "skipped 1 pairs without a user message" in said
 
