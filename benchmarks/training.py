@@ -1,6 +1,6 @@
 """Training start measured: weights, imports, draws, and the first batch, precomputed against online.
 
-``python -m benchmarks.training --prompts FILE --model FOLDER [--parts weights,imports,draws,quotas,start]``
+``python -m benchmarks.training --prompts FILE --model FOLDER [--parts weights,imports,draws,quotas,joins,start]``
 
 Whatever starts a process is measured in one: rounds interleave what is compared, and medians are kept. Results go to
 ``benchmarks/results/training.json``; each part replaces its own figures.
@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.acceptance import RESULTS, machine
+from embstore.core.config import CURRENT_RULE
 from embstore.core.format import (
     ARRAY_METADATA,
     BASIS,
@@ -50,6 +51,7 @@ from embstore.training import DensitySampler, load_weights, prompt_keys
 ROUNDS = 15
 WEIGHT_ROWS = (28_000, 1_000_000, 100_000_000)
 TORCH_LIMIT = 1 << 24
+JOINED_TEXTS, JOINED_CHATS = 1_000_000, 200_000
 _DIGEST = "0" * 16
 
 
@@ -58,7 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--parts", default="weights,imports,draws,quotas,start")
+    parser.add_argument("--parts", default="weights,imports,draws,quotas,joins,start")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="embstore-benchmark-") as scratch:
         work = Path(scratch)
@@ -67,6 +69,7 @@ def main() -> int:
             "imports": import_cost,
             "draws": draws,
             "quotas": quotas,
+            "joins": lambda: joins(options.prompts, work),
             "start": lambda: training_start(options.prompts, options.model, work),
         }
         for part in options.parts.split(","):
@@ -116,6 +119,7 @@ def forged_store(root: Path, weights_N: NDArray[np.float32], keys_N: NDArray[np.
         neighbors=_DIGEST,
         names={"default": _DIGEST},
         files=files,
+        rule=CURRENT_RULE,
     )
     (root / MANIFEST).write_bytes(manifest.encode())
     return root
@@ -249,6 +253,69 @@ def quotas() -> dict[str, Any]:
     return found
 
 
+# --- joins -------------------------------------------------------------------------------------------------------------
+
+_JOIN = """
+import json, sys, time
+import datasets
+from embstore.training import load_weights
+kind, store, saved = sys.argv[1:]
+dataset = datasets.load_from_disk(saved)
+if kind == "shuffled":
+    dataset = dataset.shuffle(seed=0)
+if kind == "list":
+    dataset = dataset["prompt"][:]
+elif kind == "records":
+    dataset = [{"prompt": text, "number": number} for number, text in enumerate(dataset["prompt"][:])]
+started, processor = time.perf_counter(), time.process_time()
+load_weights(store).for_dataset(dataset)
+print(json.dumps({"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - processor}))
+"""
+
+
+def joins(prompts: Path, work: Path) -> dict[str, Any]:
+    """Microseconds an item of ``load_weights(STORE).for_dataset(dataset)``, each in a fresh process, medians of three.
+
+    The texts are those of the prompts file, each made different by a number at its end. ``again`` is a second start, whose
+    rows come from the cache.
+    """
+    import datasets  # noqa: PLC0415
+
+    with prompts.open(encoding="utf-8") as lines:
+        known = [json.loads(line)["prompt"] for line in lines]
+    texts = [f"{known[number % len(known)]} {number}" for number in range(JOINED_TEXTS)]
+    chats = [[{"role": "user", "content": text}] for text in texts[:JOINED_CHATS]]
+    found: dict[str, Any] = {
+        "texts": JOINED_TEXTS,
+        "chats": JOINED_CHATS,
+        "characters": round(statistics.mean(map(len, texts))),
+    }
+    kinds: dict[str, tuple[str, list[Any]]] = {
+        "text column": ("column", texts),
+        "shuffled text column": ("shuffled", texts),
+        "list of texts": ("list", texts),
+    }
+    kinds |= {"records with a text": ("records", texts), "chat column": ("column", chats)}
+    for name, (kind, items) in kinds.items():
+        folder = work / f"join-{name}"
+        uniform = np.full(len(items), 1 / len(items), dtype=np.float32)
+        store = forged_store(folder / "store", uniform, prompt_keys(items))
+        datasets.Dataset.from_dict({"prompt": items}).save_to_disk(str(folder / "data"))
+        first, again = [], []
+        for turn in range(3):
+            cache = {"EMBSTORE_CACHE": str(folder / f"cache-{turn}")}
+            first.append(child(_JOIN, kind, str(store), str(folder / "data"), **cache))
+            if kind in ("column", "shuffled"):
+                again.append(child(_JOIN, kind, str(store), str(folder / "data"), **cache))
+        for label, runs in (("first", first), ("again", again)):
+            for clock in ("seconds", "processor_seconds") if runs else ():
+                spent = statistics.median(run[clock] for run in runs)
+                found.setdefault(name, {})[f"{label}_us" if clock == "seconds" else f"{label}_cpu_us"] = round(
+                    1e6 * spent / len(items), 3
+                )
+    return found
+
+
 # --- from python to the first batch -----------------------------------------------------------------------------------
 
 _ONLINE = """
@@ -322,9 +389,10 @@ def training_start(prompts: Path, model: Path, work: Path) -> dict[str, Any]:
     }
 
 
-def child(code: str, *arguments: str) -> dict[str, float]:
+def child(code: str, *arguments: str, **environment: str) -> dict[str, float]:
     """What a fresh process prints last, as JSON."""
-    done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment})
     figures: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return figures
 

@@ -59,9 +59,22 @@ class PromptLine:
 
     @property
     def prompt_id(self) -> str:
-        """The id by which weights are joined: the prompt's given id, or one derived from its first user message."""
+        """The prompt's given id, or one derived from its first user message, which other prompts may share."""
         given = self.prompt.fields.get("prefix_id") if self.is_pair else self.prompt.id
         return given if isinstance(given, str) and given else self.prompt.derived_id
+
+    @property
+    def content_id(self) -> str:
+        """What tells the prompt's content from others."""
+        return self.prompt.digest.hex()
+
+    @property
+    def record(self) -> dict[str, object]:
+        """The prompt as an item of a dataset."""
+        prompt = self.prompt
+        if prompt.messages is None:
+            return {"prompt": prompt.text}
+        return {"messages": prompt.messages, "tools": prompt.tools, "chat_template_kwargs": prompt.template_kwargs}
 
     @property
     def messages(self) -> list[Message]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,9 +68,19 @@ def find_weights(
 
 
 def _precomputed(options: argparse.Namespace, lines: Sequence[PromptLine]) -> Found:
-    """The store's weights, joined to the lines by prompt id."""
+    """The store's weights, joined by content, or where the store has other texts for these prompts, by prompt id."""
     weights = load_weights(options.embeddings_dir)
-    return weights.align([line.prompt_id for line in lines], duplicates="divide").array.astype(np.float64)
+    try:
+        with warnings.catch_warnings():
+            # by design of these scripts, prompts_all.jsonl has the texts of chats
+            warnings.filterwarnings("ignore", message=".* contains plain texts")
+            joined = weights.for_dataset([line.record for line in lines], duplicates="divide")
+    except KeyMismatchError as without_row:  # which shows the text of a missing prompt
+        try:
+            joined = weights.align([line.prompt_id for line in lines], duplicates="divide")
+        except KeyMismatchError:
+            raise without_row from None
+    return joined.array.astype(np.float64)
 
 
 def _online(options: argparse.Namespace, lines: Sequence[PromptLine], policy: Policy) -> Found:
@@ -79,25 +90,29 @@ def _online(options: argparse.Namespace, lines: Sequence[PromptLine], policy: Po
         path = require(options.prompts_path, command="python -m scripts.kat_make_prefixes")
         embedded = list(read_lines(path, report=lambda message: print(message, file=sys.stderr)))
     texts: dict[str, str] = {}
+    known_as: dict[str, str] = {}
     for line in embedded:
-        texts.setdefault(line.prompt_id, line.prompt.rendered)
+        texts.setdefault(line.content_id, line.prompt.rendered)
+        known_as.setdefault(line.prompt_id, line.content_id)
     sampler = embstore.DensityAwareSampler(
         list(texts.values()), policy.model, policy.tokenizer, policy.processes.device, k=options.density_k
     )
     weight_of = dict(zip(texts, sampler.density_weights.tolist(), strict=True))
-    return join(lines, weight_of)
+    return join(lines, weight_of, known_as)
 
 
-def join(lines: Sequence[PromptLine], weight_of: Mapping[str, float]) -> Found:
-    """Weights float64 [N]: for each line the weight of its prompt id, divided by the number of lines with that prompt.
+def join(lines: Sequence[PromptLine], weight_of: Mapping[str, float], known_as: Mapping[str, str]) -> Found:
+    """Weights float64 [N]: for each line the weight of its prompt, divided by the number of lines with that prompt.
+
+    ``weight_of`` maps content ids; ``known_as`` gives those of prompt ids, for lines with another text than was embedded.
 
     Raises
     ------
     KeyMismatchError
         A line's prompt has no weight.
     """
-    ids = [line.prompt_id for line in lines]
-    missing = [position for position, prompt_id in enumerate(ids) if prompt_id not in weight_of]
+    ids = [line.content_id if line.content_id in weight_of else known_as.get(line.prompt_id, "") for line in lines]
+    missing = [position for position, content_id in enumerate(ids) if content_id not in weight_of]
     if missing:
         first = lines[missing[0]]
         raise KeyMismatchError(
@@ -106,7 +121,7 @@ def join(lines: Sequence[PromptLine], weight_of: Mapping[str, float]) -> Found:
             hint="make the prompts from these pairs: python -m scripts.kat_make_prefixes",
         )
     counts = Counter(ids)
-    return np.array([weight_of[prompt_id] / counts[prompt_id] for prompt_id in ids])
+    return np.array([weight_of[content_id] / counts[content_id] for content_id in ids])
 
 
 def _agreed(compute: Callable[[], Found], processes: PartialState, *, is_shared: bool) -> Found | _Failed:

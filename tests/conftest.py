@@ -61,6 +61,12 @@ def fork_server() -> Iterator[ForkServer]:
         yield server
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Joins are kept in a folder of the test run, not in the user's."""
+    os.environ["EMBSTORE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def small_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small prompts file: 73 lines, 70 rows."""

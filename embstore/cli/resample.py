@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from embstore.cli.frame import AsJson, Store, app, print_json, reporting
+from embstore.core.decode import printable
 
 
 @app.command()
@@ -26,7 +29,9 @@ def resample(
         Literal["systematic", "without_replacement", "iid"],
         typer.Option(help="systematic: draw each item as often as its quota says, rounded down or up."),
     ] = "systematic",
-    key_column: Annotated[str | None, typer.Option(help="Column with prompts. Default: prompt, messages or prefix.")] = None,
+    key_column: Annotated[
+        str | None, typer.Option(help="Column with prompts. Default: those that the build read, or prompt or messages.")
+    ] = None,
     id_column: Annotated[str | None, typer.Option(help="Column with ids to join by, instead of by content.")] = None,
     on_missing: Annotated[
         str, typer.Option(help="Items not in the store: error, drop, mean, or a multiple of the mean.")
@@ -46,20 +51,24 @@ def resample(
     policy: str | float = on_missing
     with contextlib.suppress(ValueError):
         policy = float(on_missing)
-    report = resample_file(
-        store,
-        dataset,
-        out,
-        name=name,
-        num_samples=num_samples,
-        seed=seed,
-        epoch=epoch,
-        method=method,
-        key_column=key_column,
-        id_column=id_column,
-        on_missing=policy,  # type: ignore[arg-type]  # checked there
-        duplicates=duplicates,
-    )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        report = resample_file(
+            store,
+            dataset,
+            out,
+            name=name,
+            num_samples=num_samples,
+            seed=seed,
+            epoch=epoch,
+            method=method,
+            key_column=key_column,
+            id_column=id_column,
+            on_missing=policy,  # type: ignore[arg-type]  # checked there
+            duplicates=duplicates,
+        )
+    for notice in said:
+        Console(stderr=True).print(f"note: {escape(printable(str(notice.message)))}", highlight=False, soft_wrap=True)
     if as_json:
         print_json(report)
     else:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.core.config import FIRST_RULE, PromptRule
+from embstore.core.config import FIRST_RULE, USUAL_FIELDS, PromptFields, PromptRule
 from embstore.core.decode import Sha256, from_json, parse_json, printable, shown
 from embstore.core.errors import CorruptStoreError, FieldMismatch, IdentityMismatchError
 
@@ -160,7 +160,8 @@ class Manifest:
 
     ``files`` has the digest of every listed file; ``neighbors`` is the digest that names the folder of the neighbour graph;
     ``names`` maps the name of a weighting to its digest (``density_weights.npy`` links to "default"). ``rule`` says how
-    lines became prompts, and items of a dataset do; the first stores of version 1 do not record it.
+    lines became prompts, and items of a dataset do, ``fields`` in which fields they were; the first stores of version 1
+    record neither.
     """
 
     format_version: int
@@ -170,12 +171,13 @@ class Manifest:
     names: dict[str, Digest]
     files: dict[str, FileDigest]
     rule: PromptRule = FIRST_RULE
+    fields: PromptFields = USUAL_FIELDS
 
     def encode(self) -> bytes:
         """The file's bytes, with names in sorted order; rule 1 is not written, as before there were others."""
         value = dataclasses.asdict(self)
         if self.rule == FIRST_RULE:
-            del value["rule"]
+            del value["rule"], value["fields"]
         value["names"] = dict(sorted(self.names.items()))
         value["files"] = {name: dataclasses.asdict(self.files[name]) for name in sorted(self.files)}
         return document(value)
@@ -183,7 +185,8 @@ class Manifest:
 
 def decode_manifest(content: bytes) -> Manifest:
     """Read ``manifest.json``; a manifest that lists fewer or more files than it publishes is a CorruptStoreError."""
-    value = {"rule": dataclasses.asdict(FIRST_RULE), **parse_document(content, name=MANIFEST)}
+    unrecorded = {"rule": dataclasses.asdict(FIRST_RULE), "fields": dataclasses.asdict(USUAL_FIELDS)}
+    value = {**unrecorded, **parse_document(content, name=MANIFEST)}
     manifest = from_json(Manifest, value, name=MANIFEST)
     problem = _manifest_problem(manifest)
     if problem is not None:

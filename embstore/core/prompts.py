@@ -32,7 +32,7 @@ from embstore.core.values import LONE_SURROGATE, TOO_DEEP, Opaque, Unusable, pla
 
 Message = Mapping[str, object]
 
-_TOOLS, _KWARGS = "tools", "chat_template_kwargs"
+_TOOLS, _KWARGS = TEMPLATE_FIELDS = "tools", "chat_template_kwargs"  # what a chat may have besides its messages
 _SHAREGPT = ("conversations", "conversation")
 _NAMED_FIELDS, _NAMED_CHARACTERS = 12, 40  # of a line without a prompt, in its reason
 
@@ -117,7 +117,7 @@ def parse_line(line: bytes, names: PromptFields = USUAL_FIELDS, rule: PromptRule
     >>> parse_line(b'{"question": "2 + 2?", "prompt": 7}', PromptFields(text="question")).text
     '2 + 2?'
     """
-    record = _decode_object(line, rule)
+    record = decode_object(line, rule)
     return record if isinstance(record, Rejected) else prompt_of(record, names, rule)
 
 
@@ -166,12 +166,16 @@ def prompt_of(
         return Rejected(reason=str(error))
 
 
+def content_fields(names: PromptFields = USUAL_FIELDS) -> list[str]:
+    """Fields that may contain the prompt; the first of them that is not null does."""
+    if names.text is not None or names.messages is not None:
+        return [name for name in (names.text, names.messages) if name is not None]
+    return ["prompt", "messages", "prefix", *_SHAREGPT]
+
+
 def _content(record: Mapping[str, object], names: PromptFields) -> object:
     """Text, or what ``chat_of`` reads."""
-    if names.text is not None or names.messages is not None:
-        looked_at = [name for name in (names.text, names.messages) if name is not None]
-    else:
-        looked_at = ["prompt", "messages", "prefix", *_SHAREGPT]
+    looked_at = content_fields(names)
     for name in looked_at:
         value = record.get(name)
         if type(value) is not str:
@@ -250,7 +254,7 @@ def parse_named_row(line: bytes, rule: PromptRule = CURRENT_RULE) -> Prompt | Re
         bare = None
     if bare is not None:
         return named_row(bare)
-    record = _decode_object(line, rule)
+    record = decode_object(line, rule)
     if isinstance(record, Rejected):
         return record
     if all(record.get(name) is None for name in ("prompt", "messages", "prefix", *_SHAREGPT)):
@@ -325,7 +329,8 @@ def decode_row(line: bytes) -> Prompt:
     raise CorruptStoreError(f"{PROMPTS}: a row is not a prompt ({_start(line)})", hint="run embstore verify STORE")
 
 
-def _decode_object(line: bytes, rule: PromptRule = CURRENT_RULE) -> dict[str, Any] | Rejected:  # noqa: PLR0911
+def decode_object(line: bytes, rule: PromptRule = CURRENT_RULE) -> dict[str, Any] | Rejected:  # noqa: PLR0911
+    """A line that is a JSON object, as Python's json reads it, or why it is not one that a build takes."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:

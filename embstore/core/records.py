@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from embstore.core.config import CURRENT_RULE, FIRST_RULE, PromptRule
+from embstore.core.config import CURRENT_RULE, FIRST_RULE, USUAL_FIELDS, PromptFields, PromptRule
 from embstore.core.decode import Crc32c, Sha256, from_json, parse_json, shown
 from embstore.core.errors import CorruptStoreError
 from embstore.core.format import (
@@ -48,6 +48,7 @@ class PromptsRecord:
     fingerprint: Sha256
     files: dict[str, FileDigest]
     rule: PromptRule = FIRST_RULE
+    fields: PromptFields = USUAL_FIELDS
     answered: int = 0
 
 
@@ -309,7 +310,8 @@ def _parse_journal_line(line: bytes, name: str) -> JsonObject | None:
 
 def _decode_record(record_type: type[JournalRecord], value: JsonObject, name: str) -> JournalRecord:
     if record_type is PromptsRecord:
-        value = {"rule": dataclasses.asdict(FIRST_RULE), "answered": 0, **value}
+        unrecorded = {"rule": dataclasses.asdict(FIRST_RULE), "fields": dataclasses.asdict(USUAL_FIELDS), "answered": 0}
+        value = {**unrecorded, **value}
     record = from_json(record_type, value, name=name)
     problem = _problem(record)
     if problem is not None:

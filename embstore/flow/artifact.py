@@ -176,6 +176,7 @@ def publish(
         names=names,
         files=files,
         rule=state.prompts.rule,
+        fields=state.prompts.fields,
     )
     writer.publish(manifest)
     return manifest

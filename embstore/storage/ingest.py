@@ -114,7 +114,7 @@ def ingest(
                         if limit is not None and len(rows.row_ids) >= limit:
                             break
             _refuse_unusable(rows, str(source) if isinstance(source, str | Path) else source.name, strict=strict)
-        return _write_files(rows, spools, folder, quarantine.digest, rule)
+        return replace(_write_files(rows, spools, folder, quarantine.digest, rule), fields=fields)
     finally:
         for spool in spools:
             with storage_errors("removing", spool):

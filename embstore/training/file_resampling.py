@@ -6,9 +6,9 @@ appears under its name when it is complete.
 
 from __future__ import annotations
 
-import json
 import os
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.core.errors import ConfigError, StoreExistsError
+from embstore.core.errors import ConfigError, PromptError, StoreExistsError
+from embstore.core.files import storage_errors
+from embstore.core.prompts import Rejected, decode_object
 from embstore.core.rows import slices
 from embstore.training.draws import Method
+from embstore.training.items import values_of
 from embstore.training.join import Duplicates, OnMissing
+from embstore.training.reading import PromptReading
 from embstore.training.resample import DRAW_COLUMN, resample_indices
 from embstore.training.weights import load_weights
 
@@ -78,20 +82,26 @@ def resample_file(
     if os.path.lexists(target):
         raise StoreExistsError(f"{target} exists already", hint="give another --out, or remove it")
     table = _open(source, target)
-    weights = load_weights(store, name=name).for_dataset(
-        table.records(key_column or id_column),
+    stored = load_weights(store, name=name)
+    weights = stored.for_dataset(
+        table.records(stored.reading(key_column), id_column),
         key_column=key_column,
         id_column=id_column,
         on_missing=on_missing,
         duplicates=duplicates,
     )
+    if table.unreadable is not None and on_missing not in ("error", "drop"):
+        raise PromptError(
+            f"{table.unreadable}: such a line cannot be drawn", hint="correct it, or leave it out with --on-missing drop"
+        )
     rows_n = resample_indices(weights, num_samples, seed=seed, epoch=epoch, method=method)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        table.write(unfinished, rows_n)
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with storage_errors("writing", target, opening=True):
+        try:
+            table.write(unfinished, rows_n)
+            unfinished.replace(target)
+        finally:
+            unfinished.unlink(missing_ok=True)
     return ResampleReport(
         out=target,
         num_items=len(weights),
@@ -116,27 +126,28 @@ class _Lines:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.offsets = array("q")
+        self.unreadable: str | None = None  # the first line that is not a JSON object
 
-    def records(self, column: str | None) -> Iterator[object]:
-        """Every item, in order; a line that is not a JSON object becomes an empty record, which has no prompt."""
+    def records(self, reading: PromptReading, id_column: str | None) -> Iterator[dict[str, Any] | Rejected]:
+        """Every item, in order; a line that is not a JSON object has no prompt."""
         with self.path.open("rb") as file:
-            offset = 0
-            for line in file:
+            offset = len(BOM_UTF8) if file.peek(len(BOM_UTF8)).startswith(BOM_UTF8) else 0
+            file.seek(offset)
+            for number, line in enumerate(file, start=1):
                 if line.strip():
                     self.offsets.append(offset)
-                    yield self._record(line)
+                    yield self._record(line, number, reading)
                 offset += len(line)
 
-    def _record(self, line: bytes) -> dict[str, Any]:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            return {}
-        if isinstance(record, dict) and DRAW_COLUMN in record:
+    def _record(self, line: bytes, number: int, reading: PromptReading) -> dict[str, Any] | Rejected:
+        record = decode_object(line, reading.rule)
+        if isinstance(record, Rejected):
+            self.unreadable = self.unreadable or f"line {number} of {self.path}: {record.reason}"
+        elif DRAW_COLUMN in record:
             raise ConfigError(
                 f"{self.path} has a field {DRAW_COLUMN}: it is resampled already", hint="resample the original"
             )
-        return record if isinstance(record, dict) else {}
+        return record
 
     def write(self, out: Path, rows_n: NDArray[np.int64]) -> None:
         """Write the lines of these items, verbatim, with one more field at the end."""
@@ -151,12 +162,15 @@ class _Lines:
 class _Parquet:
     """A Parquet file, read by row groups."""
 
+    unreadable = None
+
     def __init__(self, path: Path) -> None:
         try:
             import pyarrow  # noqa: PLC0415 - only who has such a file needs it
             import pyarrow.parquet  # noqa: PLC0415
         except ImportError as error:
             raise ConfigError("Parquet needs pyarrow", hint="pip install 'embstore[parquet]'") from error
+        self.path = path
         self.arrow: Any = pyarrow
         self.parquet: Any = pyarrow.parquet
         try:
@@ -166,17 +180,15 @@ class _Parquet:
         if DRAW_COLUMN in self.file.schema_arrow.names:
             raise ConfigError(f"{path} has a column {DRAW_COLUMN}: it is resampled already", hint="resample the original")
 
-    def records(self, column: str | None) -> Iterator[object]:
+    def records(self, reading: PromptReading, id_column: str | None) -> Iterator[dict[str, Any]]:
         """Every item, with the columns that identify its prompt."""
         present = self.file.schema_arrow.names
-        wanted = [name for name in ([column] if column else ["prompt", "messages", "prefix"]) if name in present]
-        if not wanted:
-            raise ConfigError(
-                f"the dataset has no column {column or 'prompt, messages or prefix'}; it has {', '.join(present)}",
-                hint="name the column with --key-column or --id-column",
-            )
-        for batch in self.file.iter_batches(batch_size=8192, columns=wanted):
-            yield from batch.to_pylist()
+        if id_column is not None and id_column not in present:
+            raise ConfigError(f"{self.path} has no column {id_column}; it has {', '.join(present)}", hint="set --id-column")
+        wanted = reading.choose(present) if id_column is None else [id_column]
+        for batch in self.file.iter_batches(batch_size=1024, columns=wanted):
+            columns = [values_of(batch.column(name)) for name in wanted]
+            yield from (dict(zip(wanted, values, strict=True)) for values in zip(*columns, strict=True))
 
     def write(self, out: Path, rows_n: NDArray[np.int64]) -> None:
         """Write the rows of these items with their numbers; each block of draws reads the row groups that it needs."""

@@ -4,64 +4,259 @@ Trainers filter, shuffle and pair prompts, so a dataset rarely has the store's r
 row is an error unless a policy gives such items a weight, in units of the mean weight of the other items. A fixed number
 (the original used 1.0, where weights are about 1 / N) would give them nearly all of the probability.
 
-Shapes: N rows of the store, M items of the dataset.
+Shapes: N rows of the store, M items of the dataset, B items of a block.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from embstore.core.config import CURRENT_RULE, FIRST_RULE, PromptRule
+from embstore.core.decode import printable
 from embstore.core.errors import ConfigError, KeyMismatchError, PromptError
-from embstore.core.prompts import Rejected, parse_line
+from embstore.core.prompts import Prompt, Rejected
+from embstore.core.values import Unusable, plain
+from embstore.training.items import blocks_of
+from embstore.training.reading import (
+    BlockPrompts,
+    PromptReading,
+    key_of,
+    no_column,
+    other_form,
+    record_of,
+    without_nulls,
+)
 
 OnMissing = Literal["error", "drop", "mean"] | float
 Duplicates = Literal["repeat", "divide"]
 
-_PROMPT_COLUMNS = ("prompt", "messages", "prefix")
+_MOST_REASONS, _NAMED_REASONS = 1000, 4
+_SHOWN_START, _SHOWN_END = 160, 60  # characters of the first missing item
+# when so many items have no row in either form, the rest is not looked up in the other one
+_TRIES = 20_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Join:
-    """Rows int64 [M] of the items (-1: not in the store), and how to name an item without a row."""
+    """Rows int64 [M] of the items (-1: not in the store), and what is to be said about them.
+
+    ``unknown`` says which prompt is the first without a row, ``rejected`` counts the items without a prompt by reason,
+    ``first_rejected`` is the first of these. ``form`` is "text" if chats of one user turn were found as that turn's text,
+    "chat" if texts were found as such chats. ``has_answers``: there are chats that end in an assistant turn.
+    """
 
     rows_M: NDArray[np.int64]
-    names: Sequence[str] | NDArray[np.uint64]
-    reasons: Mapping[int, str]
-
-    def name(self, position: int) -> str:
-        """The item as an error message names it."""
-        if position in self.reasons:
-            return self.reasons[position]
-        given = self.names[position]
-        return f"id {given!r}" if isinstance(given, str) else f"key {int(given):016x}"
+    unknown: str = ""
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    first_rejected: int = -1
+    form: Literal["", "text", "chat"] = ""
+    has_answers: bool = False
 
 
-def rows_of_keys(stored_N: NDArray[np.uint64], wanted_M: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Row of each key, -1 where the store has none. Price: one sort of the store's keys.
+class StoredKeys:
+    """The row keys of a store, uint64 [N], sorted to look others up. Price: one sort."""
+
+    def __init__(self, stored_N: NDArray[np.uint64]) -> None:
+        self._order_N = np.argsort(stored_N, kind="stable")
+        self._sorted_N = stored_N[self._order_N]
+
+    def rows(self, wanted_B: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Row of each key, int64 [B], -1 where the store has none.
+
+        Raises
+        ------
+        KeyMismatchError
+            A wanted key belongs to two rows: the first 64 bits of their sha256 are equal.
+        """
+        slot_B = np.searchsorted(self._sorted_N, wanted_B)
+        last = len(self._sorted_N) - 1
+        is_row_B = self._sorted_N[np.minimum(slot_B, last)] == wanted_B
+        is_twice_B = is_row_B & (slot_B < last) & (self._sorted_N[np.minimum(slot_B + 1, last)] == wanted_B)
+        if is_twice_B.any():
+            key = int(wanted_B[int(np.argmax(is_twice_B))])
+            raise KeyMismatchError(
+                f"two rows of the store have the key {key:016x}", hint="join by ids: for_dataset(id_column=...)"
+            )
+        return np.where(is_row_B, self._order_N[np.minimum(slot_B, last)], -1)
+
+
+def join_keys(stored_N: NDArray[np.uint64], keys_M: NDArray[np.uint64]) -> Join:
+    """Join by keys that ``prompt_keys`` made."""
+    return _join_names(StoredKeys(stored_N).rows(keys_M), lambda position: f"key {int(keys_M[position]):016x}")
+
+
+def join_ids(aliases: Mapping[str, int], ids: Sequence[str]) -> Join:
+    """Join by ids of the prompts file or of rows."""
+    rows_M = np.fromiter((aliases.get(name, -1) for name in ids), dtype=np.int64, count=len(ids))
+    return _join_names(rows_M, lambda position: f"id {printable(repr(ids[position][:_SHOWN_START]))}")
+
+
+def _join_names(rows_M: NDArray[np.int64], name: Callable[[int], str]) -> Join:
+    unknown_m = np.flatnonzero(rows_M < 0)
+    if not len(unknown_m):
+        return Join(rows_M=rows_M)
+    first = int(unknown_m[0])
+    return Join(rows_M=rows_M, unknown=f"item {first}, {name(first)}")
+
+
+def join_dataset(stored_N: NDArray[np.uint64], dataset: object, reading: PromptReading) -> Join:
+    """Join by content: each item's prompt as a build with the store's rule reads it.
+
+    Where no item has a row as it is, a chat of one user turn is looked up as that turn's text, and a text as such a chat.
 
     Raises
     ------
-    KeyMismatchError
-        A wanted key belongs to two rows: the first 64 bits of their sha256 are equal.
+    ConfigError
+        It is not a dataset, or lacks the columns.
     """
-    order_N = np.argsort(stored_N, kind="stable")
-    sorted_N = stored_N[order_N]
-    slot_M = np.searchsorted(sorted_N, wanted_M)
-    last = len(sorted_N) - 1
-    is_row_M = sorted_N[np.minimum(slot_M, last)] == wanted_M
-    is_twice_M = is_row_M & (slot_M < last) & (sorted_N[np.minimum(slot_M + 1, last)] == wanted_M)
-    if is_twice_M.any():
-        key = int(wanted_M[int(np.argmax(is_twice_M))])
-        raise KeyMismatchError(
-            f"two rows of the store have the key {key:016x}", hint="join by ids: for_dataset(id_column=...)"
+    search = _Search(StoredKeys(stored_N), reading)
+    for block in blocks_of(dataset, reading.choose):
+        search.add(reading.read(block), block.positions_B)
+    return search.finish()
+
+
+class _Search:
+    """What is found block by block, and what is missing."""
+
+    def __init__(self, stored: StoredKeys, reading: PromptReading) -> None:
+        self.stored, self.reading = stored, reading
+        self.blocks: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []  # positions and rows
+        self.reasons: Counter[str] = Counter()
+        self.first_rejected = -1
+        self.unknown: tuple[int, Prompt] | None = None  # the first item without a row, and its prompt
+        self.any_row = self.has_answers = False
+        # while no item has a row as it is: positions and rows of those that have one in their other form
+        self.others = array("q"), array("q")
+        self.tried = 0
+        self.other_text = False  # the other form is a text
+        self.unknown_in_both: tuple[int, Prompt] | None = None
+
+    def add(self, prompts: BlockPrompts, positions_B: NDArray[np.int64]) -> None:
+        """Look up one block."""
+        rows_B = self.stored.rows(prompts.keys_B)
+        rows_B[list(prompts.rejected)] = -1
+        missing = {index: prompts.prompt(index) for index in np.flatnonzero(rows_B < 0).tolist()}
+        if self.reading.rule.version == FIRST_RULE.version:
+            for index, row in self._rows_as(without_nulls, missing).items():
+                rows_B[index] = row
+                del missing[index]
+        self.has_answers |= prompts.has_answers
+        self.any_row |= len(missing) < len(rows_B)
+        others: dict[int, int] = {}
+        if not self.any_row and self.tried < _TRIES:
+            others = self._rows_as(other_form, missing)
+            self.tried += 0 if others or self.others[0] else len(missing)
+        for index, prompt in missing.items():
+            position = int(positions_B[index])
+            if isinstance(prompt, Rejected):
+                self._reject(prompt.reason, position)
+                continue
+            self.unknown = _first(self.unknown, position, prompt)
+            if index in others:
+                self.others[0].append(position)
+                self.others[1].append(others[index])
+                self.other_text = prompt.messages is not None
+            else:
+                self.unknown_in_both = _first(self.unknown_in_both, position, prompt)
+        self.blocks.append((positions_B, rows_B))
+
+    def _reject(self, reason: str, position: int) -> None:
+        is_named = reason in self.reasons or len(self.reasons) < _MOST_REASONS
+        self.reasons[reason if is_named else "other reasons"] += 1
+        self.first_rejected = position if self.first_rejected < 0 else min(position, self.first_rejected)
+
+    def finish(self) -> Join:
+        """Everything in the dataset's order."""
+        rows_M = np.full(sum(len(rows_B) for _, rows_B in self.blocks), -1, dtype=np.int64)
+        for positions_B, rows_B in self.blocks:
+            rows_M[positions_B] = rows_B
+        form: Literal["", "text", "chat"] = ""
+        unknown = self.unknown
+        if not self.any_row and self.others[0]:
+            rows_M[np.asarray(self.others[0])] = np.asarray(self.others[1])
+            form = "text" if self.other_text else "chat"
+            unknown = self.unknown_in_both
+        shown = ""
+        if unknown is not None:
+            has_other = bool(self._rows_as(other_form, dict([unknown])))
+            shown = f"item {unknown[0]}, {_shown(unknown[1])}" + _OTHER_FORM * has_other
+        return Join(
+            rows_M=rows_M,
+            unknown=shown,
+            rejected=self.reasons,
+            first_rejected=self.first_rejected,
+            form=form,
+            has_answers=self.has_answers,
         )
-    return np.where(is_row_M, order_N[np.minimum(slot_M, last)], -1)
+
+    def _rows_as(self, spell: Callable[[Prompt], Prompt | None], prompts: Mapping[int, Prompt | Rejected]) -> dict[int, int]:
+        """Rows of the prompts that the store has in another spelling."""
+        spelled = {index: spell(prompt) for index, prompt in prompts.items() if isinstance(prompt, Prompt)}
+        keys = {index: key_of(prompt) for index, prompt in spelled.items() if prompt is not None}
+        rows = self.stored.rows(np.fromiter(keys.values(), dtype=np.uint64, count=len(keys)))
+        return {index: row for index, row in zip(keys, rows.tolist(), strict=True) if row >= 0}
+
+
+_OTHER_FORM = " (its text is in the store, but one of the two is a chat)"
+_LOOKED_UP = {
+    "": "",
+    "text": "; no item is in the store as it is, so chats were looked up by the text of their one user turn",
+    "chat": "; no item is in the store as it is, so texts were looked up as chats of one user turn",
+}
+
+
+def _first(known: tuple[int, Prompt] | None, position: int, prompt: Prompt) -> tuple[int, Prompt]:
+    return known if known is not None and known[0] < position else (position, prompt)
+
+
+def _shown(prompt: Prompt) -> str:
+    """A prompt as an error message shows it: one short line, its start and its end."""
+    text = prompt.rendered
+    if len(text) > _SHOWN_START + _SHOWN_END + 5:
+        text = f"{text[:_SHOWN_START]} ... {text[-_SHOWN_END:]}"
+    return printable(repr(text))
+
+
+def notices(join: Join, rule: PromptRule, store: str) -> list[str]:
+    """What a user should know of a join that succeeded."""
+    found = []
+    if join.form == "text":
+        found.append(
+            f"{store} contains plain texts: the chats of this dataset were joined by the text of their one user turn. The "
+            "weights are those of the bare texts, without a chat template"
+        )
+    elif join.form == "chat":
+        found.append(
+            f"{store} contains chats: the texts of this dataset were joined to those whose one user turn they are. The "
+            "weights are those of the chats, with their chat template"
+        )
+    if join.has_answers and rule.turns == "prompt":
+        found.append(
+            f"{store} was built with --turns prompt: chats that end in an assistant turn were joined by what comes before it"
+        )
+    return found
+
+
+def _described(join: Join, num_missing: int) -> str:
+    """How many items are missing for which reason, and the first of each kind."""
+    num_rejected = sum(join.rejected.values())
+    parts = []
+    if num_missing > num_rejected:
+        parts.append(f"{num_missing - num_rejected} not in the store, the first is {join.unknown}")
+    if num_rejected:
+        named = sorted(join.rejected.items(), key=lambda item: (-item[1], item[0]))
+        reasons = [f"{printable(reason.removeprefix('no prompt: '))} ({count})" for reason, count in named[:_NAMED_REASONS]]
+        rest = sum(count for _, count in named[_NAMED_REASONS:])
+        reasons += [f"other reasons ({rest})"] if rest else []
+        parts.append(f"{num_rejected} without a prompt, the first is item {join.first_rejected}: {', '.join(reasons)}")
+    return "; ".join(parts)
 
 
 def align_weights(
@@ -77,15 +272,18 @@ def align_weights(
     rows_M = join.rows_M
     is_row_M = rows_M >= 0
     num_missing = len(rows_M) - int(np.count_nonzero(is_row_M))
-    if num_missing and (on_missing == "error" or num_missing == len(rows_M)):
-        first = int(np.argmin(is_row_M))
-        raise KeyMismatchError(
-            f"{num_missing} of {len(rows_M)} items are not in {store} ({len(weights_N)} rows); "
-            f"the first is at position {first}: {join.name(first)}",
-            hint="build a store of these prompts, or choose a weight for such items: on_missing='drop', 'mean', or a "
-            "multiple of the mean weight",
-        )
+    if not len(rows_M):
+        raise KeyMismatchError("the dataset has no items", hint="is it the split that is trained on?")
     aligned_M = np.where(is_row_M, weights_N[np.maximum(rows_M, 0)].astype(np.float64), 0.0)
+    if num_missing and (on_missing == "error" or num_missing == len(rows_M)):
+        num_failed = int(np.count_nonzero(is_row_M & (aligned_M == 0)))
+        failed = f"; {num_failed} others failed in the build and have the weight 0" * bool(num_failed)
+        raise KeyMismatchError(
+            f"{num_missing} of {len(rows_M)} items have no row in {store} ({len(weights_N)} rows): "
+            f"{_described(join, num_missing)}{_LOOKED_UP[join.form]}{failed}",
+            hint="join by the column that was embedded (key_column) or by ids (id_column), build a store of these prompts, "
+            "or choose a weight for such items: on_missing='drop', 'mean', or a multiple of the mean weight",
+        )
     if duplicates == "divide":
         items_N = np.bincount(rows_M[is_row_M], minlength=len(weights_N))
         aligned_M[is_row_M] /= items_N[rows_M[is_row_M]]
@@ -102,55 +300,67 @@ def align_weights(
     return normalised_M
 
 
-def prompt_keys(dataset: Iterable[Any], key_column: str | None = None) -> NDArray[np.uint64]:
-    """Row keys of a dataset's prompts, uint64 [M], as the store makes them: content, whitespace collapsed.
+def prompt_keys(dataset: Iterable[object], key_column: str | None = None) -> NDArray[np.uint64]:
+    """Row keys of a dataset's prompts, uint64 [M], as a store of today makes them: by content (``docs/prompts.md``).
 
     Parameters
     ----------
     dataset
-        Mappings (a Hugging Face dataset, or records), texts, or lists of messages.
+        See ``Weights.for_dataset``.
     key_column
-        The column with the prompt: text, a list of messages, or ``{"messages": [...]}``. None looks for ``prompt``,
-        ``messages``, ``prefix``, in this order, as a build does.
+        The column with the prompt. None looks for those that a build looks for.
 
     Raises
     ------
     PromptError
         An item has no prompt.
     ConfigError
-        There is no such column.
+        There is no such column, or it is not a dataset.
     """
-    keys_M, reasons = read_prompt_keys(dataset, key_column)
-    for position, reason in reasons.items():
-        raise PromptError(f"item {position} has no prompt: {reason}", hint="filter such items out, or set key_column")
+    reading = PromptReading(rule=CURRENT_RULE, column=key_column)
+    found: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []
+    for block in blocks_of(dataset, reading.choose):
+        prompts = reading.read(block)
+        for index, reason in sorted(prompts.rejected.items()):
+            raise PromptError(
+                f"item {block.positions_B[index]} has no prompt: {reason}", hint="filter such items out, or set key_column"
+            )
+        found.append((block.positions_B, prompts.keys_B))
+    keys_M = np.zeros(sum(len(keys_B) for _, keys_B in found), dtype=np.uint64)
+    for positions_B, keys_B in found:
+        keys_M[positions_B] = keys_B
     return keys_M
 
 
-def read_prompt_keys(dataset: Iterable[Any], key_column: str | None) -> tuple[NDArray[np.uint64], dict[int, str]]:
-    """Row keys uint64 [M], and the reason for each item without a prompt, by position."""
-    reasons: dict[int, str] = {}
-
-    def keys() -> Iterator[int]:
-        for position, item in enumerate(_columns(dataset, (key_column,) if key_column else _PROMPT_COLUMNS)):
-            # the same function as in a build, so that both read a prompt alike
-            prompt = parse_line(json.dumps(_record(item, key_column, position)).encode())
-            if isinstance(prompt, Rejected):
-                reasons[position] = prompt.reason
-                yield 0
-            else:
-                yield int.from_bytes(prompt.digest[:8], "little")
-
-    return np.fromiter(keys(), dtype=np.uint64), reasons
-
-
-def read_ids(dataset: Iterable[Any], id_column: str) -> list[str]:
+def read_ids(dataset: object, id_column: str) -> list[str]:
     """The ids of a dataset's items, as text."""
-    ids = []
-    for position, item in enumerate(_columns(dataset, (id_column,))):
-        if not isinstance(item, Mapping) or id_column not in item:
-            raise _no_column(id_column, item, position)
-        ids.append(str(item[id_column]))
-    return ids
+
+    def choose(present: Sequence[str]) -> list[str]:
+        if id_column not in present:
+            raise ConfigError(f"the dataset has no column {id_column}; it has {', '.join(present)}", hint="set id_column")
+        return [id_column]
+
+    ids: dict[int, str] = {}
+    for block in blocks_of(dataset, choose):
+        positions = block.positions_B.tolist()
+        if block.columns is not None:
+            ids.update(zip(positions, map(_id, block.columns[id_column]), strict=True))
+            continue
+        for position, item in zip(positions, block.items, strict=True):
+            record = record_of(item, position)
+            if id_column not in record:
+                raise no_column(id_column, record, position)
+            ids[position] = _id(record[id_column])
+    return [ids[position] for position in range(len(ids))]
+
+
+def _id(value: object) -> str:
+    """An id as a build reads it; empty, which is never an id, where there is none."""
+    try:
+        value = plain(value)
+    except Unusable:
+        return str(value)
+    return "" if value is None else str(value)
 
 
 def is_ids(keys: ArrayLike | Sequence[str]) -> bool:
@@ -158,41 +368,3 @@ def is_ids(keys: ArrayLike | Sequence[str]) -> bool:
     if isinstance(keys, np.ndarray):
         return keys.dtype.kind in "UO"
     return isinstance(keys, Sequence) and bool(len(keys)) and isinstance(keys[0], str)
-
-
-def _columns(dataset: Iterable[Any], names: Sequence[str]) -> Iterable[Any]:
-    """Select the columns that are read; otherwise a Hugging Face dataset decodes every column of a row, images too."""
-    present = getattr(dataset, "column_names", None)
-    if not isinstance(present, list) or not hasattr(dataset, "select_columns"):
-        return dataset
-    wanted = [name for name in names if name in present]
-    if not wanted:
-        raise ConfigError(
-            f"the dataset has no column {' or '.join(names)}; it has {', '.join(present)}", hint="set key_column"
-        )
-    selected: Iterable[Any] = dataset.select_columns(wanted)
-    return selected
-
-
-def _record(item: object, key_column: str | None, position: int) -> dict[str, object]:
-    """One item as the line of a prompts file."""
-    if isinstance(item, str) or (isinstance(item, Sequence) and not isinstance(item, Mapping)):
-        return {"prompt": item}
-    if not isinstance(item, Mapping):
-        raise ConfigError(
-            f"item {position} is of type {type(item).__name__}, expected a record, a text or a list of messages",
-            hint="pass a Hugging Face dataset, a list of records, or the prompts themselves",
-        )
-    if key_column is None:
-        return {name: item[name] for name in _PROMPT_COLUMNS if name in item}
-    if key_column not in item:
-        raise _no_column(key_column, item, position)
-    content = item[key_column]
-    if key_column == "prefix" or isinstance(content, Mapping):
-        return {"prefix": content}
-    return {"prompt": content}
-
-
-def _no_column(name: str, item: object, position: int) -> ConfigError:
-    present = ", ".join(map(str, item)) if isinstance(item, Mapping) else f"no columns ({type(item).__name__})"
-    return ConfigError(f"item {position} has no column {name!r}; it has {present}", hint="name the column that contains it")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from embstore.core.config import CURRENT_RULE, PromptRule
 from embstore.core.errors import (
     ConfigError,
     CorruptStoreError,
@@ -28,6 +29,7 @@ from embstore.core.errors import (
 )
 from embstore.core.files import check_array, map_array, map_file, storage_errors
 from embstore.core.format import (
+    KEYS,
     WEIGHTS_TOLERANCE,
     Manifest,
     decode_manifest,
@@ -38,6 +40,7 @@ from embstore.training.published import read_aliases, read_keys, read_manifest, 
 
 if TYPE_CHECKING:
     from embstore.training.join import Duplicates, Join, OnMissing
+    from embstore.training.reading import PromptReading
 
 Verify = Literal["full", "shape", "off"]
 
@@ -101,16 +104,18 @@ class Weights:
         ConfigError
             These weights come from a bare file, or are joined already.
         """
-        from embstore.training.join import Join, is_ids  # noqa: PLC0415 - a third of the import cost
+        from embstore.training.join import is_ids, join_ids, join_keys  # noqa: PLC0415 - a third of the import cost
 
+        root = self._joinable()
+        manifest = self._manifest(root)
         if is_ids(keys):
             names = [str(name) for name in np.asarray(keys, dtype=object)]
-            join = Join(rows_M=self._rows_of_ids(names), names=names, reasons={})
+            join = join_ids(read_aliases(root, manifest), names)
         else:
             keys_M = (
                 np.asarray(keys).astype(np.uint64) if isinstance(keys, np.ndarray) else np.asarray(keys, dtype=np.uint64)
             )
-            join = Join(rows_M=self._rows_of_keys(keys_M), names=keys_M, reasons={})
+            join = join_keys(read_keys(root, manifest, full=True), keys_M)
         return self._joined(join, on_missing, duplicates)
 
     def for_dataset(
@@ -122,34 +127,52 @@ class Weights:
         on_missing: OnMissing = "error",
         duplicates: Duplicates = "repeat",
     ) -> Weights:
-        """The same weights in the order of a dataset, joined by content or by id.
+        """The same weights in the order of a dataset, joined by content or by id; see ``docs/prompts.md``.
 
         Parameters
         ----------
         dataset
-            Mappings (a Hugging Face dataset, or records), texts, or lists of messages.
+            A Hugging Face dataset (one split), a table of pandas, polars or pyarrow, or anything with items: records, texts,
+            or lists of messages. Rows found for a ``datasets.Dataset`` are kept in the user's cache folder.
         key_column
-            The column with the prompt; see ``prompt_keys``. Price: about 16 us an item.
+            The column with the prompt. None looks for those that the build read, then for the usual ones.
         id_column
             Join by the ids in this column instead: any id of the prompts file or of ``ids.json``.
         on_missing, duplicates
             See ``align``. An item without a prompt counts as missing.
 
+        Returns
+        -------
+        Weights float32 [M] of sum 1. A warning says if chats were cut before their answer as in the build, or if items were
+        found in another form: chats of one user turn in a store of plain texts, or texts in a store of such chats.
+
         Raises
         ------
-        KeyMismatchError, ConfigError
-            See ``align``; or there is no such column.
+        KeyMismatchError
+            See ``align``. The message shows the first missing item and counts the others by cause.
+        ConfigError
+            See ``align``; or there is no such column, or this is not a dataset.
         """
-        from embstore.training.join import Join, read_ids, read_prompt_keys  # noqa: PLC0415
+        from embstore.training.join import join_dataset, join_ids, read_ids  # noqa: PLC0415
+        from embstore.training.join_cache import kept_join  # noqa: PLC0415
 
+        root = self._joinable()
+        manifest = self._manifest(root)
+        if id_column is not None and key_column is not None:
+            raise ConfigError(f"join by content ({key_column}) or by id ({id_column}), not both", hint="name one column")
         if id_column is not None:
-            if key_column is not None:
-                raise ConfigError(f"join by content ({key_column}) or by id ({id_column}), not both", hint="name one column")
-            return self.align(read_ids(dataset, id_column), on_missing=on_missing, duplicates=duplicates)
-        keys_M, reasons = read_prompt_keys(dataset, key_column)
-        rows_M = self._rows_of_keys(keys_M)
-        rows_M[list(reasons)] = -1
-        return self._joined(Join(rows_M=rows_M, names=keys_M, reasons=reasons), on_missing, duplicates)
+            join = join_ids(read_aliases(root, manifest), read_ids(dataset, id_column))
+            return self._joined(join, on_missing, duplicates)
+        reading = self.reading(key_column)
+        join = kept_join(
+            dataset,
+            reading,
+            keys=manifest.files[KEYS].sha256,
+            num_rows=manifest.rows,
+            explains=on_missing == "error",
+            compute=lambda: join_dataset(read_keys(root, manifest, full=True), dataset, reading),
+        )
+        return self._joined(join, on_missing, duplicates, rule=manifest.rule)
 
     def temper(self, alpha: float = 1.0, *, uniform_mix: float = 0.0, clip: tuple[float, float] | None = None) -> Weights:
         """Flatter or bounded weights. Rows of weight 0 stay at 0; the uniform part is spread over all others.
@@ -178,16 +201,12 @@ class Weights:
         step = f"temper(alpha={alpha}, uniform_mix={uniform_mix}, clip={clip})"
         return self._derived((value_N / value_N.sum()).astype(np.float32), step, store=self.store)
 
-    def _rows_of_keys(self, keys_M: NDArray[np.uint64]) -> NDArray[np.int64]:
-        from embstore.training.join import rows_of_keys  # noqa: PLC0415
+    def reading(self, key_column: str | None = None) -> PromptReading:
+        """How the items of a dataset become prompts: by the rule and in the fields of the store; see ``for_dataset``."""
+        from embstore.training.reading import PromptReading  # noqa: PLC0415
 
-        root = self._joinable()
-        return rows_of_keys(read_keys(root, self._manifest(root), full=True), keys_M)
-
-    def _rows_of_ids(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        root = self._joinable()
-        aliases = read_aliases(root, self._manifest(root))
-        return np.fromiter((aliases.get(name, -1) for name in ids), dtype=np.int64, count=len(ids))
+        manifest = self._manifest(self._joinable())
+        return PromptReading(rule=manifest.rule, fields=manifest.fields, column=key_column)
 
     def _joinable(self) -> Path:
         if self.store is None:
@@ -206,15 +225,18 @@ class Weights:
             )
         return manifest
 
-    def _joined(self, join: Join, on_missing: OnMissing, duplicates: Duplicates) -> Weights:
-        from embstore.training.join import align_weights  # noqa: PLC0415
+    def _joined(self, join: Join, on_missing: OnMissing, duplicates: Duplicates, rule: PromptRule = CURRENT_RULE) -> Weights:
+        from embstore.training.join import align_weights, notices  # noqa: PLC0415
 
         aligned_M = align_weights(self.array, join, store=str(self.store), on_missing=on_missing, duplicates=duplicates)
-        return self._derived(aligned_M, f"align(on_missing={on_missing!r}, duplicates={duplicates!r})", store=None)
+        said = notices(join, rule, str(self.store))
+        for notice in said:
+            warnings.warn(notice, stacklevel=3)
+        return self._derived(aligned_M, f"align(on_missing={on_missing!r}, duplicates={duplicates!r})", *said, store=None)
 
-    def _derived(self, array: NDArray[np.float32], step: str, *, store: Path | None) -> Weights:
+    def _derived(self, array: NDArray[np.float32], *steps: str, store: Path | None) -> Weights:
         array.flags.writeable = False
-        return dataclasses.replace(self, array=array, store=store, steps=(*self.steps, step), digest=None)
+        return dataclasses.replace(self, array=array, store=store, steps=(*self.steps, *steps), digest=None)
 
     def __reduce__(self) -> tuple[object, ...]:
         fields = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}

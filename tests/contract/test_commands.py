@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 GENERATED = {"cli.md", "performance.md"}
 PAGES = [ROOT / name for name in ("README.md", "SECURITY.md", "CONTRIBUTING.md", "docs/guide.md", "docs/limits.md")]
 PAGES += [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in GENERATED and path not in PAGES]
-RUN = ["README.md", "docs/guide.md"]
+RUN = ["README.md", "docs/guide.md", "docs/prompts.md"]
 # needs a checkout of somebody else's code, or the network
 NOT_HERE = ("PYTHONPATH=", "pip ", "HNSWLIB_NO_NATIVE=")
 
@@ -104,6 +104,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"question": [f"What is {index}?" for index in range(20)], "uid": list(range(20))})
     parquet.write_table(table, folder / "table.parquet")
+    verl = [
+        {
+            "data_source": "sums",
+            "prompt": [{"role": "user", "content": f"What is {number}?"}],
+            "reward_model": {"style": "rule", "ground_truth": str(number)},
+            "extra_info": {"index": number},
+        }
+        for number in range(24)
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(verl), folder / "train.parquet")
     return folder
 
 
@@ -133,12 +143,46 @@ def test_every_python_snippet_runs(folder: Path, tmp_path: Path, monkeypatch: py
     weight_of = dict(zip(stored, open_store("STORE").weights.tolist(), strict=True))
     expected = [weight_of[item["prompt"]] for item in dataset]
     assert load_weights("STORE").array != pytest.approx(expected)  # by position: what a snippet must not do
-    snippets = [body for page in RUN for language, body in _blocks(ROOT / page) if language == "python"]
+    snippets = [body for page in RUN[:2] for language, body in _blocks(ROOT / page) if language == "python"]
     assert snippets
     for body in snippets:
         names: dict[str, Any] = {"dataset": dataset}
         exec(compile(body, "snippet", "exec"), names)
         assert names["weights"].array == pytest.approx(expected)
+
+
+def test_every_example_of_the_page_on_prompts_joins_its_dataset(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those with pandas, with TRL, with pairs, and with verl's file: each item gets the weight of its own prompt."""
+    here = Path(shutil.copytree(folder, tmp_path / "here"))
+    monkeypatch.chdir(here)
+    commands = [shlex.split(command)[1:] for command in _commands(ROOT / "docs" / "prompts.md")]
+    assert [words[0] for words in commands] == ["build", "resample"]
+    for words in commands:
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, f"{words}\n{result.output}{result.stderr}"
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", here / "cache")
+    stored = (here / "STORE" / "prompts.jsonl").read_text().splitlines()
+    rows = [json.loads(line)["messages"][0]["content"] for line in stored]
+    weight_of = dict(zip(rows, open_store("STORE").weights.tolist(), strict=True))
+    dataset = pyarrow_parquet().read_table("train.parquet").to_pylist()[::-1]  # not in the store's order
+    snippets = [body for language, body in _blocks(ROOT / "docs" / "prompts.md") if language == "python"]
+    assert {name for body in snippets for name in ("pandas", "trl", "pairs") if name in body} == {"pandas", "trl", "pairs"}
+    for body in snippets:
+        names: dict[str, Any] = {"dataset": dataset}
+        exec(compile(body, "snippet", "exec"), names)
+        joined = names.get("pairs", names.get("frame", names["dataset"]))
+        items = joined.to_dict("records") if hasattr(joined, "iloc") else joined
+        expected = [weight_of[(item["question"] if "question" in item else item["prompt"])[0]["content"]] for item in items]
+        assert names["weights"].array == pytest.approx([weight / sum(expected) for weight in expected])
+    drawn = pyarrow_parquet().read_table("train.density.parquet")
+    assert drawn.num_rows == 64
+    assert drawn.column_names == ["data_source", "prompt", "reward_model", "extra_info", "embstore_draw"]
+
+
+def pyarrow_parquet() -> Any:
+    return pytest.importorskip("pyarrow.parquet")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -28,6 +28,9 @@ HEAVY = {
     "sklearn",
     "scipy",
     "pandas",
+    "polars",
+    "pyarrow",
+    "datasets",
 }
 
 
@@ -42,7 +45,7 @@ def test_training_imports_numpy_only() -> None:
     loaded = loaded_by(
         "from embstore.training import *; weights = [0.5, 0.25, 0.25]; "
         "list(GroupRepeat(DensitySampler(weights, rank='auto'), 2)); resample_indices(weights, 5, method='iid'); "
-        "importance_weights(weights); prompt_keys(['a'])"
+        "importance_weights(weights); prompt_keys(['a', [{'role': 'user', 'content': 'b'}]])"
     )
     assert "numpy" in loaded
     assert not loaded & HEAVY

@@ -281,11 +281,12 @@ def test_a_prompt_without_a_weight_is_named(guide: Path, policy: Policy, tmp_pat
     path.write_text((guide / "pairs_all.jsonl").read_text() + json.dumps({"prompt": "new", "chosen": "a", "rejected": "b"}))
     lines = lines_of(path)
     with pytest.raises(
-        WeightsError, match=rf"1 of {len(lines)} items are not in .*; the first is at position {len(lines) - 1}: id"
+        WeightsError,
+        match=rf"1 of {len(lines)} items have no row in .*: 1 not in the store, the first is item {len(lines) - 1}, 'new'",
     ):
         kat_weights.find_weights(options_for("--require_density"), lines, policy)
     with pytest.raises(KeyMismatchError, match=f"the prompts of {len(lines)} of {len(lines)} lines were not embedded"):
-        kat_weights.join(lines, {})
+        kat_weights.join(lines, {}, {})
 
 
 def test_a_folder_that_is_not_there_names_the_command(

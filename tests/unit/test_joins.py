@@ -145,7 +145,7 @@ def test_ids_of_the_prompts_file_and_of_rows_both_join(finished_store: Path) -> 
     rows = [ids.index("given-1"), 3, ids.index("given-0")]
     expected = weights.array[rows] / weights.array[rows].sum(dtype=np.float64)
     assert weights.for_dataset(table, id_column="uid").array == pytest.approx(expected, rel=1e-6)
-    with pytest.raises(KeyMismatchError, match=r"1 of 2 items .* position 1: id 'nobody'"):
+    with pytest.raises(KeyMismatchError, match=r"1 of 2 items .*: 1 not in the store, the first is item 1, id 'nobody'"):
         weights.align(["given-1", "nobody"])
     with pytest.raises(ConfigError, match="not both"):
         weights.for_dataset(table, key_column="uid", id_column="uid")
@@ -155,7 +155,11 @@ def test_items_that_are_no_row_are_refused_unless_a_policy_is_named(finished_sto
     weights, lines = load_weights(finished_store), small_lines()[:8]
     given = [*lines[:5], {"prompt": "nobody built this"}, *lines[5:], {"prompt": " "}]
     known = np.array([0, 1, 2, 3, 4, 6, 7, 8])
-    with pytest.raises(KeyMismatchError, match=r"2 of 10 items are not in .*70 rows.*position 5: key") as caught:
+    with pytest.raises(
+        KeyMismatchError,
+        match=r"2 of 10 items have no row in .*70 rows.*: 1 not in the store, "
+        r"the first is item 5, 'nobody built this'; 1 without a prompt, the first is item 9: the prompt is empty",
+    ) as caught:
         weights.for_dataset(given)
     assert "on_missing='drop'" in str(caught.value.hint)
     original = weights.array[:8].astype(np.float64)
@@ -163,7 +167,9 @@ def test_items_that_are_no_row_are_refused_unless_a_policy_is_named(finished_sto
         joined = weights.for_dataset(given, on_missing=policy).array.astype(np.float64)  # type: ignore[arg-type]
         assert joined[known] / joined[known].sum() == pytest.approx(original / original.sum(), rel=1e-5)
         assert joined[[5, 9]] == pytest.approx([multiple * joined[known].mean()] * 2, rel=1e-5)
-    with pytest.raises(KeyMismatchError, match=r"1 of 1 items .* position 0: the prompt is empty"):
+    with pytest.raises(
+        KeyMismatchError, match=r"1 of 1 items .* without a prompt, the first is item 0: the prompt is empty"
+    ):
         weights.for_dataset([""], on_missing="mean")
     for wrong in ("ignore", -1.0, float("nan")):
         with pytest.raises(ConfigError, match="on_missing"):

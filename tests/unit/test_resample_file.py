@@ -63,7 +63,9 @@ def store_ids(store: Path) -> list[str]:
 
 def test_what_cannot_be_resampled_leaves_nothing(finished_store: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "data.jsonl", [*items()[:3], b"no JSON\n", {"prompt": "nobody"}])
-    with pytest.raises(KeyMismatchError, match=r"2 of 5 items .* position 3: no prompt"):
+    with pytest.raises(
+        KeyMismatchError, match=r"2 of 5 items .* item 4, 'nobody'; 1 without a prompt, the first is item 3: not JSON"
+    ):
         resample_file(finished_store, source, tmp_path / "out.jsonl")
     for wrong, complaint in (((source, "out.parquet"), "both"), ((tmp_path / "none.jsonl", "o.jsonl"), "is not a file")):
         with pytest.raises(ConfigError, match=complaint):
