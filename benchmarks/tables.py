@@ -261,8 +261,9 @@ def costs(embedding: Report, gpu_report: Report) -> str:
 
 
 _TRAINING = """\
-`{command}`, {machine}; the start on {s[date]}, medians of {s[rounds]} rounds and one online run, while other work ran \
-on the machine (load averages {s[load_average]}).
+`{command}`, {machine}, while other work ran on the machine: draws on {d[date]} (load averages {d[load_average]}, times are \
+the least of three rounds), the start on {s[date]} (load averages {s[load_average]}, medians of {s[rounds]} rounds and one \
+online run).
 
 | what | measured |
 |---|---|
@@ -272,12 +273,19 @@ on the machine (load averages {s[load_average]}).
 {w[100M][shape_ms]:.1f} ms at 100M |
 | importing `embstore.training`, beyond numpy | {i[over_numpy_ms]:.0f} ms; `import numpy` takes {i[numpy_ms]:.0f} ms, \
 `import torch` {i[torch_ms]:,.0f} ms |
-| first index at 1M rows, each further million | {ours[first_ms]:.0f} ms, \
-{d[systematic_first_ms_each_further_million]:.0f} ms |
-| draws a second at 1M rows | {ours[draws_per_second]:MB} million; torch's `WeightedRandomSampler` \
-{torch[draws_per_second]:MB} million |
+| first index at 1M rows, each further million | {ours[first_cpu_ms]:.0f} ms of a CPU, \
+{d[systematic_first_cpu_ms_each_further_million]:.0f} ms; torch {torch[first_cpu_ms]:.0f} ms |
+| draws a second at 1M rows | {ours[draws_per_second]:,}, torch's `WeightedRandomSampler` {torch[draws_per_second]:,} |
 | memory of a pass | {ours[bytes_a_row]:.0f} bytes a row; torch {torch[bytes_a_row]:.0f} |
 | 2^24 + 1 rows | drawn; torch: {large[torch_WeightedRandomSampler]} |
+| points along a random order; before (`{j[before_commit]}`) along the stored one | first index \
+{now[systematic][first_cpu_ms]:.0f} ms of a CPU, before {was[systematic][first_cpu_ms]:.0f} ms; \
+{now[systematic][bytes_a_row]:.0f} bytes a row, before {was[systematic][bytes_a_row]:.0f}; \
+{now[systematic][draws_per_second_over_before]:.2f} times the draws a second |
+| sd of the share of odd rows, equal weights, half as many draws as rows | {now[odd]:.2f} times a simple random sample's; \
+before {was[odd]:.1f} times |
+| the same for periods 3, 4, 8, 64 and halves, largest | {now[largest]:.2f} times; before {was[largest]:.1f} times |
+| two rows drawn together: farthest of 6,144 pairs, in standard errors | {now[pairs]:.1f}; before {was[pairs]:.1f} |
 | count of a row after a pass, farthest from n p | {q[28k][largest_distance]:.5f} at 28k, \
 {q[1M][largest_distance]:.5f} at 1M |
 | weights computed at the start (online), {s[prompts]:,} prompts | {s[online][density_seconds]:.0f} s |
@@ -297,5 +305,13 @@ def training(report: Report) -> str:
     )
     figures = {"w": weights, "i": report["imports"], "d": draws, "q": quotas, "s": report["start"]}
     figures |= {"command": report["command"], "machine": machine_of(report), "large": draws[str(2**24 + 1)]}
+    for name, side in (("was", report["joint"]["before"]), ("now", report["joint"]["after"])):
+        figures[name] = {
+            **side,
+            "odd": side["2"],
+            "largest": max(side[each] for each in ("3", "4", "8", "64", "halves")),
+            "pairs": max(side[f"pairs_{kind}"] for kind in ("adjacent", "half_apart", "random")),
+        }
+    figures["j"] = report["joint"]
     one = draws["1000000"]
     return fill(_TRAINING, figures | {"ours": one["systematic"], "torch": one["torch_WeightedRandomSampler"]})

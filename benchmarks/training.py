@@ -1,6 +1,6 @@
 """Training start measured: weights, imports, draws, and the first batch, precomputed against online.
 
-``python -m benchmarks.training --prompts FILE --model FOLDER [--parts weights,imports,draws,quotas,joins,start]``
+``python -m benchmarks.training --prompts FILE --model FOLDER [--parts weights,imports,draws,quotas,joint,joins,start]``
 
 Whatever starts a process is measured in one: rounds interleave what is compared, and medians are kept. Results go to
 ``benchmarks/results/training.json``; each part replaces its own figures.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import resource
 import statistics
@@ -27,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.acceptance import RESULTS, machine
+from benchmarks.sampling import draws, joint, quotas
 from embstore.core.config import CURRENT_RULE
 from embstore.core.format import (
     ARRAY_METADATA,
@@ -46,11 +46,10 @@ from embstore.core.format import (
     neighbors_paths,
     weights_paths,
 )
-from embstore.training import DensitySampler, load_weights, prompt_keys
+from embstore.training import load_weights, prompt_keys
 
 ROUNDS = 15
 WEIGHT_ROWS = (28_000, 1_000_000, 100_000_000)
-TORCH_LIMIT = 1 << 24
 JOINED_TEXTS, JOINED_CHATS = 1_000_000, 200_000
 _DIGEST = "0" * 16
 
@@ -60,7 +59,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--parts", default="weights,imports,draws,quotas,joins,start")
+    parser.add_argument("--parts", default="weights,imports,draws,quotas,joint,joins,start")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="embstore-benchmark-") as scratch:
         work = Path(scratch)
@@ -69,6 +68,7 @@ def main() -> int:
             "imports": import_cost,
             "draws": draws,
             "quotas": quotas,
+            "joint": lambda: joint(work),
             "joins": lambda: joins(options.prompts, work),
             "start": lambda: training_start(options.prompts, options.model, work),
         }
@@ -166,91 +166,6 @@ def import_cost() -> dict[str, Any]:
         "over_numpy_cpu_ms": round(statistics.median(of_processor), 1),
         "rounds": ROUNDS,
     }
-
-
-# --- draws ------------------------------------------------------------------------------------------------------------
-
-_DRAW = """
-import json, sys, time
-import numpy as np
-kind, rows, method = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-weights = np.random.default_rng(0).gamma(2.0, size=rows).astype(np.float32)
-def status(field):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
-if kind == "torch":
-    import torch
-    from torch.utils.data import WeightedRandomSampler
-    vector = torch.from_numpy(weights)
-    torch.multinomial(vector[:1000], 1000, True)
-    make = lambda: WeightedRandomSampler(vector, rows, generator=torch.Generator().manual_seed(0))
-else:
-    from embstore.training import DensitySampler
-    list(DensitySampler(weights[:1000]))
-    make = lambda: DensitySampler(weights, method=method)
-open("/proc/self/clear_refs", "w").write("5")
-before = status("VmRSS")
-started, processor = time.perf_counter(), time.process_time()
-sampler = make()
-iterator = iter(sampler)
-next(iterator)
-first, processor = time.perf_counter() - started, time.process_time() - processor
-for _ in iterator:
-    pass
-whole = time.perf_counter() - started
-print(json.dumps({"first_ms": round(1e3 * first, 1), "first_cpu_ms": round(1e3 * processor, 1),
-                  "draws_per_second": round(rows / whole),
-                  "bytes_a_row": round((status("VmHWM") - before) / rows, 1)}))
-"""
-
-
-def draws() -> dict[str, Any]:
-    """First index, rate and peak memory of one pass with one draw a row, each in a fresh process, three rounds each."""
-    found: dict[str, Any] = {}
-    for rows in (1_000_000, 4_000_000, TORCH_LIMIT + 1):
-        kinds = {"torch_WeightedRandomSampler": ("torch", "-"), "systematic": ("embstore", "systematic")}
-        if rows == 1_000_000:
-            kinds |= {"iid": ("embstore", "iid"), "without_replacement": ("embstore", "without_replacement")}
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
-        errors: dict[str, str] = {}
-        for _ in range(3):
-            for name, (kind, method) in kinds.items():
-                command = [sys.executable, "-c", _DRAW, kind, str(rows), method]
-                if method == "without_replacement":
-                    command[2] = _DRAW.replace("method=method", "num_samples=rows // 2, method=method")
-                done = subprocess.run(command, check=False, capture_output=True, text=True)
-                if done.returncode:
-                    errors[name] = done.stderr.strip().splitlines()[-1]
-                else:
-                    runs[name].append(json.loads(done.stdout))
-        found[str(rows)] = {
-            name: {field: statistics.median(run[field] for run in values) for field in values[0]}
-            for name, values in runs.items()
-            if values
-        } | errors
-    small, large = found["1000000"]["systematic"], found[str(TORCH_LIMIT + 1)]["systematic"]
-    for field in ("first_ms", "first_cpu_ms"):
-        further = (large[field] - small[field]) / (TORCH_LIMIT / 1e6 - 1)
-        found[f"systematic_{field}_each_further_million"] = round(further, 1)
-    theirs = found["1000000"]["torch_WeightedRandomSampler"]
-    found["over_torch_at_1M"] = {
-        "draws_per_second": round(small["draws_per_second"] / theirs["draws_per_second"], 2),
-        "bytes_a_row": round(small["bytes_a_row"] / theirs["bytes_a_row"], 2),
-    }
-    return found
-
-
-def quotas() -> dict[str, Any]:
-    """Largest distance between the count of a row and its quota n p_i, over five passes."""
-    found = {}
-    for rows in (28_000, 1_000_000):
-        weights = np.random.default_rng(rows).gamma(0.5, size=rows)
-        exact = weights / math.fsum(weights)
-        sampler = DensitySampler(weights, num_samples=rows)
-        distance = max(
-            float(np.abs(np.bincount(sampler.plan(epoch), minlength=rows) - rows * exact).max()) for epoch in range(5)
-        )
-        found[str(rows)] = {"largest_distance": distance}
-    return found
 
 
 # --- joins -------------------------------------------------------------------------------------------------------------

@@ -4,14 +4,18 @@ Randomness is raw Philox words (Salmon et al. 2011), which numpy promises not to
 arithmetic in a fixed order, so an epoch is the same on every machine. Library functions that sample or shuffle are not used:
 their streams may change between versions.
 
-Systematic resampling (Kitagawa 1996): one uniform offset, then evenly spaced points through the cumulative weights, so each
-row is drawn floor or ceil of its quota. There is no limit of 2^24 rows, as ``torch.multinomial`` has.
+Systematic sampling (Madow 1949): one uniform offset, then evenly spaced points through the cumulative weights, so each row
+is drawn floor or ceil of its quota. Every epoch cumulates the rows in another random order: along the stored
+order, points would meet periodic data (pairs, languages in turn) always at the same place. There is no limit of 2^24 rows,
+as ``torch.multinomial`` has.
 
-Shapes: N rows, n draws, B values of a block. Price: 12 bytes a draw while an epoch lasts, and blocks of fixed size.
+Shapes: N rows, n draws, B values of a block. Price: 8 bytes a row while an epoch is drawn, 12 bytes a draw while it lasts,
+and blocks of fixed size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -26,7 +30,7 @@ Method = Literal["systematic", "without_replacement", "iid"]
 if TYPE_CHECKING:
     Rows = NDArray[np.uint32 | np.int64]
 
-_BLOCK = 1 << 18
+_BLOCK = 1 << 16
 _TO_UNIT = 2.0**-53  # of the upper 53 bits of a word
 _SWAP_TRIES = 64
 
@@ -40,7 +44,7 @@ class EpochDraws:
 
     def rows(self, positions: NDArray[np.int64] | slice) -> NDArray[np.int64]:
         """Rows at these positions of the epoch, int64."""
-        rows: NDArray[np.int64] = self.drawn_n[self.order_n[positions]].astype(np.int64)
+        rows: NDArray[np.int64] = self.drawn_n[self.order_n[positions].view(np.int64)].astype(np.int64)
         return rows
 
 
@@ -53,9 +57,8 @@ def draw(
     if method == "iid":
         drawn_n = _independent(weights_N, num_samples, stream, row_type)
     else:
-        (offset,) = stream.random_raw(1)
-        ceiling, scale = (None, None) if method == "systematic" else inclusion(weights_N, num_samples)
-        drawn_n = _systematic(weights_N, num_samples, int(offset), row_type, ceiling=ceiling, scale=scale)
+        ceiling = np.inf if method == "systematic" else inclusion(weights_N, num_samples)[0]
+        drawn_n = _systematic(weights_N, num_samples, stream, row_type, ceiling)
     order_n = _shuffled(num_samples, stream)
     found = EpochDraws(drawn_n=drawn_n, order_n=order_n)
     return found, _spread(found, no_repeat_within, stream) if no_repeat_within else 0
@@ -106,42 +109,52 @@ def check_spread(weights_N: NDArray[np.floating], num_samples: int, no_repeat_wi
 def _systematic(
     weights_N: NDArray[np.floating],
     num_samples: int,
-    offset: int,
+    stream: np.random.Philox,
     row_type: type[np.uint32 | np.int64],
-    *,
-    ceiling: float | None,
-    scale: float | None,
+    ceiling: float,
 ) -> Rows:
-    """Each row floor or ceil of its quota times, in row order; with a ceiling, weights of at least that exactly once."""
+    """Each row floor or ceil of its quota times, its copies side by side; weights of at least ``ceiling`` exactly once."""
+    (offset,) = stream.random_raw(1)
+    unit = (int(offset) >> 11) * _TO_UNIT
+    row_N = _shuffled(len(weights_N), stream).view(np.int64)
     drawn_n = np.empty(num_samples, dtype=row_type)
-    unit = (offset >> 11) * _TO_UNIT
-    if ceiling is None or scale is None:
-        # summed in the same fixed order as below, so that the last running total equals the total exactly
-        total, certain, factor = _total(weights_N), 0, float(num_samples)
-    else:
-        certain = int(np.count_nonzero(weights_N >= ceiling))
-        total, factor = 1.0, scale
-    low, filled, before, taken = 0.0, 0, 0, 0
-    last = num_samples - certain
-    for block in slices(0, len(weights_N), _BLOCK):
-        weight_B = weights_N[block].astype(np.float64)
-        once_B = weight_B >= ceiling if ceiling is not None else np.zeros(len(weight_B), dtype=np.bool_)
-        weight_B[once_B] = 0.0
-        weight_B[0] += low
-        running_B = np.cumsum(weight_B)
-        low = float(running_B[-1])
-        edges_B = np.minimum((running_B / total * factor + unit).astype(np.int64), last)
+    last = num_samples - (int(np.count_nonzero(weights_N >= ceiling)) if ceiling < np.inf else 0)
+    # summed in the same order as below, so that the last running total equals the total exactly
+    total = 0.0
+    for _, _, running_B in _running(weights_N, row_N, ceiling):
+        total = float(running_B[-1])
+    filled, before = 0, 0
+    for row_B, once_B, running_B in _running(weights_N, row_N, ceiling):
+        edges_B = np.minimum((running_B / total * last + unit).astype(np.int64), last)
         counts_B = np.diff(edges_B, prepend=before)
         before = int(edges_B[-1])
-        if ceiling is not None:
-            counts_B = np.minimum(counts_B, 1)  # rounding can make two edges differ by 2 although the probability is below 1
+        if once_B is not None:
+            np.minimum(counts_B, 1, out=counts_B)  # rounding can make it 2 although the probability is below 1
             counts_B[once_B] = 1
-        taken = filled + int(counts_B.sum())
-        drawn_n[filled:taken] = np.repeat(np.arange(block.start, block.stop, dtype=row_type), counts_B)
-        filled = taken
+        found_B = np.repeat(row_B.astype(row_type), counts_B)
+        drawn_n[filled : filled + len(found_B)] = found_B
+        filled += len(found_B)
     if filled < num_samples:  # only without replacement, if a rounding error lost a draw
         drawn_n = _completed(drawn_n, filled, weights_N)
     return drawn_n
+
+
+def _running(
+    weights_N: NDArray[np.floating], row_N: NDArray[np.int64], ceiling: float
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_] | None, NDArray[np.float64]]]:
+    """Blocks of the rows in this order: rows, which of them reach the ceiling, running totals of the others' weights."""
+    total = 0.0
+    for block in slices(0, len(row_N), _BLOCK):
+        row_B = row_N[block]
+        weight_B = weights_N[row_B]
+        once_B = weight_B >= ceiling if ceiling < np.inf else None
+        running_B = weight_B.astype(np.float64)
+        if once_B is not None:
+            running_B[once_B] = 0.0
+        running_B[0] += total
+        np.cumsum(running_B, out=running_B)
+        total = float(running_B[-1])
+        yield row_B, once_B, running_B
 
 
 def _completed(drawn_n: Rows, filled: int, weights_N: NDArray[np.floating]) -> Rows:
@@ -149,15 +162,6 @@ def _completed(drawn_n: Rows, filled: int, weights_N: NDArray[np.floating]) -> R
     free = np.setdiff1d(np.flatnonzero(weights_N), drawn_n[:filled])[filled - len(drawn_n) :]
     drawn_n[filled:] = free
     return drawn_n
-
-
-def _total(weights_N: NDArray[np.floating]) -> float:
-    total = 0.0
-    for block in slices(0, len(weights_N), _BLOCK):
-        weight_B = weights_N[block].astype(np.float64)
-        weight_B[0] += total
-        total = float(np.cumsum(weight_B)[-1])
-    return total
 
 
 def _independent(

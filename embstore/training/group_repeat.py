@@ -40,7 +40,7 @@ class GroupRepeat(Resumable):
     """
 
     def __init__(self, sampler: DensitySampler, group_size: int, prompts_per_batch: int = 1, repeat_count: int = 1) -> None:
-        super().__init__()
+        super().__init__(recount_epochs=sampler.recount_epochs)
         if min(group_size, prompts_per_batch, repeat_count) < 1:
             raise ConfigError(
                 f"group_size, prompts_per_batch and repeat_count must be at least 1, got {group_size}, {prompts_per_batch}, "
@@ -63,9 +63,9 @@ class GroupRepeat(Resumable):
         return self._sampler.num_replicas
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, here and in the sampler."""
+        """Announce the epoch, here and in the sampler."""
         super().set_epoch(epoch)
-        self._sampler.set_epoch(epoch)
+        self._sampler.set_epoch(self.epoch)
 
     def _rows_at(self, epoch: int) -> Callable[[slice], NDArray[np.int64]]:
         drawn = self._sampler.plan(epoch)

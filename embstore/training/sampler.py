@@ -8,19 +8,21 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from embstore.core.errors import ConfigError
 from embstore.training.draws import Method, check_spread, check_without_replacement, draw
-from embstore.training.resumable import Resumable
+from embstore.training.resumable import Resumable, differs
 from embstore.training.weights import Weights, check_vector, sha256_of, vector_of
 
 _STATE_VERSION = 1
 # versions of the drawing algorithms: a change of the order needs a new number
-_ALGORITHMS = {"systematic": "systematic-2", "without_replacement": "without-replacement-1", "iid": "iid-1"}
+_ALGORITHMS = {"systematic": "systematic-3", "without_replacement": "without-replacement-2", "iid": "iid-1"}
+# those of pickles that name none
+_UNNAMED = {"systematic": "systematic-2", "without_replacement": "without-replacement-1", "iid": "iid-1"}
 
 
 class DensitySampler(Resumable):
@@ -49,6 +51,8 @@ class DensitySampler(Resumable):
         Minimum distance of repeats of a row within an epoch, in draws (systematic only; not across epochs).
     positional
         Needed for weights of a store that were not joined to a dataset: the draws are then the store's own row numbers.
+    recount_epochs
+        For trainers that count epochs from 0 again after a resume: once a state is loaded, ``set_epoch(0)`` means its epoch.
 
     Raises
     ------
@@ -69,8 +73,9 @@ class DensitySampler(Resumable):
         num_replicas: int = 1,
         no_repeat_within: int = 0,
         positional: bool = False,
+        recount_epochs: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(recount_epochs=recount_epochs)
         array = vector_of(weights, positional=positional)
         check_vector("weights", array)
         self._fingerprint = weights.fingerprint if isinstance(weights, Weights) else sha256_of(array)
@@ -86,6 +91,7 @@ class DensitySampler(Resumable):
             )
         self._weights_N = array
         self._method = method
+        self._algorithm = _ALGORITHMS[method]
         self._num_samples = len(array) if num_samples is None else num_samples
         self._seed = seed
         self._no_repeat_within = no_repeat_within
@@ -122,6 +128,13 @@ class DensitySampler(Resumable):
         """The rank of this process."""
         return self._rank
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = _ALGORITHMS[state["_method"]]
+        saved = state.setdefault("_algorithm", _UNNAMED[state["_method"]])
+        if saved != own:
+            raise differs("pickled sampler", "method", saved, own, epoch=state["_epoch"])
+        super().__setstate__(state)
+
     def _rows_at(self, epoch: int) -> Callable[[slice], NDArray[np.int64]]:
         found, left = draw(
             self._weights_N,
@@ -143,7 +156,7 @@ class DensitySampler(Resumable):
     def _identity(self) -> dict[str, object]:
         return {
             "version": _STATE_VERSION,
-            "method": _ALGORITHMS[self._method],
+            "method": self._algorithm,
             "seed": self._seed,
             "num_samples": self._num_samples,
             "no_repeat_within": self._no_repeat_within,

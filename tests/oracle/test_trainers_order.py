@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,83 @@ def test_a_stateful_loader_resumes_bit_for_bit(kind: str, workers: int, stops: A
         if calls_set_epoch:
             fresh.set_epoch(epoch + 1)
         assert list(itertools.chain.from_iterable(again)) == whole[epoch + 1]
+
+
+EPOCHS = 3
+
+
+def usual_loop(sampler: Resumable, batches: StatefulDataLoader[Any], start: int) -> Iterator[tuple[int, list[int]]]:
+    """A trainer's loop over epochs: each batch, with the epoch that the trainer counts."""
+    for epoch in range(start, EPOCHS):
+        sampler.set_epoch(epoch)
+        for batch in batches:
+            yield epoch, batch
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize(("workers", "every"), [(0, 1), (2, 4)])
+def test_the_usual_loop_repeats_no_epoch(kind: str, workers: int, every: int) -> None:
+    """``every``: which batches the run is stopped after, the last one of each epoch among them."""
+    make = MAKERS[kind]
+    length = -(-len(make()) // BATCH)
+    assert length % every == 0
+    first = make()
+    whole = list(usual_loop(first, loader(first, 0), 0))
+    for stop in range(every, EPOCHS * length + 1, every):
+        sampler = make()
+        batches = loader(sampler, workers)
+        run = usual_loop(sampler, batches, 0)
+        seen = list(itertools.islice(run, stop))
+        state, saved = batches.state_dict(), seen[-1][0]
+        del run
+        fresh = make()
+        again = loader(fresh, workers)
+        again.load_state_dict(state)
+        assert seen + list(usual_loop(fresh, again, saved)) == whole, stop
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("counted", [0, 1])
+def test_a_loop_that_saves_behind_an_epoch_repeats_none(workers: int, counted: int) -> None:
+    """The loader is finished, and torchdata drops an iteration; the trainer saves the epoch it has done, or the next one."""
+    make = MAKERS["draws"]
+    sampler = make()
+    batches = loader(sampler, workers)
+    sampler.set_epoch(0)
+    seen = [(0, batch) for batch in batches]
+    state = batches.state_dict()
+    fresh = make()
+    again = loader(fresh, workers)
+    again.load_state_dict(state)
+    other = make()
+    assert seen + list(usual_loop(fresh, again, counted)) == list(usual_loop(other, loader(other, 0), 0))
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_loop_that_counts_from_0_again_goes_on(workers: int, grouped: bool) -> None:
+    def make() -> Resumable:
+        draws = DensitySampler(WEIGHTS, num_samples=30, seed=6, recount_epochs=True)
+        return GroupRepeat(draws, 2, 3, 1) if grouped else draws
+
+    other = make()
+    whole = [batch for _, batch in usual_loop(other, loader(other, 0), 0)]
+    length = len(whole) // EPOCHS
+    for stop in (length - 2, length, length + 3, 2 * length):
+        sampler = make()
+        batches = loader(sampler, workers)
+        run = usual_loop(sampler, batches, 0)
+        seen = [batch for _, batch in itertools.islice(run, stop)]
+        state = batches.state_dict()
+        del run
+        fresh = make()
+        again = loader(fresh, workers)
+        again.load_state_dict(state)
+        rest = itertools.islice(usual_loop(fresh, again, 0), len(whole) - stop)
+        assert seen + [batch for _, batch in rest] == whole, stop
 
 
 def test_a_torch_sampler_is_one_and_draws_the_same() -> None:

@@ -28,7 +28,7 @@ UNEVEN = np.array([0.0, 0.5, 0.02, 0.0, 0.3, 0.08, 0.1, 0.0])
 MANY = np.random.default_rng(0).gamma(0.5, size=2000).astype(np.float32)
 
 GOLDEN_IID = [4, 1, 4, 4, 1, 1, 5, 1, 6, 4, 1, 4]  # num_samples=12, seed=3, epoch 2
-GOLDEN_ONCE = [8, 13, 3, 11, 17, 15]  # num_samples=6, seed=3, epoch 2
+GOLDEN_ONCE = [12, 16, 11, 15, 17, 13]  # num_samples=6, seed=3, epoch 2
 
 
 @pytest.mark.filterwarnings("ignore:without_replacement")
@@ -106,7 +106,7 @@ def test_the_other_sequences_are_pinned_too() -> None:
     assert iid.state_dict()["method"] == "iid-1"
     assert iid.plan(2).tolist() == GOLDEN_IID
     once = DensitySampler(np.arange(1.0, 20.0), num_samples=6, method="without_replacement", seed=3)
-    assert once.state_dict()["method"] == "without-replacement-1"
+    assert once.state_dict()["method"] == "without-replacement-2"
     assert once.plan(2).tolist() == GOLDEN_ONCE
 
 
@@ -226,7 +226,7 @@ def test_a_distance_that_cannot_hold_is_refused_or_said() -> None:
 
 
 def test_more_rows_than_torch_can_draw_from() -> None:
-    """torch's multinomial raises above 2^24 categories; here the quotas hold and a draw takes 20 bytes at its peak."""
+    """torch's multinomial raises above 2^24 categories; here the quotas hold and a draw takes 16 bytes at its peak."""
     rows = 2**24 + 1
     with pytest.raises(RuntimeError, match="2\\^24"):
         torch.multinomial(torch.ones(rows), 1)
@@ -238,7 +238,7 @@ def test_more_rows_than_torch_can_draw_from() -> None:
     first = next(iterator)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak <= 24 * rows
+    assert peak <= 16 * rows
     del iterator
     plan = sampler.plan(0)
     assert plan[0] == first

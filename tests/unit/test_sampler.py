@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from embstore.core.errors import ConfigError, InvalidWeightsError, WeightsError
 from embstore.training import DensitySampler, Weights, load_weights
 
 UNEVEN = np.array([0.0, 0.5, 0.02, 0.0, 0.3, 0.08, 0.1, 0.0])
-GOLDEN = [5, 2, 4, 6, 4, 1, 4, 4, 1, 1, 1, 4, 1, 1, 1, 1, 6, 1, 4, 1]  # num_samples=20, seed=3, epoch 2
+GOLDEN = [4, 1, 1, 1, 2, 1, 1, 1, 4, 4, 1, 6, 1, 4, 4, 5, 6, 1, 4, 1]  # num_samples=20, seed=3, epoch 2
 VECTORS = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1.0)), min_size=1, max_size=40).filter(any)
 
 
@@ -97,6 +100,8 @@ def test_the_order_depends_on_weights_seed_and_epoch_alone() -> None:
     assert list(used) == plans[2, 0]
     used.set_epoch(2)
     assert list(used) == plans[2, 2]
+    used.set_epoch(2)
+    assert list(used) == plans[2, 2]  # in the run that drew it, an epoch that is announced again is drawn again
 
 
 def test_a_new_epoch_starts_at_its_beginning_and_a_loaded_one_goes_on() -> None:
@@ -115,7 +120,7 @@ def test_a_new_epoch_starts_at_its_beginning_and_a_loaded_one_goes_on() -> None:
 def test_the_sequence_is_pinned() -> None:
     """Changes only with the name of the method: a resumed run must go on with the order it began."""
     sampler = DensitySampler(UNEVEN, num_samples=20, seed=3)
-    assert sampler.state_dict()["method"] == "systematic-2"
+    assert sampler.state_dict()["method"] == "systematic-3"
     assert sampler.plan(2).tolist() == GOLDEN
 
 
@@ -130,6 +135,121 @@ def test_a_resume_at_any_draw_goes_on_as_if_never_stopped() -> None:
         resumed.load_state_dict(state)
         resumed.set_epoch(stop // 10)  # as trainers do at the start of a pass
         assert seen + endless(resumed, 45 - stop) == whole
+
+
+DRAWS, EPOCHS = 10, 3
+
+
+def usual_loop(sampler: DensitySampler, start: int) -> Iterator[tuple[int, int]]:
+    """A trainer's loop over epochs: each draw, with the epoch that the trainer counts."""
+    for epoch in range(start, EPOCHS):
+        sampler.set_epoch(epoch)
+        for row in sampler:
+            yield epoch, row
+
+
+def fresh(*, recount_epochs: bool = False) -> DensitySampler:
+    return DensitySampler(UNEVEN, num_samples=DRAWS, seed=7, recount_epochs=recount_epochs)
+
+
+@pytest.mark.parametrize("announced_first", [False, True])
+def test_the_usual_loop_resumes_anywhere_and_repeats_no_epoch(announced_first: bool) -> None:
+    """The trainer saves its own epoch with the state, which after the last draw of an epoch is no longer the sampler's."""
+    whole = list(usual_loop(fresh(), 0))
+    for stop in range(1, EPOCHS * DRAWS + 1):
+        sampler = fresh()
+        seen = list(itertools.islice(usual_loop(sampler, 0), stop))
+        saved, state = seen[-1][0], sampler.state_dict()
+        resumed = fresh()
+        if announced_first:
+            resumed.set_epoch(saved)
+        resumed.load_state_dict(state)
+        assert seen + list(usual_loop(resumed, saved)) == whole, stop
+
+
+def test_a_finished_epoch_is_empty_once_and_again_only_if_announced_again() -> None:
+    sampler = fresh()
+    list(sampler)
+    state = sampler.state_dict()
+    assert (state["epoch"], state["position"]) == (1, 0)
+
+    def resumed() -> DensitySampler:
+        found = fresh()
+        found.load_state_dict(state)
+        return found
+
+    nothing_announced = resumed()
+    assert list(nothing_announced) == sampler.plan(1).tolist()
+    once = resumed()
+    once.set_epoch(0)
+    once.set_epoch(0)  # by two layers of a trainer
+    assert (list(once), once.epoch) == ([], 1)
+    assert list(once) == sampler.plan(1).tolist()
+    assert list(once) == sampler.plan(2).tolist()
+    saved_again = resumed()
+    saved_again.set_epoch(0)
+    assert saved_again.state_dict() == state
+    assert list(saved_again) == []
+    assert saved_again.state_dict() == state
+    on_purpose = resumed()
+    on_purpose.set_epoch(0)
+    on_purpose.seek(0)
+    assert list(on_purpose) == sampler.plan(0).tolist()
+    other = resumed()
+    other.set_epoch(2)
+    assert list(other) == sampler.plan(2).tolist()
+    other.set_epoch(0)
+    assert list(other) == sampler.plan(0).tolist()
+
+
+def test_a_trainer_may_count_epochs_from_0_again() -> None:
+    """As accelerate's loaders and many loops do: what is announced is how many epochs this process has begun."""
+    whole = [row for _, row in usual_loop(fresh(), 0)]
+    for stop in range(1, EPOCHS * DRAWS + 1):
+        sampler = fresh(recount_epochs=True)
+        seen = [row for _, row in itertools.islice(usual_loop(sampler, 0), stop)]
+        state = sampler.state_dict()
+        for announced_first in (False, True):
+            resumed = fresh(recount_epochs=True)
+            if announced_first:
+                resumed.set_epoch(0)
+            resumed.load_state_dict(json.loads(json.dumps(state)))
+            again = [row for _, row in itertools.islice(usual_loop(resumed, 0), len(whole) - stop)]
+            assert seen + again == whole, (stop, announced_first)
+            assert resumed.state_dict() == {**state, "epoch": EPOCHS, "position": 0} or not again
+    late = fresh(recount_epochs=True)
+    late.load_state_dict({**late.state_dict(), "epoch": 2**64 - 1})
+    with pytest.raises(ConfigError, match="epoch"):
+        late.set_epoch(1)
+
+
+def test_a_pickled_sampler_goes_on_at_the_next_draw() -> None:
+    for stop in range(2 * DRAWS + 1):
+        sampler = fresh()
+        seen = endless(sampler, stop)
+        for copied in (pickle.loads(pickle.dumps(sampler)), copy.deepcopy(sampler)):
+            assert copied.state_dict() == sampler.state_dict()
+            assert seen + endless(copied, 25) == endless(fresh(), stop + 25)
+
+
+def test_only_the_newest_iteration_moves_the_state() -> None:
+    sampler = DensitySampler(np.ones(20_000), seed=1)  # several blocks of draws
+    old = iter(sampler)
+    next(old)
+    new = iter(sampler)
+    assert [next(new) for _ in range(5)] == sampler.plan(0)[:5].tolist()
+    list(old)
+    assert sampler.state_dict()["position"] == 5
+    sampler.set_epoch(4)
+    list(new)
+    assert (sampler.epoch, sampler.state_dict()["position"]) == (4, 0)
+    assert list(sampler) == sampler.plan(4).tolist()
+
+
+def test_the_position_is_right_at_every_draw_of_many_blocks() -> None:
+    sampler = DensitySampler(np.ones(9000), seed=1)
+    positions = [sampler.state_dict()["position"] for _ in sampler]
+    assert positions == [*range(1, 9000), 0]
 
 
 def endless(sampler: DensitySampler, count: int) -> list[int]:
