@@ -159,7 +159,7 @@ class WeightingConfig:
     )
     duplicates: Duplicates = option(
         "collapse",
-        "Rows with bit-equal vectors: collapse divides one weight among them, keep gives each row the full weight.",
+        "Rows with equal vectors: collapse divides one weight among them, keep gives each row the full weight.",
     )
 
     def __post_init__(self) -> None:

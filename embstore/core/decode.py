@@ -12,7 +12,7 @@ import math
 import re
 import typing
 from dataclasses import dataclass
-from types import UnionType
+from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar
 
 from embstore.core.errors import CorruptStoreError
@@ -178,10 +178,10 @@ def _hints(record_type: type) -> dict[str, Any]:
     return _HINTS[record_type]
 
 
-def _convert(hint: Any, value: Any, name: str) -> Any:  # noqa: ANN401 - type hints are data here
+def _convert(hint: Any, value: Any, name: str) -> Any:  # noqa: ANN401, PLR0911 - type hints are data here
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is UnionType and value is not None and dataclasses.is_dataclass(arguments[0]):
-        hint = arguments[0]  # an optional record that is there
+    if NoneType in arguments:
+        return None if value is None else _convert(arguments[0], value, name)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_json(hint, value, name=name)
     if origin is Annotated:

@@ -5,7 +5,7 @@ distance to the k nearest distinct vectors. The textbook estimate k / (n V_d r^d
 rows in the same order, but under- or overflows at these dimensions. A prompt's weight is its inverse density, r, raised to
 ``gamma``: the inverse-propensity form of density sampling in Sachdeva et al. 2024 (arXiv:2402.09668), with a kNN estimate.
 
-Rows with bit-equal vectors divide their vector's weight (or each get all of it). A row's *share* is therefore 1 / copies (or
+Rows with equal vectors divide their vector's weight (or each get all of it). A row's *share* is therefore 1 / copies (or
 1), and its weight is share * v, where v is the weight of its vector. ``docs/density.md`` has the formulas.
 
 Shapes: N rows, K neighbours.

@@ -40,6 +40,7 @@ BASIS = "basis.npy"
 COORDINATE_MAP = "coordinate_map.npy"
 COORDINATES = "coordinates.npy"
 RESIDUALS = "residuals.npy"
+SEQUENCES = "sequences.npy"
 EMBEDDINGS = "embeddings.zarr"
 ARRAY_METADATA = "embeddings.zarr/zarr.json"
 CHUNKS = "chunks.json"
@@ -201,6 +202,7 @@ def _manifest_problem(manifest: Manifest) -> str | None:
         return f"gives weights the invalid name {shown(unusable)}"
     basis = COORDINATE_MAP if COORDINATE_MAP in manifest.files else BASIS
     published = {*STAGE0_FILES, SPEC, basis, ARRAY_METADATA, COORDINATES, RESIDUALS, CHUNKS}
+    published |= {SEQUENCES} & set(manifest.files)  # stores from before December 2026 have none
     published |= set(dataclasses.asdict(neighbors_paths(manifest.neighbors)).values())
     published |= {path for digest in manifest.names.values() for path in weights_paths(digest)}
     missing = sorted(published - set(manifest.files)) + ["default weights"] * ("default" not in manifest.names)

@@ -39,14 +39,16 @@ class RowBlock:
     """Finished rows of one chunk, in row order.
 
     ``emb_BV`` float16, unit L2 norm before rounding; ``coord_BR`` float32; ``residual_B`` float32, the distance from a
-    stored row to its coordinates. A failed row is NaN in all three and named in ``failed`` (global row numbers). The caller
-    owns the memory until it calls ``release``: it reads a block after requesting the next one, so an embedder must not
-    reuse the memory before.
+    stored row to its coordinates. A failed row is NaN in all three and named in ``failed`` (global row numbers).
+    ``sequence_B`` uint64 is a digest of the tokens that a row was made from, 0 where it is unknown; None is 0 for all. The
+    caller owns the memory until it calls ``release``: it reads a block after requesting the next one, so an embedder must
+    not reuse the memory before.
     """
 
     emb_BV: NDArray[np.float16]
     coord_BR: NDArray[np.float32]
     residual_B: NDArray[np.float32]
+    sequence_B: NDArray[np.uint64] | None = None
     failed: tuple[FailedRow, ...] = ()
     release: Callable[[], None] = lambda: None
 

@@ -99,7 +99,10 @@ class FailedRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowRecord:
-    """Journal: the commit of one window. The two crc32c cover the window's slices of coordinates and residuals."""
+    """Journal: the commit of one window. Each ``*_crc32c`` covers the window's slice of a row file.
+
+    ``sequences_crc32c`` is None in a store without ``sequences.npy``.
+    """
 
     window: int
     start: int
@@ -107,6 +110,7 @@ class WindowRecord:
     chunks: list[ChunkRecord]
     coordinates_crc32c: Crc32c
     residuals_crc32c: Crc32c
+    sequences_crc32c: Crc32c | None
     tokens: int
     truncated: int
     splits: int
@@ -312,6 +316,8 @@ def _decode_record(record_type: type[JournalRecord], value: JsonObject, name: st
     if record_type is PromptsRecord:
         unrecorded = {"rule": dataclasses.asdict(FIRST_RULE), "fields": dataclasses.asdict(USUAL_FIELDS), "answered": 0}
         value = {**unrecorded, **value}
+    if issubclass(record_type, WindowRecord):
+        value = {"sequences_crc32c": None, **value}  # stores from before December 2026 do not say
     record = from_json(record_type, value, name=name)
     problem = _problem(record)
     if problem is not None:

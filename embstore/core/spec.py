@@ -115,7 +115,8 @@ class EmbeddingSpec:
 class StoreSpec:
     """``spec.json``: the identity of a store, written once, before row 0.
 
-    ``basis_sha256`` is the digest of the file that ``format.basis_file`` names.
+    ``basis_sha256`` is the digest of the file that ``format.basis_file`` names. ``sequences`` says whether there is a
+    ``sequences.npy``, which stores from before December 2026 lack.
     """
 
     format_version: int
@@ -127,6 +128,7 @@ class StoreSpec:
     chunk_rows: int
     compressor: Compressor
     basis_sha256: str
+    sequences: bool = True
 
 
 def diff_fields(stored: object, given: object, *, prefix: str = "") -> list[FieldMismatch]:
@@ -162,7 +164,8 @@ _OLD_PACKED_LAYERS, _OLD_PACKED_HEAD = " with packed layers", " and head"
 
 
 def _upgraded(whole: JsonObject) -> JsonObject:
-    """``spec.json`` with today's fields, where it has "head_scale" and sentences, or no versions, digest of code or date."""
+    """``spec.json`` with today's fields, where it has "head_scale" and sentences, or lacks what later releases added."""
+    whole = {"sequences": False, **whole}
     model = whole.get("model")
     if isinstance(model, dict) and "code_sha256" not in model:
         whole = {**whole, "model": {**model, "code_sha256": ""}}

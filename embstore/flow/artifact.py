@@ -33,7 +33,6 @@ from embstore.core.format import (
     COORDINATES,
     FORMAT_VERSION,
     NEIGHBORS,
-    RESIDUALS,
     WEIGHTS,
     FileDigest,
     JsonObject,
@@ -48,6 +47,7 @@ from embstore.core.records import JournalState, chunk_table
 from embstore.core.spec import StoreSpec
 from embstore.storage.atomic import make_directory, save_array, write_durable
 from embstore.storage.reader import EmbeddingStore, open_store
+from embstore.storage.row_files import row_files
 from embstore.storage.writer import StoreWriter
 
 DEFAULT_NAME = "default"
@@ -167,7 +167,7 @@ def publish(
         chunks = [chunk for window in state.windows.values() for chunk in window.chunks]
         files[CHUNKS] = write_durable(writer.root / CHUNKS, chunk_table(chunks))
     else:
-        files |= {path: kept.files[path] for path in (COORDINATES, RESIDUALS, CHUNKS)}
+        files |= {path: kept.files[path] for path in (*row_files(spec), CHUNKS)}
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         rows=spec.rows,

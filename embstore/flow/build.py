@@ -34,6 +34,7 @@ from embstore.core.files import map_array, storage_errors
 from embstore.core.format import RESIDUALS, JsonObject
 from embstore.core.interfaces import Embedder, EmbedderSource, Job
 from embstore.core.plan import plan
+from embstore.core.records import WindowRecord
 from embstore.core.spec import StoreSpec
 from embstore.engines.ray import refuse_missing
 from embstore.flow.admission import commit_prompts, commit_spec, find_source, warn_of_place
@@ -292,7 +293,7 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
     state, density, threads = run.writer.state, run.config.density, spec.embedding.threads
     memory_bytes = run.config.memory_budget_bytes
     search = plan_search(spec.rows, spec.embedding.rank, density, threads=threads, memory_bytes=memory_bytes)
-    commits = [[window.window, window.coordinates_crc32c] for window in state.windows.values()]
+    commits = [_grouped_by(window) for window in state.windows.values()]
     digest = short_digest({"density": dataclasses.asdict(density), "shards": search.shards, "rows": commits})
     if finished is not None and finished.published.neighbors == digest:
         return read_neighbors(finished)
@@ -304,6 +305,7 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
             store.coordinates,
             failed_N,
             density,
+            sequence_N=store.sequences,
             threads=threads,
             memory_bytes=memory_bytes,
             work=run.writer.work,
@@ -316,6 +318,12 @@ def _find_neighbors(run: Run, spec: StoreSpec, finished: EmbeddingStore | None) 
         if not density.center:  # distances seen from the mean are not those between stored rows
             record["rerank"] = dataclasses.asdict(_rerank(run, store, graph))
     return write_neighbors(run.writer.root, digest, graph.ids_NK, graph.distances_NK, graph.groups_N, record)
+
+
+def _grouped_by(window: WindowRecord) -> list[int | str]:
+    """What a window adds to the neighbours, for their digest."""
+    sequences = [window.sequences_crc32c] if window.sequences_crc32c is not None else []
+    return [window.window, window.coordinates_crc32c, *sequences]
 
 
 def _search_workers(run: Run, spec: StoreSpec, search: SearchPlan) -> RemoteSearch | None:

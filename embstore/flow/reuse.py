@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from embstore.core.config import BuildConfig
 from embstore.core.errors import ConfigError, FieldMismatch, IdentityMismatchError, StoreNotFoundError
 from embstore.core.files import storage_errors
-from embstore.core.format import CHUNKS, COORDINATES, PROMPTS, RESIDUALS, SPEC, basis_file, canonical_json
+from embstore.core.format import CHUNKS, PROMPTS, SPEC, basis_file, canonical_json
 from embstore.core.plan import model_mismatches, refuse_drift, refuse_other_input, settings_mismatches
 from embstore.core.records import ReusedStore, ReuseRecord
 from embstore.core.rows import RowRange
 from embstore.core.spec import ModelIdentity
 from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import EmbeddingStore, open_store
+from embstore.storage.row_files import row_files
 
-_ROW_FILES = (SPEC, PROMPTS, COORDINATES, RESIDUALS, CHUNKS)  # and the basis or coordinate map
 # New chunks in memory beyond those of an embedder alone: one being filled, one prepared, one waiting to be written.
 _EXTRA_CHUNKS = 3
 
@@ -92,7 +92,7 @@ def open_reused(paths: Sequence[str | Path], root: Path) -> list[EmbeddingStore]
 
 def rows_digest(store: EmbeddingStore) -> str:
     """sha256 over the digests of all files that rows depend on; weights and neighbours do not change it."""
-    names = (*_ROW_FILES, basis_file(store.spec.embedding.basis))
+    names = (SPEC, PROMPTS, basis_file(store.spec.embedding.basis), *row_files(store.spec), CHUNKS)
     files = {name: store.published.files[name].sha256 for name in names}
     return hashlib.sha256(canonical_json(files).encode()).hexdigest()
 

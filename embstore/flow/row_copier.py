@@ -63,16 +63,24 @@ class RowCopier:
         feed = _one_by_one(computed, rows.start)
         chunks = [chunk for _, chunk in self._grid.chunks(window)]
         for chunk, emb_BV in zip(chunks, self._buffers(window, chunks), strict=True):
-            coord_BR, residual_B = self._coordinates(chunk)
+            coord_BR, residual_B, sequence_B = self._row_values(chunk)
             failed = []
             for row in self._reuse.missing(chunk):
                 made = next(feed)
                 local = int(row) - chunk.start
                 emb_BV[local], coord_BR[local], residual_B[local] = made.emb_V, made.coord_R, made.residual
+                sequence_B[local] = made.sequence
                 if made.reason is not None:
                     failed.append(FailedRow(row=int(row), reason=made.reason))
             release = functools.partial(self._give_back, emb_BV)
-            yield RowBlock(emb_BV=emb_BV, coord_BR=coord_BR, residual_B=residual_B, failed=tuple(failed), release=release)
+            yield RowBlock(
+                emb_BV=emb_BV,
+                coord_BR=coord_BR,
+                residual_B=residual_B,
+                sequence_B=sequence_B,
+                failed=tuple(failed),
+                release=release,
+            )
         if next(feed, None) is not None:
             raise AssertionError(f"window {window} got more computed rows than it needs")
 
@@ -162,15 +170,19 @@ class RowCopier:
             self._reuse.stores[number].prefetch_chunk(following)
         self._announced[number] = max(begun, index + 1 + _CHUNKS_AHEAD)
 
-    def _coordinates(self, rows: RowRange) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _row_values(self, rows: RowRange) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.uint64]]:
+        """Coordinates, residuals and sequences; the latter are 0 where the old store has none."""
         coord_BR = np.empty((rows.num_rows, self._spec.embedding.rank), dtype=np.float32)
         residual_B = np.empty(rows.num_rows, dtype=np.float32)
+        sequence_B = np.zeros(rows.num_rows, dtype=np.uint64)
         store_B, row_B = self._reuse.store_N[rows.as_slice()], self._reuse.row_N[rows.as_slice()]
         for number, store in enumerate(self._reuse.stores):
             mine = store_B == number
             coord_BR[mine] = store.coordinates[row_B[mine]]
             residual_B[mine] = store.residuals[row_B[mine]]
-        return coord_BR, residual_B
+            if store.sequences is not None:
+                sequence_B[mine] = store.sequences[row_B[mine]]
+        return coord_BR, residual_B, sequence_B
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,6 +190,7 @@ class _Computed:
     emb_V: NDArray[np.float16]
     coord_R: NDArray[np.float32]
     residual: np.float32
+    sequence: np.uint64
     reason: str | None
 
 
@@ -185,11 +198,13 @@ def _one_by_one(blocks: Iterator[RowBlock], first_row: int) -> Iterator[_Compute
     """Computed rows in order; a block is released after its last row."""
     for block in blocks:
         reasons = {failed.row: failed.reason for failed in block.failed}
+        sequence_B = block.sequence_B if block.sequence_B is not None else np.zeros(len(block.emb_BV), dtype=np.uint64)
         for local in range(len(block.emb_BV)):
             yield _Computed(
                 emb_V=block.emb_BV[local],
                 coord_R=block.coord_BR[local],
                 residual=block.residual_B[local],
+                sequence=sequence_B[local],
                 reason=reasons.get(first_row + local),
             )
         first_row += len(block.emb_BV)

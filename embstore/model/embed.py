@@ -64,11 +64,13 @@ _REAL, _POOLED = 1 << 40, 1 << 41  # flags above every token id, in an int64
 class PooledWindow:
     """Means over the pooled tokens of each row: hidden states [W, D] (affine) or logits [W, V] (streamed), float32.
 
-    ``ok_W`` is false where a prompt gave no tokens. On CUDA the means are there once ``ready`` has happened.
+    ``ok_W`` is false where a prompt gave no tokens. ``sequence_W`` are digests of the tokens (``repeats``). On CUDA the
+    means are there once ``ready`` has happened.
     """
 
     mean_WX: Tensor
     ok_W: NDArray[np.bool_]
+    sequence_W: NDArray[np.uint64]
     ready: torch.cuda.Event | None = None
 
 
@@ -88,7 +90,9 @@ class _Window:
     def __init__(self, prompts: Sequence[Prompt]) -> None:
         self.prompts = prompts
         self.rows: Sequence[TokenRow] = ()
-        self.means = PooledWindow(mean_WX=torch.empty(0), ok_W=np.empty(0, dtype=np.bool_))
+        self.means = PooledWindow(
+            mean_WX=torch.empty(0), ok_W=np.empty(0, dtype=np.bool_), sequence_W=np.empty(0, dtype=np.uint64)
+        )
         self.batches: list[Future[None]] = []
         self.tokens: Future[None] = Future()  # done when ``batches`` is complete
         self.tokens.set_result(None)
@@ -220,7 +224,8 @@ class LogitEmbedder:
                 chunk = ahead
                 if start + chunk_rows < num_rows:
                     ahead = self._begin_chunk(window, start + chunk_rows, chunk_rows)
-                yield self._slabs.finished(chunk, first_row + start, functools.partial(_failure, window.ok_W[start:]))
+                block = self._slabs.finished(chunk, first_row + start, functools.partial(_failure, window.ok_W[start:]))
+                yield dataclasses.replace(block, sequence_B=window.sequence_W[start : start + chunk_rows])
         finally:
             ahead.wait()  # an abandoned window must not go on in the background
 
@@ -261,13 +266,14 @@ class LogitEmbedder:
         """Jobs that fill a window's means, one for each batch, with their padded tokens."""
         width = self.spec.dimension if self.spec.head.pools_logits else self._model.width
         window.rows = rows
-        window.means = PooledWindow(
-            mean_WX=torch.zeros((len(rows), width), dtype=torch.float32, device=self._device),
-            ok_W=np.array([row.pooled_T.any() for row in rows], dtype=np.bool_),
-        )
         if self.spec.pooling == "last":
             rows = [last_token_only(row) for row in rows]
-        rows, copies = without_repeats(rows)
+        rows, copies, sequence_W = without_repeats(rows)
+        window.means = PooledWindow(
+            mean_WX=torch.zeros((len(rows), width), dtype=torch.float32, device=self._device),
+            ok_W=np.array([row.pooled_T.any() for row in window.rows], dtype=np.bool_),
+            sequence_W=sequence_W,
+        )
         return [
             (functools.partial(self._pool_rows, window, rows, rows_B, length, check, copies), len(rows_B) * length)
             for rows_B, length in batches_by_length(

@@ -1,7 +1,8 @@
-"""Prompts of one window with the same tokens: embedded once, and their mean copied.
+"""Prompts with the same tokens: in one window they are embedded once, and their mean is copied.
 
 Prompts that are equal up to ``max_tokens`` have the same tokens. In two batches they might get two rows that differ in low
 bits; as copies they have the same mean to the bit. A mean that is not finite is copied as well: such prompts fail alike.
+Between windows nothing is copied, because windows are computed in any order: the search finds such rows by a digest.
 
 Shapes: W rows of a window, B rows of a batch, T tokens, X what is pooled.
 """
@@ -26,18 +27,27 @@ _COPIED_ROWS = 64
 _NOTHING = TokenRow(ids_T=np.empty(0, dtype=np.int64), pooled_T=np.empty(0, dtype=np.bool_), was_cut=False)
 
 
-def without_repeats(rows: Sequence[TokenRow]) -> tuple[list[TokenRow], Copies]:
-    """The rows with every repeat of an earlier one replaced by a row that pools nothing; and where the repeats were."""
+def without_repeats(rows: Sequence[TokenRow]) -> tuple[list[TokenRow], Copies, NDArray[np.uint64]]:
+    """The rows with every repeat of an earlier one replaced by a row that pools nothing; where the repeats were; digests.
+
+    Returns
+    -------
+    rows, copies, sequence_W
+        ``sequence_W``: the first 8 bytes, little endian, of BLAKE2b with 16 bytes over a row's token ids (int64, little
+        endian) and one byte for each that is 1 where the token is pooled.
+    """
     first_of: dict[bytes, int] = {}
     copies: Copies = {}
     distinct: list[TokenRow] = []
+    sequence_W = np.empty(len(rows), dtype=np.uint64)
     for index, row in enumerate(rows):
         content = hashlib.blake2b(row.ids_T.tobytes() + row.pooled_T.tobytes(), digest_size=16).digest()
+        sequence_W[index] = int.from_bytes(content[:8], "little")
         first = first_of.setdefault(content, index)
         if first != index:
             copies.setdefault(first, []).append(index)
         distinct.append(row if first == index else _NOTHING)
-    return distinct, copies
+    return distinct, copies, sequence_W
 
 
 @torch.inference_mode()

@@ -33,7 +33,13 @@ class CenteredRows:
     stretch: float
 
 
-def directions_from_mean(coord_NR: NDArray[np.float32], failed_N: NDArray[np.bool_], work: Path) -> CenteredRows:
+def directions_from_mean(
+    coord_NR: NDArray[np.float32],
+    failed_N: NDArray[np.bool_],
+    work: Path,
+    *,
+    sequence_N: NDArray[np.uint64] | None = None,
+) -> CenteredRows:
     """Directions from the mean of the distinct vectors.
 
     Parameters
@@ -44,19 +50,21 @@ def directions_from_mean(coord_NR: NDArray[np.float32], failed_N: NDArray[np.boo
         Rows without a vector.
     work
         Scratch folder for the result.
+    sequence_N
+        As for ``group_rows``.
 
     Returns
     -------
     CenteredRows
-        Bit-equal vectors stay bit-equal. The mean is that of distinct vectors, so copies move no row. A row within the
-        noise floor of the mean has no direction: it becomes the zero vector, at distance 1 from every other. An error e of
-        a row is at most 2 e / |x - m| of its direction.
+        Rows of one group (``group_rows``) become bit-equal. The mean is that of distinct vectors, so copies move no row. A
+        row within the noise floor of the mean has no direction: it becomes the zero vector, at distance 1 from every other.
+        An error e of a row is at most 2 e / |x - m| of its direction.
 
     Notes
     -----
     Price: a hash and two reads of every row, and N * R * 4 bytes of scratch.
     """
-    rows_G, node_N = group_rows(coord_NR, failed_N)
+    rows_G, node_N = group_rows(coord_NR, failed_N, sequence_N)
     step = block_rows(coord_NR.shape[1])
     blocks = list(slices(0, len(rows_G), step))
     total_R = np.zeros(coord_NR.shape[1])

@@ -88,6 +88,7 @@ def build_graph(
     failed_N: NDArray[np.bool_],
     config: DensityConfig,
     *,
+    sequence_N: NDArray[np.uint64] | None = None,
     threads: int,
     memory_bytes: int,
     work: Path,
@@ -104,6 +105,8 @@ def build_graph(
         float32 [N, R] coordinates as stored (uncentred); may be a memory map. Failed rows are ignored.
     failed_N
         Rows without a vector.
+    sequence_N
+        uint64 [N], digests of the tokens that rows were made from, 0 where unknown: see ``nodes.group_rows``.
     threads, memory_bytes
         Cores to use, and anonymous memory the search may take.
     work
@@ -117,9 +120,10 @@ def build_graph(
     """
     noise_floor = NOISE_FLOOR
     if config.center:
-        centered = directions_from_mean(coord_NR, failed_N, work)
+        centered = directions_from_mean(coord_NR, failed_N, work, sequence_N=sequence_N)
         coord_NR, noise_floor = centered.coord_NR, NOISE_FLOOR * centered.stretch
-    rows_G, node_N = group_rows(coord_NR, failed_N)
+        sequence_N = None  # rows of one sequence are bit-equal now
+    rows_G, node_N = group_rows(coord_NR, failed_N, sequence_N)
     num_nodes = len(rows_G)
     plan = plan_search(num_nodes, coord_NR.shape[1], config, threads=threads, memory_bytes=memory_bytes)
     coord_GR = centred(coord_NR, rows_G, work)

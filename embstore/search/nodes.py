@@ -1,4 +1,7 @@
-"""Nodes of a search: rows with bit-equal vectors are one, and all are centred.
+"""Nodes of a search: rows with equal vectors are one, and all are centred.
+
+Equal are rows with the same bits, and rows that were made from the same tokens: in a batch of another height the same tokens
+may give other low bits (docs/decisions/0053).
 
 So k neighbours are k *distinct vectors*, and copies cannot wreck a graph. Centring removes the direction that all logit rows
 share, which carries nearly all of their norm (docs/decisions/0006).
@@ -8,38 +11,57 @@ Shapes: N rows, G nodes (distinct vectors), K neighbours kept, R coordinates.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from embstore.core.density import NOISE_FLOOR
 from embstore.core.errors import CorruptStoreError
 from embstore.core.rows import slices
 from embstore.host.scratch import block_rows, large_array
 
 _BLOCK_ROWS = 8192
+# Rows of the same tokens differ by rounding alone: by 2e-6 in float32, by a few 1e-3 at most in bfloat16 (docs/limits.md).
+# Two that are further apart have their digest by accident, or from a forger.
+LARGEST_DIFFERENCE = 10 * NOISE_FLOOR
 
 Rows = NDArray[np.int64]
 
 
-def group_rows(coord_NR: NDArray[np.float32], failed_N: NDArray[np.bool_]) -> tuple[Rows, Rows]:
-    """Group rows with bit-equal vectors (0.0 and -0.0 are equal).
+def group_rows(
+    coord_NR: NDArray[np.float32], failed_N: NDArray[np.bool_], sequence_N: NDArray[np.uint64] | None = None
+) -> tuple[Rows, Rows]:
+    """Group rows with equal vectors: bit-equal (0.0 and -0.0 are equal), or made from the same tokens.
+
+    Parameters
+    ----------
+    coord_NR
+        float32 [N, R] coordinates as stored; may be a memory map.
+    failed_N
+        Rows without a vector.
+    sequence_N
+        uint64 [N], digests of the tokens that rows were made from, 0 where they are unknown. Rows of one digest are a group
+        as far as they are within ``LARGEST_DIFFERENCE`` of the first of them. None: all are unknown.
 
     Returns
     -------
     rows_G, node_N
         The first row of each distinct vector, ascending; each row's node (-1 for failed rows). Price: one sequential read,
-        a second look at rows of one hash, 40 bytes a row.
+        a second look at rows of one hash or digest, 64 bytes a row.
     """
-    hash_N = _hashes(coord_NR)
     present = np.flatnonzero(~failed_N)
-    ordered = present[np.argsort(hash_N[present], kind="stable")]  # rows of one hash stay ascending
     first_of_N = np.full(len(coord_NR), -1, dtype=np.int64)
     first_of_N[present] = present
-    starts = np.flatnonzero(np.diff(hash_N[ordered], prepend=hash_N[ordered[:1]] + np.uint64(1)))
-    lengths = np.diff(starts, append=len(ordered))
-    for start, length in zip(starts[lengths > 1], lengths[lengths > 1], strict=True):
-        _group_run(coord_NR, ordered[start : start + length], first_of_N)
+    for rows in _runs(_hashes(coord_NR), present):
+        _group_run(coord_NR, rows, first_of_N)
+    if sequence_N is not None:
+        for rows in _runs(sequence_N, present[sequence_N[present] != 0]):
+            if len(near := _near_first(coord_NR, rows)) > 1:
+                _join(first_of_N, near)
+        while (first_of_N[present] != (further := first_of_N[first_of_N[present]])).any():
+            first_of_N[present] = further
     rows_G = np.flatnonzero((first_of_N >= 0) & (first_of_N == np.arange(len(coord_NR))))
     node_N = np.full(len(coord_NR), -1, dtype=np.int64)
     node_N[present] = np.searchsorted(rows_G, first_of_N[present])
@@ -107,6 +129,33 @@ def _hashes(coord_NR: NDArray[np.float32]) -> NDArray[np.uint64]:
         block = np.ascontiguousarray(coord_NR[part]) + np.float32(0)  # -0.0 becomes 0.0
         hash_N[part] = (block.view(np.uint32) * words).sum(axis=1, dtype=np.uint64)
     return hash_N
+
+
+def _runs(key_N: NDArray[np.uint64], rows: Rows) -> Iterator[Rows]:
+    """The rows of each key that several of these rows have; ``rows`` and all runs are ascending."""
+    ordered = rows[np.argsort(key_N[rows], kind="stable")]
+    key_N = key_N[ordered]
+    is_repeat = np.concatenate([[False], key_N[1:] == key_N[:-1], [False]])
+    edges = np.flatnonzero(is_repeat[1:] != is_repeat[:-1])
+    for start, last in zip(edges[::2], edges[1::2], strict=True):
+        yield ordered[start : last + 1]
+
+
+def _near_first(coord_NR: NDArray[np.float32], rows: Rows) -> Rows:
+    """Those of the rows that differ from the first one by rounding alone, itself included (none, if it is not finite)."""
+    near = []
+    for part in slices(0, len(rows), block_rows(coord_NR.shape[1])):
+        square_B = np.square(coord_NR[rows[part]] - coord_NR[rows[0]]).sum(axis=1, dtype=np.float64)
+        near.append(rows[part][square_B <= LARGEST_DIFFERENCE**2])
+    return np.concatenate(near)
+
+
+def _join(first_of_N: Rows, rows: Rows) -> None:
+    """Make one group of the groups of these rows: their first rows point at the least of them, perhaps by way of others."""
+    firsts = first_of_N[rows]
+    while (firsts != (further := first_of_N[firsts])).any():
+        firsts = further
+    first_of_N[firsts] = first_of_N[rows] = firsts.min()
 
 
 def _group_run(coord_NR: NDArray[np.float32], rows: Rows, first_of_N: Rows) -> None:

@@ -1,7 +1,7 @@
 """Makes the chunks of one window durable, in whichever process computes them: it takes no lock and commits nothing.
 
 Per chunk: temp -> write -> fsync -> rename; per window: fsync(folder). What a commit needs besides the chunks (their sizes
-and checksums, coordinates, residuals, failed rows: about 4 R bytes a row) is returned. It may travel to the one process
+and checksums, slices of the row files, failed rows: about 4 R bytes a row) is returned. It may travel to the one process
 that has the lock and the journal (``storage.writer.StoreWriter.commit_window``).
 """
 
@@ -37,11 +37,12 @@ ENCODED_AHEAD = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class WrittenWindow:
-    """A window with durable chunks that is not committed yet: its record, coordinates [W, R] and residuals [W], float32."""
+    """A window with durable chunks that is not committed yet: its record, and its slice of each row file."""
 
     record: WindowRecord
     coord_WR: NDArray[np.float32]
     residual_W: NDArray[np.float32]
+    sequence_W: NDArray[np.uint64]
 
 
 class WindowWriter:
@@ -74,12 +75,15 @@ class WindowWriter:
         rows = grid.window(window)
         coord_WR = np.empty((rows.num_rows, self._spec.embedding.rank), dtype="<f4")
         residual_W = np.empty(rows.num_rows, dtype="<f4")
+        sequence_W = np.zeros(rows.num_rows, dtype="<u8")
         chunks: list[ChunkRecord] = []
         failed: list[FailedRow] = []
         for index, chunk_rows, block, encoded in self._encoding_ahead(grid.chunks(window), blocks):
             chunks.append(self._write_chunk(index, *encoded.result()))
             local = slice(chunk_rows.start - rows.start, chunk_rows.stop - rows.start)
             coord_WR[local], residual_W[local] = block.coord_BR, block.residual_B
+            if block.sequence_B is not None:
+                sequence_W[local] = block.sequence_B
             failed += block.failed
             block.release()
         _refuse_unlisted(rows, coord_WR, residual_W, failed)
@@ -92,6 +96,7 @@ class WindowWriter:
             chunks=chunks,
             coordinates_crc32c=crc32c(coord_WR.data.cast("B")),
             residuals_crc32c=crc32c(residual_W.data.cast("B")),
+            sequences_crc32c=crc32c(sequence_W.data.cast("B")) if self._spec.sequences else None,
             tokens=seen.tokens,
             truncated=seen.truncated,
             splits=seen.splits,
@@ -100,7 +105,7 @@ class WindowWriter:
         if reused:
             fields = {entry.name: getattr(record, entry.name) for entry in dataclasses.fields(record)}
             record = ReusingWindowRecord(**fields, reused=[[rows.start, rows.stop] for rows in reused])
-        return WrittenWindow(record=record, coord_WR=coord_WR, residual_W=residual_W)
+        return WrittenWindow(record=record, coord_WR=coord_WR, residual_W=residual_W, sequence_W=sequence_W)
 
     def _encoding_ahead(
         self, chunks: Iterable[tuple[int, RowRange]], blocks: Iterator[RowBlock]

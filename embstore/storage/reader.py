@@ -36,6 +36,7 @@ from embstore.core.format import (
     NEIGHBORS,
     PROMPTS,
     RESIDUALS,
+    SEQUENCES,
     SPEC,
     TABLE_BYTES,
     WEIGHTS,
@@ -56,7 +57,7 @@ from embstore.core.spec import StoreSpec, array_metadata, decode_spec
 from embstore.storage.chunks import decode_chunk, prefetch_chunk, read_chunk
 from embstore.storage.journal import read_journal, require_store
 from embstore.storage.prompt_table import PromptTable
-from embstore.storage.row_files import ROW_FILES, check_rows, header_problem
+from embstore.storage.row_files import check_rows, header_problem, row_files
 
 if TYPE_CHECKING:
     import zarr
@@ -134,6 +135,16 @@ class EmbeddingStore:
     def residuals(self) -> NDArray[np.float32]:
         """float32 [N], read-only memory map: L2 distance from each stored row to its coordinates."""
         return self._checked(RESIDUALS, map_array(self.root, RESIDUALS, "<f4", (self.num_rows,)))
+
+    @functools.cached_property
+    def sequences(self) -> NDArray[np.uint64] | None:
+        """uint64 [N], read-only memory map: rows of one value, apart from 0, were made from the same tokens.
+
+        None in a store from before December 2026.
+        """
+        if not self.spec.sequences:
+            return None
+        return self._checked(SEQUENCES, map_array(self.root, SEQUENCES, "<u8", (self.num_rows,)))
 
     @functools.cached_property
     def multiplicity(self) -> NDArray[np.int32]:
@@ -389,11 +400,12 @@ def _open(root: Path, manifest: Manifest, state: JournalState) -> EmbeddingStore
             f"{SPEC} has {spec.rows} x {spec.embedding.dimension}",
             hint=f"run embstore verify {root}",
         )
-    if (basis := basis_file(spec.embedding.basis)) not in manifest.files:
-        raise CorruptStoreError(
-            f"{MANIFEST} does not list {basis}, which {SPEC} asks for", hint=f"run embstore verify {root}"
-        )
-    for name in ROW_FILES:
+    for name in (basis_file(spec.embedding.basis), *row_files(spec)):
+        if name not in manifest.files:
+            raise CorruptStoreError(
+                f"{MANIFEST} does not list {name}, which {SPEC} asks for", hint=f"run embstore verify {root}"
+            )
+    for name in row_files(spec):
         if (problem := header_problem(root, spec, name)) is not None:
             raise CorruptStoreError(f"{name} {problem}", hint=f"run embstore verify {root} --repair")
     refuse_misfits(spec, state)

@@ -1,7 +1,8 @@
-"""The two row files, ``coordinates.npy`` and ``residuals.npy``: full size from the start, written in place window by window.
+"""The row files: ``coordinates.npy``, ``residuals.npy``, ``sequences.npy``.
 
-Their shape and header follow from the spec alone, so a damaged header or a wrong length is repaired without touching a row.
-Unwritten values are NaN; a window's slice is checked against the crc32c in its commit.
+Each has its full size from the start and is written in place, window by window. Shape and header follow from the spec alone,
+so a damaged header or a wrong length is repaired without touching a row. Unwritten values are NaN, or 0 in
+``sequences.npy``; a window's slice is checked against the crc32c in its commit.
 ``map_basis`` opens the array that says what the coordinates are.
 """
 
@@ -26,18 +27,27 @@ from embstore.core.files import (
     reading_problem,
     storage_errors,
 )
-from embstore.core.format import BASIS, COORDINATES, LARGEST_COORDINATE, RESIDUALS, FileDigest, basis_file
+from embstore.core.format import (
+    BASIS,
+    COORDINATES,
+    LARGEST_COORDINATE,
+    RESIDUALS,
+    SEQUENCES,
+    FileDigest,
+    basis_file,
+)
 from embstore.core.records import WindowRecord
 from embstore.core.rows import RowRange
 from embstore.core.spec import EmbeddingSpec, StoreSpec
 from embstore.storage.atomic import DurableFile, pwrite_all, sync_data
 from embstore.storage.chunks import crc32c
 
-ROW_FILES = (COORDINATES, RESIDUALS)
+ROW_FILES = (COORDINATES, RESIDUALS, SEQUENCES)
 
-_FLOAT = np.dtype("<f4")
+_FLOAT, _DIGEST = np.dtype("<f4"), np.dtype("<u8")
 _READ_BYTES = 8 << 20
 _NAN_BLOCK = np.full(1 << 20, np.nan, dtype=_FLOAT).data.cast("B")
+_ZERO_BLOCK = np.zeros(len(_NAN_BLOCK), dtype=np.uint8).data
 
 
 def map_basis(root: Path, embedding: EmbeddingSpec) -> NDArray[np.float32]:
@@ -54,29 +64,34 @@ def map_basis(root: Path, embedding: EmbeddingSpec) -> NDArray[np.float32]:
     return basis
 
 
+def row_files(spec: StoreSpec) -> tuple[str, ...]:
+    """The row files of a store, in the order in which a commit writes them."""
+    return tuple(name for name in ROW_FILES if name != SEQUENCES or spec.sequences)
+
+
 def row_bytes(spec: StoreSpec, name: str) -> int:
     """Bytes of one row in the row file ``name``."""
-    return _FLOAT.itemsize * (spec.embedding.rank if name == COORDINATES else 1)
+    return _dtype(name).itemsize * (spec.embedding.rank if name == COORDINATES else 1)
 
 
 def header(spec: StoreSpec, name: str) -> bytes:
     """The .npy header of the row file ``name``."""
-    return array_header(_FLOAT, (spec.rows, spec.embedding.rank) if name == COORDINATES else (spec.rows,))
+    return array_header(_dtype(name), (spec.rows, spec.embedding.rank) if name == COORDINATES else (spec.rows,))
 
 
 def preallocate(root: Path, spec: StoreSpec, name: str, *, sync_directory: bool = True) -> None:
-    """Write a row file of full size with every value NaN, so that an unwritten row never reads as a plausible zero."""
+    """Write a row file of full size that says of every row that it is unwritten: NaN cannot be a coordinate."""
     with DurableFile(root / name, sync_directory=sync_directory, sha256=False) as file:
         file.write(header(spec, name))
         remaining = spec.rows * row_bytes(spec, name)
         while remaining:
-            count = min(remaining, len(_NAN_BLOCK))
-            file.write(_NAN_BLOCK[:count])
-            remaining -= count
+            block = _unwritten(name)[:remaining]
+            file.write(block)
+            remaining -= len(block)
 
 
 def repair(root: Path, spec: StoreSpec, name: str) -> None:
-    """Restore a row file's existence, header and length: the rows that are left keep their bytes, missing rows become NaN.
+    """Restore a row file's existence, header and length: rows that are left keep their bytes, the others become unwritten.
 
     A whole file is only synced, because a killed writer may have repaired it in the page cache alone. Only for an unfinished
     store: the rows that were lost are those of demoted windows.
@@ -94,10 +109,11 @@ def repair(root: Path, spec: StoreSpec, name: str) -> None:
             if found != size or os.pread(handle, len(expected), 0) != expected:
                 os.ftruncate(handle, size)
                 pwrite_all(handle, expected, 0)
-                # the header is a multiple of 64 bytes, so values start at multiples of 4
-                start = max(len(expected), found // _FLOAT.itemsize * _FLOAT.itemsize)
-                for offset in range(start, size, len(_NAN_BLOCK)):
-                    pwrite_all(handle, _NAN_BLOCK[: size - offset], offset)
+                # the header is a multiple of 64 bytes, so values start at multiples of their size
+                start = max(len(expected), found // _dtype(name).itemsize * _dtype(name).itemsize)
+                block = _unwritten(name)
+                for offset in range(start, size, len(block)):
+                    pwrite_all(handle, block[: size - offset], offset)
             sync_data(handle)
         finally:
             os.close(handle)
@@ -141,13 +157,16 @@ class RowFileCheck:
     def window_problem(self, record: WindowRecord) -> str | None:
         """How the slice of a window differs from its commit, or None.
 
-        Coordinates of unit rows, and distances to them, are at most 1 (plus rounding), whatever their checksum says.
+        Coordinates of unit rows, and distances to them, are at most 1 (plus rounding), whatever their checksum says; any
+        number may stand for a sequence.
         """
         failed = {row.row for row in record.failed}
         crc, beyond = 0, None
         try:
             for rows, data in self._blocks(record):
                 crc = google_crc32c.extend(crc, data)
+                if self.name == SEQUENCES:
+                    continue
                 values_BR = np.frombuffer(data[: len(data) // self._width * self._width], dtype=_FLOAT)
                 values_BR = values_BR.reshape(-1, self._width // _FLOAT.itemsize)
                 unlike = rows.start + np.flatnonzero(~(np.abs(values_BR) <= LARGEST_COORDINATE).all(axis=1))
@@ -188,14 +207,27 @@ class RowFileCheck:
 
 
 def check_rows(name: str, data: bytes | memoryview, record: WindowRecord) -> None:
-    """Compare a window's slice of coordinates or residuals with its commit; a difference is a CorruptStoreError."""
+    """Compare a window's slice of a row file with its commit; a difference is a CorruptStoreError."""
     _check_crc(name, crc32c(data), record)
 
 
 def _check_crc(name: str, found: str, record: WindowRecord) -> None:
-    expected = record.coordinates_crc32c if name == COORDINATES else record.residuals_crc32c
+    expected = {
+        COORDINATES: record.coordinates_crc32c,
+        RESIDUALS: record.residuals_crc32c,
+        SEQUENCES: record.sequences_crc32c,
+    }[name]
     if found != expected:
         raise CorruptStoreError(
             f"{name}, rows {record.start} to {record.stop - 1}: crc32c {found}, but committed was {expected}",
             hint="run embstore verify STORE --repair, then embstore build --resume",
         )
+
+
+def _dtype(name: str) -> np.dtype[np.generic]:
+    return _DIGEST if name == SEQUENCES else _FLOAT
+
+
+def _unwritten(name: str) -> memoryview:
+    """A few MiB of what an unwritten row holds."""
+    return _ZERO_BLOCK if name == SEQUENCES else _NAN_BLOCK

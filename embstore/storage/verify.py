@@ -24,13 +24,11 @@ from embstore.core.format import (
     BASIS,
     CHUNKS,
     COORDINATE_MAP,
-    COORDINATES,
     JOURNAL,
     LOCK,
     MANIFEST,
     METADATA_LINK,
     NEIGHBORS,
-    RESIDUALS,
     RUNS,
     SPEC,
     STAGE0_FILES,
@@ -52,7 +50,7 @@ from embstore.core.rows import slices
 from embstore.core.spec import StoreSpec, array_metadata, decode_spec
 from embstore.storage.chunks import decode_chunk, read_chunk
 from embstore.storage.journal import journal_bytes
-from embstore.storage.row_files import ROW_FILES, RowFileCheck, header_problem
+from embstore.storage.row_files import ROW_FILES, RowFileCheck, header_problem, row_files
 
 NORM_TOLERANCE = 2e-3  # float16 rounding moves the norm of a unit row by about 2e-4
 # every row depends on these files, and nothing else records what they contained
@@ -119,9 +117,9 @@ def damaged_windows(
             is_recomputed = name not in ONLY_A_NEW_BUILD
             hint = f"run embstore verify {root} --repair" if is_recomputed else "build into another --out"
             raise CorruptStoreError(f"{name} {problem}{'' if is_recomputed else _ONLY_ANEW}", hint=hint)
-    row_files = [RowFileCheck(root, spec, name) for name in ROW_FILES]
+    checks = [RowFileCheck(root, spec, name) for name in row_files(spec)]
     for record in state.windows.values():
-        finding = next(_window_findings(root, spec, record, row_files, decode=False), None)
+        finding = next(_window_findings(root, spec, record, checks, decode=False), None)
         advance(1)
         if finding is not None:
             yield record.window, f"{finding.path}: {finding.message}"
@@ -162,15 +160,16 @@ def verify_store(root: Path) -> VerifyReport:
     if spec is not None:
         findings += [
             Finding(path=name, message=problem)
-            for name in ROW_FILES
+            for name in row_files(spec)
             if (problem := header_problem(root, spec, name)) is not None
         ]
-        row_files = [RowFileCheck(root, spec, name, manifest.files[name] if manifest else None) for name in ROW_FILES]
+        listed = manifest.files if manifest is not None else {}
+        checks = [RowFileCheck(root, spec, name, listed.get(name)) for name in row_files(spec)]
         for window in state.windows.values():
-            findings += _window_findings(root, spec, window, row_files, decode=True)
+            findings += _window_findings(root, spec, window, checks, decode=True)
             num_chunks += len(window.chunks)
             total_bytes += sum(chunk.bytes for chunk in window.chunks)
-        for file in row_files:
+        for file in checks:
             if (problem := file.problem()) is not None:
                 findings.append(Finding(path=file.name, message=problem))
         if manifest is not None:
@@ -239,7 +238,7 @@ def _read_spec(root: Path, state: JournalState, findings: list[Finding]) -> Stor
 
 
 def _window_findings(
-    root: Path, spec: StoreSpec, record: WindowRecord, row_files: Sequence[RowFileCheck], *, decode: bool
+    root: Path, spec: StoreSpec, record: WindowRecord, checks: Sequence[RowFileCheck], *, decode: bool
 ) -> Iterator[Finding]:
     grid = grid_of(spec)
     if misfit(grid, record):
@@ -259,7 +258,7 @@ def _window_findings(
             problem = reading_problem(root, path, error)
         if problem is not None:
             yield Finding(path=path, message=problem, window=record.window)
-    for file in row_files:
+    for file in checks:
         problem = file.window_problem(record)
         if problem is not None:
             yield Finding(path=file.name, message=problem, window=record.window)
@@ -290,6 +289,9 @@ def _published_findings(root: Path, spec: StoreSpec, state: JournalState, manife
             f"the journal committed {state.committed_rows} rows"
         )
         yield Finding(path=MANIFEST, message=message)
+    for name in (basis_file(spec.embedding.basis), *row_files(spec)):
+        if name not in manifest.files:
+            yield Finding(path=MANIFEST, message=f"does not list {name}, which {SPEC} asks for")
     chunks = [chunk for window in state.windows.values() for chunk in window.chunks]
     if _differs(root, CHUNKS, chunk_table(chunks)):
         yield Finding(path=CHUNKS, message="differs from the chunks in the journal")
@@ -341,8 +343,9 @@ def _differs(root: Path, name: str, expected: bytes) -> bool:
 
 def _strays(root: Path, spec: StoreSpec | None, state: JournalState, manifest: Manifest | None) -> list[str]:
     """Notes on files in the folder that are not files of the store; links are not followed, and there is no recursion."""
-    known = {SPEC, MANIFEST, JOURNAL, RUNS, LOCK, COORDINATES, RESIDUALS, CHUNKS, ARRAY_METADATA, *STAGE0_FILES}
-    known |= {BASIS, COORDINATE_MAP} if spec is None else {basis_file(spec.embedding.basis)}
+    known = {SPEC, MANIFEST, JOURNAL, RUNS, LOCK, CHUNKS, ARRAY_METADATA, *STAGE0_FILES}
+    of_spec = {BASIS, COORDINATE_MAP, *ROW_FILES}
+    known |= of_spec if spec is None else {basis_file(spec.embedding.basis), *row_files(spec)}
     known |= {WITHDRAWN, WEIGHTS_LINK, METADATA_LINK, *(manifest.files if manifest else ())}
     num_chunks = grid_of(spec).num_chunks if spec is not None else 0
     committed = {chunk.index for window in state.windows.values() for chunk in window.chunks}

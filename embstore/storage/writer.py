@@ -1,6 +1,6 @@
 """The one writer of a store: creation, window commits, publication. The order on disk is the promise, so it is all here.
 
-Per chunk: temp -> write -> fsync -> rename. Per window: fsync(folder), coordinates and residuals pwritten and fdatasynced,
+Per chunk: temp -> write -> fsync -> rename. Per window: fsync(folder), slices of the row files pwritten and fdatasynced,
 then ONE journal line. Work before that line may be lost and is then recomputed; work after it is never lost. Last of all,
 the rename of ``manifest.json`` publishes everything at once. Leaving this writer by an exception publishes nothing.
 """
@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +22,16 @@ from embstore.core.errors import ConfigError, CorruptStoreError, StoreExistsErro
 from embstore.core.files import check_content, irregular, open_regular, read_committed, storage_errors
 from embstore.core.format import (
     ARRAY_METADATA,
+    COORDINATES,
     EMBEDDINGS,
     JOURNAL,
     LOCK,
     MANIFEST,
     METADATA_LINK,
     NEIGHBORS,
+    RESIDUALS,
     RUNS,
+    SEQUENCES,
     SPEC,
     WEIGHTS,
     WEIGHTS_LINK,
@@ -62,7 +65,7 @@ from embstore.storage.atomic import (
 )
 from embstore.storage.chunk_writer import WORKER_FOLDERS, WrittenWindow
 from embstore.storage.journal import Journal
-from embstore.storage.row_files import ROW_FILES, check_rows, header, map_basis, preallocate, repair, row_bytes
+from embstore.storage.row_files import ROW_FILES, check_rows, header, map_basis, preallocate, repair, row_bytes, row_files
 from embstore.storage.search_blocks import KEPT_BLOCKS
 
 _OWN_DIGEST = re.compile(r"[0-9a-f]{16}")
@@ -154,7 +157,7 @@ class StoreWriter:
                 os.close(handle)
 
     def create(self, spec: StoreSpec, basis_VR: NDArray[np.float32]) -> StoreSpec:
-        """Write basis or coordinate map, array metadata, empty coordinate files and spec, then commit them as one record.
+        """Write basis or coordinate map, array metadata, empty row files and spec, then commit them as one record.
 
         Returns the spec as written to ``spec.json``, with the digest of the basis. A spec beyond the limits of the format is
         a ConfigError: every reader would refuse it.
@@ -167,7 +170,7 @@ class StoreWriter:
         spec = dataclasses.replace(spec, basis_sha256=basis.sha256)
         files = {name: basis}
         files[ARRAY_METADATA] = write_durable(self.root / ARRAY_METADATA, array_metadata(spec))
-        for row_file in ROW_FILES:
+        for row_file in row_files(spec):
             preallocate(self.root, spec, row_file, sync_directory=False)
         files[SPEC] = write_durable(self.root / SPEC, document(dataclasses.asdict(spec)))
         self.commit(SpecRecord(files=files))
@@ -190,27 +193,33 @@ class StoreWriter:
         write_durable(self.root / ARRAY_METADATA, array_metadata(self.read_spec()))
 
     def commit_window(self, spec: StoreSpec, written: WrittenWindow) -> WindowRecord:
-        """Write a window's coordinates and residuals and commit it; durable when this returns. Windows come in any order.
+        """Write a window's slices of the row files and commit it; durable when this returns. Windows come in any order.
 
         Its chunks are durable already (``storage.chunk_writer``), whichever process wrote them.
 
         Raises
         ------
         CorruptStoreError
-            Coordinates or residuals changed on their way here.
+            A slice changed on its way here.
         """
         record = written.record
         if misfit(grid_of(spec), record):
             raise AssertionError(f"window {record.window} does not fit the grid of the store")
         rows = RowRange(record.start, record.stop)
-        for name, values in zip(ROW_FILES, (written.coord_WR, written.residual_W), strict=True):
-            check_rows(name, values.data.cast("B"), record)
+        slices: dict[str, NDArray[Any]] = {
+            COORDINATES: written.coord_WR,
+            RESIDUALS: written.residual_W,
+            SEQUENCES: written.sequence_W,
+        }
+        for name in row_files(spec):
+            values = slices[name].data.cast("B")
+            check_rows(name, values, record)
             self._write_rows(spec, name, rows, values)
         self.commit(record)
         return record
 
     def seal_rows(self, spec: StoreSpec) -> dict[str, FileDigest]:
-        """Digests of coordinates and residuals, from one read that checks every window against its commit.
+        """Digests of the row files, from one read of each that checks every window against its commit.
 
         Raises
         ------
@@ -218,7 +227,7 @@ class StoreWriter:
             The bytes of a window differ from its commit.
         """
         digests = {}
-        for name in ROW_FILES:
+        for name in row_files(spec):
             start = header(spec, name)
             total, size = hashlib.sha256(start), len(start)
             with storage_errors("reading", self.root / name), (self.root / name).open("rb") as file:
@@ -255,13 +264,13 @@ class StoreWriter:
             return decode_manifest(read_committed(self.root, WITHDRAWN))
         return None
 
-    def _write_rows(self, spec: StoreSpec, name: str, rows: RowRange, values: NDArray[np.float32]) -> None:
+    def _write_rows(self, spec: StoreSpec, name: str, rows: RowRange, values: memoryview) -> None:
         path = self.root / name
         if name not in self._handles:
             with storage_errors("opening", path):
                 self._handles[name] = open_regular(self.root, name, os.O_RDWR)
         with storage_errors("writing", path):
-            pwrite_all(self._handles[name], values.data, len(header(spec, name)) + rows.start * row_bytes(spec, name))
+            pwrite_all(self._handles[name], values, len(header(spec, name)) + rows.start * row_bytes(spec, name))
             sync_data(self._handles[name])
 
     def _recover(self) -> None:
@@ -277,7 +286,7 @@ class StoreWriter:
             elif self.state.spec is not None:
                 spec = self.read_spec()
                 fsync_directory(self.root / EMBEDDINGS)  # a repair may have died before it synced zarr.json's name
-                for name in ROW_FILES:
+                for name in row_files(spec):
                     repair(self.root, spec, name)
 
     def _settle(self, manifest: Manifest) -> None:

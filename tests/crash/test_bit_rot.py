@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("without_syncs")
 
 CHUNKS = [chunk_name(index) for index in range(NUM_CHUNKS)]
 WINDOW_OF_CHUNK = [0, 0, 1, 1, 2]
-ROW_FILES = ("coordinates.npy", "residuals.npy")
+ROW_FILES = ("coordinates.npy", "residuals.npy", "sequences.npy")
 ONLY_A_NEW_BUILD = {*STAGE0_FILES, "spec.json", "basis.npy"}
 LINKS = ("density_weights.npy", "embeddings_metadata.json")
 # what every writer touches, and what a repair or a resume is allowed to

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from embstore.core.errors import ExitCode, StorageError
-from embstore.core.format import BASIS, COORDINATES, EMBEDDINGS, RESIDUALS, RUNS, SPEC, STAGE0_FILES, chunk_name
+from embstore.core.format import BASIS, COORDINATES, EMBEDDINGS, RESIDUALS, RUNS, SEQUENCES, SPEC, STAGE0_FILES, chunk_name
 from embstore.host.scratch import map_scratch
 from embstore.training import load_weights
 from tests.support.build_fake import MODEL
@@ -37,7 +37,7 @@ _PLACES = {
     "journal.jsonl": "the folder",
     "work": "scratch files",
     **dict.fromkeys(STAGE0_FILES, "stage 0"),
-    **dict.fromkeys((BASIS, COORDINATES, RESIDUALS, SPEC, RUNS, EMBEDDINGS), "the layout"),
+    **dict.fromkeys((BASIS, COORDINATES, RESIDUALS, SEQUENCES, SPEC, RUNS, EMBEDDINGS), "the layout"),
     "neighbors": "neighbours",
     "weights": "weights",
     "chunks.json": "the manifest",

@@ -74,6 +74,7 @@ AFTER_A_KILL: dict[str, tuple[Callable[[World], Machine], Act]] = {
     ),
     "coordinates.npy, on opening": (_killed(build, "coordinates.npy, bytes", _repaired("coordinates.npy")), build),
     "residuals.npy, on opening": (_killed(build, "residuals.npy, bytes", _repaired("residuals.npy")), build),
+    "sequences.npy, on opening": (_killed(build, "sequences.npy, bytes", _repaired("sequences.npy")), build),
 }
 
 

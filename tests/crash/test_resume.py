@@ -89,11 +89,11 @@ def test_a_write_torn_by_a_kill_is_never_taken_for_a_commit(
     small_prompts: Path, tmp_path: Path, reference: dict[str, str], calls: list[Call], tally: Counter
 ) -> None:
     # files that are published by a rename cannot be torn in place; these are written where they lie
-    in_place = ("journal.jsonl", "coordinates.npy", "residuals.npy", ".lock")
+    in_place = ("journal.jsonl", "coordinates.npy", "residuals.npy", "sequences.npy", ".lock")
     points = [
         point for point, call in enumerate(calls, start=1) if call.name in ("write", "pwrite") and call.path in in_place
     ]
-    assert len(points) == 1 + 6 + 3 + 3  # lock, header and five records, one slice a window in each row file
+    assert len(points) == 1 + 6 + 3 + 3 + 3  # lock, header and five records, one slice a window in each row file
     _kill_and_resume(points, small_prompts, tmp_path, reference, tally, torn=True)
 
 
@@ -167,7 +167,7 @@ def test_what_a_killed_build_serves_is_committed_rows_only(
     small_prompts: Path, tmp_path: Path, finished_store: Path, calls: list[Call]
 ) -> None:
     whole = open_store(finished_store)
-    window_ends = [point for point, call in enumerate(calls, start=1) if call == Call("pwrite", "residuals.npy")]
+    window_ends = [point for point, call in enumerate(calls, start=1) if call == Call("pwrite", "sequences.npy")]
     assert len(window_ends) == len(WINDOWS)
     for window, point in enumerate(window_ends):
         store = tmp_path / f"store-{point}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import shutil
 import signal
@@ -147,12 +148,7 @@ class OwnBuffers(FakeSource):
                 self.buffers.append(np.empty((16, 64), dtype=np.float16))
             buffer_BV = self.buffers[-1][: len(prompts)]
             buffer_BV[:] = found.emb_BV
-            return RowBlock(
-                emb_BV=buffer_BV,
-                coord_BR=found.coord_BR,
-                residual_B=found.residual_B,
-                failed=found.failed,
-            )
+            return dataclasses.replace(found, emb_BV=buffer_BV)
 
         embedder._block = block  # type: ignore[method-assign]
         return embedder

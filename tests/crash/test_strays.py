@@ -19,6 +19,7 @@ from embstore.core.config import BuildConfig, WeightingConfig
 from embstore.core.errors import CorruptStoreError, ExitCode, IncompleteStoreError, StorageError
 from embstore.flow.artifact import recompute_weights
 from embstore.storage.reader import open_store
+from embstore.storage.row_files import ROW_FILES
 from embstore.training import load_weights
 from embstore.views.info import inspect, verify
 from tests.support.build_fake import CONFIG
@@ -184,7 +185,7 @@ def test_chunks_that_no_journal_line_vouches_for_are_noted_and_never_adopted(
 def test_rows_in_the_row_files_that_nothing_commits_are_never_adopted(
     unfinished: Path, finished_store: Path, tally: Counter
 ) -> None:
-    for name in ("coordinates.npy", "residuals.npy"):
+    for name in ("coordinates.npy", "residuals.npy", "sequences.npy"):
         content = bytearray((finished_store / name).read_bytes())
         committed = 128 + (len(content) - 128) * 32 // NUM_ROWS
         content[committed:] = b"\x3f" * (len(content) - committed)
@@ -281,7 +282,7 @@ def modes_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("modes_matter")
-@pytest.mark.parametrize("name", [".lock", "journal.jsonl", "coordinates.npy", "residuals.npy"])
+@pytest.mark.parametrize("name", [".lock", "journal.jsonl", "coordinates.npy", "residuals.npy", "sequences.npy"])
 def test_a_file_that_cannot_be_written_is_named_and_a_resume_goes_on_once_it_can(
     name: str, unfinished: Path, small_prompts: Path, finished_store: Path
 ) -> None:
@@ -307,7 +308,7 @@ def test_a_file_that_cannot_be_written_is_named_and_a_resume_goes_on_once_it_can
 def test_files_that_are_only_replaced_may_be_read_only(unfinished: Path, finished_store: Path) -> None:
     """Published files are never opened for writing: a rename takes their place."""
     for path in unfinished.rglob("*"):
-        if path.is_file() and path.name not in (".lock", "journal.jsonl", "coordinates.npy", "residuals.npy", "runs.jsonl"):
+        if path.is_file() and path.name not in (".lock", "journal.jsonl", "runs.jsonl", *ROW_FILES):
             path.chmod(0o444)
     build_small(None, unfinished)
     assert snapshot(unfinished) == snapshot(finished_store)

@@ -200,7 +200,7 @@ def _battered(partial: Path, store: Path) -> Path:
     shutil.copytree(partial, store, symlinks=True)
     with (store / "journal.jsonl").open("ab") as file:
         file.write(b'{"record":"window","torn')
-    for name, size in (("coordinates.npy", 2000), ("residuals.npy", 300)):
+    for name, size in (("coordinates.npy", 2000), ("residuals.npy", 300), ("sequences.npy", 301)):
         os.truncate(store / name, size)
     for name in (".spec.json.1.tmp", "embeddings.zarr/.c.2.0.1.tmp", "work/rows.spool"):
         (store / name).parent.mkdir(exist_ok=True)

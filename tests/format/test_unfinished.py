@@ -51,6 +51,8 @@ def test_a_resume_ends_with_the_bytes_of_an_uninterrupted_build(unfinished: Path
         for files in (expected, found)
     )
     assert new == old != []
+    assert not (unfinished / "sequences.npy").exists(), "the store began without it"
+    assert embstore.open_store(unfinished).sequences is None
     assert embstore.verify(unfinished).findings == []
 
 

@@ -14,6 +14,7 @@ import hnswlib
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.sparse.csgraph import connected_components
 from sklearn.neighbors import NearestNeighbors
 
 from embstore.core.config import K_MAX, DensityConfig, WeightingConfig
@@ -54,12 +55,14 @@ def graph_of(
     failed: NDArray[np.bool_] | None = None,
     threads: int = 2,
     observer: Callable[[Event], None] = ignore,
+    sequence_N: NDArray[np.uint64] | None = None,
     **settings: Any,
 ) -> KnnGraph:
     return build_graph(
         points,
         np.zeros(len(points), dtype=np.bool_) if failed is None else failed,
         DensityConfig(**{"knn": "hnsw", **settings}),
+        sequence_N=sequence_N,
         threads=threads,
         memory_bytes=1 << 30,
         work=work,
@@ -119,6 +122,71 @@ def crowd(*, copies: int) -> tuple[Points, NDArray[np.int64]]:
     distinct[0] = -30
     rows = random.permutation(np.concatenate([np.arange(400), np.repeat(np.arange(1, 21), copies - 1)]))
     return distinct.astype(np.float32), rows
+
+
+def connected(is_one_NN: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The least row that each row is connected with."""
+    _, label_N = connected_components(is_one_NN, directed=False)
+    return np.array([np.flatnonzero(label_N == label)[0] for label in label_N])
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("center", [False, True])
+def test_rows_of_the_same_bits_or_the_same_tokens_are_one_node(seed: int, center: bool, tmp_path: Path) -> None:
+    """Few vectors, with low bits that differ, few digests, unknown ones, and some that belong to another vector."""
+    random = np.random.default_rng(seed)
+    vector_N = random.integers(0, 60, 400)
+    points = random.standard_normal((60, 6))[vector_N] + 1e-4 * random.integers(0, 3, 400)[:, None]
+    points = points.astype(np.float32)
+    sequence_N = (vector_N * 2 + random.integers(0, 2, 400) + 1).astype(np.uint64) << np.uint64(56)
+    sequence_N[random.random(400) < 0.4] = 0
+    forged = random.random(400) < 0.05
+    sequence_N[forged] = random.permutation(sequence_N[forged])
+    failed_N = random.random(400) < 0.05
+    points[failed_N] = np.nan
+    graph = graph_of(points, tmp_path, failed=failed_N, knn="exact", center=center, sequence_N=sequence_N)
+    present = ~failed_N[:, None] & ~failed_N
+    difference_NNR = points[:, None] - points
+    has_same_bits = (difference_NNR == 0).all(axis=2)
+    has_same_tokens = (sequence_N[:, None] == sequence_N) & (sequence_N != 0)
+    is_near = np.linalg.norm(difference_NNR, axis=2) < 1e-2
+    # a digest of two vectors counts for that of its first row
+    first = [np.flatnonzero(has_same_tokens[row] & ~failed_N)[:1].tolist() for row in range(400)]
+    is_firsts = np.array([bool(of_row) and bool(is_near[row, of_row[0]]) for row, of_row in enumerate(first)])
+    has_same_tokens &= is_firsts[:, None] & is_firsts
+    expected_N = np.where(failed_N, -1, connected(present & (has_same_bits | has_same_tokens)))
+    by_bits_N = np.where(failed_N, -1, connected(present & has_same_bits))
+    assert len(np.unique(expected_N)) < len(np.unique(by_bits_N)) - 20
+    assert (forged & ~is_firsts & (sequence_N != 0)).any()
+    assert np.array_equal(graph.groups_N, expected_N)
+    assert graph.num_nodes == len(np.unique(expected_N[~failed_N]))
+    assert (graph.distances_NK[~failed_N][:, 0] > 0).all()
+
+
+def test_a_chain_of_equal_rows_is_one_node_however_long_it_is(tmp_path: Path) -> None:
+    """Rows 2 i and 2 i + 1 have the same bits, 2 i + 1 and 2 i + 2 the same tokens; digests in an order that is no row's."""
+    count = 3000
+    step = np.arange(count) // 2 % 2
+    points = np.stack([np.where(step, 1e-6, 0), np.arange(count) // 2 * 1e-9, np.ones(count)], axis=1).astype(np.float32)
+    link = (np.arange(count) + 1) // 2
+    sequence_N = np.random.default_rng(0).permutation(2 * count)[link].astype(np.uint64) + np.uint64(1)
+    graph = graph_of(points, tmp_path, knn="exact", sequence_N=sequence_N)
+    assert graph.num_nodes == 1
+    assert (graph.groups_N == 0).all()
+
+
+def test_one_digest_for_all_rows_merges_nothing_that_is_apart(points: Points, tmp_path: Path) -> None:
+    forged_N = np.full(len(points), 7, dtype=np.uint64)
+    assert as_bytes(graph_of(points, tmp_path, shards=1, sequence_N=forged_N)) == as_bytes(
+        graph_of(points, tmp_path, shards=1)
+    )
+
+
+def test_a_digest_whose_first_row_is_damaged_is_an_error_that_names_it(tmp_path: Path) -> None:
+    points = clustered(50)
+    points[3, 2] = np.nan
+    with pytest.raises(CorruptStoreError, match="row 3 are not finite"):
+        graph_of(points, tmp_path, knn="exact", sequence_N=(np.arange(50) // 4 + 1).astype(np.uint64))
 
 
 @pytest.mark.parametrize("method", ["hnsw", "exact"])

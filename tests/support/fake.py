@@ -160,18 +160,21 @@ class FakeEmbedder:
         exact_BV = coord_BR.astype(np.float64) @ self.basis_VR.T.astype(np.float64)
         emb_BV = exact_BV.astype(np.float16)
         residual_B = np.linalg.norm(emb_BV - exact_BV, axis=1).astype(np.float32)
+        sequence_B = np.array([self._seed(prompt) for prompt in prompts], dtype=np.uint64)
         failed = []
         for position, prompt in enumerate(prompts):
             if "FAIL" in prompt.rendered:
                 emb_BV[position] = coord_BR[position] = residual_B[position] = np.nan
                 failed.append(FailedRow(row=first_row + position, reason="the text says so"))
-        return RowBlock(emb_BV=emb_BV, coord_BR=coord_BR, residual_B=residual_B, failed=tuple(failed))
+        return RowBlock(emb_BV=emb_BV, coord_BR=coord_BR, residual_B=residual_B, sequence_B=sequence_B, failed=tuple(failed))
 
-    def _coordinates(self, prompt: Prompt) -> NDArray[np.float32]:
+    def _seed(self, prompt: Prompt) -> int:
         # "same:" texts share one vector, as prompts do that are alike up to max_tokens
         text = "same" if prompt.rendered.startswith("same:") else prompt.rendered
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-        vector = np.random.default_rng(seed).standard_normal(self.spec.rank)
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+    def _coordinates(self, prompt: Prompt) -> NDArray[np.float32]:
+        vector = np.random.default_rng(self._seed(prompt)).standard_normal(self.spec.rank)
         return (vector / np.linalg.norm(vector)).astype(np.float32)
 
 

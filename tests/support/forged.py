@@ -172,7 +172,7 @@ def reseal(store: Path) -> None:
             chunk.update(_reseal_chunk(store / f"embeddings.zarr/c.{chunk['index']}.0"))
             table.append([chunk["index"], chunk["bytes"], chunk["crc32c"]])
         if line["record"] == "window":
-            for name in ("coordinates", "residuals"):
+            for name in ("coordinates", "residuals", *(["sequences"] if "sequences_crc32c" in line else [])):
                 line[f"{name}_crc32c"] = _slice_crc(store / f"{name}.npy", line, spec)
     write_journal(store, lines)
     rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in table)
@@ -215,7 +215,7 @@ def _reseal_chunk(path: Path) -> dict[str, Any]:
 
 
 def _slice_crc(path: Path, window: Any, spec: Any) -> str:
-    width = 4
+    width = 8 if path.name == "sequences.npy" else 4
     if path.name == "coordinates.npy":
         rank = spec.get("embedding", {}).get("rank") if isinstance(spec.get("embedding"), dict) else None
         width = 4 * rank if isinstance(rank, int) and 0 < rank < 100 else 48

@@ -43,7 +43,7 @@ SECONDS = 20  # more than any command on a small store takes; a FIFO or a device
 
 def _read(store: Path) -> None:
     opened = open_store(store, partial=True)
-    for name in ("ids", "aliases", "coordinates", "residuals", "multiplicity", "line_rows", "keys", "prompts"):
+    for name in ("ids", "aliases", "coordinates", "residuals", "sequences", "multiplicity", "line_rows", "keys", "prompts"):
         getattr(opened, name)
     opened.rows(opened.ids[:3])
     for _ in opened.iter_rows():

@@ -61,6 +61,7 @@ class Oracle:
             whole = open_store(store)
             self.chunks = [whole.read_chunk(index).tobytes() for index in range(NUM_CHUNKS)]
             self.coordinates, self.residuals = np.array(whole.coordinates), np.array(whole.residuals)
+            self.sequences = np.array(whole.sequences)
 
     def _keep(self, variant: Variant, store: Path) -> None:
         self.snapshots[variant] = snapshot(store)
@@ -255,7 +256,7 @@ class Machine:
 
     def _check_rows(self, store: EmbeddingStore) -> None:
         for rows in store.committed_rows:
-            for name in ("coordinates", "residuals"):
+            for name in ("coordinates", "residuals", "sequences"):
                 served, expected = getattr(store, name), getattr(self.oracle, name)
                 is_right = np.array_equal(served[rows.start : rows.stop], expected[rows.start : rows.stop])
                 if not is_right and f"{name}.npy" not in self.promise.rotten:

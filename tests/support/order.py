@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from tests.support.faults import SYNCS, Call
 
 JOURNAL, MANIFEST, WITHDRAWN = "journal.jsonl", "manifest.json", "manifest.withdrawn.json"
-IN_PLACE = ("coordinates.npy", "residuals.npy", JOURNAL)  # everything else is published by a rename
+IN_PLACE = ("coordinates.npy", "residuals.npy", "sequences.npy", JOURNAL)  # everything else is published by a rename
 _UNPROMISED = re.compile(r"work(/.*)?|\.lock|runs\.jsonl")  # scratch, and what is only for people
 _TEMP = re.compile(r"\.(.+)\.\d+\.tmp")
 

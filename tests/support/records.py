@@ -65,6 +65,7 @@ def window_record(window: int, start: int, stop: int, **changes: Any) -> WindowR
         chunks=[ChunkRecord(index=window, bytes=10, crc32c="00000000")],
         coordinates_crc32c="00000001",
         residuals_crc32c="00000002",
+        sequences_crc32c="00000003",
         tokens=99,
         truncated=0,
         splits=0,

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from embstore.core.errors import EmbstoreError
 from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.training import load_weights
@@ -149,6 +151,7 @@ MAPPED: dict[str, Callable[[EmbeddingStore], object]] = {
     "named_weights": lambda store: store.named_weights(NAME).tobytes(),
     "coordinates": lambda store: store.coordinates.tobytes(),
     "residuals": lambda store: store.residuals.tobytes(),
+    "sequences": lambda store: np.asarray(store.sequences).tobytes(),
     "multiplicity": lambda store: store.multiplicity.tobytes(),
     "line_rows": lambda store: store.line_rows.tobytes(),
     "keys": lambda store: store.keys.tobytes(),

@@ -14,7 +14,11 @@ from tests.support.power import EXTREMES, Disk, Survival, Tree, fingerprint
 Act = Callable[..., bool]
 Images = dict[str, tuple[Tree, Promise]]
 # what goes bad, and the window that is lost with it; of the row files it is a byte of the header
-DAMAGE = {"embeddings.zarr/c.2.0": 1, "embeddings.zarr/zarr.json": None, "coordinates.npy": None, "residuals.npy": None}
+DAMAGE = {
+    "embeddings.zarr/c.2.0": 1,
+    "embeddings.zarr/zarr.json": None,
+    **dict.fromkeys(("coordinates.npy", "residuals.npy", "sequences.npy")),
+}
 
 
 class World:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from embstore.core.errors import CorruptStoreError, EmbstoreError
 from embstore.core.format import MANIFEST, METADATA_LINK, WEIGHTS_LINK, decode_manifest
 from embstore.storage.journal import read_journal
@@ -58,6 +60,7 @@ def _wrong_rows(opened: EmbeddingStore, whole: EmbeddingStore, damaged: frozense
                 opened.rows(opened.ids[rows]).tobytes() == whole.rows(whole.ids[rows]).tobytes(),
                 opened.coordinates[rows].tobytes() == whole.coordinates[rows].tobytes(),
                 opened.residuals[rows].tobytes() == whole.residuals[rows].tobytes(),
+                np.array_equal(np.asarray(opened.sequences)[rows], np.asarray(whole.sequences)[rows]),
             ]
         except CorruptStoreError:
             if (window.start, window.stop) not in damaged:

@@ -102,7 +102,7 @@ def test_an_event_is_recorded_on_a_stream_of_the_embedders_device(monkeypatch: p
     embedder._device = torch.device("cuda", 1)
     embedder._tokenizer = dataclasses.make_dataclass("Tokenizer", ["pad_id"])(0)
     window: Any = dataclasses.make_dataclass("Window", ["ready", "means"])(
-        None, PooledWindow(mean_WX=torch.zeros(1), ok_W=np.ones(1))
+        None, PooledWindow(mean_WX=torch.zeros(1), ok_W=np.ones(1), sequence_W=np.zeros(1, dtype=np.uint64))
     )
     row = dataclasses.make_dataclass("Row", ["ids_T", "pooled_T"])(np.array([3, 4]), np.array([True, True]))
     embedder._pool_rows(window, [row], np.array([0]), 2, lambda: None, {})

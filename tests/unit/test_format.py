@@ -309,6 +309,18 @@ def test_a_manifest_must_list_everything_it_publishes(name: str) -> None:
         decode_manifest(manifest(shorter).encode())
 
 
+def test_stores_from_before_sequences_say_nothing_of_them() -> None:
+    whole = manifest({**LISTED, "sequences.npy": DIGEST})
+    assert decode_manifest(whole.encode()) == whole
+    old_spec = {name: value for name, value in dataclasses.asdict(spec()).items() if name != "sequences"}
+    assert decode_spec(document(old_spec)) == spec(sequences=False)
+    body = {**json.loads(LINES[3].rpartition(b"\t")[0]), "seq": 1}
+    assert body.pop("sequences_crc32c") == "00000003"
+    line = canonical_json(body).encode()
+    records, _ = decode(LINES[0] + line + b"\t%08x\n" % zlib.crc32(line))
+    assert records == [window_record(0, 0, 32, sequences_crc32c=None)]
+
+
 def test_a_manifest_must_name_its_default_weights() -> None:
     with pytest.raises(CorruptStoreError, match="default weights"):
         decode_manifest(Manifest(**{**vars_of(manifest(LISTED)), "names": {"heavy": "1111111111111111"}}).encode())

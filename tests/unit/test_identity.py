@@ -80,7 +80,7 @@ GIVEN_BY: dict[str, set[str]] = {
     # these follow from the others, and from code
     "a changed spec.json only": {f"embedding.{name}" for name in ("dimension", "rank", "head.kind", "head.scale")}
     | {f"embedding.{name}" for name in ("normalization", "token_rule", "basis")}
-    | {"basis_sha256"},
+    | {"basis_sha256", "sequences"},
 }
 
 

@@ -78,6 +78,7 @@ def test_a_window_is_durable_chunk_by_chunk_then_row_files_then_its_one_line(sma
     expected.append(("fsync", "embeddings.zarr"))
     expected += [("pwrite", "coordinates.npy"), (SYNC_DATA, "coordinates.npy")]
     expected += [("pwrite", "residuals.npy"), (SYNC_DATA, "residuals.npy")]
+    expected += [("pwrite", "sequences.npy"), (SYNC_DATA, "sequences.npy")]
     expected += [("write", JOURNAL), (SYNC_DATA, JOURNAL)]
     start = names.index(("rename", "embeddings.zarr/c.2.0")) - len(chunk)
     assert names[start : start + len(expected)] == expected

@@ -80,6 +80,7 @@ def _same_rows(left: EmbeddingStore, right: EmbeddingStore) -> None:
     np.testing.assert_array_equal(left.rows(left.ids), right.rows(right.ids))
     np.testing.assert_array_equal(left.coordinates, right.coordinates)
     np.testing.assert_allclose(left.residuals, right.residuals, rtol=1e-3)  # their sums depend on the rows beside them
+    np.testing.assert_array_equal(np.asarray(left.sequences), np.asarray(right.sequences))
     np.testing.assert_array_equal(left.weights, right.weights)
     np.testing.assert_array_equal(left.neighbor_ids, right.neighbor_ids)
 
@@ -283,7 +284,9 @@ def test_what_is_no_finished_store_is_refused(small_prompts: Path, partial_store
         build_small(small_prompts, tmp_path / "new", config=reusing(tmp_path / "new"))
 
 
-@pytest.mark.parametrize("name", ["embeddings.zarr/c.2.0", "coordinates.npy", "residuals.npy", "prompts.jsonl", "basis.npy"])
+@pytest.mark.parametrize(
+    "name", ["embeddings.zarr/c.2.0", "coordinates.npy", "residuals.npy", "sequences.npy", "prompts.jsonl", "basis.npy"]
+)
 def test_damage_in_an_old_store_is_never_copied(name: str, small_prompts: Path, old: Path, tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(old, tmp_path / "damaged", symlinks=True))
     content = bytearray((damaged / name).read_bytes())

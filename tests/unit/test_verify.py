@@ -76,7 +76,7 @@ def _first_byte(path: Path) -> None:
 def test_a_sound_store_has_no_findings(finished_store: Path, partial_store: Path) -> None:
     whole = verify(finished_store)
     assert (whole.findings, whole.notes, whole.is_complete) == ([], [], True)
-    assert (whole.committed_rows, whole.total_rows, whole.files) == (NUM_ROWS, NUM_ROWS, 20 + NUM_CHUNKS)
+    assert (whole.committed_rows, whole.total_rows, whole.files) == (NUM_ROWS, NUM_ROWS, 21 + NUM_CHUNKS)
     listed = json.loads((finished_store / "manifest.json").read_bytes())["files"]
     chunk_bytes = sum((finished_store / name).stat().st_size for name in map(chunk_name, range(NUM_CHUNKS)))
     assert whole.bytes == sum(digest["bytes"] for digest in listed.values()) + chunk_bytes
@@ -85,7 +85,7 @@ def test_a_sound_store_has_no_findings(finished_store: Path, partial_store: Path
     assert (part.committed_rows, part.total_rows) == (32, NUM_ROWS)
 
 
-@pytest.mark.parametrize("name", ["coordinates.npy", "residuals.npy"])
+@pytest.mark.parametrize("name", ["coordinates.npy", "residuals.npy", "sequences.npy"])
 def test_a_damaged_row_is_the_damage_of_its_window(name: str, store: Path, finished_store: Path) -> None:
     content = bytearray((store / name).read_bytes())
     content[128 + (len(content) - 128) * 40 // NUM_ROWS] ^= 1  # row 40
@@ -99,7 +99,7 @@ def test_a_damaged_row_is_the_damage_of_its_window(name: str, store: Path, finis
     assert snapshot(store) == snapshot(finished_store)
 
 
-@pytest.mark.parametrize("name", ["coordinates.npy", "residuals.npy"])
+@pytest.mark.parametrize("name", ["coordinates.npy", "residuals.npy", "sequences.npy"])
 @pytest.mark.parametrize("damage", [_first_byte, _truncate, _extend, _delete], ids=lambda damage: damage.__name__[1:])
 def test_a_row_file_of_an_unfinished_store_is_mended_and_its_damage_never_sealed(
     name: str, damage: Callable[[Path], None], unfinished: Path, finished_store: Path
@@ -129,7 +129,7 @@ def test_a_damaged_row_is_never_sealed_even_when_the_journal_is_trusted(unfinish
     assert not (unfinished / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("name", ["coordinates.npy", "residuals.npy"])
+@pytest.mark.parametrize("name", ["coordinates.npy", "residuals.npy", "sequences.npy"])
 def test_a_sound_row_file_is_read_once(name: str, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, read = os.pread, 0
 
@@ -145,7 +145,7 @@ def test_a_sound_row_file_is_read_once(name: str, store: Path, monkeypatch: pyte
     assert size <= read < size + 1024, "every byte, and a few looks at the header"
 
 
-@pytest.mark.parametrize("name", ["coordinates.npy", "residuals.npy"])
+@pytest.mark.parametrize("name", ["coordinates.npy", "residuals.npy", "sequences.npy"])
 def test_nothing_new_is_published_from_damaged_rows_of_a_finished_store(name: str, store: Path) -> None:
     content = bytearray((store / name).read_bytes())
     content[200] ^= 1
