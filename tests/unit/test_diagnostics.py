@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from embstore import build, inspect, open_store, recompute_weights
 from embstore.cli import app
+from embstore.core import diagnostics
 from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, WeightingConfig
 from embstore.core.diagnostics import Hubness, concerns, hubness, rank_correlation
 from embstore.views.terminal import print_info
@@ -38,6 +40,29 @@ def test_hubness_is_the_skewness_of_how_often_vectors_are_neighbours() -> None:
     assert ring is not None
     assert ring.skewness is None
     assert hubness(ids, np.full(6, -1), 2) is None
+
+
+def test_hubness_of_many_blocks_makes_one_array_of_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work is that of the neighbours, not of N for each block of them."""
+    count, k = 4000, 5
+    ids = np.random.default_rng(0).integers(0, count, (count, k))
+    whole = hubness(ids, np.arange(count), k)
+    monkeypatch.setattr(diagnostics, "_BLOCK_ROWS", 10)
+    made = 0
+    for name in ("bincount", "zeros"):
+        genuine = getattr(np, name)
+
+        def counted(*given: Any, genuine: Any = genuine, **options: Any) -> Any:
+            nonlocal made
+            array = genuine(*given, **options)
+            made += array.size
+            return array
+
+        monkeypatch.setattr(np, name, counted)
+    assert hubness(ids, np.arange(count), k) == whole
+    assert whole is not None
+    assert whole.most == np.unique(ids, return_counts=True)[1].max()
+    assert made <= 2 * count
 
 
 def test_rank_correlation_is_pearsons_of_the_ranks_with_ties_at_their_mean() -> None:
