@@ -81,7 +81,7 @@ class Preflight:
     prompts are not in this pool. ``device`` is the one that computes, with its index. ``seconds`` is the estimate for the
     remaining rows; ``answered_lines`` counts chats that end in an assistant turn, which ``turns`` all embeds as well and
     prompt leaves out; ``stage_seconds`` says what the stages before them took in this run, and has "embed", the same
-    estimate.
+    estimate, and "knn" where the search is exact and on this machine's CPU.
     """
 
     num_rows: int

@@ -68,7 +68,7 @@ def check_fits(
     run: Run, spec: StoreSpec, embedder: Embedder | None, todo: BuildPlan, free_bytes: int, reuse: Reuse
 ) -> Preflight:
     """Report the plan; refuse it if it does not fit on the disk or in the budget."""
-    from embstore.search.search_plan import plan_search  # noqa: PLC0415 - hnswlib loads only where it is needed
+    from embstore.search.search_plan import exact_seconds, plan_search  # noqa: PLC0415 - hnswlib loads only where needed
 
     search = plan_search(
         spec.rows,
@@ -86,6 +86,9 @@ def check_fits(
     record = run.writer.state.prompts
     seconds = (embedder.seconds_per_row if embedder else 0.0) * (todo.remaining_rows - reuse.num_rows)
     seconds += reuse.num_rows * row_bytes / _COPIED_BYTES_PER_SECOND
+    to_come = {"embed": seconds}
+    if search.method == "exact" and run.device == "cpu" and not run.config.engine.is_remote:
+        to_come["knn"] = exact_seconds(spec.rows, spec.embedding.rank, threads=spec.embedding.threads)
     event = Preflight(
         num_rows=spec.rows,
         remaining_rows=todo.remaining_rows,
@@ -104,7 +107,7 @@ def check_fits(
         knn=search.method,
         num_shards=search.shards,
         seconds=seconds,
-        stage_seconds={name: run.seconds[name] for name in PREPARATIONS if name in run.seconds} | {"embed": seconds},
+        stage_seconds={name: run.seconds[name] for name in PREPARATIONS if name in run.seconds} | to_come,
         reused_rows=reuse.num_rows,
         dropped_rows=reuse.dropped_rows,
     )

@@ -22,6 +22,8 @@ SMALL_NODES = 4096
 # Multiply-adds (N^2 R) up to which `auto` takes the exact engine without a pilot: half an hour on two cores, for a million
 # rows of 256 coordinates or 270,000 of 4,097 (docs/decisions/0036).
 AUTO_EXACT_WORK = 3.0e14
+# Multiply-adds (N^2 R) a core and second of the exact engine (docs/scaling.md); processors differ by a few times.
+_EXACT_WORK_PER_SECOND = 6e10
 # Anonymous bytes a row: node numbers, hashes and their order, half norms, flags.
 _ROW_BYTES = 72
 _FIXED_BYTES = 32 << 20  # thread pools, visited lists, allocator slack
@@ -61,6 +63,11 @@ def plan_search(num_rows: int, rank: int, config: DensityConfig, *, threads: int
     if needed > memory_bytes:
         raise over_memory_budget("the neighbour search needs", needed, memory_bytes)
     return SearchPlan(method=method, shards=shards, memory_bytes=needed, scan_memory_bytes=scan_memory)
+
+
+def exact_seconds(num_rows: int, rank: int, *, threads: int) -> float:
+    """About how long the exact engine takes on ``threads`` cores, for the preflight; nothing is decided by it."""
+    return num_rows**2 * rank / (_EXACT_WORK_PER_SECOND * threads)
 
 
 def _hnsw_shards(num_rows: int, rank: int, config: DensityConfig, *, threads: int, memory_bytes: int) -> int:

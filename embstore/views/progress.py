@@ -224,7 +224,8 @@ def time_line(event: Preflight) -> str:
         if name in PREPARATIONS and seconds >= _SHOWN_SECONDS
     ]
     before = f"so far {', '.join(spent)}; " if spent else ""
-    return f"[bold]time[/bold]: {before}next the pass, about {_duration(event.seconds)}, then the search, not estimated"
+    search = f"about {_duration(event.stage_seconds['knn'])}" if "knn" in event.stage_seconds else "not estimated"
+    return f"[bold]time[/bold]: {before}next the pass, about {_duration(event.seconds)}, then the search, {search}"
 
 
 def _answers(event: Preflight) -> str:

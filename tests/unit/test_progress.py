@@ -28,6 +28,7 @@ from embstore.core.events import (
 from embstore.flow.array_import import import_array
 from embstore.flow.build import build, preflight
 from embstore.model import locate
+from embstore.search.search_plan import exact_seconds
 from embstore.views import progress
 from embstore.views.progress import TerminalObserver, time_line
 from tests.support.models import make_model, make_tokenizer, save_model
@@ -109,7 +110,7 @@ def test_auto_compares_dtypes_in_a_stage(
 
 def test_the_preflight_says_where_the_time_went_and_goes(prompts: Path, config: BuildConfig, tmp_path: Path) -> None:
     found = preflight(prompts, out=tmp_path / "store", config=config)
-    assert list(found.stage_seconds) == [*NEW[: NEW.index("embed")], "embed"]
+    assert list(found.stage_seconds) == [*NEW[: NEW.index("embed")], "embed", "knn"]
     assert all(seconds >= 0 for seconds in found.stage_seconds.values())
     assert found.stage_seconds["embed"] == found.seconds > 0
 
@@ -204,8 +205,13 @@ def test_the_preflight_prints_its_times() -> None:
         seconds=300.0,
         stage_seconds={"hash": 12.34, "load": 0.01, "basis": 2.0, "embed": 300.0},
     )
-    shown = "so far hashing the model's files 12.3 s, making coordinates 2.0 s; next the pass, about 5 min, then the search"
-    assert shown in time_line(plan)
+    shown = (
+        "so far hashing the model's files 12.3 s, making coordinates 2.0 s; next the pass, about 5 min, then the search, "
+    )
+    assert f"{shown}not estimated" in time_line(plan)
+    # a million rows of 256 coordinates: 1.2 core-hours (docs/scaling.md)
+    seconds = {**plan.stage_seconds, "knn": exact_seconds(1_000_000, 256, threads=2)}
+    assert f"{shown}about 36 min" in time_line(dataclasses.replace(plan, stage_seconds=seconds))
 
 
 def test_the_first_words_come_before_what_takes_seconds(prompts: Path, folder: Path, tmp_path: Path) -> None:
