@@ -284,7 +284,7 @@ def template_kwargs_of(value: object) -> dict[str, JsonValue] | None:
 _DECIDED = frozenset(
     {"conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
     | {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
-    | {"tokenizer_kwargs"}
+    | {"tokenizer_kwargs", "sanitize_control_tokens"}
 )
 
 _KINDS = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}

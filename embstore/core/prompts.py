@@ -258,10 +258,10 @@ def parse_named_row(line: bytes, rule: PromptRule = CURRENT_RULE) -> Prompt | Re
     if isinstance(record, Rejected):
         return record
     if all(record.get(name) is None for name in ("prompt", "messages", "prefix", *_SHAREGPT)):
-        fields = _fields(record, USUAL_FIELDS.names)
         named = named_row(record["id"]) if "id" in record else Prompt(id=None, text="")
-        return named if isinstance(named, Rejected) else replace(named, fields=fields)
-    return prompt_of(record, rule=rule)
+        return named if isinstance(named, Rejected) else replace(named, fields=_fields(record, USUAL_FIELDS.names))
+    unusable = named_row(record["id"]) if record.get("id") not in (None, "") else None
+    return unusable if isinstance(unusable, Rejected) else prompt_of(record, rule=rule)
 
 
 def named_row(value: object) -> Prompt | Rejected:

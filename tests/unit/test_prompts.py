@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embstore.core.errors import CorruptStoreError
-from embstore.core.prompts import Prompt, Rejected, collapse_whitespace, decode_row, encode_row, parse_line
+from embstore.core.prompts import Prompt, Rejected, collapse_whitespace, decode_row, encode_row, parse_line, parse_named_row
 
 TEXTS = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda text: text.strip())
 MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "system"]), "content": TEXTS}, optional={"name": TEXTS})
@@ -216,3 +216,11 @@ def test_a_damaged_row_with_tools_is_refused(damage: dict[str, object]) -> None:
     assert decode_row(json.dumps(row).encode()).tools == ({"type": "function"},)
     with pytest.raises(CorruptStoreError):
         decode_row(json.dumps({**row, **damage}).encode())
+
+
+@pytest.mark.parametrize("line", [b'{"id": true, "prompt": "a"}', b'{"id": [1], "messages": "a"}', b'{"id": 1.5}'])
+def test_a_row_of_an_array_needs_an_id_that_names_it(line: bytes) -> None:
+    """An id that names nothing costs no prompt, but an array's rows are known by nothing else."""
+    found = parse_named_row(line)
+    assert isinstance(found, Rejected)
+    assert "the id is neither text nor a whole number" in found.reason
