@@ -153,7 +153,7 @@ def test_a_store_of_any_shape_is_read_back_bit_for_bit(
     assert len(last) == num_rows - (num_rows - 1) // chunk_rows * chunk_rows, "padding is no row"
     weights = load_weights(store.root, expect_len=num_rows)
     assert weights.array.sum(dtype=np.float64) == pytest.approx(1)
-    drawn = DensitySampler(weights).plan(0)
+    drawn = DensitySampler(weights, positional=True).plan(0)
     assert len(drawn) == num_rows
     assert set(drawn.tolist()) <= set(range(num_rows))
     for row in range(num_rows):
@@ -265,7 +265,7 @@ def test_failed_rows_are_nan_for_every_reader_and_nothing_else_is(compressor: st
     assert (store.neighbor_ids[failed] == -1).all()
     assert np.isposinf(store.neighbor_distances[failed]).all()
     assert np.flatnonzero(np.asarray(store.weights) == 0).tolist() == failed
-    assert set(DensitySampler(load_weights(store.root)).plan(0)).isdisjoint(failed)
+    assert set(DensitySampler(load_weights(store.root), positional=True).plan(0)).isdisjoint(failed)
     assert (verify(store.root).findings, inspect(store.root).failed_rows) == ([], len(failed))
 
 
@@ -293,7 +293,7 @@ def test_a_store_of_failed_rows_only_publishes_no_weights_for_training(num_rows:
         assert error.hint  # noqa: PT017 - both ends are right
     else:
         with pytest.raises(EmbstoreError):
-            DensitySampler(load_weights(tmp_path / "store"))
+            DensitySampler(load_weights(tmp_path / "store"), positional=True)
 
 
 def test_a_row_that_fails_stops_the_build_and_a_resume_may_quarantine_it(tmp_path: Path) -> None:
