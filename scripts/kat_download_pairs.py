@@ -20,7 +20,7 @@ from typing import Any
 from embstore.core.errors import ConfigError, PromptError
 from embstore.core.prompts import Prompt, collapse_whitespace
 from embstore.storage.atomic import DurableFile
-from embstore.storage.prompt_source import open_prompts
+from embstore.storage.prompt_source import open_records
 from scripts.kat_files import PAIRS, data_folder, run
 
 Record = Mapping[str, Any]
@@ -104,10 +104,10 @@ def _line(messages: list[dict[str, str]], chosen: str, rejected: str, *, source:
 
 def _from_files(paths: Iterable[Path]) -> Iterator[Record]:
     for path in paths:
-        with open_prompts(path) as lines:
-            for number, line in enumerate(lines, start=1):
+        with open_records(path) as records:
+            for number, line in enumerate(records, start=1):
                 try:
-                    record = json.loads(line)
+                    record = json.loads(line) if isinstance(line, bytes) else line
                 except (ValueError, RecursionError) as error:
                     raise PromptError(
                         f"line {number} of {path} is not JSON ({error})", hint="correct or remove the line"

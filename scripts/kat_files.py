@@ -16,8 +16,8 @@ from pathlib import Path
 
 from embstore.core.decode import printable
 from embstore.core.errors import EmbstoreError, PromptError
-from embstore.core.prompts import Message, Prompt, Rejected, collapse_whitespace, parse_line
-from embstore.storage.prompt_source import open_prompts
+from embstore.core.prompts import Message, Prompt, Rejected, collapse_whitespace
+from embstore.storage.prompt_source import Record, open_records, read_record
 
 PAIRS = "pairs_all.jsonl"
 PREFIXES, PREFIX_MAP = "prefixes_all.jsonl", "prefix_id_map.tsv"
@@ -98,9 +98,9 @@ class PromptLine:
 def read_lines(path: Path, *, report: Callable[[str], None]) -> Iterator[PromptLine]:
     """Every line of a JSONL file (gzip allowed) with a prompt; the first five others and their count are reported."""
     skipped = 0
-    with open_prompts(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            prompt = parse_line(_with_one_prompt(line))
+    with open_records(path) as records:
+        for number, record in enumerate(records, start=1):
+            prompt = read_record(_with_one_prompt(record))
             if isinstance(prompt, Prompt):
                 yield PromptLine(number=number, prompt=prompt)
                 continue
@@ -111,17 +111,20 @@ def read_lines(path: Path, *, report: Callable[[str], None]) -> Iterator[PromptL
         report(f"warning: skipped {skipped} lines of {path.name} in total")
 
 
-def _with_one_prompt(line: bytes) -> bytes:
-    """The line without its ``prompt`` if it also has a ``prefix``: the older field counts only if it is alone."""
-    if b'"prefix"' not in line or b'"prompt"' not in line:
-        return line
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return line  # parse_line reports what is wrong with it
-    if not isinstance(record, dict) or record.get("prefix") is None:
-        return line
-    return json.dumps({name: value for name, value in record.items() if name != "prompt"}).encode()
+def _with_one_prompt(record: Record) -> Record:
+    """The record without its ``prompt`` if it also has a ``prefix``: the older field counts only if it is alone."""
+    if isinstance(record, bytes):
+        if b'"prefix"' not in record or b'"prompt"' not in record:
+            return record
+        try:
+            found = json.loads(record)
+        except (ValueError, RecursionError):
+            return record  # read_record reports what is wrong with it
+    else:
+        found = record
+    if not isinstance(found, dict) or found.get("prefix") is None:
+        return record
+    return {name: value for name, value in found.items() if name != "prompt"}
 
 
 def _reason(rejected: Rejected) -> str:

@@ -18,7 +18,10 @@ from embstore.core.config import BuildConfig
 def build(
     prompts: Annotated[
         str | None,
-        typer.Argument(help="JSONL (also gzipped, or - for stdin), Parquet, or a saved dataset. Not needed on a resume."),
+        typer.Argument(
+            help="JSONL, CSV, Parquet or Arrow, also compressed; a folder of them; - for stdin; or a dataset of the hub, "
+            "org/name. Not needed on a resume."
+        ),
     ] = None,
     *,
     config: BuildConfig,

@@ -21,7 +21,9 @@ _USED |= {"limit", "allow_drift", "trust_journal"}
 @reporting
 @takes(BuildConfig, only=_USED)
 def import_array(
-    array: Annotated[Path, typer.Argument(help="A .npy file or the folder of a Zarr array: [N, D] floats.")],
+    array: Annotated[
+        Path, typer.Argument(help="A .npy file, a folder of them, or the folder of a Zarr array: [N, D] floats.")
+    ],
     *,
     config: BuildConfig,
     out: Out,

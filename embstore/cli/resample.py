@@ -19,8 +19,8 @@ from embstore.core.decode import printable
 @reporting
 def resample(
     store: Store,
-    dataset: Annotated[Path, typer.Option(help="The trainer's file, .jsonl or .parquet.")],
-    out: Annotated[Path, typer.Option(help="File to write, in the same format. Must not exist.")],
+    dataset: Annotated[Path, typer.Option(help="The trainer's file, JSONL or Parquet; - for stdin.")],
+    out: Annotated[Path, typer.Option(help="File to write, .jsonl or .parquet as the dataset is. Must not exist.")],
     name: Annotated[str, typer.Option(help="Name of the weights to use.")] = "default",
     num_samples: Annotated[int | None, typer.Option(help="Number of draws. Default: one per item.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,

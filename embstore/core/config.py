@@ -209,6 +209,21 @@ USUAL_FIELDS = PromptFields()
 DEFAULT_CHAT_DATE = "2024-07-26"  # what templates of Llama 3.1 print where nobody gives a date
 
 
+ALL_SPLITS = "all"
+
+
+@documented
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetChoice:
+    """What is read of a folder or of a dataset on the hub, where it has several parts."""
+
+    split: str | None = option(None, "Split of a folder or of a dataset on the hub; all: every one.", flag="--split")
+    config: str | None = option(None, "Configuration of a folder or of a dataset on the hub.", flag="--config")
+
+
+WHOLE = DatasetChoice()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptRule:
     """How the lines of a store became prompts; the journal and the manifest record it.
@@ -298,6 +313,7 @@ class BuildConfig:
     trust_journal: bool = option(False, "Resume without reading committed rows back to check them.")
     reuse: tuple[str, ...] = option((), "Finished store to copy rows of equal prompts from. Repeatable.", "input")
     fields: PromptFields = USUAL_FIELDS
+    dataset: DatasetChoice = WHOLE
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:

@@ -31,9 +31,11 @@ _Record = TypeVar("_Record")
 
 _HINT = "run embstore verify STORE"
 _ARRAY_MAGIC = b"\x93NUMPY\x01\x00"
+_FOREIGN_MAGICS = (_ARRAY_MAGIC, b"\x93NUMPY\x02\x00", b"\x93NUMPY\x03\x00")
 _ARRAY_HEADER = re.compile(
     rb"\{'descr': '([<>|](?:b1|[iu][1248]|f[248]))', 'fortran_order': (False|True), 'shape': \(([\d, ]*)\),? ?\} *\n"
 )
+_FOREIGN_HEADER = re.compile(_ARRAY_HEADER.pattern.replace(rb"(?:b1|[iu][1248]|f[248])", rb"[A-Za-z]\d{0,9}"))
 # control characters (terminal escape sequences begin with one), line separators, bidirectional overrides, lone surrogates
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _SHOWN_CHARACTERS = 60
@@ -148,27 +150,31 @@ class ArrayHeader:
     offset: int
 
 
-def decode_array_header(start: bytes, *, name: str) -> ArrayHeader:
+def decode_array_header(start: bytes, *, name: str, foreign: bool = False) -> ArrayHeader:
     """Read the header of a plain ``.npy`` array (version 1.0) from the first ``HEADER_BYTES`` of its file.
 
     numpy's own reader evaluates the header as Python, and also reads pickled arrays and archives; this one does not.
+    ``foreign``: the file is not a store's, so it may be of version 2.0 or 3.0, and of any type that is not structured.
 
     Raises
     ------
     CorruptStoreError
         The bytes are not such a header.
     """
-    size = int.from_bytes(start[8:10], "little")
-    found = _ARRAY_HEADER.fullmatch(start, 10, min(10 + size, len(start))) if start.startswith(_ARRAY_MAGIC) else None
+    has_magic = start.startswith(_FOREIGN_MAGICS if foreign else _ARRAY_MAGIC)
+    begin = 10 if start[6:7] == b"\x01" else 12
+    size = int.from_bytes(start[8:begin], "little")
+    pattern = _FOREIGN_HEADER if foreign else _ARRAY_HEADER
+    found = pattern.fullmatch(start, begin, min(begin + size, len(start))) if has_magic else None
     lengths = [part.strip() for part in found[3].split(b",") if part.strip()] if found else []
     is_shape = len(lengths) <= 32 and all(part.isdigit() and int(part) <= MAX_INTEGER for part in lengths)
-    if found is None or len(start) < 10 + size or not is_shape:
+    if found is None or len(start) < begin + size or not is_shape:
         raise CorruptStoreError(f"{name} is not a plain .npy array", hint=_HINT)
     return ArrayHeader(
         descr=found[1].decode(),
         shape=tuple(int(part) for part in lengths),
         is_fortran=found[2] == b"True",
-        offset=10 + size,
+        offset=begin + size,
     )
 
 

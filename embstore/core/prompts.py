@@ -147,7 +147,7 @@ def prompt_of(
         if isinstance(content, str):
             if not content.strip():
                 return Rejected(reason="the prompt is empty")
-            return Prompt(id=_id(record, names), text=content, fields=_fields(record, _own_names(names, is_chat=False)))
+            return Prompt(id=_id(record, names), text=content, fields=_fields(record, prompt_fields(names, is_chat=False)))
         messages = chat_of(content)
         is_answered = messages[-1]["role"] == "assistant"
         if is_answered and rule.turns == "prompt":
@@ -159,7 +159,7 @@ def prompt_of(
             messages=tuple(messages),
             tools=_tuple(tools_of(record.get(_TOOLS))),
             template_kwargs=template_kwargs_of(record.get(_KWARGS)),
-            fields=_fields(record, _own_names(names, is_chat=True)),
+            fields=_fields(record, prompt_fields(names)),
             is_answered=is_answered,
         )
     except Unusable as error:
@@ -198,7 +198,7 @@ def _content(record: Mapping[str, object], names: PromptFields) -> object:
     raise Unusable(f"no prompt: none of the fields {sought}; {there}")
 
 
-def _own_names(names: PromptFields, *, is_chat: bool) -> frozenset[str]:
+def prompt_fields(names: PromptFields, *, is_chat: bool = True) -> frozenset[str]:
     """Fields that belong to the prompt; the others are kept with its row."""
     own = names.names
     if names.text is None and names.messages is None:
@@ -255,13 +255,20 @@ def parse_named_row(line: bytes, rule: PromptRule = CURRENT_RULE) -> Prompt | Re
     if bare is not None:
         return named_row(bare)
     record = decode_object(line, rule)
-    if isinstance(record, Rejected):
-        return record
-    if all(record.get(name) is None for name in ("prompt", "messages", "prefix", *_SHAREGPT)):
-        named = named_row(record["id"]) if "id" in record else Prompt(id=None, text="")
+    return record if isinstance(record, Rejected) else named_record(record, rule)
+
+
+def named_record(record: Mapping[str, object], rule: PromptRule = CURRENT_RULE) -> Prompt | Rejected:
+    """A row of an array by one record: as ``prompt_of``, but it may have no text, and an id has to name it."""
+    has_prompt = any(record.get(name) is not None for name in ("prompt", "messages", "prefix", *_SHAREGPT))
+    try:
+        if has_prompt:
+            unusable = named_row(plain(record["id"])) if record.get("id") not in (None, "") else None
+            return unusable if isinstance(unusable, Rejected) else prompt_of(record, rule=rule)
+        named = named_row(plain(record["id"])) if "id" in record else Prompt(id=None, text="")
         return named if isinstance(named, Rejected) else replace(named, fields=_fields(record, USUAL_FIELDS.names))
-    unusable = named_row(record["id"]) if record.get("id") not in (None, "") else None
-    return unusable if isinstance(unusable, Rejected) else prompt_of(record, rule=rule)
+    except Unusable as error:
+        return Rejected(reason=str(error))
 
 
 def named_row(value: object) -> Prompt | Rejected:

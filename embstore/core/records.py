@@ -53,6 +53,16 @@ class PromptsRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OriginRecord:
+    """Journal, before the prompts: they come from a dataset of the hub at commit ``revision``."""
+
+    dataset: str
+    revision: str
+    config: str | None
+    split: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SpecRecord:
     """Journal: spec, basis or map, array metadata and the preallocated coordinate files are durable; rows may follow."""
 
@@ -142,9 +152,19 @@ class DriftRecord:
     fields: list[str]
 
 
-JournalRecord = PromptsRecord | ReuseRecord | SpecRecord | WindowRecord | ReusingWindowRecord | DemotedRecord | DriftRecord
+JournalRecord = (
+    OriginRecord
+    | PromptsRecord
+    | ReuseRecord
+    | SpecRecord
+    | WindowRecord
+    | ReusingWindowRecord
+    | DemotedRecord
+    | DriftRecord
+)
 
 _RECORDS: Mapping[str, type[JournalRecord]] = {
+    "origin": OriginRecord,
     "prompts": PromptsRecord,
     "reuse": ReuseRecord,
     "spec": SpecRecord,
@@ -160,6 +180,7 @@ _RECORD_NAMES = {record_type: name for name, record_type in _RECORDS.items()}
 class JournalState:
     """The committed state: the fold of the records of a journal, in order."""
 
+    origin: OriginRecord | None = None
     prompts: PromptsRecord | None = None
     reuse: ReuseRecord | None = None
     spec: SpecRecord | None = None
@@ -200,6 +221,8 @@ def replay(records: Iterable[JournalRecord]) -> JournalState:
     windows: dict[int, WindowRecord] = {}
     for record in records:
         match record:
+            case OriginRecord():
+                state = dataclasses.replace(state, origin=record)
             case PromptsRecord():
                 state = dataclasses.replace(state, prompts=record)
             case ReuseRecord():

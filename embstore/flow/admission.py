@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from embstore.core.config import BuildConfig, Compressor, EmbeddingConfig, PromptRule
+from embstore.core.config import BuildConfig, Compressor, DatasetChoice, EmbeddingConfig, PromptRule
 from embstore.core.errors import ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
 from embstore.core.events import Notice, stage
 from embstore.core.files import file_problem
@@ -22,12 +22,13 @@ from embstore.core.format import FORMAT_VERSION, MANIFEST, PROMPTS, basis_file
 from embstore.core.interfaces import Embedder, EmbedderSource
 from embstore.core.plan import as_stored, grid_of, plan, refuse_drift, refuse_other_input
 from embstore.core.prompts import Prompt
-from embstore.core.records import DemotedRecord, DriftRecord, PromptsRecord
+from embstore.core.records import DemotedRecord, DriftRecord, OriginRecord, PromptsRecord
 from embstore.core.spec import EmbeddingSpec, ModelIdentity, StoreSpec
 from embstore.flow.cost import check_fits, copied_rows, fit_rows
 from embstore.flow.reuse import Reuse, match_rows, nothing_reused, open_again, open_reused, refuse_unlike
 from embstore.flow.run import Run
 from embstore.storage.filesystem import caveat
+from embstore.storage.hub_dataset import HubDataset, find_hub_dataset
 from embstore.storage.ingest import ingest
 from embstore.storage.journal import run_entries
 from embstore.storage.prompt_source import PromptSource
@@ -53,6 +54,7 @@ def commit_prompts(run: Run, source: PromptSource | None) -> PromptsRecord:
     _refuse_lost_journal(run)
     committed = writer.state.prompts
     rule = _rule(committed, config)
+    source = _on_hub(source, config.dataset)
     if committed is None:
         if source is None:
             raise ConfigError(
@@ -68,10 +70,15 @@ def commit_prompts(run: Run, source: PromptSource | None) -> PromptsRecord:
                 limit=config.limit,
                 fields=config.fields,
                 rule=rule,
+                choice=config.dataset,
+                observer=run.observer,
             )
+            if isinstance(source, HubDataset):
+                writer.commit(source.origin)
             writer.commit(record)
     else:
         record = committed
+        _refuse_other_origin(writer.state.origin, source)
         if not config.trust_journal or source is not None:
             with stage(run.observer, "check", record.rows, "prompts"):
                 if not config.trust_journal:
@@ -98,6 +105,29 @@ def _rule(committed: PromptsRecord | None, config: BuildConfig) -> PromptRule:
     return committed.rule
 
 
+def _on_hub(source: PromptSource | None, choice: DatasetChoice) -> PromptSource | None:
+    """The dataset of the hub that the name of a source means, if it means one."""
+    return (find_hub_dataset(source, choice) if isinstance(source, str | Path) else None) or source
+
+
+def _refuse_other_origin(stored: OriginRecord | None, source: PromptSource | None) -> None:
+    """Another commit of the dataset is refused by its name, before it is read."""
+    if stored is None or not isinstance(source, HubDataset):
+        return
+    given = dataclasses.asdict(source.origin)
+    mismatches = [
+        FieldMismatch(field=f"dataset.{name}", stored=value, given=given[name])
+        for name, value in dataclasses.asdict(stored).items()
+        if value != given[name] and None not in (value, given[name])  # the only split need not be named
+    ]
+    if not mismatches:
+        return
+    raise IdentityMismatchError(
+        mismatches,
+        hint=f"resume without PROMPTS, or with {stored.dataset}@{stored.revision}; or build into another --out",
+    )
+
+
 def _refuse_lost_journal(run: Run) -> None:
     """Refuse a manifest without a complete journal: rows that readers use must not be computed again under it."""
     finished = open_published(run.writer.root)
@@ -119,9 +149,10 @@ def _refuse_other_prompts(root: Path, record: PromptsRecord, source: PromptSourc
             folder,
             folder,
             strict=config.strict,
-            limit=config.limit or None,
+            limit=config.limit,
             fields=config.fields,
             rule=record.rule,
+            choice=config.dataset,
         )
         if given.fingerprint == record.fingerprint:
             return

@@ -16,8 +16,9 @@ from embstore.core.errors import ConfigError
 from embstore.core.events import Observer, ignore, stage
 from embstore.core.format import JOURNAL
 from embstore.flow.build import BuildReport, build
-from embstore.storage.array_file import RowIds, open_array
+from embstore.storage.array_file import open_array
 from embstore.storage.journal import read_journal
+from embstore.storage.row_ids import RowIds
 
 
 def import_array(
@@ -34,8 +35,8 @@ def import_array(
     Parameters
     ----------
     array
-        ``.npy`` file or folder of a Zarr array, [N, D] of float16, float32 or float64. It is read in pieces, and its rows
-        are scaled to length 1, so distances order rows as cosine similarity does.
+        ``.npy`` file, folder of such files, or folder of a Zarr array: [N, D] of float16, bfloat16, float32 or float64. It
+        is read in pieces, and its rows are scaled to length 1, so distances order rows as cosine similarity does.
     out
         The store's folder; created when absent.
     ids

@@ -1,276 +1,166 @@
-"""Arrays to import: rows of a ``.npy`` file or of a Zarr array, and the names of those rows.
+"""Arrays to import: rows of a ``.npy`` file, of a folder of them, or of a Zarr array.
 
-Neither file is trusted. A ``.npy`` header is parsed, never evaluated, and the file is mapped; a Zarr array is opened only if
-all its codecs merely unpack numbers. Nothing is unpickled.
+None of them is trusted. A ``.npy`` header is parsed, never evaluated, and the file is mapped. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import hashlib
-import itertools
-import json
+import bisect
 import math
 import os
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+import re
+import stat
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.core.config import PromptRule, format_bytes
-from embstore.core.decode import HEADER_BYTES, decode_array_header, parse_json, shown
-from embstore.core.errors import ArrayError, CorruptStoreError, PromptError
-from embstore.core.format import DOCUMENT_BYTES, MAX_COLUMNS, MAX_ROWS, canonical_json
+from embstore.core.decode import HEADER_BYTES, ArrayHeader, decode_array_header
+from embstore.core.errors import ArrayError, CorruptStoreError
+from embstore.core.file_kinds import HEAD_BYTES, NPY, kind_of
 from embstore.core.interfaces import GivenRows
-from embstore.core.prompts import Prompt, Rejected, named_row, parse_named_row
-from embstore.core.rows import slices
-from embstore.storage.prompt_source import MAX_LINE_BYTES, open_prompts
+from embstore.storage.array_rows import ArrayRows
+from embstore.storage.prompt_folder import by_number
+from embstore.storage.zarr_array import ZARR_DOCUMENTS, ZarrRows
 
-_BLOCK_BYTES = 16 << 20
-_LIST_BYTES = 256 << 20
-_FLOATS = {2: "float16", 4: "float32", 8: "float64"}
-# codecs that unpack numbers and do nothing else, by version of the format
-_CODECS = {
-    3: frozenset({"bytes", "transpose", "blosc", "zstd", "gzip", "crc32c", "sharding_indexed"}),
-    2: frozenset({"blosc", "zstd", "zlib", "gzip", "lz4", "lzma", "bz2", "shuffle"}),
-}
+# what numpy.save writes for an array of ml_dtypes.bfloat16. "|V2" could be any two bytes, and is refused
+_BFLOAT16 = "<V2"
 
 
 def open_array(path: str | Path) -> GivenRows:
-    """The array at ``path``: a ``.npy`` file (version 1.0, C order), or the folder of one Zarr array (version 2 or 3).
+    """The array at ``path``: a ``.npy`` file, a folder of them, or the folder of one Zarr array (version 2 or 3).
 
     Raises
     ------
     ArrayError
-        There is no array, or it is not [N, D] of float16, float32 or float64.
+        There is no array, or it is not [N, D] of float16, bfloat16, float32 or float64.
     """
     path = Path(path)
     try:
-        return _ZarrRows(path) if path.is_dir() else _NpyRows(path)
+        if not path.is_dir():
+            return _NpyRows(path)
+        has_zarr = any((path / name).exists() for name in ZARR_DOCUMENTS)
+        return _NpyFolder(path) if not has_zarr and any(path.glob("*.npy")) else ZarrRows(path)
     except OSError as error:
         raise ArrayError(
-            f"cannot read array {path}: {error.strerror or error}", hint="give a .npy file or the folder of a Zarr array"
+            f"cannot read array {path}: {error.strerror or error}",
+            hint="give a .npy file, a folder of them, or the folder of a Zarr array",
         ) from error
 
 
-class _Rows:
-    """What both kinds of array share: shape, and the digest of all values."""
-
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        if len(shape) != 2 or not (0 < shape[0] <= MAX_ROWS and 0 < shape[1] <= MAX_COLUMNS):
-            raise ArrayError(
-                f"{path} has shape {shape}, expected [N, D] with N up to {MAX_ROWS} and D up to {MAX_COLUMNS}",
-                hint="save it with two dimensions and one row per prompt",
-            )
-        if dtype.kind != "f" or dtype.itemsize not in _FLOATS:
-            raise ArrayError(
-                f"{path} contains {dtype}, expected float16, float32 or float64", hint="save it as one of these"
-            )
-        self._path = path
-        self._row_step = 1
-        self.num_rows, self.dimension = shape
-        self.dtype = _FLOATS[dtype.itemsize]
-        self.held_bytes = 0
-
-    @property
-    def name(self) -> str:
-        """The name of the file or folder, without its path."""
-        return self._path.absolute().name
-
-    def read(self, start: int, stop: int) -> NDArray[np.floating]:
-        """Rows ``start <= row < stop``."""
-        raise NotImplementedError
-
-    def fingerprint(self) -> str:
-        """As ``GivenRows``; equal for a ``.npy`` file and a Zarr array of equal values, in any byte order."""
-        total = hashlib.sha256(canonical_json([self.num_rows, self.dimension, self.dtype]).encode())
-        step = max(1, _BLOCK_BYTES // (self.dimension * np.dtype(self.dtype).itemsize))
-        step = -(-step // self._row_step) * self._row_step  # whole chunks of a Zarr array
-        little = np.dtype(self.dtype).newbyteorder("<")
-        for part in slices(0, self.num_rows, step):
-            block = self.read(part.start, part.stop)
-            total.update(np.ascontiguousarray(block, dtype=little).data.cast("B"))
-        return total.hexdigest()
-
-
-class _NpyRows(_Rows):
+class _NpyRows(ArrayRows):
     """A mapped ``.npy`` file: its pages are the kernel's, not anonymous memory."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
-            try:
-                header = decode_array_header(os.pread(file.fileno(), HEADER_BYTES, 0), name=str(path))
-            except CorruptStoreError as error:
-                raise ArrayError(str(error), hint="numpy.save(FILE, rows) writes such a file") from error
-            dtype = np.dtype(header.descr)
-            super().__init__(path, header.shape, dtype)
+            header = _npy_header(path, file)
+            self._is_bfloat16 = header.descr == _BFLOAT16
+            stored = _dtype(path, "<u2" if self._is_bfloat16 else header.descr)
+            super().__init__(path, header.shape, np.dtype(np.float32) if self._is_bfloat16 else stored)
             if header.is_fortran:
                 raise ArrayError(
                     f"{path} is in Fortran order, which scatters each row over the file",
                     hint="save it as numpy.ascontiguousarray(rows)",
                 )
-            size, needed = os.fstat(file.fileno()).st_size, header.offset + dtype.itemsize * math.prod(header.shape)
+            size, needed = os.fstat(file.fileno()).st_size, header.offset + stored.itemsize * math.prod(header.shape)
             if size != needed:
                 raise ArrayError(
                     f"{path} has {size} bytes, but its header describes {needed}", hint="copy it again: it is truncated"
                 )
-            self._rows = np.memmap(file, dtype=dtype, mode="r", offset=header.offset, shape=header.shape)
+            self._rows = np.memmap(file, dtype=stored, mode="r", offset=header.offset, shape=header.shape)
+        self.held_bytes = 4 * self.dimension if self._is_bfloat16 else 0  # rows that are widened are not mapped
 
     def read(self, start: int, stop: int) -> NDArray[np.floating]:
-        """As ``GivenRows``: a view."""
-        return self._rows[start:stop]
-
-
-class _ZarrRows(_Rows):
-    """A Zarr array in a folder, read by zarr."""
-
-    def __init__(self, path: Path) -> None:
-        _check_zarr(path)
-        import zarr  # noqa: PLC0415 - takes a moment to load, and most imports are of .npy files
-
-        try:
-            self._array: Any = zarr.open_array(path, mode="r")
-            super().__init__(path, tuple(self._array.shape), np.dtype(self._array.dtype))
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            if isinstance(error, ArrayError):
-                raise
-            raise ArrayError(f"zarr cannot open {path}: {error}", hint="is this a whole Zarr array?") from error
-        self._row_step = int(self._array.chunks[0])
-        # reading one row decodes every chunk it crosses, some of them at the same time
-        height = min(self._row_step, self.num_rows)
-        self.held_bytes = 2 * height * self.dimension * np.dtype(self.dtype).itemsize
-
-    def read(self, start: int, stop: int) -> NDArray[np.floating]:
-        """Rows ``start <= row < stop``, decoded from their chunks."""
-        try:
-            rows: NDArray[np.floating] = np.asarray(self._array[start:stop])
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise ArrayError(
-                f"{self._path}: rows {start} to {stop - 1} cannot be read: {error}", hint="a chunk is damaged"
-            ) from error
+        """As ``GivenRows``: a view, or float32 of the same values as bfloat16."""
+        rows: NDArray[Any] = self._rows[start:stop]
+        if self._is_bfloat16:
+            rows = rows.astype("<u4")
+            rows <<= 16
+            rows = rows.view("<f4")
         return rows
 
 
-def _check_zarr(path: Path) -> None:
-    """Refuse anything but an array, and codecs that could do more than unpack numbers."""
-    for version, name in ((3, "zarr.json"), (2, ".zarray")):
-        if not (path / name).is_file():
-            continue
-        with (path / name).open("rb") as file:
-            content = file.read(DOCUMENT_BYTES + 1)
-        try:
-            if len(content) > DOCUMENT_BYTES:
-                raise CorruptStoreError(f"{path / name} has more than {format_bytes(DOCUMENT_BYTES)}")
-            metadata = parse_json(content, name=str(path / name))
-        except CorruptStoreError as error:
-            raise ArrayError(str(error), hint="is this a whole Zarr array?") from error
-        if not isinstance(metadata, dict) or metadata.get("node_type", "array") != "array":
-            raise ArrayError(f"{path} is a Zarr group, not an array", hint="give the folder of one array inside it")
-        codecs = list(_codecs(metadata))
-        foreign = next((codec for codec in codecs if codec not in _CODECS[version]), None)
-        if foreign is not None or metadata.get("storage_transformers"):
-            raise ArrayError(
-                f"{path} uses {shown(foreign or 'storage transformers')}, which embstore does not run",
-                hint=f"save it with one of {', '.join(sorted(_CODECS[version]))}",
-            )
-        return
-    raise ArrayError(f"{path} is a folder without a Zarr array", hint="give the folder with zarr.json or .zarray")
-
-
-def _codecs(value: object) -> Iterator[object]:
-    """Names of all codecs in the metadata of an array of either version, those inside shards included."""
-    if not isinstance(value, dict):
-        yield value
-        return
-    for field in ("codecs", "index_codecs", "filters", "compressor"):
-        found = value.get(field)
-        for codec in found if isinstance(found, list) else [found] if found is not None else []:
-            is_named = isinstance(codec, dict)
-            yield codec.get("name", codec.get("id")) if is_named else codec
-            if is_named and isinstance(codec.get("configuration"), dict):
-                yield from _codecs(codec["configuration"])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowIds:
-    """Names of ``num_rows`` rows: from a file (text with one id per line, a JSON list, or JSONL), or the row numbers.
-
-    A JSONL line may have a prompt in addition to its id, as for ``build``; a line without an id gets its row number.
-    """
-
-    path: Path | None
-    num_rows: int
-
-    @property
-    def name(self) -> str:
-        """The path of the file, for messages."""
-        return str(self.path) if self.path is not None else "row numbers"
-
-    def prompts(self, rule: PromptRule) -> Generator[Prompt, None, None]:
-        """As ``RowNames``.
-
-        Raises
-        ------
-        PromptError
-            The file cannot be read, a line does not name a row, or the number of names differs from that of the rows.
-        """
-        if self.path is None:
-            yield from (Prompt(id=str(row), text="") for row in range(self.num_rows))
-            return
-        count = 0
-        for prompt in self._read(rule):
-            if isinstance(prompt, Rejected):
-                raise PromptError(
-                    f"{self.path} line {count + 1} does not name a row: {prompt.reason}",
-                    hint="every row of the array needs an id; correct the line",
-                )
-            if count < self.num_rows:
-                yield prompt if prompt.id is not None else dataclasses.replace(prompt, id=str(count))
-            count += 1
-        if count != self.num_rows:
-            raise PromptError(
-                f"{self.path} names {count} rows, the array has {self.num_rows}", hint="give one id for each row, in order"
-            )
-
-    def _read(self, rule: PromptRule) -> Iterator[Prompt | Rejected]:
-        if self.path is None:
-            raise AssertionError("row numbers need no file")
-        with open_prompts(self.path) as lines:
-            first = next(lines, None)
-            if first is None:
-                return
-            opening = first.lstrip()[:1]
-            if opening == b"[":
-                yield from self._list(first, lines)
-                return
-            parse = functools.partial(parse_named_row, rule=rule) if opening in (b"{", b'"') else _text_id
-            for line in itertools.chain([first], lines):
-                yield parse(line) if len(line) <= MAX_LINE_BYTES else Rejected(reason=f"longer than {MAX_LINE_BYTES} bytes")
-
-    def _list(self, first: bytes, lines: Iterator[bytes]) -> Iterator[Prompt | Rejected]:
-        content = bytearray(first)
-        for line in lines:
-            content += line
-            if len(content) > _LIST_BYTES:
-                raise PromptError(
-                    f"{self.path} is a JSON list of more than {format_bytes(_LIST_BYTES)}",
-                    hint="give one id per line: such a file is read line by line",
-                )
-        try:
-            ids = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise PromptError(
-                f"{self.path} is not a JSON list of ids: {str(error)[:80]}", hint="give one id per line"
-            ) from error
-        yield from (named_row(value) for value in ids)
-
-
-def _text_id(line: bytes) -> Prompt | Rejected:
+def _dtype(path: Path, descr: str) -> np.dtype[Any]:
     try:
-        return named_row(line.decode("utf-8").rstrip("\r\n"))
-    except UnicodeDecodeError as error:
-        return Rejected(reason=f"not UTF-8 (byte {error.start})")
+        return np.dtype(descr)
+    except TypeError:
+        raise ArrayError(
+            f"{path} contains {descr}, which numpy does not know", hint='numpy.save("rows.npy", rows) writes a plain array'
+        ) from None
+
+
+def _npy_header(path: Path, file: BinaryIO) -> ArrayHeader:
+    """The header of a ``.npy`` file; anything else is refused by what it is."""
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        raise ArrayError(
+            f"{path} is a pipe or device: rows are read from any place in a file", hint="write it to a file first"
+        )
+    start = os.pread(file.fileno(), HEAD_BYTES, 0)
+    kind = kind_of(start)
+    if kind is not None and kind is not NPY:
+        raise ArrayError(f"{path} is {kind.name}, not a .npy array", hint=kind.array.format(file=path))
+    try:
+        header = decode_array_header(start[:HEADER_BYTES], name=str(path), foreign=True)
+    except CorruptStoreError as error:
+        what = "save it without a structured type" if kind is NPY else "raw numbers have no shape"
+        raise ArrayError(str(error), hint=f'{what}; numpy.save("rows.npy", rows) writes a plain array') from error
+    if header.descr.endswith("O"):
+        raise ArrayError(
+            f"{path} is an array of Python objects, not a plain .npy array; they are pickled, and embstore never unpickles",
+            hint='give rows of one length: numpy.save("rows.npy", numpy.stack(list(rows)).astype(numpy.float32))',
+        )
+    if header.descr[1] == "V" and header.descr != _BFLOAT16:
+        raise ArrayError(
+            f"{path} contains values of {header.descr[2:]} bytes whose type it does not name ({header.descr})",
+            hint='if they are bfloat16: numpy.save("rows.npy", rows.view(ml_dtypes.bfloat16).astype(numpy.float32))',
+        )
+    return header
+
+
+class _NpyFolder(ArrayRows):
+    """The ``.npy`` files of a folder, one after the other: by name, numbers by their value (emb_2 before emb_10)."""
+
+    def __init__(self, path: Path) -> None:
+        names = sorted((each.name for each in path.glob("*.npy") if not each.name.startswith(".")), key=by_number)
+        series = Counter(re.sub(r"\d+", "#", name) for name in names)
+        if len(series) > 1 and max(series.values()) > 1:
+            raise ArrayError(
+                f"{path} contains files of several arrays: {', '.join(sorted(series)[:5])}", hint="give each its own folder"
+            )
+        parts = [_NpyRows(path / name) for name in names if not _is_empty(path / name)]
+        if not parts:
+            raise ArrayError(f"{path}: none of its {len(names)} .npy files has rows", hint="is it the right folder?")
+        first = parts[0]
+        for part in parts:
+            if (part.dimension, part.dtype) != (first.dimension, first.dtype):
+                raise ArrayError(
+                    f"{path}: {part.name} has {part.dimension} columns of {part.dtype}, "
+                    f"{first.name} has {first.dimension} of {first.dtype}",
+                    hint="the files of one array have the same columns and type; move the others away",
+                )
+        rows = sum(part.num_rows for part in parts)
+        super().__init__(path, (rows, first.dimension), np.dtype(first.dtype))
+        self._parts = parts
+        self._starts = np.cumsum([0, *(part.num_rows for part in parts)]).tolist()
+        self.held_bytes = first.dimension * np.dtype(self.dtype).itemsize  # rows across two files are not mapped
+
+    def read(self, start: int, stop: int) -> NDArray[np.floating]:
+        """As ``GivenRows``: a view where the rows lie in one file."""
+        found = []
+        for position in range(bisect.bisect_right(self._starts, start) - 1, len(self._parts)):
+            begin = self._starts[position]
+            if begin >= stop:
+                break
+            found.append(
+                self._parts[position].read(max(start - begin, 0), min(stop - begin, self._parts[position].num_rows))
+            )
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a file is an array without rows, as some writers end with."""
+    with path.open("rb") as file:
+        shape = _npy_header(path, file).shape
+    return len(shape) == 2 and shape[0] == 0

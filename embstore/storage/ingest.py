@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from embstore.core.config import CURRENT_RULE, USUAL_FIELDS, PromptFields, PromptRule
+from embstore.core.config import CURRENT_RULE, USUAL_FIELDS, WHOLE, DatasetChoice, PromptFields, PromptRule
 from embstore.core.errors import PromptError
+from embstore.core.events import Observer, ignore
 from embstore.core.files import array_header, storage_errors
 from embstore.core.format import (
     ALIASES,
@@ -34,7 +35,8 @@ from embstore.core.format import (
 from embstore.core.prompts import Prompt, Rejected, decode_row, encode_row
 from embstore.core.records import PromptsRecord
 from embstore.storage.atomic import DurableFile, fsync_directory, save_array
-from embstore.storage.prompt_source import PromptSource, open_source
+from embstore.storage.hub_dataset import HubDataset
+from embstore.storage.prompt_source import Prompts, PromptSource, open_source
 
 _SPOOL = "rows.spool"
 _LINES_SPOOL = "lines.spool"  # the row of each line, 8 bytes little endian
@@ -53,7 +55,7 @@ class _Rows:
     lines: int = 0
     quarantined: int = 0
     answered: int = 0
-    first_quarantined: list[str] = field(default_factory=list)
+    first_quarantined: list[tuple[str, str]] = field(default_factory=list)  # where, and the reason
 
 
 def ingest(
@@ -65,13 +67,15 @@ def ingest(
     limit: int | None,
     fields: PromptFields = USUAL_FIELDS,
     rule: PromptRule = CURRENT_RULE,
+    choice: DatasetChoice = WHOLE,
+    observer: Observer = ignore,
 ) -> PromptsRecord:
     """Write stage 0 of ``source`` into ``folder``; durable, but committed only by the record the caller journals.
 
     Parameters
     ----------
     source
-        Path of a JSONL file (gzip allowed), of a table, or ``-``; or the names of an array's rows.
+        Path of a file, a pipe, a folder, or ``-``; a dataset of the hub; or the names of an array's rows.
     folder, spool_folder
         Folders for the files and for scratch files.
     strict
@@ -82,6 +86,8 @@ def ingest(
         Names of the prompt fields, if they are not the usual ones.
     rule
         How lines become prompts; a store keeps the rule that it began with.
+    choice, observer
+        As for ``prompt_source.open_records``.
 
     Raises
     ------
@@ -96,17 +102,17 @@ def ingest(
                 storage_errors("writing to", spool_folder),
                 spools[0].open("wb") as row_spool,
                 spools[1].open("wb") as line_spool,
-                open_source(source, fields, rule) as prompts,
+                open_source(source, fields, rule, choice, scratch=spool_folder, observer=observer) as prompts,
             ):
                 for prompt in prompts:
                     rows.lines += 1
                     row, is_new = -1, False
                     if isinstance(prompt, Rejected):
-                        _quarantine(rows, prompt.reason, quarantine)
-                    elif isinstance(source, str | Path):
-                        row, is_new = _place(rows, prompt, prompt.digest)
+                        _quarantine(rows, prompt.reason, quarantine, prompts)
+                    elif isinstance(source, str | Path | HubDataset):
+                        row, is_new = _place(rows, prompt, prompt.digest, prompts)
                     else:
-                        row, is_new = _place_named(rows, prompt, source.name)
+                        row, is_new = _place_named(rows, prompt, source.name, prompts)
                     line_spool.write(row.to_bytes(8, "little", signed=True))
                     rows.answered += isinstance(prompt, Prompt) and prompt.is_answered
                     if is_new and isinstance(prompt, Prompt):
@@ -121,24 +127,24 @@ def ingest(
                 spool.unlink(missing_ok=True)
 
 
-def _quarantine(rows: _Rows, reason: str, file: DurableFile) -> None:
+def _quarantine(rows: _Rows, reason: str, file: DurableFile, prompts: Prompts) -> None:
     file.write(json.dumps({"line": rows.lines, "reason": reason}).encode() + b"\n")
     rows.quarantined += 1
     if len(rows.first_quarantined) < 3:
-        rows.first_quarantined.append(f"line {rows.lines}: {reason}")
+        rows.first_quarantined.append((prompts.where(rows.lines), reason))
 
 
-def _place_named(rows: _Rows, prompt: Prompt, name: str) -> tuple[int, bool]:
+def _place_named(rows: _Rows, prompt: Prompt, name: str, prompts: Prompts) -> tuple[int, bool]:
     """Place a named row of an array: always a new row, even if its text occurred before."""
     if prompt.id is None or prompt.id in rows.explicit:
         raise PromptError(
             f"{name}: id {prompt.id!r} names two rows, {rows.explicit[prompt.id or '']} and {len(rows.row_ids)}",
             hint="give each row of the array a different id",
         )
-    return _place(rows, prompt, prompt.id_digest)
+    return _place(rows, prompt, prompt.id_digest, prompts)
 
 
-def _place(rows: _Rows, prompt: Prompt, digest: bytes) -> tuple[int, bool]:
+def _place(rows: _Rows, prompt: Prompt, digest: bytes, prompts: Prompts) -> tuple[int, bool]:
     """Row number of a prompt, new or repeated, and whether it is new."""
     line_number = rows.lines
     row = rows.digests.setdefault(digest, len(rows.row_ids))
@@ -152,8 +158,10 @@ def _place(rows: _Rows, prompt: Prompt, digest: bytes) -> tuple[int, bool]:
         rows.explicit_line.setdefault(prompt.id, line_number)
         if known != row:
             raise PromptError(
-                f"id {prompt.id!r} names two different prompts: line {rows.explicit_line[prompt.id]} and line {line_number}",
-                hint="give one of them another id, or remove the ids: then they are derived from the text",
+                f"id {prompt.id!r} names two different prompts: {prompts.where(rows.explicit_line[prompt.id])} and "
+                f"{prompts.where(line_number)}",
+                hint="give one of them another id; where ids are numbered per source, name a field that is unique with "
+                "--id-field FIELD (a FIELD that no line has: ids are derived from the texts)",
             )
     return row, is_new
 
@@ -163,7 +171,7 @@ _OTHER_FIELDS = "name the field of the prompt: --text-field NAME if it is a text
 
 
 def _refuse_unusable(rows: _Rows, source: str, *, strict: bool) -> None:
-    first = "; ".join(rows.first_quarantined)
+    first = "; ".join(f"{where.removesuffix(f' of {source}')}: {reason}" for where, reason in rows.first_quarantined)
     if not rows.row_ids:
         seen = f"none of its {rows.lines} lines is usable ({first})" if rows.lines else "the file is empty"
         raise PromptError(f"no prompts in {source}: {seen}", hint=_OTHER_FIELDS if "no prompt: " in first else _LINES)

@@ -1,11 +1,13 @@
 """A density-resampled copy of a prompts file, for trainers that take a file and no sampler. JSONL, and Parquet with pyarrow.
 
-Items are joined to the store by content or id. Memory is a few words per item, plus one block of rows at a time. The copy
-appears under its name when it is complete.
+Items are joined to the store by content or id. Memory is a few words per item, plus one block of rows at a time. The dataset
+is opened once and mapped; what comes compressed or through a pipe is mapped in a scratch file. The copy appears under its
+name when it is complete.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 from array import array
 from codecs import BOM_UTF8
@@ -18,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import ConfigError, PromptError, StoreExistsError
+from embstore.core.file_kinds import PARQUET
 from embstore.core.files import storage_errors
+from embstore.core.inputs import INSTALL_PARQUET, Input, open_input
 from embstore.core.prompts import Rejected, decode_object
 from embstore.core.rows import slices
 from embstore.training.draws import Method
@@ -26,7 +30,7 @@ from embstore.training.items import values_of
 from embstore.training.join import Duplicates, OnMissing
 from embstore.training.reading import PromptReading
 from embstore.training.resample import DRAW_COLUMN, resample_indices
-from embstore.training.weights import load_weights
+from embstore.training.weights import Weights, load_weights
 
 _BLOCK_DRAWS = 1 << 16
 _JSONL = (".jsonl", ".json", ".ndjson")
@@ -65,7 +69,8 @@ def resample_file(
     store, name
         A finished store, and the name of its weighting.
     dataset, out
-        Files of one format: ``.jsonl`` or ``.parquet``. ``out`` must not exist.
+        JSONL (also compressed, a pipe, or ``-`` for standard input) or Parquet, by content; ``out``, which must not exist,
+        has the format's suffix: ``.jsonl`` or ``.parquet``.
     num_samples, seed, epoch, method
         See ``DensitySampler``; default: one draw per item.
     key_column, id_column, on_missing, duplicates
@@ -73,16 +78,47 @@ def resample_file(
 
     Raises
     ------
-    ConfigError, StoreExistsError, KeyMismatchError, WeightsError
-        The formats differ, ``out`` exists, or items are not in the store.
+    ConfigError, PromptError, StoreExistsError, KeyMismatchError, WeightsError
+        The formats differ, the dataset cannot be read, ``out`` exists, or items are not in the store.
     """
     source, target = Path(dataset), Path(out)
-    if not source.is_file():
+    if source.is_dir():
         raise ConfigError(f"{source} is not a file", hint="give the prompts file that the trainer reads")
     if os.path.lexists(target):
         raise StoreExistsError(f"{target} exists already", hint="give another --out, or remove it")
-    table = _open(source, target)
-    stored = load_weights(store, name=name)
+    with open_input(dataset) as opened:
+        _refuse_format(opened, target)
+        with opened.mapped(target.parent) as content:
+            table = _Parquet(opened.name, content) if opened.kind is PARQUET else _Lines(opened.name, content)
+            return _resampled(
+                table,
+                load_weights(store, name=name),
+                target,
+                num_samples=num_samples,
+                seed=seed,
+                epoch=epoch,
+                method=method,
+                key_column=key_column,
+                id_column=id_column,
+                on_missing=on_missing,
+                duplicates=duplicates,
+            )
+
+
+def _resampled(
+    table: _Lines | _Parquet,
+    stored: Weights,
+    target: Path,
+    *,
+    num_samples: int | None,
+    seed: int,
+    epoch: int,
+    method: Method,
+    key_column: str | None,
+    id_column: str | None,
+    on_missing: OnMissing,
+    duplicates: Duplicates,
+) -> ResampleReport:
     weights = stored.for_dataset(
         table.records(stored.reading(key_column), id_column),
         key_column=key_column,
@@ -111,50 +147,61 @@ def resample_file(
     )
 
 
-def _open(source: Path, target: Path) -> _Lines | _Parquet:
-    if source.suffix != target.suffix or source.suffix not in (*_JSONL, ".parquet"):
+def _refuse_format(opened: Input, target: Path) -> None:
+    """Refuse a dataset that is neither JSONL nor Parquet, and a copy whose name says another format."""
+    is_list = opened.kind is None and opened.head.lstrip()[:1] == b"["
+    if is_list or opened.kind not in (None, PARQUET):
+        kind = opened.kind.name if opened.kind is not None else "a JSON array"
         raise ConfigError(
-            f"dataset and copy must both be .jsonl or both .parquet, got {source.name} and {target.name}",
-            hint="unpack a compressed file first; give --out the suffix of the dataset",
+            f"{opened.name} is {kind}; resample takes JSONL and Parquet",
+            hint="jq -c '.[]' makes lines of a JSON array" if is_list else "convert it to one of them",
         )
-    return _Parquet(source) if source.suffix == ".parquet" else _Lines(source)
+    if not opened.head:
+        raise ConfigError(f"{opened.name} is empty", hint="give the prompts file that the trainer reads")
+    suffixes = _JSONL if opened.kind is None else (".parquet",)
+    if target.suffix not in suffixes:
+        raise ConfigError(
+            f"dataset and copy must both be JSONL or both Parquet: {opened.name} is "
+            f"{'JSONL' if opened.kind is None else 'Parquet'}, and the copy is named {target.name}",
+            hint=f"give --out the suffix {suffixes[0]}; a copy is never compressed",
+        )
 
 
 class _Lines:
-    """A JSONL file whose lines are found by offset; blank lines do not count as items."""
+    """Lines of JSON that are found by offset; blank lines do not count as items."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, name: str, content: mmap.mmap) -> None:
+        self.name = name
+        self.content = content
         self.offsets = array("q")
         self.unreadable: str | None = None  # the first line that is not a JSON object
 
     def records(self, reading: PromptReading, id_column: str | None) -> Iterator[dict[str, Any] | Rejected]:
         """Every item, in order; a line that is not a JSON object has no prompt."""
-        with self.path.open("rb") as file:
-            offset = len(BOM_UTF8) if file.peek(len(BOM_UTF8)).startswith(BOM_UTF8) else 0
-            file.seek(offset)
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    self.offsets.append(offset)
-                    yield self._record(line, number, reading)
-                offset += len(line)
+        offset = len(BOM_UTF8) if self.content[: len(BOM_UTF8)] == BOM_UTF8 else 0
+        self.content.seek(offset)
+        for number, line in enumerate(iter(self.content.readline, b""), start=1):
+            if line.strip():
+                self.offsets.append(offset)
+                yield self._record(line, number, reading)
+            offset += len(line)
 
     def _record(self, line: bytes, number: int, reading: PromptReading) -> dict[str, Any] | Rejected:
         record = decode_object(line, reading.rule)
         if isinstance(record, Rejected):
-            self.unreadable = self.unreadable or f"line {number} of {self.path}: {record.reason}"
+            self.unreadable = self.unreadable or f"line {number} of {self.name}: {record.reason}"
         elif DRAW_COLUMN in record:
             raise ConfigError(
-                f"{self.path} has a field {DRAW_COLUMN}: it is resampled already", hint="resample the original"
+                f"{self.name} has a field {DRAW_COLUMN}: it is resampled already", hint="resample the original"
             )
         return record
 
     def write(self, out: Path, rows_n: NDArray[np.int64]) -> None:
         """Write the lines of these items, verbatim, with one more field at the end."""
-        with self.path.open("rb") as file, out.open("wb") as copy:
+        with out.open("wb") as copy:
             for number, row in enumerate(rows_n.tolist()):
-                file.seek(self.offsets[row])
-                body = file.readline().rstrip()[:-1].rstrip()
+                self.content.seek(self.offsets[row])
+                body = self.content.readline().rstrip()[:-1].rstrip()
                 comma = b"" if body.endswith(b"{") else b", "
                 copy.write(body + comma + f'"{DRAW_COLUMN}": {number}}}\n'.encode())
 
@@ -164,27 +211,29 @@ class _Parquet:
 
     unreadable = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, name: str, content: mmap.mmap) -> None:
         try:
             import pyarrow  # noqa: PLC0415 - only who has such a file needs it
             import pyarrow.parquet  # noqa: PLC0415
         except ImportError as error:
-            raise ConfigError("Parquet needs pyarrow", hint="pip install 'embstore[parquet]'") from error
-        self.path = path
+            raise ConfigError("Parquet needs pyarrow", hint=INSTALL_PARQUET) from error
+        self.name = name
         self.arrow: Any = pyarrow
         self.parquet: Any = pyarrow.parquet
         try:
-            self.file: Any = self.parquet.ParquetFile(path)
+            self.file: Any = self.parquet.ParquetFile(pyarrow.BufferReader(pyarrow.py_buffer(content)))
         except pyarrow.ArrowInvalid as error:
-            raise ConfigError(f"{path} is not a Parquet file ({str(error)[:80]})") from error
+            raise ConfigError(
+                f"{name} is not a Parquet file ({str(error)[:80]})", hint="the file is damaged or truncated"
+            ) from error
         if DRAW_COLUMN in self.file.schema_arrow.names:
-            raise ConfigError(f"{path} has a column {DRAW_COLUMN}: it is resampled already", hint="resample the original")
+            raise ConfigError(f"{name} has a column {DRAW_COLUMN}: it is resampled already", hint="resample the original")
 
     def records(self, reading: PromptReading, id_column: str | None) -> Iterator[dict[str, Any]]:
         """Every item, with the columns that identify its prompt."""
         present = self.file.schema_arrow.names
         if id_column is not None and id_column not in present:
-            raise ConfigError(f"{self.path} has no column {id_column}; it has {', '.join(present)}", hint="set --id-column")
+            raise ConfigError(f"{self.name} has no column {id_column}; it has {', '.join(present)}", hint="set --id-column")
         wanted = reading.choose(present) if id_column is None else [id_column]
         for batch in self.file.iter_batches(batch_size=1024, columns=wanted):
             columns = [values_of(batch.column(name)) for name in wanted]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ from embstore.host.memory import read_memory
 from embstore.model import range_finder
 from embstore.training import load_weights
 from tests.support.stores import snapshot
+from tests.unit.test_prompt_inputs import pipe
 
 ROWS, COLUMNS = 150, 40
 CONFIG = BuildConfig(embedding=EmbeddingConfig(chunk_rows=16, window_rows=32, threads=1), density=DensityConfig(knn="exact"))
@@ -333,15 +339,193 @@ def test_files_that_are_no_arrays_are_refused(tmp_path: Path) -> None:
     text = tmp_path / "text.npy"
     text.write_text("no array")
     refused(tmp_path, text, "is not a plain .npy array")
+    os.mkfifo(tmp_path / "fifo")
+    handle = os.open(tmp_path / "fifo", os.O_RDWR)  # so that opening it does not wait
+    refused(tmp_path, tmp_path / "fifo", "is a pipe or device")
+    os.close(handle)
     pickled = tmp_path / "pickled.npy"
     np.save(pickled, np.array([[print]], dtype=object), allow_pickle=True)
-    refused(tmp_path, pickled, "is not a plain .npy array")
+    refused(tmp_path, pickled, "is an array of Python objects")
     cut = save(tmp_path / "cut.npy", np.ones((20, 8)))
     os.truncate(cut, cut.stat().st_size - 1)
     refused(tmp_path, cut, "but its header describes")
     empty = tmp_path / "folder"
     empty.mkdir()
     refused(tmp_path, empty, "is a folder without a Zarr array")
+
+
+def _numpy(path: Path, rows: NDArray[Any], write: Callable[..., None] = np.save) -> None:
+    with path.open("wb") as file:
+        write(file, rows)
+
+
+def _torch_file(path: Path, rows: NDArray[np.float32]) -> None:
+    torch.save(torch.from_numpy(rows), path)
+
+
+def _safetensors(path: Path, rows: NDArray[np.float32]) -> None:
+    pytest.importorskip("safetensors.numpy").save_file({"embeddings": rows}, path)
+
+
+def _parquet(path: Path, rows: NDArray[np.float32]) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"embedding": pa.array(rows.tolist(), pa.list_(pa.float32()))}), path)
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "hint"),
+    [
+        (lambda path, rows: _numpy(path, rows, np.savez), "is a NumPy archive (.npz)", "numpy.load"),
+        (_torch_file, "is a PyTorch file, which embstore never unpickles", "weights_only=True"),
+        (_safetensors, "is a safetensors file", "safetensors.numpy.load_file"),
+        (_parquet, "is a Parquet file", "pyarrow.parquet.read_table"),
+        (lambda path, rows: path.write_bytes(gzip.compress(rows.tobytes())), "is a gzip stream", "gzip -d"),
+        (lambda path, rows: _numpy(path, rows.astype(object)), "an array of Python objects", "numpy.stack"),
+        (lambda path, rows: _numpy(path, rows.astype("f2").view("V2")), "(|V2)", "ml_dtypes.bfloat16"),
+        (lambda path, rows: _numpy(path, rows.view([("a", "f4")])), "is not a plain .npy", "structured"),
+        (lambda path, rows: path.write_bytes(rows.tobytes()), "is not a plain .npy array", "raw numbers have no shape"),
+    ],
+    ids=["npz", "pt", "safetensors", "parquet", "gzip", "object", "void", "structured", "raw"],
+)  # fmt: skip
+def test_what_is_no_array_is_named_with_its_conversion(write: Any, name: str, hint: str, tmp_path: Path) -> None:
+    write(tmp_path / "rows.npy", np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32))
+    refused(tmp_path, tmp_path / "rows.npy", name)
+    assert hint in run("import", tmp_path / "rows.npy", "--out", tmp_path / "store").stderr.replace("\n", " ")
+
+
+def _stored(source: Path, out: Path) -> dict[str, str]:
+    embstore.import_array(source, out=out, config=CONFIG)
+    found = snapshot(out)
+    found.pop("spec.json"), found.pop("manifest.json"), found.pop("embeddings_metadata.json")  # the name of the array
+    return {
+        name: digest for name, digest in found.items() if not name.startswith("weights/") and name != "density_weights.npy"
+    }
+
+
+def test_bfloat16_rows_are_their_values(tmp_path: Path) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    rows = make_rows().astype(ml_dtypes.bfloat16)
+    found = _stored(save(tmp_path / "half.npy", rows), tmp_path / "a")
+    assert found == _stored(save(tmp_path / "whole.npy", rows.astype(np.float32)), tmp_path / "b")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_a_folder_of_shards_is_one_array(dtype: str, tmp_path: Path) -> None:
+    """In the order of the numbers in their names; files without rows and other files do not matter."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    rows = make_rows().astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    cuts = [0, 7, 20, 20, 33, 60, 61, 80, 90, 95, 99, 100, len(rows)]
+    for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        save(folder / f"emb_{number}.npy", rows[start:stop])  # emb_10 comes after emb_9
+    (folder / "metadata.parquet").write_bytes(b"PAR1")
+    found = _stored(folder, tmp_path / "a")
+    assert found == _stored(save(tmp_path / "whole.npy", rows), tmp_path / "b")
+
+
+def test_a_folder_of_unlike_shards_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    save(folder / "emb_0.npy", np.ones((3, 4), dtype=np.float32))
+    save(folder / "emb_1.npy", np.ones((3, 5), dtype=np.float32))
+    refused(tmp_path, folder, "emb_1.npy has 5 columns of float32, emb_0.npy has 4 of float32")
+    save(folder / "emb_1.npy", np.ones((3, 4), dtype=np.float16))
+    refused(tmp_path, folder, "emb_1.npy has 4 columns of float16, emb_0.npy has 4 of float32")
+    save(folder / "emb_1.npy", np.ones((0, 4), dtype=np.float32))
+    save(folder / "text_0.npy", np.ones((3, 4), dtype=np.float32))
+    refused(tmp_path, folder, "contains files of several arrays: emb_#.npy, text_#.npy")
+
+
+@pytest.mark.parametrize("version", [(2, 0), (3, 0)])
+def test_headers_of_later_versions_are_read(version: tuple[int, int], tmp_path: Path) -> None:
+    rows = make_rows().astype(np.float32)
+    with (tmp_path / "later.npy").open("wb") as file:
+        np.lib.format.write_array(file, rows, version=version)
+    assert _stored(tmp_path / "later.npy", tmp_path / "a") == _stored(save(tmp_path / "whole.npy", rows), tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("options", "lost", "named"),
+    [
+        ({"zarr_format": 2, "chunks": (16, 16)}, "2.0", "chunk 2.0 (rows 32 to 47)"),
+        ({"zarr_format": 2, "chunks": (16, 5)}, "1.2", "chunk 1.2 (rows 16 to 31)"),
+        ({"zarr_format": 3, "chunks": (16, 16)}, "c/3/0", "chunk c/3/0 (rows 48 to 59)"),
+        ({"zarr_format": 3, "chunks": (8, 4), "shards": (32, 16)}, "c/1/0", "chunk c/1/0 (rows 32 to 59)"),
+    ],
+)
+def test_a_chunk_that_is_missing_is_named(options: dict[str, Any], lost: str, named: str, tmp_path: Path) -> None:
+    """zarr reads it as zeros; with chunks of some columns, rows would be wrong without a word."""
+    rows = np.random.default_rng(0).standard_normal((60, 16)).astype(np.float32)
+    array = zarr.create_array(tmp_path / "rows", shape=rows.shape, dtype=rows.dtype, **options)
+    array[:] = rows
+    embstore.import_array(tmp_path / "rows", out=tmp_path / "whole", config=CONFIG)
+    (tmp_path / "rows" / lost).unlink()
+    refused(tmp_path, tmp_path / "rows", f"lacks {named}")
+
+
+@pytest.mark.parametrize("location", ["start", "end"])
+def test_a_chunk_that_its_shard_lacks_is_named(location: str, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((60, 16)).astype(np.float32)
+    codec = zarr.codecs.ShardingCodec(chunk_shape=(8, 4), index_location=location)
+    array = zarr.create_array(
+        tmp_path / "rows", shape=rows.shape, dtype=rows.dtype, chunks=(32, 16), serializer=codec, compressors=None
+    )
+    array[:32] = rows[:32]
+    array[32:, :8] = rows[32:, :8]
+    array[32:, 12:] = rows[32:, 12:]
+    refused(tmp_path, tmp_path / "rows", "lacks chunk 0/2 of shard c/1/0 (rows 32 to 59)")
+    array[:] = rows
+    embstore.import_array(tmp_path / "rows", out=tmp_path / "whole", config=CONFIG)  # beyond row 59 chunks need not be there
+
+
+@pytest.mark.parametrize("form", ["pipe", "gzip pipe", "fifo", "array"])
+def test_names_may_come_through_a_pipe(form: str, tmp_path: Path) -> None:
+    array = save(tmp_path / "rows.npy", np.random.default_rng(0).standard_normal((30, 8)))
+    content = "".join(f"name {row}\n" for row in range(30)).encode()
+    if form == "array":
+        content = json.dumps([f"name {row}" for row in range(30)], indent=1).encode()
+    ids: Path | str = tmp_path / "ids"
+    with contextlib.ExitStack() as closing:
+        if "pipe" in form:
+            ids = closing.enter_context(pipe(gzip.compress(content) if "gzip" in form else content, [1, 2, 7]))
+        elif form == "fifo":
+            os.mkfifo(ids)
+            feeder = threading.Thread(target=lambda: Path(ids).write_bytes(content))
+            feeder.start()
+            closing.callback(feeder.join)
+        else:
+            Path(ids).write_bytes(content)
+        embstore.import_array(array, ids=ids, out=tmp_path / "store", config=CONFIG)
+    assert embstore.open_store(tmp_path / "store").ids == tuple(f"name {row}" for row in range(30))
+
+
+def test_the_shell_hands_over_pipes(tmp_path: Path) -> None:
+    """``<(...)`` of bash, once for the names of an import and once for the dataset of a resample."""
+    save(tmp_path / "rows.npy", np.random.default_rng(0).standard_normal((30, 8)))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"uid": f"{row}", "n": row}) + "\n" for row in range(1, 31)))
+    script = """
+    set -e
+    "$PYTHON" -m embstore import rows.npy --ids <(seq 1 30) --out store
+    "$PYTHON" -m embstore resample store --id-column uid --dataset <(gzip -c data.jsonl) --out a.jsonl
+    "$PYTHON" -m embstore resample store --id-column uid --dataset data.jsonl --out b.jsonl
+    gzip -c data.jsonl | "$PYTHON" -m embstore resample store --id-column uid --dataset - --out c.jsonl
+    """
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run(["bash", "-c", script], check=True, cwd=tmp_path, env=environment, capture_output=True)
+    assert embstore.open_store(tmp_path / "store").ids == tuple(str(row) for row in range(1, 31))
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "c.jsonl").read_bytes()
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 30
+
+
+def test_names_of_a_table_are_read(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    array = save(tmp_path / "rows.npy", np.random.default_rng(0).standard_normal((3, 8)))
+    for name, ids in {"text": ["a", "b", "c"], "binary": pa.array([b"a", b"b", b"c"], pa.binary())}.items():
+        pq.write_table(pa.table({"id": ids, "src": ["x"] * 3}), tmp_path / name)
+        embstore.import_array(array, ids=tmp_path / name, out=tmp_path / f"{name}-store")
+        store = embstore.open_store(tmp_path / f"{name}-store")
+        assert store.ids == ("a", "b", "c")
 
 
 def test_zarr_that_is_no_array_of_numbers_is_refused(tmp_path: Path) -> None:
@@ -377,8 +561,8 @@ def test_a_damaged_zarr_chunk_is_refused(tmp_path: Path) -> None:
         ("twice.txt", "a\nb\na\n", "id 'a' names two rows, 0 and 2"),
         ("gap.txt", "a\n\nc\n", "line 2 does not name a row: the id is empty"),
         ("short.json", '["a", "b"]', "names 2 rows, the array has 3"),
-        ("types.json", '["a", "b", null]', "line 3 does not name a row: the id is neither text nor a whole number"),
-        ("broken.json", '["a", "b"', "is not a JSON list of ids"),
+        ("types.json", '["a", "b", null]', "line 3 does not name a row: not a JSON object but NoneType"),
+        ("broken.json", '["a", "b"', "is not valid JSON: element 2 is followed by neither a comma nor the end"),
         ("broken.jsonl", '{"id": "a"}\n{"id": \n{"id": "c"}\n', "line 2 does not name a row: not JSON"),
         ("number.jsonl", '{"id": "2"}\n{"id": "b"}\n{"prompt": "x"}\n', "id '2' names two rows, 0 and 2"),
         ("empty.txt", "", "names 0 rows, the array has 3"),

@@ -26,7 +26,7 @@ from embstore.core.records import decode_chunk_table, decode_journal, encode_jou
 from embstore.core.spec import decode_spec
 from embstore.flow.admission import _model_of_last_run
 from embstore.storage.ingest import ingest
-from embstore.storage.prompt_source import MAX_LINE_BYTES
+from embstore.storage.json_source import MAX_LINE_BYTES
 from embstore.views.info import inspect, neighbors_of
 from embstore.views.terminal import print_info, print_neighbors
 from tests.support.forged import HEADERS, RAW, damaged, dumps, mutated

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,10 @@ import pytest
 from typer.testing import CliRunner
 
 from embstore.cli import app
-from embstore.core.errors import ConfigError, KeyMismatchError, StoreExistsError
+from embstore.core.errors import ConfigError, KeyMismatchError, PromptError, StoreExistsError
 from embstore.training import file_resampling, load_weights, resample_file, resample_indices
 from tests.support.stores import small_lines, write_lines
+from tests.unit.test_prompt_inputs import pipe, zstd
 
 
 def items() -> list[dict[str, Any]]:
@@ -67,12 +72,21 @@ def test_what_cannot_be_resampled_leaves_nothing(finished_store: Path, tmp_path:
         KeyMismatchError, match=r"2 of 5 items .* item 4, 'nobody'; 1 without a prompt, the first is item 3: not JSON"
     ):
         resample_file(finished_store, source, tmp_path / "out.jsonl")
-    for wrong, complaint in (((source, "out.parquet"), "both"), ((tmp_path / "none.jsonl", "o.jsonl"), "is not a file")):
-        with pytest.raises(ConfigError, match=complaint):
-            resample_file(finished_store, wrong[0], tmp_path / wrong[1])
-    (tmp_path / "bad.parquet").write_bytes(b"no Parquet")
-    with pytest.raises(ConfigError, match="not a Parquet file"):
-        resample_file(finished_store, tmp_path / "bad.parquet", tmp_path / "out.parquet")
+    wrong: list[tuple[Path, str, str]] = [
+        (source, "out.parquet", "must both be JSONL or both Parquet"),
+        (tmp_path / "none.jsonl", "out.jsonl", "No such file"),
+        (tmp_path, "out.jsonl", "is not a file"),
+        (_written(tmp_path / "bad.parquet", b"no Parquet"), "out.parquet", "must both be JSONL or both Parquet"),
+        (_written(tmp_path / "cut.parquet", b"PAR1\x15\x04" + bytes(40)), "out.parquet", "not a Parquet file"),
+        (_written(tmp_path / "list.json", json.dumps(items()).encode()), "out.json", "is a JSON array"),
+        (_written(tmp_path / "text.jsonl", b'{"prompt": "a"}'.decode().encode("utf-16")), "out.jsonl", "is UTF-16 text"),
+        (_written(tmp_path / "empty.jsonl", b""), "out.jsonl", "is empty"),
+        (_written(tmp_path / "cut.jsonl.gz", gzip.compress(source.read_bytes())[:-9]), "out.jsonl", "failed"),
+    ]
+    for dataset, out, complaint in wrong:
+        with pytest.raises((ConfigError, PromptError), match=complaint) as caught:
+            resample_file(finished_store, dataset, tmp_path / out)
+        assert caught.value.hint
     pq.write_table(pa.table({"question": ["a"]}), tmp_path / "q.parquet")
     with pytest.raises(ConfigError, match="it has question"):
         resample_file(finished_store, tmp_path / "q.parquet", tmp_path / "out.parquet")
@@ -83,6 +97,52 @@ def test_what_cannot_be_resampled_leaves_nothing(finished_store: Path, tmp_path:
         for line in (tmp_path / "out.jsonl").read_text().splitlines()
     }
     assert report.distinct_items == len(drawn) == 3
+
+
+def _written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("form", ["pipe", "fifo", "gzip", "zstd", "gzip pipe", "standard input"])
+def test_lines_are_drawn_however_they_arrive(
+    form: str, finished_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_lines(tmp_path / "data.jsonl", [b"\n", *items()])
+    resample_file(finished_store, source, tmp_path / "expected.jsonl", seed=5)
+    content = source.read_bytes()
+    packed = zstd(content) if form == "zstd" else gzip.compress(content) if "gzip" in form else content
+    out = tmp_path / "found.jsonl"
+    if form == "fifo":
+        os.mkfifo(tmp_path / "fifo")
+        feeder = threading.Thread(target=lambda: (tmp_path / "fifo").write_bytes(packed))
+        feeder.start()
+        resample_file(finished_store, tmp_path / "fifo", out, seed=5)
+        feeder.join()
+    elif "pipe" in form:
+        with pipe(packed, [1, 5, 1000]) as path:
+            resample_file(finished_store, path, out, seed=5)
+    elif form == "standard input":
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(packed)))
+        resample_file(finished_store, "-", out, seed=5)
+    else:
+        resample_file(finished_store, _written(tmp_path / "packed", packed), out, seed=5)
+    assert out.read_bytes() == (tmp_path / "expected.jsonl").read_bytes()
+
+
+def test_parquet_is_drawn_from_a_pipe_and_with_json_columns(finished_store: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": json.dumps(line.get("messages") or line["prompt"]), "n": row} for row, line in enumerate(small_lines())
+    ]
+    table = pa.Table.from_pylist(rows)
+    table = table.set_column(0, "prompt", table["prompt"].cast(pa.json_(pa.string())))
+    pq.write_table(table, tmp_path / "data.parquet")
+    resample_file(finished_store, tmp_path / "data.parquet", tmp_path / "a.parquet", seed=3)
+    with pipe((tmp_path / "data.parquet").read_bytes()) as path:
+        resample_file(finished_store, path, tmp_path / "b.parquet", seed=3)
+    plan = resample_indices(load_weights(finished_store).for_dataset(small_lines()), seed=3)
+    for name in "ab":
+        assert pq.read_table(tmp_path / f"{name}.parquet")["n"].to_pylist() == plan.tolist()
 
 
 def test_the_command_writes_the_same_file(finished_store: Path, tmp_path: Path) -> None:
