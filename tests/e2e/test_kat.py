@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 import embstore
 from embstore.core.density import total_variation
 from embstore.core.errors import ConfigError, KeyMismatchError, ModelError, PromptError, WeightsError
-from embstore.training import DensitySampler
+from embstore.training import DensitySampler, load_weights
 from scripts import (
     kat_compute_embeddings_offline,
     kat_download_pairs,
@@ -33,6 +33,7 @@ from scripts.kat_trainer import Policy, Training, num_generations
 from tests.oracle.test_nanochat import CONFIG, make_state
 from tests.support.checkpoints import make_base
 from tests.support.models import make_model, make_tokenizer, save_model
+from tests.support.stores import build_small, write_lines
 
 K = 5
 FEW_STEPS = ["--max_steps", "3", "--log_interval", "1", "--max_completion_tokens", "8", "--max_prompt_tokens", "128"]
@@ -274,6 +275,29 @@ def test_require_density_forbids_every_fall(
         kat_weights.find_weights(kat_train_grpo.parse(["--require_density"]), lines, policy)
     with pytest.raises(ConfigError, match="contradicts"):
         kat_train_grpo.parse(["--require_density", "--density_aware", "False"])
+
+
+def test_chats_that_share_their_first_message_keep_their_own_weights(policy: Policy, tmp_path: Path) -> None:
+    """The id that is derived from it is the same for all of them."""
+    chats = [
+        {
+            "messages": [
+                {"role": role, "content": text} for role, text in (("user", "Hello"), ("assistant", "Hi"), ("user", last))
+            ]
+        }
+        for last in (f"What is {number} times {number}?" for number in range(30))
+    ]
+    source = write_lines(tmp_path / "prompts.jsonl", chats)
+    build_small(source, tmp_path / "store")
+    lines = lines_of(source)[::-1]
+    assert len({line.prompt_id for line in lines}) == 1
+    weights_N, origin = kat_weights.find_weights(
+        options_for("--embeddings_dir", str(tmp_path / "store"), "--require_density"), lines, policy
+    )
+    assert origin == "precomputed"
+    np.testing.assert_allclose(weights_N, load_weights(tmp_path / "store").array[::-1], rtol=1e-5)
+    weight_of = {line.content_id: float(number) for number, line in enumerate(lines)}
+    assert kat_weights.join(lines, weight_of, {}).tolist() == list(range(30))
 
 
 def test_a_prompt_without_a_weight_is_named(guide: Path, policy: Policy, tmp_path: Path) -> None:

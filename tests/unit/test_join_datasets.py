@@ -6,6 +6,7 @@ The oracle of a join is a dictionary over the store's own rows.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import random
 import re
@@ -305,6 +306,37 @@ def test_chats_are_cut_as_the_store_records_and_a_warning_says_so(tmp_path: Path
         assert len(said) == 1
         assert "--turns prompt" in said[0]
     assert joined(tmp_path / "store", [chat(number) for number in range(40)])[1] == []
+
+
+def test_a_store_of_the_first_rule_is_joined_as_it_was_built(tmp_path: Path) -> None:
+    """Its build kept the nulls of lines and dropped those of tables; a dataset may have them or not."""
+    lines = [{"messages": [{"name": None, **turn} for turn in record["messages"]]} for record in RECORDS]  # type: ignore[attr-defined]
+    without = [{"messages": record["messages"]} for record in RECORDS]
+    for built, name in ((lines, "from-lines"), (without, "from-a-table")):
+        source = write_lines(tmp_path / f"{name}.jsonl", built)
+        build_small(source, tmp_path / name)
+        as_first_rule(tmp_path / name, built)
+    assert not np.array_equal(np.load(tmp_path / "from-lines" / "keys.npy"), np.load(tmp_path / "from-a-table" / "keys.npy"))
+    table = datasets.Dataset.from_list(without)  # which gives every turn a name
+    order = list(range(40))[::-1]
+    for given in (lines[::-1], table.select(order), table.to_pandas().iloc[::-1], table.with_format("numpy").select(order)):
+        weights = load_weights(tmp_path / "from-lines").for_dataset(given)
+        assert weights.array == pytest.approx(expected(tmp_path / "from-lines", order), rel=1e-6)
+    for given in (lines[::-1], without[::-1], table.select(order), table.to_pandas().iloc[::-1]):
+        weights = load_weights(tmp_path / "from-a-table").for_dataset(given)
+        assert weights.array == pytest.approx(expected(tmp_path / "from-a-table", order), rel=1e-6)
+
+
+def as_first_rule(store: Path, records: list[dict[str, Any]]) -> None:
+    """Give a store the manifest and the keys that a release before the second rule wrote for these chats."""
+    chats = [json.dumps(record["messages"], sort_keys=True, separators=(",", ":")) for record in records]
+    digests = [hashlib.sha256(b"messages\0" + each.encode()).digest()[:8] for each in chats]
+    np.save(store / "keys.npy", np.frombuffer(b"".join(digests), dtype="<u8"))
+    manifest = json.loads((store / "manifest.json").read_bytes())
+    del manifest["rule"], manifest["fields"]
+    content = (store / "keys.npy").read_bytes()
+    manifest["files"]["keys.npy"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (store / "manifest.json").write_text(json.dumps(manifest))
 
 
 # --- what is missing ---------------------------------------------------------------------------------------------------

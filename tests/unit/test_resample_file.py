@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from embstore.cli import app
-from embstore.core.errors import ConfigError, KeyMismatchError, PromptError, StoreExistsError
+from embstore.core.errors import ConfigError, KeyMismatchError, PromptError, StorageError, StoreExistsError
 from embstore.training import file_resampling, load_weights, resample_file, resample_indices
 from tests.support.stores import small_lines, write_lines
 from tests.unit.test_prompt_inputs import pipe, zstd
@@ -156,3 +156,36 @@ def test_the_command_writes_the_same_file(finished_store: Path, tmp_path: Path) 
     refused = CliRunner().invoke(app, ["resample", str(finished_store), *options[:3], str(tmp_path / "c.jsonl")])
     assert refused.exit_code == 1
     assert np.array_equal(sorted(path.name for path in tmp_path.iterdir()), ["a.jsonl", "b.jsonl", "data.jsonl"])
+
+
+def test_a_byte_order_mark_stays_out_and_a_broken_line_is_never_drawn(finished_store: Path, tmp_path: Path) -> None:
+    marked = write_lines(
+        tmp_path / "marked.jsonl", [b"\xef\xbb\xbf" + json.dumps(items()[0]).encode() + b"\n", *items()[1:9]]
+    )
+    resample_file(finished_store, marked, tmp_path / "a.jsonl", num_samples=40)
+    drawn = [json.loads(line)["answer"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert {line["answer"] for line in items()[:9]} >= set(drawn)
+    assert len(drawn) == 40
+    broken = write_lines(tmp_path / "broken.jsonl", [*items()[:9], b'{"prompt": "cut of', b"\n", b"[1]\n"])
+    for policy in ("mean", 2.0):
+        with pytest.raises(PromptError, match=r"line 10 of .*broken.jsonl: not JSON .* cannot be drawn") as caught:
+            resample_file(finished_store, broken, tmp_path / "b.jsonl", on_missing=policy)  # type: ignore[arg-type]
+        assert "--on-missing drop" in str(caught.value.hint)
+    resample_file(finished_store, broken, tmp_path / "b.jsonl", num_samples=100, on_missing="drop")
+    assert all("answer" in json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines())
+
+
+def test_a_copy_that_cannot_be_written_is_an_expected_error(finished_store: Path, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "data.jsonl", items()[:9])
+    with pytest.raises(StorageError, match=r"writing .*nowhere.* failed"):
+        resample_file(finished_store, source, tmp_path / "nowhere" / "out.jsonl")
+
+
+def test_the_command_notes_in_which_form_prompts_were_found(finished_store: Path, tmp_path: Path) -> None:
+    chats = [{"prompt": [{"role": "user", "content": line["prompt"]}]} for line in small_lines()[1:9]]
+    source = write_lines(tmp_path / "data.jsonl", chats)
+    done = CliRunner().invoke(
+        app, ["resample", str(finished_store), "--dataset", str(source), "--out", str(tmp_path / "o.jsonl")]
+    )
+    assert done.exit_code == 0, done.output
+    assert done.stderr.startswith(f"note: {finished_store} contains plain texts")
