@@ -293,6 +293,16 @@ before {was[odd]:.1f} times |
 {s[times_faster][joined]:,} times as fast |
 | weights of a store in its own order: `load_weights(STORE)` | {s[bare][density_seconds]:.3f} s, \
 {s[times_faster][bare]:,} times as fast |
+| a join of {joined[texts]:,} texts of {joined[characters]} characters, processor time an item \
+(load averages {joined[load_average]}) | a text column \
+{joined[texts, column, first][cpu_us]:.1f} us, shuffled {joined[texts, shuffled, first][cpu_us]:.1f} us, a list \
+{joined[texts, list, first][cpu_us]:.1f} us, records {joined[texts, records, first][cpu_us]:.1f} us; the \
+keys alone, one by one, \
+{joined[texts, one by one, first][cpu_us]:.1f} us |
+| the next start, whose rows are kept | {joined[texts, column, again][cpu_us]:.2f} us, shuffled \
+{joined[texts, shuffled, again][cpu_us]:.2f} us |
+| a join of {joined[chats]:,} chats of one such text | {joined[chats, column, first][cpu_us]:.1f} us, the next start \
+{joined[chats, column, again][cpu_us]:.2f} us |
 | from `python` to the first batch of prompts | online {s[online][process_seconds]:.0f} s, joined \
 {s[joined][process_seconds]:.1f} s, in the store's order {s[bare][process_seconds]:.1f} s (no model is loaded) |"""
 
@@ -303,7 +313,14 @@ def training(report: Report) -> str:
     weights, quotas = (
         {short[rows]: each for rows, each in report[part].items() if rows in short} for part in ("weights", "quotas")
     )
-    figures = {"w": weights, "i": report["imports"], "d": draws, "q": quotas, "s": report["start"]}
+    figures = {
+        "w": weights,
+        "i": report["imports"],
+        "d": draws,
+        "q": quotas,
+        "s": report["start"],
+        "joined": report["joins"],
+    }
     figures |= {"command": report["command"], "machine": machine_of(report), "large": draws[str(2**24 + 1)]}
     for name, side in (("was", report["joint"]["before"]), ("now", report["joint"]["after"])):
         figures[name] = {

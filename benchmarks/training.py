@@ -173,26 +173,31 @@ def import_cost() -> dict[str, Any]:
 _JOIN = """
 import json, sys, time
 import datasets
+from embstore.core.prompts import prompt_of
 from embstore.training import load_weights
 kind, store, saved = sys.argv[1:]
 dataset = datasets.load_from_disk(saved)
 if kind == "shuffled":
     dataset = dataset.shuffle(seed=0)
-if kind == "list":
+if kind in ("list", "one by one"):
     dataset = dataset["prompt"][:]
 elif kind == "records":
     dataset = [{"prompt": text, "number": number} for number, text in enumerate(dataset["prompt"][:])]
 started, processor = time.perf_counter(), time.process_time()
-load_weights(store).for_dataset(dataset)
+if kind == "one by one":
+    for text in dataset:
+        prompt_of({"prompt": text}).digest
+else:
+    load_weights(store).for_dataset(dataset)
 print(json.dumps({"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - processor}))
 """
 
 
 def joins(prompts: Path, work: Path) -> dict[str, Any]:
-    """Microseconds an item of ``load_weights(STORE).for_dataset(dataset)``, each in a fresh process, medians of three.
+    """Microseconds an item of ``load_weights(STORE).for_dataset(dataset)``, each in a fresh process, once.
 
     The texts are those of the prompts file, each made different by a number at its end. ``again`` is a second start, whose
-    rows come from the cache.
+    rows come from the cache. ``one by one`` makes the same keys by the function of a build, without looking them up.
     """
     import datasets  # noqa: PLC0415
 
@@ -205,30 +210,21 @@ def joins(prompts: Path, work: Path) -> dict[str, Any]:
         "chats": JOINED_CHATS,
         "characters": round(statistics.mean(map(len, texts))),
     }
-    kinds: dict[str, tuple[str, list[Any]]] = {
-        "text column": ("column", texts),
-        "shuffled text column": ("shuffled", texts),
-        "list of texts": ("list", texts),
+    pools: dict[str, tuple[list[Any], tuple[str, ...]]] = {
+        "texts": (texts, ("column", "shuffled", "list", "records", "one by one")),
+        "chats": (chats, ("column",)),
     }
-    kinds |= {"records with a text": ("records", texts), "chat column": ("column", chats)}
-    for name, (kind, items) in kinds.items():
-        folder = work / f"join-{name}"
+    for pool, (items, kinds) in pools.items():
         uniform = np.full(len(items), 1 / len(items), dtype=np.float32)
-        store = forged_store(folder / "store", uniform, prompt_keys(items))
-        datasets.Dataset.from_dict({"prompt": items}).save_to_disk(str(folder / "data"))
-        first, again = [], []
-        for turn in range(3):
-            cache = {"EMBSTORE_CACHE": str(folder / f"cache-{turn}")}
-            first.append(child(_JOIN, kind, str(store), str(folder / "data"), **cache))
-            if kind in ("column", "shuffled"):
-                again.append(child(_JOIN, kind, str(store), str(folder / "data"), **cache))
-        for label, runs in (("first", first), ("again", again)):
-            for clock in ("seconds", "processor_seconds") if runs else ():
-                spent = statistics.median(run[clock] for run in runs)
-                found.setdefault(name, {})[f"{label}_us" if clock == "seconds" else f"{label}_cpu_us"] = round(
-                    1e6 * spent / len(items), 3
-                )
-    return found
+        store = forged_store(work / f"join-{pool}", uniform, prompt_keys(items))
+        saved = work / f"join-{pool}-data"
+        datasets.Dataset.from_dict({"prompt": items}).save_to_disk(str(saved))
+        for kind in kinds:
+            for label in ("first", "again") if kind in ("column", "shuffled") else ("first",):
+                spent = child(_JOIN, kind, str(store), str(saved), EMBSTORE_CACHE=str(work / f"cache-{pool}-{kind}"))
+                us = {clock: round(1e6 * seconds / len(items), 3) for clock, seconds in spent.items()}
+                found[f"{pool}, {kind}, {label}"] = {"us": us["seconds"], "cpu_us": us["processor_seconds"]}
+    return found | {"load_average": [round(each, 1) for each in os.getloadavg()]}
 
 
 # --- from python to the first batch -----------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 A file is named after everything that decides its rows: the dataset's content as Arrow holds it, the store's keys, the rule
 by which prompts are read, and the columns. The fingerprint of ``datasets`` is not enough: it does not cover the content, and
-after ``set_seed`` different datasets can have the same one. Hashing a column takes a few hundredths of the time of a join.
+after ``set_seed`` different datasets can have the same one. Hashing a column takes less than a tenth of the time of a join.
 
 The folder is ``$EMBSTORE_CACHE`` (empty: nothing is kept), or ``embstore`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. Files
 appear by a rename and end in a digest of their content; the oldest go when they are too many bytes together. What cannot be
