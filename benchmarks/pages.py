@@ -97,6 +97,8 @@ def claims() -> dict[str, bool]:
     times = {title: sum(row["cycles"] for row in rows) for title, rows in kinds.items()}
     copied = {dtype: reuse[dtype]["copied_rows"] for dtype in ("auto", "float32")}
     return {
+        "prompts.json: stage 0 of a million chats takes at most 1.3 times as long": result("prompts")["median_ratio"] <= 1.3
+        and result("prompts")["lines"] == 1_000_000,
         "faults.json: the run passed and lost nothing": faults["passed"]
         and not any(row["losses"] for row in faults["faults"]),
         "faults.json: at least 500 kills at random moments": times["process killed at a random moment"] >= 500,
