@@ -40,6 +40,9 @@ class Held:
         """Of the model's files."""
         return self._source.identity(observer)
 
+    def template(self, chat_date: str | None) -> None:
+        """Not asked: these prompts are texts."""
+
     def device(self, name: str) -> str:
         """Of the source."""
         return self._source.device(name)

@@ -96,7 +96,7 @@ def find_prompts(folder: Path) -> Path:
 
 def _show(event: Event) -> None:
     if isinstance(event, Notice):
-        print(f"note: {printable(event.message)}")
+        print(f"{'warning' if event.is_warning else 'note'}: {printable(event.message)}")
     elif isinstance(event, RowsCommitted):
         rate = (event.stop - event.start) / event.seconds
         print(f"rows {event.start:,} to {event.stop:,} committed, {rate:.0f} prompts/s")
@@ -114,6 +114,8 @@ def _print_summary(report: BuildReport, store: EmbeddingStore) -> None:
     folder = report.store
     failed = int(str(report.metadata["failed_rows"]))
     print(f"{report.num_rows:,} prompts, {report.embedded_rows:,} embedded in this run; {failed} failed (weight 0)")
+    for line in report.pool.lines_of_text():
+        print(printable(line))
     for title, rows in (("rarest", report.rarest), ("most crowded", report.most_crowded)):
         for row, prompt in zip(rows, store.prompts.sample(rows), strict=True):
             text = printable(collapse_whitespace(prompt.rendered))

@@ -18,6 +18,7 @@ from typing import Literal
 
 from embstore.core.declared import documented, option, python_only
 from embstore.core.errors import BudgetError, ConfigError
+from embstore.core.rows import divides_well
 
 K_MAX = 32  # neighbours kept on disk, so that `embstore weights --k` up to this needs no search
 
@@ -103,9 +104,16 @@ class EmbeddingConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if self.window_rows is not None and self.chunk_rows is not None and self.window_rows % self.chunk_rows:
+            whole = max(1, round(self.window_rows / self.chunk_rows)) * self.chunk_rows
             raise ConfigError(
                 f"window_rows must be a multiple of chunk_rows, got {self.window_rows} and {self.chunk_rows}",
-                hint="leave out one of them",
+                hint=f"give --window-rows {whole} --chunk-rows {self.chunk_rows}, or leave out one of them",
+            )
+        if self.window_rows is not None and self.chunk_rows is None and not divides_well(self.window_rows):
+            whole = max(1, round(self.window_rows / 256)) * 256
+            raise ConfigError(
+                f"a window of {self.window_rows} rows cannot be divided into equal chunks of a useful size",
+                hint=f"give --window-rows {whole}, or a pair such as --window-rows {whole} --chunk-rows 256",
             )
         if self.chat_date is not None:
             _refuse_no_date(self.chat_date)
@@ -306,17 +314,24 @@ class BuildConfig:
         None, "The prompt is all of a chat, or what comes before its last assistant turn (prompt). Default: all."
     )
     strict: bool = option(False, "Refuse the file if any line does not contain a prompt.")
+    max_quarantined: float = option(
+        0.1, "Refuse the prompts if a larger share of their lines has no usable prompt: 0.1 for a tenth."
+    )
     limit: int | None = option(None, "Use only the first N distinct prompts, or rows of an array.", "input", unit="rows")
     allow_drift: bool = option(
         False, "Resume on other hardware, threads or versions, or without --reuse stores. Bytes may differ."
     )
     trust_journal: bool = option(False, "Resume without reading committed rows back to check them.")
-    reuse: tuple[str, ...] = option((), "Finished store to copy rows of equal prompts from. Repeatable.", "input")
+    reuse: tuple[str, ...] = option(
+        (), "Store to copy rows of equal prompts from, also an unfinished one. Repeatable.", "input"
+    )
     fields: PromptFields = USUAL_FIELDS
     dataset: DatasetChoice = WHOLE
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
+        if not 0 <= self.max_quarantined <= 1:
+            raise ConfigError(f"max_quarantined is a share in 0..1, got {self.max_quarantined}", hint="0.1 for a tenth")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit must be at least 1, got {self.limit}")
         kinds = {name.partition(":")[0] for name in self.engine.devices}

@@ -16,11 +16,12 @@ from embstore.core.config import Turns
 # What comes before the first row, in its order; ``Preflight.stage_seconds`` says what each took.
 Preparation = Literal[
     "imports",  # torch and transformers
-    "prompts",  # stage 0 of a new store
     "fetch",  # a model of the hub, from its cache or by a download
+    "prompts",  # stage 0 of a new store
     "check",  # on a resume: stage 0 is read back, and the given prompts are compared with it
     "hash",  # the model's files, for its identity
     "reuse",  # prompts are looked up in the stores of --reuse
+    "templates",  # every chat is rendered once, to find those that the model's template refuses
     "load",
     "probe",  # what head is this, and how long are the prompts?
     "basis",  # the axes of the coordinates
@@ -108,9 +109,10 @@ class Preflight:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Notice:
-    """A warning or note for a person: what was observed and what follows from it."""
+    """A note for a person, or a warning: what was observed and what follows from it."""
 
     message: str
+    is_warning: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

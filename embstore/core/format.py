@@ -33,6 +33,7 @@ IDS = "ids.json"
 ALIASES = "aliases.json"
 PROMPTS_LIST = "prompts_list.json"
 QUARANTINE = "quarantine.jsonl"
+REFUSED = "refused.jsonl"  # chats that the model's template refuses
 LINE_ROWS = "line_rows.npy"
 MULTIPLICITY = "multiplicity.npy"
 KEYS = "keys.npy"

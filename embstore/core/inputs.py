@@ -91,6 +91,31 @@ class Input:
         copy.flush()
 
 
+def check_input(source: str | Path) -> None:
+    """Refuse what is not there or cannot be opened; a pipe is not touched, because its bytes come only once.
+
+    Raises
+    ------
+    PromptError
+    """
+    if str(source) == "-":
+        return
+    with _readable(source):
+        if stat.S_ISREG(Path(source).stat().st_mode):
+            Path(source).open("rb").close()
+
+
+@contextlib.contextmanager
+def _readable(source: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise PromptError(
+            f"cannot read prompts {source}: {reason}", hint="give a JSONL or Parquet file, one prompt per line"
+        ) from error
+
+
 @contextlib.contextmanager
 def open_input(source: str | Path) -> Iterator[Input]:
     """Open a file, a pipe, or standard input (``-``); the one place where that is done.
@@ -106,13 +131,8 @@ def open_input(source: str | Path) -> Iterator[Input]:
                 raise PromptError("cannot read prompts -: standard input is closed", hint="give a file, or a pipe")
             yield Input(sys.stdin.buffer, "-")
             return
-        try:
+        with _readable(source):
             file = closing.enter_context(Path(source).open("rb", buffering=0))
-        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise PromptError(
-                f"cannot read prompts {source}: {reason}", hint="give a JSONL or Parquet file, one prompt per line"
-            ) from error
         yield Input(file, str(source))
 
 

@@ -152,11 +152,25 @@ class PromptReader(Protocol):
         """Prompts of single rows, in the order given."""
 
 
+class ChatTemplate(Protocol):
+    """How a model renders a chat, without its weights."""
+
+    @property
+    def digest(self) -> str:
+        """Sha256 of what decides the text of a chat."""
+
+    def refusal(self, prompt: Prompt) -> str | None:
+        """The reason for which a chat has no text, bounded in length; None if it has one."""
+
+
 class EmbedderSource(Protocol):
     """A model that is located and identified but not loaded: a resume that computes no rows never loads it."""
 
     def identity(self, observer: Observer = ignore) -> ModelIdentity:
         """Digests of weights, configuration and tokenizer; files are read once a run and host."""
+
+    def template(self, chat_date: str | None) -> ChatTemplate | None:
+        """The chat template, for which it is ``chat_date``; None if the model has none. Loads the tokenizer."""
 
     def device(self, name: str) -> str:
         """The device of this name (or ``auto``) as this process sees it, with its index: cpu or cuda:N."""

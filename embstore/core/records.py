@@ -37,8 +37,8 @@ from embstore.core.rows import RowRange
 class PromptsRecord:
     """Journal: stage 0 is durable. ``files`` are the digests of its files.
 
-    ``rule`` says how lines became prompts, ``answered`` how many of them have a chat that ends in an assistant turn; a store
-    from before December 2026 records neither.
+    ``rule`` says how lines became prompts, ``answered`` how many of them have a chat that ends in an assistant turn,
+    ``reasons`` counts quarantined lines by kind of reason (core.reasons). A store from before December 2026 lacks all three.
     """
 
     rows: int
@@ -50,6 +50,7 @@ class PromptsRecord:
     rule: PromptRule = FIRST_RULE
     fields: PromptFields = USUAL_FIELDS
     answered: int = 0
+    reasons: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +108,35 @@ class FailedRow:
     reason: str
 
 
+REFUSED_BY_TEMPLATE = "the chat template refuses it"
+_REFUSAL_CHARACTERS = 200
+
+
+def refused_by_template(words: str) -> str:
+    r"""The reason of a row whose chat the model's template refuses, with the template's own words on one line.
+
+    Examples
+    --------
+    >>> refused_by_template("System role\n  not supported")
+    'the chat template refuses it: System role not supported'
+    """
+    return f"{REFUSED_BY_TEMPLATE}: {' '.join(words.split())[:_REFUSAL_CHARACTERS]}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TemplateRecord:
+    """Journal, before the spec: the chat template was asked for the text of all ``chats`` that the model is to compute.
+
+    ``asked`` is a digest of the template and of the stores whose rows are copied instead. Of ``refused`` chats, which
+    ``format.REFUSED`` lists, ``first`` are the first few.
+    """
+
+    asked: Sha256
+    chats: int
+    refused: int
+    first: list[FailedRow]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowRecord:
     """Journal: the commit of one window. Each ``*_crc32c`` covers the window's slice of a row file.
@@ -156,6 +186,7 @@ JournalRecord = (
     OriginRecord
     | PromptsRecord
     | ReuseRecord
+    | TemplateRecord
     | SpecRecord
     | WindowRecord
     | ReusingWindowRecord
@@ -167,6 +198,7 @@ _RECORDS: Mapping[str, type[JournalRecord]] = {
     "origin": OriginRecord,
     "prompts": PromptsRecord,
     "reuse": ReuseRecord,
+    "template": TemplateRecord,
     "spec": SpecRecord,
     "window": WindowRecord,
     "window-reused": ReusingWindowRecord,
@@ -183,9 +215,11 @@ class JournalState:
     origin: OriginRecord | None = None
     prompts: PromptsRecord | None = None
     reuse: ReuseRecord | None = None
+    template: TemplateRecord | None = None
     spec: SpecRecord | None = None
     windows: Mapping[int, WindowRecord] = dataclasses.field(default_factory=dict)
     drifts: tuple[DriftRecord, ...] = ()
+    had_windows: bool = False  # also where each was demoted since
 
     @property
     def committed_rows(self) -> int:
@@ -219,6 +253,7 @@ def replay(records: Iterable[JournalRecord]) -> JournalState:
     """Fold journal records into the committed state; the last record of a window wins."""
     state = JournalState()
     windows: dict[int, WindowRecord] = {}
+    had_windows = False
     for record in records:
         match record:
             case OriginRecord():
@@ -227,15 +262,18 @@ def replay(records: Iterable[JournalRecord]) -> JournalState:
                 state = dataclasses.replace(state, prompts=record)
             case ReuseRecord():
                 state = dataclasses.replace(state, reuse=record)
+            case TemplateRecord():
+                state = dataclasses.replace(state, template=record)
             case SpecRecord():
                 state = dataclasses.replace(state, spec=record)
             case WindowRecord():
                 windows[record.window] = record
+                had_windows = True
             case DemotedRecord():
                 windows.pop(record.window, None)
             case DriftRecord():
                 state = dataclasses.replace(state, drifts=(*state.drifts, record))
-    return dataclasses.replace(state, windows=dict(sorted(windows.items())))
+    return dataclasses.replace(state, windows=dict(sorted(windows.items())), had_windows=had_windows)
 
 
 def encode_journal_header() -> bytes:
@@ -337,8 +375,8 @@ def _parse_journal_line(line: bytes, name: str) -> JsonObject | None:
 
 def _decode_record(record_type: type[JournalRecord], value: JsonObject, name: str) -> JournalRecord:
     if record_type is PromptsRecord:
-        unrecorded = {"rule": dataclasses.asdict(FIRST_RULE), "fields": dataclasses.asdict(USUAL_FIELDS), "answered": 0}
-        value = {**unrecorded, **value}
+        unrecorded: JsonObject = {"rule": dataclasses.asdict(FIRST_RULE), "fields": dataclasses.asdict(USUAL_FIELDS)}
+        value = {**unrecorded, "answered": 0, "reasons": {}, **value}
     if issubclass(record_type, WindowRecord):
         value = {"sequences_crc32c": None, **value}  # stores from before December 2026 do not say
     record = from_json(record_type, value, name=name)
@@ -368,6 +406,10 @@ def _problem(record: JournalRecord) -> str | None:  # noqa: PLR0911 - one return
             if outside is not None:
                 return f"row {outside} failed, but is not in the window"
             return _ranges_problem(record) if isinstance(record, ReusingWindowRecord) else None
+        case TemplateRecord():
+            if not len(record.first) <= record.refused <= record.chats <= MAX_ROWS:
+                return f"{record.refused} of {record.chats} chats refused"
+            return None
         case ReuseRecord():
             return next((f"{each.reused} of {each.rows} rows reused" for each in record.stores if not _is_reuse(each)), None)
     return None

@@ -124,6 +124,35 @@ def chunk_rows_near(row_bytes: int, target_bytes: int, *, num_rows: int, max_row
     return max(16, min(wanted, max_rows // 16 * 16, needed))
 
 
+_WHOLE_ROWS = 256  # a window up to this may be one chunk
+
+
+def part_of_window(window_rows: int, near: int) -> int:
+    """Rows of a chunk, ``near`` or a little less, that divide a window: a multiple of 16 where that is not much smaller.
+
+    Examples
+    --------
+    >>> part_of_window(4096, 320), part_of_window(1000, 320), part_of_window(127, 16)
+    (256, 250, 127)
+    """
+    parts = [rows for rows in range(1, min(near, window_rows) + 1) if window_rows % rows == 0]
+    largest, aligned = parts[-1], max((rows for rows in parts if rows % 16 == 0), default=0)
+    if window_rows <= _WHOLE_ROWS and largest < near // 8:
+        return window_rows
+    return aligned if 2 * aligned >= largest else largest
+
+
+def divides_well(window_rows: int) -> bool:
+    """Whether a window can be divided into chunks of a useful size, however wide its rows turn out to be.
+
+    Examples
+    --------
+    >>> divides_well(4096), divides_well(1000), divides_well(4099)
+    (True, True, False)
+    """
+    return all(part_of_window(window_rows, near) >= near // 8 for near in range(16, min(window_rows, 4096) + 1, 16))
+
+
 def slices(start: int, stop: int, step: int) -> Iterator[slice]:
     """Consecutive slices of at most ``step`` from ``start`` to ``stop``.
 

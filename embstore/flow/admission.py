@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from embstore.core.config import BuildConfig, Compressor, DatasetChoice, EmbeddingConfig, PromptRule
-from embstore.core.errors import ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
+from embstore.core.config import DEFAULT_CHAT_DATE, BuildConfig, Compressor, EmbeddingConfig, PromptRule
+from embstore.core.errors import (
+    ArrayError,
+    BudgetError,
+    ConfigError,
+    CorruptStoreError,
+    FieldMismatch,
+    IdentityMismatchError,
+    ModelError,
+    PromptError,
+)
 from embstore.core.events import Notice, stage
 from embstore.core.files import file_problem
 from embstore.core.format import FORMAT_VERSION, MANIFEST, PROMPTS, basis_file
@@ -25,10 +34,13 @@ from embstore.core.prompts import Prompt
 from embstore.core.records import DemotedRecord, DriftRecord, OriginRecord, PromptsRecord
 from embstore.core.spec import EmbeddingSpec, ModelIdentity, StoreSpec
 from embstore.flow.cost import check_fits, copied_rows, fit_rows
+from embstore.flow.first_checks import find_source, models_of_runs
 from embstore.flow.reuse import Reuse, match_rows, nothing_reused, open_again, open_reused, refuse_unlike
 from embstore.flow.run import Run
+from embstore.flow.template_check import check_templates
+from embstore.storage.atomic import make_directory, remove_folder
 from embstore.storage.filesystem import caveat
-from embstore.storage.hub_dataset import HubDataset, find_hub_dataset
+from embstore.storage.hub_dataset import HubDataset
 from embstore.storage.ingest import ingest
 from embstore.storage.journal import run_entries
 from embstore.storage.prompt_source import PromptSource
@@ -36,6 +48,8 @@ from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import EmbeddingStore, open_published
 from embstore.storage.row_files import map_basis
 from embstore.storage.verify import check_stage0, damaged_windows
+
+_GIVEN = "given"  # in work: stage 0 of the prompts file, to be compared with what was begun
 
 
 def warn_of_place(run: Run) -> None:
@@ -48,66 +62,100 @@ def warn_of_place(run: Run) -> None:
 # --- stage 0: prompts ------------------------------------------------------------------------------------------------
 
 
-def commit_prompts(run: Run, source: PromptSource | None) -> PromptsRecord:
-    """Commit the canonical rows; on a resume, check that the given file still contains the same rows."""
+_REFUSALS = (ArrayError, BudgetError, ConfigError, IdentityMismatchError, ModelError, PromptError)
+
+
+@contextlib.contextmanager
+def nothing_left_if_refused(run: Run) -> Iterator[None]:
+    """Where an input is refused, delete the store that this run began, unless it has a spec already."""
+    try:
+        yield
+    except _REFUSALS:
+        run.writer.discard()
+        raise
+
+
+def commit_prompts(run: Run, source: PromptSource | None, *, resume: bool) -> PromptsRecord:
+    """Commit the canonical rows; on a resume, check that the given file still contains the same rows.
+
+    A store without a committed row has those of the given file afterwards, whatever it had before.
+    """
     writer, config = run.writer, run.config
     _refuse_lost_journal(run)
+    if writer.state.prompts is not None and not resume:
+        _begin_again(run, "without --resume")
     committed = writer.state.prompts
-    rule = _rule(committed, config)
-    source = _on_hub(source, config.dataset)
-    if committed is None:
-        if source is None:
-            raise ConfigError(
-                f"no prompts file was given, and {writer.root} has no prompts yet",
-                hint="give PROMPTS, the file to build from",
-            )
-        with stage(run.observer, "prompts"):
-            record = ingest(
-                source,
-                writer.root,
-                writer.work,
-                strict=config.strict,
-                limit=config.limit,
-                fields=config.fields,
-                rule=rule,
-                choice=config.dataset,
-                observer=run.observer,
-            )
-            if isinstance(source, HubDataset):
-                writer.commit(source.origin)
-            writer.commit(record)
+    if source is not None and (committed is None or writer.may_begin_again):
+        record = _commit_given(run, source)
+    elif committed is None:
+        raise ConfigError(
+            f"no prompts file was given, and {writer.root} has no prompts yet",
+            hint="give PROMPTS, the file to build from",
+        )
     else:
         record = committed
+        _refuse_other_rule(committed, config)
         _refuse_other_origin(writer.state.origin, source)
         if not config.trust_journal or source is not None:
             with stage(run.observer, "check", record.rows, "prompts"):
                 if not config.trust_journal:
                     check_stage0(writer.root, record)
                 if source is not None:
-                    _refuse_other_prompts(writer.root, record, source, config)
-    if record.quarantined:
-        run.observer(
-            Notice(
-                message=f"{record.quarantined} of {record.lines} lines contain no usable prompt and were left out; "
-                f"{writer.root}/quarantine.jsonl has the reasons"
-            )
-        )
+                    _refuse_other_prompts(run, record, source)
     return record
 
 
-def _rule(committed: PromptsRecord | None, config: BuildConfig) -> PromptRule:
-    """How lines become prompts: a store keeps the rule that it began with."""
-    if committed is None:
-        return PromptRule(turns=config.turns or "all")
+def _refuse_other_rule(committed: PromptsRecord, config: BuildConfig) -> None:
+    """A store keeps the rule by which its lines became prompts."""
     stored = committed.rule.turns
     if config.turns not in (None, stored):
         raise IdentityMismatchError([FieldMismatch(field="turns", stored=stored, given=config.turns)])
-    return committed.rule
 
 
-def _on_hub(source: PromptSource | None, choice: DatasetChoice) -> PromptSource | None:
-    """The dataset of the hub that the name of a source means, if it means one."""
-    return (find_hub_dataset(source, choice) if isinstance(source, str | Path) else None) or source
+def _commit_given(run: Run, source: PromptSource) -> PromptsRecord:
+    """The prompts of ``source`` as those of a store without committed rows. They are read once: they may come by a pipe."""
+    writer, config, committed = run.writer, run.config, run.writer.state.prompts
+    folder = writer.root if committed is None else writer.work / _GIVEN
+    with stage(run.observer, "prompts"):
+        make_directory(folder)
+        given = ingest(
+            source,
+            folder,
+            writer.work,
+            strict=config.strict,
+            limit=config.limit,
+            fields=config.fields,
+            rule=PromptRule(turns=config.turns or (committed.rule.turns if committed is not None else "all")),
+            choice=config.dataset,
+            observer=run.observer,
+        )
+        origin = source.origin if isinstance(source, HubDataset) else None
+        if committed is None:
+            if origin is not None:
+                writer.commit(origin)
+            writer.commit(given)
+            return given
+        problem = _stage0_problem(writer.root, committed)
+        known = committed.fingerprint, committed.rule, writer.state.origin
+        if problem is None and (given.fingerprint, given.rule, origin) == known:
+            remove_folder(folder)
+            return committed
+        _begin_again(run, problem or "with other prompts")
+        writer.adopt_prompts(folder, given, origin)
+        return given
+
+
+def _stage0_problem(root: Path, record: PromptsRecord) -> str | None:
+    try:
+        check_stage0(root, record)
+    except CorruptStoreError as error:
+        return f"because {error}"
+    return None
+
+
+def _begin_again(run: Run, why: str, *, keeps_prompts: bool = False) -> None:
+    run.observer(Notice(message=f"{run.writer.root} was begun, but has no committed rows: it is begun again, {why}"))
+    run.writer.begin_again(keeps_prompts=keeps_prompts)
 
 
 def _refuse_other_origin(stored: OriginRecord | None, source: PromptSource | None) -> None:
@@ -140,8 +188,9 @@ def _refuse_lost_journal(run: Run) -> None:
         )
 
 
-def _refuse_other_prompts(root: Path, record: PromptsRecord, source: PromptSource, config: BuildConfig) -> None:
+def _refuse_other_prompts(run: Run, record: PromptsRecord, source: PromptSource) -> None:
     """Ingest the given file in a temporary folder and compare; the error names the first row that differs."""
+    root, config = run.writer.root, run.config
     with tempfile.TemporaryDirectory(prefix="embstore-compare-") as scratch:
         folder = Path(scratch)
         given = ingest(
@@ -165,68 +214,48 @@ def _refuse_other_prompts(root: Path, record: PromptsRecord, source: PromptSourc
                     stored_text, given_text = left.decode()[:60], right.decode()[:60]
                     mismatches.append(FieldMismatch(field=f"row {row}", stored=stored_text, given=given_text))
                     break
-    raise IdentityMismatchError(mismatches)
+    raise IdentityMismatchError(mismatches, hint=_with_other_prompts(run, source))
+
+
+def _with_other_prompts(run: Run, source: PromptSource) -> str:
+    """The next command for a pool that has changed: a new store, with the rows that this one has."""
+    root = run.writer.root
+    if isinstance(source, HubDataset):
+        source = f"{source.origin.dataset}@{source.origin.revision}"
+    if not isinstance(source, str | Path):
+        return "use the ids of the store, or import into another --out"
+    model = run.config.embedding.model or next(iter(reversed(models_of_runs(root, run.writer.state))), ("MODEL", None))[0]
+    command = ["embstore", "build", str(source), "--model", model, "--out", f"{root}-new", "--resume", "--reuse", str(root)]
+    return f"to embed only the prompts that are new: {shlex.join(command)}"
 
 
 # --- spec: everything that changes a byte, pinned once ----------------------------------------------------------------
 
 
-def find_source(run: Run) -> EmbedderSource | None:
-    """The model named by the options or the last run; None if no model was named and every row is committed."""
-    embedding = run.config.embedding
-    state = run.writer.state
-    if embedding.model is None and (run.config.reuse or state.reuse) and not _knows_model(run.writer.root):
-        return None  # the old stores may contain every row
-    if embedding.model is None:
-        if state.spec is not None and not plan(run.writer.read_spec(), state).windows:
-            return None
-        if state.spec is not None and run.writer.read_spec().embedding.head.kind == "imported":
-            raise ConfigError(
-                f"{run.writer.root} is made from an array and has rows left to import",
-                hint="run embstore import ARRAY --resume with the same --out",
-            )
-        model, revision = _model_of_last_run(run.writer.root)
-        embedding = dataclasses.replace(embedding, model=model, revision=revision)
-    # torch loads only where rows may be computed, and says so, because it takes seconds
-    with stage(run.observer, "imports") if "transformers" not in sys.modules else contextlib.nullcontext():
-        from embstore.model.locate import locate_model  # noqa: PLC0415
-        from embstore.model.source import TorchSource  # noqa: PLC0415
-    run.compute_exactly(needs_torch=True)
-    with stage(run.observer, "fetch") if _may_download(str(embedding.model)) else contextlib.nullcontext():
-        files = locate_model(embedding)
-    return TorchSource(files, model_memory_bytes=run.config.model_memory_bytes)
-
-
-def _may_download(model: str) -> bool:
-    """Whether the name can be that of a model on the hub, which is downloaded where it is not in the cache."""
-    return ":" not in model and not Path(model).expanduser().exists()
-
-
-def _knows_model(root: Path) -> bool:
-    return any(entry.get("model") for entry in run_entries(root))
-
-
-def _model_of_last_run(root: Path) -> tuple[str, str | None]:
-    for entry in reversed(run_entries(root)):
-        model, revision = entry.get("model"), entry.get("revision")
-        if model and isinstance(model, str) and isinstance(revision, str | None):
-            return model, revision
-    raise ConfigError("no model was given", hint="add --model, a folder or a hub id such as org/name")
-
-
 def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | None, Reuse]:
     """The pinned spec, an embedder if rows must be computed, and the stores from which others are copied.
 
-    A different input is refused here, before anything is written.
+    A different input is refused here, before anything is written; a store without a committed row is begun again by it.
     """
+    writer = run.writer
+    if writer.state.spec is not None:
+        try:
+            return _continue_spec(run)
+        except (IdentityMismatchError, CorruptStoreError) as error:
+            if not writer.may_begin_again:
+                raise
+            why = "; ".join(map(str, error.mismatches)) if isinstance(error, IdentityMismatchError) else str(error)
+            _begin_again(run, f"with other settings ({why})", keeps_prompts=True)
+    paths = run.config.reuse or (_reuse_of_last_run(writer.root) if writer.state.reuse is not None else ())
+    if paths:
+        return _create_reusing(run, record, paths)
+    if run.source is None:
+        raise ConfigError("no model was given", hint="add --model")
+    return *_create_spec(run, record, run.source), nothing_reused(record.rows)
+
+
+def _continue_spec(run: Run) -> tuple[StoreSpec, Embedder | None, Reuse]:
     writer, config = run.writer, run.config
-    if writer.state.spec is None:
-        paths = config.reuse or (_reuse_of_last_run(writer.root) if writer.state.reuse is not None else ())
-        if paths:
-            return _create_reusing(run, record, paths)
-        if run.source is None:
-            raise ConfigError("no model was given", hint="add --model")
-        return *_create_spec(run, record, run.source), nothing_reused(record.rows)
     spec = writer.read_spec()
     if config.reuse and writer.state.reuse is None:
         raise IdentityMismatchError(
@@ -262,10 +291,13 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
     reuse = reuse or _open_reused_again(run, spec)
     if all(reuse.count(todo.grid.window(window)) == todo.grid.window(window).num_rows for window in todo.windows):
         return spec, None, reuse
-    run.source = run.source or find_source(run)  # all rows were committed, but some were found damaged
+    if run.source is None:  # all rows were committed, but some were found damaged
+        run.source = find_source(writer.root, writer.state, config, run.observer)
+        run.compute_exactly(needs_torch=False)
     if run.source is None:
         raise ConfigError("rows must be computed, but no model was given", hint="add --model, a folder or a hub id")
     _refuse_unrecorded_date(run, spec.embedding, _prompts_of(writer.root, spec, todo.windows))
+    check_templates(run, run.source, PromptTable(writer.root / PROMPTS, spec.rows), reuse, spec.embedding.chat_date)
     if config.engine.is_remote:
         return spec, None, reuse  # workers load it
     embedder = run.source.reopen(
@@ -304,6 +336,8 @@ def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tup
     writer, config = run.writer, run.config
     prompts = PromptTable(writer.root / PROMPTS, record.rows)
     _choose_device(run, None, computes=True)
+    date = config.embedding.chat_date or DEFAULT_CHAT_DATE
+    check_templates(run, source, prompts, nothing_reused(record.rows), date)
     identity = source.identity(run.observer)
     embedder = source.create(
         prompts,
@@ -398,13 +432,14 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
     # only in this run: the stored spec describes the copied rows
     embedding = dataclasses.replace(old.embedding, **hardware) if hardware is not None else old.embedding  # type: ignore[arg-type]
     name = basis_file(old.embedding.basis)
-    problem = file_problem(stores[0].root, name, stores[0].published.files[name])
+    problem = file_problem(stores[0].root, name, stores[0].committed_digest(name))
     if problem is not None:
         raise CorruptStoreError(f"{stores[0].root}/{name} {problem}", hint=f"run embstore verify {stores[0].root}")
     basis_VR = map_basis(stores[0].root, old.embedding)
     embedder = None
     chunk_rows, window_rows = copied_rows(config, old)
     if num_computed and run.source is not None:
+        check_templates(run, run.source, prompts, reuse, old.embedding.chat_date)
         embedder = run.source.take_over(
             prompts,
             embedding,

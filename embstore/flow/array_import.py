@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
 from embstore.core.config import BuildConfig
 from embstore.core.errors import ConfigError
 from embstore.core.events import Observer, ignore, stage
-from embstore.core.format import JOURNAL
 from embstore.flow.build import BuildReport, build
 from embstore.storage.array_file import open_array
 from embstore.storage.journal import read_journal
+from embstore.storage.prompt_source import check_source
 from embstore.storage.row_ids import RowIds
 
 
@@ -65,8 +64,13 @@ def import_array(
         raise ConfigError("an array is imported by one process", hint="leave out the engine")
     config = dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, device="cpu"))
     rows = open_array(array)
-    has_names = os.path.lexists(Path(out) / JOURNAL) and read_journal(Path(out)).prompts is not None
+    begun = read_journal(Path(out))
+    has_names = resume and begun.prompts is not None
+    if begun.prompts is not None and not begun.had_windows:  # another array may take its place
+        has_names &= begun.prompts.rows == min(rows.num_rows, config.limit or rows.num_rows)
     names = None if ids is None and has_names else RowIds(path=None if ids is None else Path(ids), num_rows=rows.num_rows)
+    if ids is not None:
+        check_source(ids)
     with stage(observer, "imports") if "torch" not in sys.modules else contextlib.nullcontext():
         from embstore.model.array_embedder import ArraySource  # noqa: PLC0415 - imports torch
     return build(names, out=out, config=config, resume=resume, observer=observer, source=ArraySource(rows))

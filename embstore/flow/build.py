@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -34,10 +33,10 @@ from embstore.core.files import map_array, storage_errors
 from embstore.core.format import RESIDUALS, JsonObject
 from embstore.core.interfaces import Embedder, EmbedderSource, Job
 from embstore.core.plan import plan
-from embstore.core.records import WindowRecord
+from embstore.core.records import REFUSED_BY_TEMPLATE, WindowRecord
 from embstore.core.spec import StoreSpec
 from embstore.engines.ray import refuse_missing
-from embstore.flow.admission import commit_prompts, commit_spec, find_source, warn_of_place
+from embstore.flow.admission import commit_prompts, commit_spec, nothing_left_if_refused, warn_of_place
 from embstore.flow.artifact import (
     DEFAULT_NAME,
     NeighborFiles,
@@ -50,9 +49,11 @@ from embstore.flow.artifact import (
     write_weights,
 )
 from embstore.flow.cost import check_fits
+from embstore.flow.first_checks import check_command, free_bytes_at, on_hub
+from embstore.flow.pool_summary import PoolSummary, judge_quarantined, summarize
 from embstore.flow.reuse import Reuse
 from embstore.flow.row_copier import RowCopier
-from embstore.flow.run import Run, open_engine
+from embstore.flow.run import Run, open_engine, timed
 from embstore.flow.window_tasks import LocalWindowJob, MadeWindow, RemoteWindowJob
 from embstore.host.allocator import give_back
 from embstore.host.memory import MemoryMeter
@@ -75,15 +76,16 @@ _MOST_REREADS = 3.0  # about 2 if the order is unchanged, because neighbouring c
 class BuildReport:
     """Result of a build; ``metadata`` describes the weights that training maps.
 
-    ``seconds`` maps stages of this run to their duration. ``embedded_rows`` counts rows that this run computed,
-    ``reused_rows`` those it copied from other stores, ``dropped_rows`` rows of those stores whose prompts are not in this
-    pool. ``rarest`` and ``most_crowded`` are row numbers. ``peak_anonymous_bytes`` is above the baseline (see host.memory),
-    ``worker_peak_bytes`` is the peak of the largest worker process (None without workers), ``worker_traffic_bytes`` counts
-    the bytes between this process and workers.
+    ``pool`` says what became of the lines. ``seconds`` maps stages of this run to their duration. ``embedded_rows`` counts
+    rows that this run computed, ``reused_rows`` those it copied from other stores, ``dropped_rows`` rows of those stores
+    whose prompts are not in this pool. ``rarest`` and ``most_crowded`` are row numbers. ``peak_anonymous_bytes`` is above
+    the baseline (see host.memory), ``worker_peak_bytes`` is the peak of the largest worker process (None without workers),
+    ``worker_traffic_bytes`` counts the bytes between this process and workers.
     """
 
     store: Path
     num_rows: int
+    pool: PoolSummary
     embedded_rows: int
     reused_rows: int
     dropped_rows: int
@@ -123,7 +125,8 @@ def build(
     config
         Everything else; ``help(embstore.core.config.BuildConfig)`` lists each option with its default and unit.
     resume
-        Continue the store at ``out``, or start one if there is none: a job script needs only one command.
+        Continue the store at ``out``, or start one if there is none: a job script needs only one command. A store that
+        has never had a committed row may also be begun again, without ``resume`` or by other prompts or settings.
     observer
         Called with ``core.events`` during the build; must return quickly.
     source
@@ -136,26 +139,40 @@ def build(
     Raises
     ------
     EmbstoreError
-        See core.errors. Committed rows are kept.
+        See core.errors. Committed rows are kept; an input that is refused before there are any leaves no folder behind.
     """
     config = (config or BuildConfig()).for_workers
     if model is not None:
         config = dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, model=model))
-    root = Path(out)
+    root, seconds = Path(out), dict[str, float]()
+    observer = timed(observer, seconds)
     if config.engine.is_remote:
         refuse_missing()
+    prompts = on_hub(prompts, config.dataset)
+    source = check_command(root, prompts, config, source=source, resume=resume, observer=observer)
     with (
         StopSignals() as stop,
         MemoryMeter() as meter,
         StoreWriter(root, resume=resume) as writer,
         contextlib.ExitStack() as closing,
     ):
-        run = Run(writer=writer, config=config, source=source, observer=observer, stop=stop, meter=meter, resources=closing)
+        run = Run(
+            writer=writer,
+            config=config,
+            source=source,
+            observer=observer,
+            stop=stop,
+            meter=meter,
+            seconds=seconds,
+            resources=closing,
+        )
         warn_of_place(run)
-        record = commit_prompts(run, prompts)
-        run.source = source or find_source(run)
         run.compute_exactly(needs_torch=False)
-        spec, embedder, reuse = commit_spec(run, record)
+        with nothing_left_if_refused(run):
+            record = commit_prompts(run, prompts, resume=resume)
+        judge_quarantined(run, record)  # what was read stays, and with it the list of lines
+        with nothing_left_if_refused(run):
+            spec, embedder, reuse = commit_spec(run, record)
         if config.engine.is_remote:
             embedder = None  # loaded only to resolve the settings; each worker loads the model itself
             give_back()
@@ -188,10 +205,13 @@ def preflight(
 
     The prompts are read and the model is loaded and probed, in a temporary folder.
     """
-    root, config = Path(out), config.for_workers
-    free_bytes = shutil.disk_usage(next(path for path in (root, *root.absolute().parents) if path.exists())).free
+    root, config, seconds = Path(out), config.for_workers, dict[str, float]()
+    observer = timed(observer, seconds)
     if prompts is None:
         raise ConfigError("a dry run needs the prompts file", hint="give PROMPTS, the file to build from")
+    given = on_hub(prompts, config.dataset)
+    source = check_command(root, given, config, source=source, resume=True, observer=observer)
+    free_bytes = free_bytes_at(root)
     with (
         tempfile.TemporaryDirectory(prefix="embstore-dry-run-") as scratch,
         StopSignals() as stop,
@@ -199,10 +219,19 @@ def preflight(
         StoreWriter(Path(scratch) / "store", resume=False) as writer,
         contextlib.ExitStack() as closing,
     ):
-        run = Run(writer=writer, config=config, source=source, observer=observer, stop=stop, meter=meter, resources=closing)
-        record = commit_prompts(run, prompts)
-        run.source = source or find_source(run)
+        run = Run(
+            writer=writer,
+            config=config,
+            source=source,
+            observer=observer,
+            stop=stop,
+            meter=meter,
+            seconds=seconds,
+            resources=closing,
+        )
         run.compute_exactly(needs_torch=False)
+        record = commit_prompts(run, given, resume=False)
+        judge_quarantined(run, record)
         spec, embedder, reuse = commit_spec(run, record)
         return check_fits(run, spec, embedder, plan(spec, writer.state), free_bytes, reuse)
 
@@ -252,6 +281,8 @@ def _embed_windows(run: Run, spec: StoreSpec, embedder: Embedder | None, reuse: 
                     )
                 )
                 for failed in record.failed:
+                    if failed.reason.startswith(REFUSED_BY_TEMPLATE):
+                        continue  # said before the pass
                     run.observer(Notice(message=f"row {failed.row} failed and has no vector: {failed.reason}"))
     run.observer(StageFinished(stage="embed", seconds=time.perf_counter() - started))
 
@@ -384,6 +415,7 @@ def _report(run: Run, spec: StoreSpec, neighbors: NeighborFiles, weights: Weight
     return BuildReport(
         store=run.writer.root,
         num_rows=spec.rows,
+        pool=summarize(run.writer.root, spec, run.writer.state, neighbors.groups_N),
         embedded_rows=run.embedded_rows,
         reused_rows=run.reused_rows,
         dropped_rows=dropped,

@@ -6,11 +6,11 @@ Everything that decides a byte is arithmetic; only the estimates of times are me
 from __future__ import annotations
 
 from embstore.core.config import K_MAX, BuildConfig, format_bytes, over_memory_budget
-from embstore.core.errors import BudgetError, ConfigError
+from embstore.core.errors import BudgetError
 from embstore.core.events import PREPARATIONS, Preflight
 from embstore.core.interfaces import Embedder
 from embstore.core.plan import BuildPlan
-from embstore.core.rows import chunk_rows_near
+from embstore.core.rows import chunk_rows_near, part_of_window
 from embstore.core.spec import StoreSpec
 from embstore.flow.reuse import Reuse
 from embstore.flow.run import Run
@@ -31,10 +31,10 @@ def fit_rows(config: BuildConfig, embedder: Embedder, num_rows: int, reuse: Reus
         return embedder.memory_bytes(chunk_rows) + reuse.memory_bytes(chunk_rows)
 
     near = chunk_rows_near(row_bytes, chunk_bytes, num_rows=num_rows, max_rows=embedder.max_window_rows)
-    chunk_rows = embedding.chunk_rows or _part_of(embedding.window_rows, near)
+    chunk_rows = embedding.chunk_rows or _in_window(embedding.window_rows, near)
     while embedding.chunk_rows is None and near > 16 and needs(chunk_rows) > config.memory_budget_bytes:
         near = max(16, near // 2 // 16 * 16)
-        chunk_rows = _part_of(embedding.window_rows, near)
+        chunk_rows = _in_window(embedding.window_rows, near)
     needed = needs(chunk_rows)
     if needed > config.memory_budget_bytes:
         raise over_memory_budget("embedding needs", needed, config.memory_budget_bytes)
@@ -46,22 +46,13 @@ def fit_rows(config: BuildConfig, embedder: Embedder, num_rows: int, reuse: Reus
 def copied_rows(config: BuildConfig, old: StoreSpec) -> tuple[int, int]:
     """Rows per chunk and per window of a store whose rows are all copied: those of the old store, where none are chosen."""
     embedding = config.embedding
-    chunk_rows = embedding.chunk_rows or _part_of(embedding.window_rows, old.chunk_rows)
+    chunk_rows = embedding.chunk_rows or _in_window(embedding.window_rows, old.chunk_rows)
     return chunk_rows, embedding.window_rows or max(1, old.window_rows // chunk_rows) * chunk_rows
 
 
-def _part_of(window_rows: int | None, near: int) -> int:
-    """Rows of a chunk, ``near`` or less, that divide a chosen window."""
-    if window_rows is None:
-        return near
-    parts = [rows for rows in range(1, min(near, window_rows) + 1) if window_rows % rows == 0]
-    largest = max([rows for rows in parts if rows % 16 == 0] or parts)
-    if window_rows > near and largest < near // 8:
-        raise ConfigError(
-            f"a window of {window_rows} rows cannot be divided into equal chunks of about {near} rows",
-            hint=f"give --window-rows {round(window_rows / near) * near}, or --chunk-rows as well",
-        )
-    return largest
+def _in_window(window_rows: int | None, near: int) -> int:
+    """Rows of a chunk near ``near``, which divide a chosen window."""
+    return near if window_rows is None else part_of_window(window_rows, near)
 
 
 def check_fits(

@@ -1,16 +1,18 @@
-"""Rows reused from finished stores (``--reuse``): which rows, and where they come from.
+"""Rows reused from other stores (``--reuse``): which rows, and where they come from.
 
 A row is reused if an old store has exactly the same text or messages under the same model, settings and basis. It is then
 what the model would compute again, up to the low bits that depend on its batch. Old stores are only read: each chunk is
-checked against its commit when it is read, coordinates and residuals at first use. Price: about one read of the old chunks
-if both pools have the same order; otherwise each window reads the chunks that it needs.
+checked against its commit when it is read, coordinates and residuals at first use. Of an unfinished store the committed
+windows are taken; its digest is that of its journal, which only grows, so a resume finds those windows again. Price: about
+one read of the old chunks if both pools have the same order; otherwise each window reads the chunks that it needs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +20,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.config import BuildConfig
-from embstore.core.errors import ConfigError, FieldMismatch, IdentityMismatchError, StoreNotFoundError
+from embstore.core.errors import (
+    ConfigError,
+    FieldMismatch,
+    IdentityMismatchError,
+    IncompleteStoreError,
+    StoreNotFoundError,
+)
 from embstore.core.files import storage_errors
-from embstore.core.format import CHUNKS, PROMPTS, SPEC, basis_file, canonical_json
+from embstore.core.format import CHUNKS, JOURNAL, PROMPTS, SPEC, basis_file, canonical_json
 from embstore.core.plan import model_mismatches, refuse_drift, refuse_other_input, settings_mismatches
-from embstore.core.records import ReusedStore, ReuseRecord
+from embstore.core.records import ReusedStore, ReuseRecord, decode_journal, replay
 from embstore.core.rows import RowRange
 from embstore.core.spec import ModelIdentity
+from embstore.storage.journal import journal_bytes
 from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.storage.row_files import row_files
@@ -75,26 +84,69 @@ class Reuse:
 
 
 def open_reused(paths: Sequence[str | Path], root: Path) -> list[EmbeddingStore]:
-    """Finished stores to take rows from.
+    """Stores to take rows from.
 
     Raises
     ------
     ConfigError, StoreNotFoundError, IncompleteStoreError, CorruptStoreError, IdentityMismatchError
-        A path is the store being built, or is not a finished, sound store of this format version.
+        A path is the store being built, or is not a sound store of this format version with committed rows.
     """
-    stores = []
-    for path in paths:
-        if root.exists() and Path(path).exists() and Path(path).samefile(root):
-            raise ConfigError(f"{path} cannot be reused: it is the store being built", hint="give another --reuse or --out")
-        stores.append(open_store(path))
-    return stores
+    return [_open_other(path, root) for path in paths]
+
+
+def _open_other(path: str | Path, root: Path) -> EmbeddingStore:
+    is_same = root.exists() and Path(path).exists() and Path(path).samefile(root)
+    if is_same or os.path.abspath(path) == os.path.abspath(root):  # noqa: PTH100 - a path that may be none at all
+        raise ConfigError(f"{path} cannot be reused: it is the store being built", hint="give another --reuse or --out")
+    store = open_store(path, partial=True)
+    if not store.committed_rows:
+        raise IncompleteStoreError(f"{path} has no committed rows to reuse", hint="leave out that --reuse")
+    return store
 
 
 def rows_digest(store: EmbeddingStore) -> str:
-    """sha256 over the digests of all files that rows depend on; weights and neighbours do not change it."""
+    """sha256 over the digests of all files that rows depend on; weights and neighbours do not change it.
+
+    Of an unfinished store: sha256 of its journal, without a torn tail.
+    """
+    if not store.is_complete:
+        return list(_journal_digests(store.root))[-1]
     names = (SPEC, PROMPTS, basis_file(store.spec.embedding.basis), *row_files(store.spec), CHUNKS)
     files = {name: store.published.files[name].sha256 for name in names}
     return hashlib.sha256(canonical_json(files).encode()).hexdigest()
+
+
+def _journal_digests(root: Path) -> Iterator[str]:
+    """sha256 of the journal up to the end of each line, in order."""
+    content = journal_bytes(root)
+    _, valid_bytes = decode_journal(content, name=JOURNAL)
+    total = hashlib.sha256()
+    for line in content[:valid_bytes].splitlines(keepends=True):
+        total.update(line)
+        yield total.hexdigest()
+
+
+def _as_it_was(store: EmbeddingStore, digest: str) -> EmbeddingStore | None:
+    """The store with the rows that it had when ``rows_digest`` gave this digest; None if they are other rows."""
+    if store.is_complete and rows_digest(store) == digest:
+        return store
+    for count, found in enumerate(_journal_digests(store.root)):
+        if found == digest:
+            records, _ = decode_journal(journal_bytes(store.root), name=JOURNAL)
+            return EmbeddingStore(store.root, None, replay(records[:count]), store.spec)
+    return None
+
+
+def _committed_and_sound(store: EmbeddingStore) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Rows that are committed, and those of them that have a vector: both bool [N]."""
+    if store.is_complete:
+        return np.ones(store.num_rows, dtype=np.bool_), np.asarray(store.groups) >= 0
+    committed_N = np.zeros(store.num_rows, dtype=np.bool_)
+    for rows in store.committed_rows:
+        committed_N[rows.as_slice()] = True
+    sound_N = committed_N.copy()
+    sound_N[[failed.row for failed in store.journal.failed]] = False
+    return committed_N, sound_N
 
 
 def match_rows(prompts: PromptTable, stores: Sequence[EmbeddingStore]) -> Reuse:
@@ -102,21 +154,22 @@ def match_rows(prompts: PromptTable, stores: Sequence[EmbeddingStore]) -> Reuse:
     wanted = {prompt.verbatim_digest: row for row, prompt in enumerate(prompts)}
     store_N = np.full(len(prompts), -1, dtype=np.int16)
     row_N = np.full(len(prompts), -1, dtype=np.int64)
-    found = []
+    found, committed = [], []
     for index, store in enumerate(stores):
-        is_failed = np.asarray(store.groups) < 0
+        is_committed, is_sound = _committed_and_sound(store)
+        committed.append(int(np.count_nonzero(is_committed)))
         count = 0
         for old_row, prompt in enumerate(store.prompts):
-            row = wanted.get(prompt.verbatim_digest)
+            row = wanted.get(prompt.verbatim_digest) if is_committed[old_row] else None
             count += row is not None
-            if row is not None and store_N[row] < 0 and not is_failed[old_row]:
+            if row is not None and store_N[row] < 0 and is_sound[old_row]:
                 store_N[row], row_N[row] = index, old_row
         found.append(count)
     record = ReuseRecord(
         stores=[
             ReusedStore(
                 digest=rows_digest(store),
-                rows=store.num_rows,
+                rows=committed[index],
                 found=found[index],
                 reused=int(np.count_nonzero(store_N == index)),
             )
@@ -145,7 +198,7 @@ class SavedReuse:
     def open(self, root: Path) -> Reuse:
         """The saved value, with its stores opened again and its arrays mapped."""
         return Reuse(
-            stores=tuple(open_reused(self.roots, root)),
+            stores=tuple(open_again(self.roots, root, self.record)),
             record=self.record,
             store_N=np.load(self.folder / "reused_store.npy", mmap_mode="r"),
             row_N=np.load(self.folder / "reused_row.npy", mmap_mode="r"),
@@ -166,14 +219,14 @@ def open_again(paths: Sequence[str | Path], root: Path, record: ReuseRecord) -> 
         mismatches.append(FieldMismatch(field="stores to reuse", stored=len(record.stores), given=len(paths)))
     for path, expected in zip(paths, record.stores, strict=False):
         try:
-            store = open_reused([path], root)[0]
+            store = _open_other(path, root)
         except StoreNotFoundError:
             given = f"no store at {path}"
         else:
-            stores.append(store)
-            given = rows_digest(store)[:16]
-            if rows_digest(store) == expected.digest:
+            if (as_it_was := _as_it_was(store, expected.digest)) is not None:
+                stores.append(as_it_was)
                 continue
+            given = rows_digest(store)[:16]
         mismatches.append(FieldMismatch(field=f"rows to reuse from {path}", stored=expected.digest[:16], given=given))
     if mismatches:
         raise IdentityMismatchError(

@@ -73,6 +73,9 @@ class ArraySource:
         """An array has no chats."""
         return False
 
+    def template(self, chat_date: str | None) -> None:
+        """An array renders nothing."""
+
     def device(self, name: str) -> str:
         """An array is read and scaled by the CPU."""
         return "cpu"

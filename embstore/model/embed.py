@@ -20,7 +20,7 @@ import functools
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -64,13 +64,14 @@ _REAL, _POOLED = 1 << 40, 1 << 41  # flags above every token id, in an int64
 class PooledWindow:
     """Means over the pooled tokens of each row: hidden states [W, D] (affine) or logits [W, V] (streamed), float32.
 
-    ``ok_W`` is false where a prompt gave no tokens. ``sequence_W`` are digests of the tokens (``repeats``). On CUDA the
-    means are there once ``ready`` has happened.
+    ``ok_W`` is false where a prompt gave no tokens, ``refusals`` says of which rows that is the chat template's doing.
+    ``sequence_W`` are digests of the tokens (``repeats``). On CUDA the means are there once ``ready`` has happened.
     """
 
     mean_WX: Tensor
     ok_W: NDArray[np.bool_]
     sequence_W: NDArray[np.uint64]
+    refusals: Mapping[int, str] = dataclasses.field(default_factory=dict)
     ready: torch.cuda.Event | None = None
 
 
@@ -224,7 +225,7 @@ class LogitEmbedder:
                 chunk = ahead
                 if start + chunk_rows < num_rows:
                     ahead = self._begin_chunk(window, start + chunk_rows, chunk_rows)
-                block = self._slabs.finished(chunk, first_row + start, functools.partial(_failure, window.ok_W[start:]))
+                block = self._slabs.finished(chunk, first_row + start, functools.partial(_failure, window, start))
                 yield dataclasses.replace(block, sequence_B=window.sequence_W[start : start + chunk_rows])
         finally:
             ahead.wait()  # an abandoned window must not go on in the background
@@ -273,6 +274,7 @@ class LogitEmbedder:
             mean_WX=torch.zeros((len(rows), width), dtype=torch.float32, device=self._device),
             ok_W=np.array([row.pooled_T.any() for row in window.rows], dtype=np.bool_),
             sequence_W=sequence_W,
+            refusals={index: row.refusal for index, row in enumerate(window.rows) if row.refusal is not None},
         )
         return [
             (functools.partial(self._pool_rows, window, rows, rows_B, length, check, copies), len(rows_B) * length)
@@ -432,8 +434,10 @@ def _with_rows(values_BT: Tensor, num_rows: int) -> Tensor:
     return torch.cat([values_BT, values_BT[:1].expand(num_rows - len(values_BT), -1)])
 
 
-def _failure(has_tokens_B: NDArray[np.bool_], local: int, norm: float) -> str | None:
-    if not has_tokens_B[local]:
+def _failure(window: PooledWindow, start: int, local: int, norm: float) -> str | None:
+    if start + local in window.refusals:
+        return window.refusals[start + local]
+    if not window.ok_W[start + local]:
         return "the prompt has no tokens: the tokenizer returned none, or only special ones"
     if not np.isfinite(norm):
         return "the model gives a non-finite logit"

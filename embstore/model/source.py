@@ -7,6 +7,8 @@ find the basis, choose the dtype, pack, embed.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,20 @@ _EMULATED = (
 _BASIS_OF = {"affine": "gram", "none": "identity"}  # any other head: "range-finder"
 
 
+class Template:
+    """The chat template of a tokenizer; implements ``core.interfaces.ChatTemplate``."""
+
+    def __init__(self, tokenizer: Any, chat_date: str | None) -> None:  # noqa: ANN401 - transformers is untyped
+        self._tokenizer = PromptTokenizer(tokenizer, max_tokens=1, num_tokens=0, chat_date=chat_date)
+        special = str(tokenizer.special_tokens_map)
+        content = [TOKEN_RULE, transformers.__version__, tokenizer.chat_template, special, chat_date]
+        self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def refusal(self, prompt: Prompt) -> str | None:
+        """See ``PromptTokenizer.refusal``."""
+        return self._tokenizer.refusal(prompt)
+
+
 class TorchSource:
     """A Hugging Face causal LM; implements ``core.interfaces.EmbedderSource``."""
 
@@ -85,6 +101,11 @@ class TorchSource:
 
             with counted_bytes(count):
                 return self._files.identity()
+
+    def template(self, chat_date: str | None) -> Template | None:
+        """The tokenizer's chat template, if it has one."""
+        tokenizer = self._files.load_tokenizer()
+        return Template(tokenizer, chat_date) if tokenizer.chat_template else None
 
     def device(self, name: str) -> str:
         """The device of this name as this process sees it."""
@@ -318,6 +339,10 @@ class InMemorySource(TorchSource):
     def reads_clock(self) -> bool:
         """See ``TorchSource.reads_clock``."""
         return template_reads_clock(self._tokenizer)
+
+    def template(self, chat_date: str | None) -> Template | None:
+        """That of the tokenizer at hand."""
+        return Template(self._tokenizer, chat_date) if self._tokenizer.chat_template else None
 
     def _load(self, space: Space) -> LoadedCheckpoint:
         _refuse_scattered(self._model)

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from embstore.core.errors import ModelError
 from embstore.core.prompts import Message, Prompt, render_messages
+from embstore.core.records import refused_by_template
 from embstore.model.chat_clock import ChatClock, reads_clock
 
 TOKEN_RULE = "own-tokens-1"  # names the rule above; another rule needs another name, because rows would differ
@@ -30,11 +31,19 @@ TOKEN_RULE = "own-tokens-1"  # names the rule above; another rule needs another 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenRow:
-    """Tokens of one prompt: ``ids_T`` int64, and ``pooled_T`` bool, true where the token is the prompt's own."""
+    """Tokens of one prompt: ``ids_T`` int64, and ``pooled_T`` bool, true where the token is the prompt's own.
+
+    ``refusal`` says why the chat template gives no text for the prompt; it has no tokens then.
+    """
 
     ids_T: NDArray[np.int64]
     pooled_T: NDArray[np.bool_]
     was_cut: bool
+    refusal: str | None = None
+
+
+class RefusedChatError(Exception):
+    """The chat template gives no text for a chat; the message is the reason that its row states."""
 
 
 class PromptTokenizer:
@@ -65,12 +74,12 @@ class PromptTokenizer:
         return next((pad for pad in given if isinstance(pad, int) and 0 <= pad < self._num_tokens), 0)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[TokenRow]:
-        """Token rows in prompt order.
+        """Token rows in prompt order; a chat that the template refuses has no tokens.
 
         Raises
         ------
         ModelError
-            The chat template refuses a prompt, or the tokenizer is another model's.
+            The tokenizer is another model's.
         """
         texts = [index for index, prompt in enumerate(prompts) if not self._is_templated(prompt)]
         chats = [index for index, prompt in enumerate(prompts) if self._is_templated(prompt)]
@@ -78,11 +87,27 @@ class PromptTokenizer:
         for index, (ids, special) in zip(texts, self._tokens_of([_text_of(prompts[index]) for index in texts]), strict=True):
             rows[index] = self._cut(np.asarray(ids, dtype=np.int64), ~np.asarray(special, dtype=np.bool_))
         # the template writes the special tokens itself
-        rendered = [self._apply_template(prompts[index]) for index in chats]
-        for index, (ids, _) in zip(chats, self._tokens_of(rendered, add_special_tokens=False), strict=True):
+        rendered: dict[int, str] = {}
+        for index in chats:
+            try:
+                rendered[index] = self._apply_template(prompts[index])
+            except RefusedChatError as error:
+                nothing = np.empty(0, dtype=np.int64)
+                rows[index] = TokenRow(ids_T=nothing, pooled_T=nothing > 0, was_cut=False, refusal=str(error))
+        tokens = self._tokens_of(list(rendered.values()), add_special_tokens=False)
+        for index, (ids, _) in zip(rendered, tokens, strict=True):
             ids_T = np.asarray(ids, dtype=np.int64)
             rows[index] = self._cut(ids_T, ~np.isin(ids_T, self._special_ids))
         return [rows[index] for index in range(len(prompts))]
+
+    def refusal(self, prompt: Prompt) -> str | None:
+        """Why the chat template gives no text for a prompt, None if it gives one or is not asked."""
+        if self._is_templated(prompt):
+            try:
+                self._apply_template(prompt)
+            except RefusedChatError as error:
+                return str(error)
+        return None
 
     def _tokens_of(self, texts: list[str], *, add_special_tokens: bool = True) -> list[tuple[list[int], list[int]]]:
         """Token ids of each text, and 1 where the tokenizer itself added the token."""
@@ -118,9 +143,7 @@ class PromptTokenizer:
             if rendered is None or any(repr(arguments) in rendered for arguments in calls):
                 rendered = self._rendered(prompt, [_with_text_arguments(each) for each in messages], template, dates)
         except Exception as error:
-            raise ModelError(
-                f"the chat template refuses prompt {prompt.id!r}: {error}", hint="correct or remove that prompt"
-            ) from error
+            raise RefusedChatError(refused_by_template(str(error) or type(error).__name__)) from error
         return rendered
 
     def _rendered(self, prompt: Prompt, messages: Sequence[Message], template: str | None, dates: Mapping[str, str]) -> str:

@@ -283,6 +283,8 @@ class WriterLock:
                 f"the file system of {path.parent} cannot lock files ({error.strerror})",
                 hint="build on a local disk, then copy the finished store",
             ) from error
+        if not _has_name(self._handle, path):
+            raise StoreLockedError(f"another process has just deleted {path.parent}", hint="run the command again")
         # only for the message above: nothing depends on this text
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         with storage_errors("writing", path, opening=True):
@@ -296,6 +298,13 @@ class WriterLock:
             with contextlib.suppress(OSError):  # the descriptor is closed all the same, and the file has no data of ours
                 os.close(self._handle)
         self._handle = -1
+
+
+def _has_name(handle: int, path: Path) -> bool:
+    """Whether an open file still has this name: a lock on a deleted file would keep nobody out."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
+    return False
 
 
 # locks of this process: a fork must release them in the child

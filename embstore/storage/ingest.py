@@ -33,6 +33,7 @@ from embstore.core.format import (
     canonical_json,
 )
 from embstore.core.prompts import Prompt, Rejected, decode_row, encode_row
+from embstore.core.reasons import count_reason
 from embstore.core.records import PromptsRecord
 from embstore.storage.atomic import DurableFile, fsync_directory, save_array
 from embstore.storage.hub_dataset import HubDataset
@@ -55,6 +56,7 @@ class _Rows:
     lines: int = 0
     quarantined: int = 0
     answered: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)  # quarantined lines by kind of reason
     first_quarantined: list[tuple[str, str]] = field(default_factory=list)  # where, and the reason
 
 
@@ -130,6 +132,7 @@ def ingest(
 def _quarantine(rows: _Rows, reason: str, file: DurableFile, prompts: Prompts) -> None:
     file.write(json.dumps({"line": rows.lines, "reason": reason}).encode() + b"\n")
     rows.quarantined += 1
+    count_reason(rows.reasons, reason)
     if len(rows.first_quarantined) < 3:
         rows.first_quarantined.append((prompts.where(rows.lines), reason))
 
@@ -228,6 +231,7 @@ def _write_files(
         files=files,
         rule=rule,
         answered=rows.answered,
+        reasons=rows.reasons,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from embstore.core.decode import parse_json
@@ -22,7 +23,7 @@ from embstore.core.records import (
     encode_journal_record,
     replay,
 )
-from embstore.storage.atomic import fsync_directory, sync_data, write_all
+from embstore.storage.atomic import fsync_directory, sync_data, write_all, write_durable
 
 _RUNS_BYTES = 1 << 20
 
@@ -46,6 +47,8 @@ def require_store(root: Path) -> None:
 
 def journal_bytes(root: Path) -> bytes:
     """All bytes of the journal, a torn tail included; empty if there is no journal."""
+    if not root.is_dir():
+        return b""
     with storage_errors("reading", root / JOURNAL):
         try:
             handle = open_regular(root, JOURNAL)
@@ -140,6 +143,17 @@ class Journal:
         self._broken = False
         self._size += len(line)
         self._records.append(record)
+
+    def replace(self, records: Sequence[JournalRecord]) -> None:
+        """Commit a journal of ``records`` in place of this one, at once: a kill leaves the old journal or the new one."""
+        lines = [encode_journal_record(seq, record) for seq, record in enumerate(records, start=1)]
+        content = b"".join([encode_journal_header(), *lines])
+        self._broken = True
+        write_durable(self._path, content)
+        with storage_errors("opening", self._path):
+            handle = open_regular(self._path.parent, JOURNAL, os.O_RDWR | os.O_APPEND)
+        self.close()
+        self._handle, self._size, self._records, self._broken = handle, len(content), list(records), False
 
     def close(self) -> None:
         """Close the file. Every line in it was synced, so an error on closing does not matter."""

@@ -21,7 +21,7 @@ from typing import Protocol
 from embstore.core.config import CURRENT_RULE, FIRST_RULE, USUAL_FIELDS, WHOLE, DatasetChoice, PromptFields, PromptRule
 from embstore.core.errors import PromptError
 from embstore.core.events import Notice, Observer, ignore
-from embstore.core.inputs import Input, open_input
+from embstore.core.inputs import Input, check_input, open_input
 from embstore.core.prompts import Prompt, Rejected, parse_line, prompt_fields, prompt_of
 from embstore.storage.csv_source import csv_records, delimiter_of
 from embstore.storage.hub_dataset import HubDataset, streamed_parts
@@ -237,6 +237,17 @@ class Prompts:
     def where(self, line: int) -> str:
         """Line ``line``, with its file where there is one."""
         return self._records.where(line) if self._records is not None else f"line {line}"
+
+
+def check_source(source: PromptSource) -> None:
+    """Refuse a file that is not there or cannot be opened; a pipe is not touched, because its bytes come only once.
+
+    Raises
+    ------
+    PromptError
+    """
+    if isinstance(source, str | Path):
+        check_input(source)
 
 
 @contextlib.contextmanager

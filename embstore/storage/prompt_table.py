@@ -51,6 +51,11 @@ class PromptTable:
         with self._opened() as handle:
             return [decode_row(line) for line in self._bytes(handle, rows).splitlines(keepends=True)]
 
+    def lines(self, rows: RowRange) -> list[bytes]:
+        """Canonical lines of a row range, in order, as ``encode_row`` wrote them."""
+        with self._opened() as handle:
+            return self._bytes(handle, rows).splitlines(keepends=True)
+
     def sample(self, rows: Sequence[int]) -> list[Prompt]:
         """Prompts of single rows, in the order given."""
         return [self.read(RowRange(row, row + 1))[0] for row in rows]

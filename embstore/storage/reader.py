@@ -40,6 +40,7 @@ from embstore.core.format import (
     SPEC,
     TABLE_BYTES,
     WEIGHTS,
+    FileDigest,
     JsonObject,
     Manifest,
     basis_file,
@@ -110,6 +111,10 @@ class EmbeddingStore:
         if self.is_complete:
             return [RowRange(0, self.num_rows)]
         return [RowRange(window.start, window.stop) for window in self.journal.windows.values()]
+
+    def committed_digest(self, name: str) -> FileDigest:
+        """What the manifest says of a file, or the journal while there is no manifest."""
+        return self._digests[name]
 
     @functools.cached_property
     def embeddings(self) -> zarr.Array[Any]:

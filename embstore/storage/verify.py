@@ -29,6 +29,7 @@ from embstore.core.format import (
     MANIFEST,
     METADATA_LINK,
     NEIGHBORS,
+    REFUSED,
     RUNS,
     SPEC,
     STAGE0_FILES,
@@ -343,7 +344,7 @@ def _differs(root: Path, name: str, expected: bytes) -> bool:
 
 def _strays(root: Path, spec: StoreSpec | None, state: JournalState, manifest: Manifest | None) -> list[str]:
     """Notes on files in the folder that are not files of the store; links are not followed, and there is no recursion."""
-    known = {SPEC, MANIFEST, JOURNAL, RUNS, LOCK, CHUNKS, ARRAY_METADATA, *STAGE0_FILES}
+    known = {SPEC, MANIFEST, JOURNAL, RUNS, LOCK, REFUSED, CHUNKS, ARRAY_METADATA, *STAGE0_FILES}
     of_spec = {BASIS, COORDINATE_MAP, *ROW_FILES}
     known |= of_spec if spec is None else {basis_file(spec.embedding.basis), *row_files(spec)}
     known |= {WITHDRAWN, WEIGHTS_LINK, METADATA_LINK, *(manifest.files if manifest else ())}

@@ -3,6 +3,9 @@
 Per chunk: temp -> write -> fsync -> rename. Per window: fsync(folder), slices of the row files pwritten and fdatasynced,
 then ONE journal line. Work before that line may be lost and is then recomputed; work after it is never lost. Last of all,
 the rename of ``manifest.json`` publishes everything at once. Leaving this writer by an exception publishes nothing.
+
+Until the first commit of a window a store holds nothing that cannot be made again in minutes, so a corrected command may
+begin it again (``begin_again``), and a refused one deletes what it began (``discard``).
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from embstore.core.errors import ConfigError, CorruptStoreError, StoreExistsErro
 from embstore.core.files import check_content, irregular, open_regular, read_committed, storage_errors
 from embstore.core.format import (
     ARRAY_METADATA,
+    BASIS,
+    COORDINATE_MAP,
     COORDINATES,
     EMBEDDINGS,
     JOURNAL,
@@ -29,10 +34,12 @@ from embstore.core.format import (
     MANIFEST,
     METADATA_LINK,
     NEIGHBORS,
+    REFUSED,
     RESIDUALS,
     RUNS,
     SEQUENCES,
     SPEC,
+    STAGE0_FILES,
     WEIGHTS,
     WEIGHTS_LINK,
     WITHDRAWN,
@@ -46,7 +53,7 @@ from embstore.core.format import (
     weights_paths,
 )
 from embstore.core.plan import grid_of, misfit, refuse_misfits
-from embstore.core.records import JournalRecord, JournalState, SpecRecord, WindowRecord
+from embstore.core.records import JournalRecord, JournalState, OriginRecord, PromptsRecord, SpecRecord, WindowRecord
 from embstore.core.rows import RowRange
 from embstore.core.spec import StoreSpec, array_metadata, decode_spec, spec_problem
 from embstore.storage.atomic import (
@@ -69,6 +76,7 @@ from embstore.storage.row_files import ROW_FILES, check_rows, header, map_basis,
 from embstore.storage.search_blocks import KEPT_BLOCKS
 
 _OWN_DIGEST = re.compile(r"[0-9a-f]{16}")
+_OWN_CHUNK = re.compile(r"c\.\d{1,10}\.0")
 _OWN_WEIGHTS = re.compile(r"[0-9a-f]{16}\.(npy|json)")
 
 
@@ -80,7 +88,7 @@ class StoreWriter:
     root
         The store's folder; created with missing parents when absent.
     resume
-        Whether an existing store may be continued. Without it any store with committed prompts is refused.
+        Whether an existing store may be continued. Without it any store that has had a committed window is refused.
     lock
         The store's lock, if the caller has taken it to read the store before a writer cleans up; the writer releases it.
 
@@ -97,6 +105,7 @@ class StoreWriter:
     def __init__(self, root: Path, *, resume: bool, lock: WriterLock | None = None) -> None:
         self.root = root
         self._handles: dict[str, int] = {}
+        self._made = [folder for folder in (root, *root.parents) if not folder.exists()]
         if lock is None:
             lock = lock_store(root)
         self._lock = lock
@@ -106,10 +115,8 @@ class StoreWriter:
             self._lock.release()
             raise
         try:
-            if self.state.prompts is not None and not resume:
-                raise StoreExistsError(
-                    f"{root} already contains a store", hint="add --resume to continue it, or choose another --out"
-                )
+            refuse_taken(root, self.state, resume=resume)
+            self._is_new = self.state.prompts is None
             self._recover()
         except BaseException:
             self.close()
@@ -143,6 +150,66 @@ class StoreWriter:
             folder.mkdir(exist_ok=True)
         return folder
 
+    @property
+    def may_begin_again(self) -> bool:
+        """Whether nothing would be lost: see ``may_begin_again``."""
+        return may_begin_again(self.root, self.state)
+
+    def begin_again(self, *, keeps_prompts: bool = False) -> None:
+        """Take back what is committed, or all but the prompts; durable when this returns.
+
+        The journal changes at once, so a kill leaves the old store or the new one. Chunks that no line commits are deleted
+        before: they lie where a smaller grid has none. What else is left is overwritten by name.
+        """
+        if not self.may_begin_again:
+            raise AssertionError(f"{self.root} has committed rows")
+        with storage_errors("cleaning", self.root):
+            for path in _entries(self.root / EMBEDDINGS):
+                if _OWN_CHUNK.fullmatch(path.name):
+                    remove_folder(path)
+        if (self.root / EMBEDDINGS).is_dir():
+            fsync_directory(self.root / EMBEDDINGS)
+        kept = [self.state.origin, self.state.prompts] if keeps_prompts else []
+        self._journal.replace([record for record in kept if record is not None])
+        self._is_new = True
+        with storage_errors("cleaning", self.root):
+            for name in (SPEC, ARRAY_METADATA, BASIS, COORDINATE_MAP, REFUSED, *ROW_FILES):
+                (self.root / name).unlink(missing_ok=True)
+
+    def adopt_prompts(self, folder: Path, record: PromptsRecord, origin: OriginRecord | None) -> None:
+        """Commit stage 0 that ``ingest`` wrote to ``folder``, which lies in ``work``."""
+        for name in record.files:
+            with storage_errors("publishing", self.root / name):
+                os.rename(folder / name, self.root / name)
+        fsync_directory(self.root)
+        if origin is not None:
+            self.commit(origin)
+        self.commit(record)
+
+    def discard(self) -> None:
+        """Delete what this writer began, and the folders it made, as long as there is no spec; then only ``close`` is left.
+
+        The first step takes the prompts back and the last one removes the journal, so a kill leaves a store to begin. A file
+        of another program stays, and its folder with it. What cannot be deleted stays, too.
+        """
+        if not self._is_new or self.state.spec is not None or not self.may_begin_again:
+            return
+        with contextlib.suppress(OSError):
+            if self.state.prompts is not None:
+                self._journal.replace([])
+            remove_folder(self.root / WORK, missing_ok=True)
+            for name in (*STAGE0_FILES, REFUSED, RUNS):
+                (self.root / name).unlink(missing_ok=True)
+            if (self.root / EMBEDDINGS).is_dir():
+                (self.root / EMBEDDINGS).rmdir()
+            fsync_directory(self.root)
+            if any(path.name not in (JOURNAL, LOCK) for path in _entries(self.root)):
+                return  # without a journal it would be a folder of other files, where nothing can be built
+            for name in (JOURNAL, LOCK):
+                (self.root / name).unlink()
+            for folder in self._made:
+                folder.rmdir()
+
     def commit(self, record: JournalRecord) -> None:
         """Append one record to the journal; durable when this returns."""
         self._journal.append(record)
@@ -166,6 +233,9 @@ class StoreWriter:
             raise ConfigError(f"no such store is possible: {problem}", hint="choose other --chunk-rows or --window-rows")
         make_directory(self.root / EMBEDDINGS)
         name = basis_file(spec.embedding.basis)
+        for other in {BASIS, COORDINATE_MAP} - {name}:
+            if (self.root / other).exists():  # of a store that was begun again
+                (self.root / other).unlink()
         basis = save_array(self.root / name, basis_VR, sync_directory=False)  # spec.json comes last and syncs for all
         spec = dataclasses.replace(spec, basis_sha256=basis.sha256)
         files = {name: basis}
@@ -178,15 +248,7 @@ class StoreWriter:
 
     def read_spec(self) -> StoreSpec:
         """The committed spec, checked against its digest in the journal and against the basis and the committed windows."""
-        record = self.state.spec
-        if record is None:
-            raise StoreNotFoundError(f"{self.root} has no spec yet", hint="run embstore build")
-        content = read_committed(self.root, SPEC)
-        check_content(self.root, SPEC, [content], record.files[SPEC])
-        spec = decode_spec(content)
-        refuse_misfits(spec, self.state)
-        map_basis(self.root, spec.embedding)
-        return spec
+        return read_spec(self.root, self.state)
 
     def restore_array_metadata(self) -> None:
         """Write ``zarr.json`` again: it follows from the spec."""
@@ -319,6 +381,37 @@ class StoreWriter:
             for path in _entries(self.root / WORK) if kept else [self.root / WORK]:
                 if path not in kept:
                     remove_folder(path, missing_ok=True)
+
+
+def may_begin_again(root: Path, state: JournalState) -> bool:
+    """Whether a store with this journal has never had a committed row, so that another build may take its place."""
+    return not state.had_windows and not any(os.path.lexists(root / name) for name in (MANIFEST, WITHDRAWN))
+
+
+def refuse_taken(root: Path, state: JournalState, *, resume: bool) -> None:
+    """Refuse a folder that is not for this build: of other files, or without ``resume`` a store that has had rows.
+
+    Raises
+    ------
+    StoreExistsError
+    """
+    _refuse_foreign(root)
+    if state.prompts is not None and not resume and not may_begin_again(root, state):
+        raise StoreExistsError(
+            f"{root} already contains a store", hint="add --resume to continue it, or choose another --out"
+        )
+
+
+def read_spec(root: Path, state: JournalState) -> StoreSpec:
+    """As ``StoreWriter.read_spec``, for whoever only reads."""
+    if state.spec is None:
+        raise StoreNotFoundError(f"{root} has no spec yet", hint="run embstore build")
+    content = read_committed(root, SPEC)
+    check_content(root, SPEC, [content], state.spec.files[SPEC])
+    spec = decode_spec(content)
+    refuse_misfits(spec, state)
+    map_basis(root, spec.embedding)
+    return spec
 
 
 def lock_store(root: Path) -> WriterLock:

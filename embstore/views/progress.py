@@ -36,6 +36,7 @@ _TITLES = {
     "check": "comparing the prompts with the store's",
     "hash": "hashing the model's files",
     "reuse": "looking prompts up in the stores to reuse",
+    "templates": "rendering chats",
     "load": "loading the model",
     "probe": "probing the model",
     "basis": "making coordinates",
@@ -137,7 +138,8 @@ class TerminalObserver:
                 for line in (preflight_line(event), time_line(event)):
                     self._console.print(line, highlight=False)
             case Notice():
-                self._console.print(f"[yellow]note[/yellow]: {plain(event.message)}", highlight=False)
+                kind = "[bold yellow]warning[/bold yellow]" if event.is_warning else "[yellow]note[/yellow]"
+                self._console.print(f"{kind}: {plain(event.message)}", highlight=False)
 
     def _start(self, event: StageStarted) -> None:
         resumed = f"[resumed {event.done:,}/{event.total:,}]" if event.done else ""

@@ -39,6 +39,8 @@ def print_report(console: Console, report: BuildReport, info: StoreInfo) -> None
     console.print(
         f"[bold green]complete[/bold green] {escape(str(report.store))}: {report.num_rows:,} rows", highlight=False
     )
+    for line in report.pool.lines_of_text():
+        console.print(f"  {plain(line)}", highlight=False)
     if report.reused_rows or report.dropped_rows:
         console.print(
             f"  reused {report.reused_rows:,} rows, computed {report.embedded_rows:,}, "

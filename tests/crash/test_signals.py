@@ -77,13 +77,11 @@ def test_the_command_line_ends_as_interrupted_however_many_signals_come(
     program = """
         import sys
         from embstore import cli
-        from embstore.flow import admission
+        from embstore.flow import first_checks
         from tests.support.fake import FakeSource
-        admission.find_source = lambda run: FakeSource()
+        first_checks.find_source = lambda *arguments: FakeSource()
         sys.argv = ["embstore", "build", sys.argv[1], "--model", "fake", "--out", sys.argv[2], "--chunk-rows", "16",
                     "--window-rows", "32", "--knn", "exact", "--resume"]
-        import embstore.flow.build
-        embstore.flow.build.find_source = admission.find_source
         cli.main()
     """
     store = tmp_path / "store"

@@ -269,6 +269,10 @@ def bad_input(case: str, model: Path, folder: Path) -> tuple[list[object], int, 
         shutil.copytree(model, empty)
         (empty / "model.safetensors").unlink()
         return [file, "--model", empty, "--out", out], 1, "contains no weights"
+    if case == "no model option":
+        return [file, "--out", out], 2, "no model was given"
+    if case == "windows":
+        return [file, "--model", model, "--out", out, "--window-rows", "100", "--chunk-rows", "33"], 2, "multiple of"
     if case == "no model":
         return [file, "--model", folder / "no-model", "--out", out], 1, "is not a folder"
     if case == "foreign folder":
@@ -302,6 +306,8 @@ def bad_input(case: str, model: Path, folder: Path) -> tuple[list[object], int, 
         "strict",
         "no weights",
         "no model",
+        "no model option",
+        "windows",
         "foreign folder",
         "memory",
         "size",
@@ -318,7 +324,14 @@ def test_bad_input_gets_one_line_what_and_one_line_what_to_do(case: str, model: 
     assert "error: " in result.stderr
     assert says in result.stderr
     assert "Traceback" not in result.stderr
-    assert {name: data for name, data in tree(tmp_path).items() if name in before} == before  # nothing lost
+    assert tree(tmp_path) == before  # nothing lost, and nothing left
+    out = tmp_path / "store"
+    if case in ("existing store", "format version", "foreign folder"):
+        return
+    assert not out.exists()
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a prompt"}) + "\n")
+    result = run("build", tmp_path / "prompts.jsonl", "--model", model, "--out", out, "--memory-budget", "2G")
+    assert result.exit_code == 0, result.stderr
 
 
 @pytest.mark.slow  # and tests/unit/test_prompts.py reads such a line without a model

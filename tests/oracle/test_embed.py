@@ -15,6 +15,7 @@ import transformers
 from embstore.core.config import EmbeddingConfig
 from embstore.core.errors import ModelError
 from embstore.core.events import Event, Notice
+from embstore.core.interfaces import no_check
 from embstore.core.prompts import Prompt
 from embstore.core.spec import Head
 from embstore.model.locate import locate_model
@@ -261,12 +262,22 @@ def test_a_chat_without_a_template_is_its_lines(case_of: CaseOf) -> None:
     assert np.array_equal(as_chat_NV, rows_before_rounding(embedder, [Prompt(id=None, text=lines)]))
 
 
-def test_a_template_that_refuses_names_the_prompt(case_of: CaseOf, tmp_path: Path) -> None:
+def test_a_chat_that_the_template_refuses_has_no_row_and_moves_no_other(case_of: CaseOf, tmp_path: Path) -> None:
     tokenizer = make_tokenizer(template=True)
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no\n system role') }}{% endif %}"
+    tokenizer.chat_template = refuses + tokenizer.chat_template
     folder = save_model(tmp_path / "model", case_of("llama").model, tokenizer)
-    with pytest.raises(ModelError, match="'chat-7': roles must alternate"):
-        open_embedder(folder, [dataclasses.replace(chats()[0], id="chat-7")], tmp_path / "work")
+    sound = [prompt for prompt in chats() if prompt.messages and prompt.messages[0]["role"] != "system"]
+    refused = next(prompt for prompt in chats() if prompt.messages and prompt.messages[0]["role"] == "system")
+    mixed = [*sound, refused, *PROMPTS]
+    embedder = open_embedder(folder, mixed, tmp_path / "work")
+    blocks = list(embedder.embed(mixed, first_row=100, chunk_rows=16, check=no_check))
+    failed = [row for block in blocks for row in block.failed]
+    assert [(row.row, row.reason) for row in failed] == [(100 + len(sound), "the chat template refuses it: no system role")]
+    rows_NV = np.concatenate([block.emb_BV for block in blocks])
+    assert np.isnan(rows_NV).all(axis=1).nonzero()[0].tolist() == [len(sound)]
+    expected_NV = rows_before_rounding(embedder, [*sound, *PROMPTS])
+    assert distances(np.delete(rows_NV, len(sound), axis=0).astype(np.float32), expected_NV).max() <= 5e-4
 
 
 def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """A fake embedder: the hash of a prompt decides its row. Imports no torch, so a build takes milliseconds.
 
 Rows lie in an R-dimensional subspace, as logits of an affine head do: coordinates are hashed, the row is their image. A
-prompt whose text holds "FAIL" has no usable row. ``calls`` records every window that was computed.
+prompt whose text holds "FAIL" has no usable row; with a chat template, neither has a chat with "REFUSE". ``calls`` records
+every window that was computed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from embstore.core.config import DEFAULT_CHAT_DATE, EmbeddingConfig
 from embstore.core.events import Observer, ignore
 from embstore.core.interfaces import Check, PromptReader, RowBlock, WindowCounts
 from embstore.core.prompts import Prompt
-from embstore.core.records import FailedRow
+from embstore.core.records import FailedRow, refused_by_template
 from embstore.core.spec import EmbeddingSpec, Head, ModelIdentity, Versions
 
 DIMENSION = 64
@@ -48,11 +49,17 @@ class FakeSource:
         self.versions: Versions | None = VERSIONS
         self.devices: list[str | None] = []  # where it was created or reopened
         self.calls: list[tuple[int, int]] = []  # rows start, stop of every window computed
+        self.has_template = False
+        self.templates = 0  # how often it was asked for
         self.creations = 0
         self.reopenings = 0
 
     def identity(self, observer: Observer = ignore) -> ModelIdentity:
         return self.model
+
+    def template(self, chat_date: str | None) -> FakeTemplate | None:
+        self.templates += 1
+        return FakeTemplate() if self.has_template else None
 
     def device(self, name: str) -> str:
         return {"auto": "cpu", "cuda": "cuda:0"}.get(name, name)
@@ -119,6 +126,15 @@ class FakeSource:
         return FakeEmbedder(self, spec, basis_VR)
 
 
+class FakeTemplate:
+    """Refuses chats whose text holds REFUSE."""
+
+    digest = "f" * 64
+
+    def refusal(self, prompt: Prompt) -> str | None:
+        return refused_by_template("the text says so") if "REFUSE" in prompt.rendered else None
+
+
 class FakeEmbedder:
     """Deterministic rows from hashes."""
 
@@ -163,9 +179,10 @@ class FakeEmbedder:
         sequence_B = np.array([self._seed(prompt) for prompt in prompts], dtype=np.uint64)
         failed = []
         for position, prompt in enumerate(prompts):
-            if "FAIL" in prompt.rendered:
+            refusal = FakeTemplate().refusal(prompt) if self._source.has_template and prompt.messages is not None else None
+            if "FAIL" in prompt.rendered or refusal is not None:
                 emb_BV[position] = coord_BR[position] = residual_B[position] = np.nan
-                failed.append(FailedRow(row=first_row + position, reason="the text says so"))
+                failed.append(FailedRow(row=first_row + position, reason=refusal or "the text says so"))
         return RowBlock(emb_BV=emb_BV, coord_BR=coord_BR, residual_B=residual_B, sequence_B=sequence_B, failed=tuple(failed))
 
     def _seed(self, prompt: Prompt) -> int:

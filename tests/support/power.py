@@ -219,10 +219,13 @@ class Disk:
         return node
 
     def renamed(self, old: str, new: str) -> None:
-        """A new name for what had another, in the same folder."""
-        folder = self._folder_of(new)
-        assert folder is self._folder_of(old), "between folders a rename is two changes, and a crash may show either"
-        folder.change(gone=Path(old).name, come=Path(new).name, node=self.find(old))
+        """A new name for what had another; between folders that is two changes, and a crash may show either, or none."""
+        node, folder, before = self.find(old), self._folder_of(new), self._folder_of(old)
+        if folder is before:
+            folder.change(gone=Path(old).name, come=Path(new).name, node=node)
+        else:
+            folder.change(come=Path(new).name, node=node)
+            before.change(gone=Path(old).name)
 
     def removed(self, path: str) -> None:
         """A name is gone."""

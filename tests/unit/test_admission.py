@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,13 +51,43 @@ def test_a_chosen_window_has_a_whole_number_of_chunks(window_rows: int, chunk_ro
     assert fitted(28_000, config) == (chunk_rows, window_rows)
 
 
-def test_a_window_of_no_whole_number_of_chunks_is_refused_with_one_that_would_do() -> None:
-    with pytest.raises(ConfigError, match="a window of 4001 rows") as caught:
-        fitted(28_000, BuildConfig(embedding=EmbeddingConfig(model="m", window_rows=4001)))
-    assert caught.value.hint == "give --window-rows 4160, or --chunk-rows as well"
-    assert fitted(28_000, BuildConfig(embedding=EmbeddingConfig(model="m", window_rows=4160))) == (320, 4160)
+def hinted(hint: str | None) -> list[EmbeddingConfig]:
+    """The configs that a hint proposes: each group of options in it."""
+    found = [dict(re.findall(r"--(window|chunk)-rows (\d+)", part)) for part in str(hint).split(",")]
+    return [EmbeddingConfig(**{f"{name}_rows": int(rows) for name, rows in each.items()}) for each in found if each]
 
 
-def test_a_window_and_chunks_that_do_not_fit_are_refused_before_anything_is_read() -> None:
-    with pytest.raises(ConfigError, match="window_rows must be a multiple of chunk_rows, got 40 and 16"):
-        EmbeddingConfig(window_rows=40, chunk_rows=16)
+@pytest.mark.parametrize("window_rows", [4001, 4099, 2 * 1009, 1021, 331, 10_007, 257])
+def test_a_window_that_no_chunks_divide_is_refused_before_anything_is_read(window_rows: int) -> None:
+    with pytest.raises(ConfigError, match=f"a window of {window_rows} rows") as caught:
+        EmbeddingConfig(window_rows=window_rows)
+    proposed = hinted(caught.value.hint)
+    assert len(proposed) == 2
+    for embedding in proposed:
+        assert embedding.window_rows is not None
+        assert abs(embedding.window_rows - window_rows) <= 128
+        for columns in (8, 500, WIDTH, 262_144):
+            chunk_rows, taken = fitted(28_000, BuildConfig(embedding=embedding), columns=columns)
+            assert taken == embedding.window_rows
+            assert taken % chunk_rows == 0
+
+
+@pytest.mark.parametrize(("window_rows", "chunk_rows"), [(40, 16), (100, 33), (16, 48), (4096, 100)])
+def test_a_window_and_chunks_that_do_not_fit_are_refused_before_anything_is_read(window_rows: int, chunk_rows: int) -> None:
+    says = f"window_rows must be a multiple of chunk_rows, got {window_rows} and {chunk_rows}"
+    with pytest.raises(ConfigError, match=says) as caught:
+        EmbeddingConfig(window_rows=window_rows, chunk_rows=chunk_rows)
+    (proposed,) = hinted(caught.value.hint)
+    assert proposed.chunk_rows == chunk_rows
+
+
+@pytest.mark.parametrize("columns", [8, 500, 4096, WIDTH, 262_144])
+def test_every_window_that_is_taken_has_chunks_of_a_useful_size(columns: int) -> None:
+    usual, _ = fitted(28_000, columns=columns)
+    for window_rows in (1, 7, 16, 17, 48, 127, 250, 251, 256, 1000, 1024, 3000, 4096, 8192):
+        config = BuildConfig(embedding=EmbeddingConfig(window_rows=window_rows), memory_budget_bytes=1 << 40)
+        chunk_rows, taken = fitted(28_000, config, columns=columns)
+        assert taken == window_rows
+        assert taken % chunk_rows == 0
+        assert chunk_rows >= min(window_rows, usual // 8)
+        assert chunk_rows <= max(usual, 256)

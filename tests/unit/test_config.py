@@ -26,10 +26,11 @@ from embstore.core.errors import ConfigError, ExitCode
 EVERY_OPTION = shlex.split(
     """
     --model M --revision main --device cpu --dtype bfloat16 --max-tokens 64 --space logits --pooling last --vocab tokenizer
+    --turns prompt --chat-date 2026-01-02
     --compressor none --batch-tokens 128 --window-rows 32 --chunk-rows 16 --threads 3 --trust-tokenizer-pickle
     --trust-remote-code --memory-budget 512M --knn hnsw --shards 2 --center --weighting uniform --k 5 --gamma 2
     --uniform-mix 0.25 --max-ratio inf --duplicates keep --text-field question --messages-field talk --id-field uid
-    --on-error quarantine --strict --limit 7 --allow-drift --trust-journal --reuse A,B --reuse C
+    --on-error quarantine --strict --limit 7 --max-quarantined 0.25 --allow-drift --trust-journal --reuse A,B --reuse C
     --model-memory 3GiB --engine ray --ray-address head:6379 --num-workers 4 --gpus-per-worker 0.5
     """
 )
@@ -50,6 +51,7 @@ EVERY_FIELD = BuildConfig(
         threads=3,
         trust_tokenizer_pickle=True,
         trust_remote_code=True,
+        chat_date="2026-01-02",
     ),
     density=DensityConfig(knn="hnsw", shards=2, center=True),
     weighting=WeightingConfig(weighting="uniform", k=5, gamma=2.0, uniform_mix=0.25, max_ratio=None, duplicates="keep"),
@@ -60,6 +62,8 @@ EVERY_FIELD = BuildConfig(
     limit=7,
     allow_drift=True,
     trust_journal=True,
+    max_quarantined=0.25,
+    turns="prompt",
     reuse=("A,B", "C"),
     fields=PromptFields(text="question", messages="talk", id="uid"),
     engine=EngineConfig(engine="ray", ray_address="head:6379", num_workers=4, gpus_per_worker=0.5),

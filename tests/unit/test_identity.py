@@ -543,7 +543,14 @@ def test_a_store_without_a_date_is_continued_by_a_template_that_prints_none(tmp_
     assert "date not recorded" in _shown(store)
 
 
-@pytest.mark.parametrize("rows", [0, 32])
+def test_a_store_without_a_date_and_without_rows_is_begun_again_with_one(tmp_path: Path, small_prompts: Path) -> None:
+    for given in (None, small_prompts):
+        store = _began_without_a_date(tmp_path / str(given is None), small_prompts, rows=0)
+        build_small(given, store, source=_with_clock())
+        assert open_store(store).spec.embedding.chat_date == "2024-07-26"
+
+
+@pytest.mark.parametrize("rows", [32, 64])
 def test_a_store_without_a_date_is_not_continued_by_a_template_that_prints_one(
     rows: int, tmp_path: Path, small_prompts: Path
 ) -> None:

@@ -95,7 +95,7 @@ def test_a_model_of_the_hub_is_fetched_in_a_stage(
     events: list[Event] = []
     hub = dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, model="org/name"))
     preflight(prompts, out=tmp_path / "store", config=hub, observer=events.append)
-    assert _finished(events)[:3] == ["prompts", "fetch", "hash"]
+    assert _finished(events)[:3] == ["fetch", "prompts", "hash"]
 
 
 def test_auto_compares_dtypes_in_a_stage(

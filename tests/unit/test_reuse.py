@@ -27,6 +27,7 @@ from embstore.core.events import Event, Notice, Preflight, RowsCommitted
 from embstore.core.records import DriftRecord, ReuseRecord, ReusingWindowRecord
 from embstore.flow.artifact import recompute_weights
 from embstore.flow.build import build, preflight
+from embstore.storage.journal import read_journal
 from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.storage.writer import StoreWriter
 from embstore.views.info import inspect, verify
@@ -36,6 +37,7 @@ from tests.support.rot import tree_state
 from tests.support.stores import (
     HookedSource,
     Stopped,
+    build_part,
     build_small,
     journal_records,
     small_lines,
@@ -276,12 +278,97 @@ def test_stores_of_two_versions_are_refused_together_and_unknown_ones_are_not_co
     assert report.embedded_rows == 0
 
 
-def test_what_is_no_finished_store_is_refused(small_prompts: Path, partial_store: Path, tmp_path: Path) -> None:
-    for path, error in ((tmp_path / "nowhere", StoreNotFoundError), (partial_store, IncompleteStoreError)):
+def test_what_is_no_store_with_rows_is_refused(small_prompts: Path, tmp_path: Path) -> None:
+    empty = build_part(small_prompts, tmp_path / "empty", rows=0)
+    for path, error in ((tmp_path / "nowhere", StoreNotFoundError), (empty, IncompleteStoreError)):
         with pytest.raises(error):
             build_small(small_prompts, tmp_path / "new", config=reusing(path))
+        assert not (tmp_path / "new").exists()
     with pytest.raises(ConfigError, match="it is the store being built"):
         build_small(small_prompts, tmp_path / "new", config=reusing(tmp_path / "new"))
+
+
+# --- unfinished stores ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def part(small_prompts: Path, tmp_path: Path) -> Path:
+    """A store of the small pool with rows 0 to 31 committed, and chunks of the next window that nothing vouches for."""
+    store = build_part(small_prompts, tmp_path / "part", rows=48)
+    assert [(window.start, window.stop) for window in read_journal(store).windows.values()] == [(0, 32)]
+    (store / "embeddings.zarr" / "c.2.0").write_bytes(b"of no commit")
+    return store
+
+
+def _turned(small_prompts: Path, tmp_path: Path) -> Path:
+    lines = small_prompts.read_bytes().splitlines(keepends=True)
+    (tmp_path / "turned.jsonl").write_bytes(b"".join(reversed(lines)))
+    return tmp_path / "turned.jsonl"
+
+
+def test_committed_rows_of_an_unfinished_store_are_handed_on(small_prompts: Path, part: Path, tmp_path: Path) -> None:
+    turned = _turned(small_prompts, tmp_path)
+    before = tree_state(part)
+    source = FakeSource()
+    report = build_small(turned, tmp_path / "new", config=reusing(part), source=source)
+    # of one row another spelling comes first now
+    assert (report.reused_rows, report.embedded_rows, report.dropped_rows) == (31, 39, 1)
+    build_small(turned, tmp_path / "whole")
+    _same_rows(open_store(tmp_path / "new"), open_store(tmp_path / "whole"))
+    taken = open_store(tmp_path / "new").metadata["reuse"]["stores"][0]
+    assert (taken["rows"], taken["found"], taken["reused"]) == (32, 31, 31)
+    assert verify(tmp_path / "new").findings == []
+    assert tree_state(part) == before, "the unfinished store was touched"
+
+
+def test_failed_rows_of_an_unfinished_store_are_computed_again(tmp_path: Path) -> None:
+    lines = [{"prompt": "FAIL here"}, *[{"prompt": f"Explain {row}"} for row in range(60)]]
+    old = tmp_path / "old"
+    build_part(write_lines(tmp_path / "old.jsonl", lines), old, rows=32, config=QUARANTINE)
+    prompts = write_lines(tmp_path / "new.jsonl", lines[:40])
+    report = build_small(prompts, tmp_path / "new", config=reusing(old, config=QUARANTINE))
+    assert (report.reused_rows, report.embedded_rows) == (31, 9)
+    assert [failed.row for failed in open_store(tmp_path / "new").journal.failed] == [0]
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_resume_finds_the_same_rows_in_a_store_that_has_grown(
+    is_finished: bool, small_prompts: Path, part: Path, tmp_path: Path
+) -> None:
+    turned = _turned(small_prompts, tmp_path)
+    build_small(turned, tmp_path / "whole", config=reusing(part))
+    new = _part(turned, tmp_path / "new", part, rows=32)
+    assert 0 < len(read_journal(new).windows) < 3
+    if is_finished:
+        build_small(small_prompts, part)
+    else:
+        build_part(small_prompts, part, rows=64)
+        assert len(read_journal(part).windows) == 2
+    for config in (reusing(part), CONFIG):
+        store = Path(shutil.copytree(new, tmp_path / f"resumed-{len(config.reuse)}"))
+        build_small(None, store, config=config)
+        assert snapshot(store) == snapshot(tmp_path / "whole")
+
+
+def test_an_unfinished_store_that_is_another_is_refused_with_both_digests(
+    small_prompts: Path, part: Path, tmp_path: Path
+) -> None:
+    turned = _turned(small_prompts, tmp_path)
+    new = _part(turned, tmp_path / "new", part)
+    (record,) = [record for record in journal_records(new) if isinstance(record, ReuseRecord)]
+    shutil.rmtree(part)
+    build_part(turned, part, rows=48)
+    with pytest.raises(IdentityMismatchError, match=f"the store has {record.stores[0].digest[:16]}, given [0-9a-f]{{16}}"):
+        build_small(None, new)
+
+
+@pytest.mark.parametrize("name", ["embeddings.zarr/c.1.0", "coordinates.npy", "residuals.npy", "prompts.jsonl", "basis.npy"])
+def test_damage_in_an_unfinished_store_is_never_copied(name: str, small_prompts: Path, part: Path, tmp_path: Path) -> None:
+    content = bytearray((part / name).read_bytes())
+    content[200 if name != "prompts.jsonl" else 20] ^= 1  # of the first rows
+    (part / name).write_bytes(content)
+    with pytest.raises(CorruptStoreError, match=Path(name).name):
+        build_small(small_prompts, tmp_path / "new", config=reusing(part))
 
 
 @pytest.mark.parametrize(
