@@ -156,7 +156,7 @@ def _parts(
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except ValueError:  # a zero byte in the path; opening it says so
+    except (OSError, ValueError):  # a name that cannot be one; opening it says why
         return False
 
 
