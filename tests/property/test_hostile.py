@@ -22,9 +22,16 @@ from embstore.core.decode import decode_array_header, parse_json, printable, pri
 from embstore.core.errors import ConfigError, CorruptStoreError, EmbstoreError, PromptError
 from embstore.core.format import decode_manifest, decode_metadata, decode_neighbors_spec
 from embstore.core.prompts import Prompt, decode_row, parse_line
-from embstore.core.records import decode_chunk_table, decode_journal, encode_journal_header, replay
+from embstore.core.records import (
+    JournalState,
+    ReuseRecord,
+    decode_chunk_table,
+    decode_journal,
+    encode_journal_header,
+    replay,
+)
 from embstore.core.spec import decode_spec
-from embstore.flow.admission import _model_of_last_run
+from embstore.flow.first_checks import _model_of_last_run
 from embstore.storage.ingest import ingest
 from embstore.storage.json_source import MAX_LINE_BYTES
 from embstore.views.info import inspect, neighbors_of
@@ -192,7 +199,7 @@ def test_the_log_of_runs_is_nobodys_instruction(line: str, tmp_path: Path) -> No
     """A resume without --model looks into ``runs.jsonl`` for the model; a line that is no log entry names none."""
     (tmp_path / "runs.jsonl").write_text(line + "\n")
     with pytest.raises(ConfigError, match="no model was given"):
-        _model_of_last_run(tmp_path)
+        _model_of_last_run(tmp_path, JournalState(reuse=ReuseRecord(stores=[])))
 
 
 # --- prompts files ---------------------------------------------------------------------------------------------------
