@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from embstore.cli import app
 from embstore.core.config import (
     BuildConfig,
+    DatasetChoice,
     DensityConfig,
     EmbeddingConfig,
     EngineConfig,
@@ -26,7 +27,7 @@ from embstore.core.errors import ConfigError, ExitCode
 EVERY_OPTION = shlex.split(
     """
     --model M --revision main --device cpu --dtype bfloat16 --max-tokens 64 --space logits --pooling last --vocab tokenizer
-    --turns prompt --chat-date 2026-01-02
+    --turns prompt --chat-date 2026-01-02 --split train --config en
     --compressor none --batch-tokens 128 --window-rows 32 --chunk-rows 16 --threads 3 --trust-tokenizer-pickle
     --trust-remote-code --memory-budget 512M --knn hnsw --shards 2 --center --weighting uniform --k 5 --gamma 2
     --uniform-mix 0.25 --max-ratio inf --duplicates keep --text-field question --messages-field talk --id-field uid
@@ -64,6 +65,7 @@ EVERY_FIELD = BuildConfig(
     trust_journal=True,
     max_quarantined=0.25,
     turns="prompt",
+    dataset=DatasetChoice(split="train", config="en"),
     reuse=("A,B", "C"),
     fields=PromptFields(text="question", messages="talk", id="uid"),
     engine=EngineConfig(engine="ray", ray_address="head:6379", num_workers=4, gpus_per_worker=0.5),
