@@ -104,7 +104,7 @@ def test_report_says_what_was_done_and_how_right_it_is(model: Path, prompts: Pat
     assert metadata["weights_max"] == pytest.approx(float(weights.max()))
     assert metadata["weights_std"] == pytest.approx(float(weights.astype(np.float64).std()))
     assert report["rarest"][0] == int(np.argmax(weights))
-    assert "1 of 97 lines contain no usable prompt" in result.stderr
+    assert "1 of 97 lines (1.0%) contain no usable prompt" in result.stderr
 
 
 def test_a_killed_build_resumes_to_the_same_bytes(built: Path, model: Path, prompts: Path, tmp_path: Path) -> None:
