@@ -60,7 +60,11 @@ def test_settings_are_put_back_after_an_error(reduced_precision: object) -> None
     assert settings() == before
 
 
-def test_all_nodes_lie_on_the_device_where_they_fit_beside_the_tiles() -> None:
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_all_nodes_lie_on_the_device_where_they_fit_beside_the_tiles(
+    has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan, "has_fast_bfloat16", lambda device: has_bfloat16)
     nodes, rank, budget = 10_000_000, 4097, 2 << 30
     needed = operand_bytes(nodes, rank, scan.scan_dtype(CPU))
     assert needed > 80 * 10**9
@@ -68,9 +72,11 @@ def test_all_nodes_lie_on_the_device_where_they_fit_beside_the_tiles() -> None:
         plan, found = plan_on_device(nodes, nodes, rank, 32, memory_bytes=budget, free_bytes=free_bytes, device=CPU)
         assert found == is_held
         assert plan.memory_bytes <= min(budget, free_bytes)
-    plan, found = plan_on_device(100_000, 100_000, rank, 32, memory_bytes=8 << 30, free_bytes=2 << 30, device=CPU)
-    assert found == (operand_bytes(100_000, rank, scan.scan_dtype(CPU)) < 1 << 30)
-    assert plan.memory_bytes + found * operand_bytes(100_000, rank, scan.scan_dtype(CPU)) < 2 << 30
+    operand = operand_bytes(100_000, rank, scan.scan_dtype(CPU))
+    for free_bytes, is_held in ((2 * operand, True), (operand + (64 << 20), False)):
+        plan, found = plan_on_device(100_000, 100_000, rank, 32, memory_bytes=8 << 30, free_bytes=free_bytes, device=CPU)
+        assert found == is_held
+        assert plan.memory_bytes + found * operand < free_bytes
 
 
 def test_a_device_without_room_for_a_tile_is_refused_with_what_it_takes() -> None:

@@ -32,6 +32,7 @@ LINES: dict[str, list[list[str]]] = {
     "vocab": [["--vocab", "tokenizer"]],
     "space": [["--space", "hidden"]],
     "pooling": [["--pooling", "last"]],
+    "chat_date": [["--chat-date", "2026-01-31"]],
     "batch_tokens": [["--batch-tokens", "100"]],
     "window_rows": [["--window-rows", "20"], ["--chunk-rows", "10", "--window-rows", "20"]],
     "chunk_rows": [["--chunk-rows", "5", "--window-rows", "15"]],
