@@ -36,7 +36,7 @@ from embstore.core.plan import plan
 from embstore.core.records import REFUSED_BY_TEMPLATE, WindowRecord
 from embstore.core.spec import StoreSpec
 from embstore.engines.ray import refuse_missing
-from embstore.flow.admission import commit_prompts, commit_spec, nothing_left_if_refused, warn_of_place
+from embstore.flow.admission import commit_spec, warn_of_place
 from embstore.flow.artifact import (
     DEFAULT_NAME,
     NeighborFiles,
@@ -53,15 +53,13 @@ from embstore.flow.first_checks import check_command, free_bytes_at, on_hub
 from embstore.flow.pool_summary import PoolSummary, judge_quarantined, summarize
 from embstore.flow.reuse import Reuse
 from embstore.flow.row_copier import RowCopier
-from embstore.flow.run import Run, open_engine, timed
+from embstore.flow.run import Run, open_engine, open_run, timed
+from embstore.flow.stage0 import commit_prompts, nothing_left_if_refused
 from embstore.flow.window_tasks import LocalWindowJob, MadeWindow, RemoteWindowJob
 from embstore.host.allocator import give_back
-from embstore.host.memory import MemoryMeter
-from embstore.host.signals import StopSignals
 from embstore.storage.prompt_source import PromptSource
 from embstore.storage.reader import EmbeddingStore, open_published
 from embstore.storage.search_blocks import SearchBlocks
-from embstore.storage.writer import StoreWriter
 
 if TYPE_CHECKING:
     from embstore.search.graph import KnnGraph
@@ -150,22 +148,7 @@ def build(
         refuse_missing()
     prompts = on_hub(prompts, config.dataset)
     source = check_command(root, prompts, config, source=source, resume=resume, observer=observer)
-    with (
-        StopSignals() as stop,
-        MemoryMeter() as meter,
-        StoreWriter(root, resume=resume) as writer,
-        contextlib.ExitStack() as closing,
-    ):
-        run = Run(
-            writer=writer,
-            config=config,
-            source=source,
-            observer=observer,
-            stop=stop,
-            meter=meter,
-            seconds=seconds,
-            resources=closing,
-        )
+    with open_run(root, config, source=source, resume=resume, observer=observer, seconds=seconds) as run:
         warn_of_place(run)
         run.compute_exactly(needs_torch=False)
         with nothing_left_if_refused(run):
@@ -180,8 +163,8 @@ def build(
                 from embstore.host.device import give_back_device  # noqa: PLC0415
 
                 give_back_device()
-        closing.enter_context(open_engine(run, spec))
-        meter.set_baseline()  # the budget does not include imports and the model
+        run.resources.enter_context(open_engine(run, spec))
+        run.meter.set_baseline()  # the budget does not include imports and the model
         _embed_windows(run, spec, embedder, reuse)
         del embedder, reuse  # frees the model's memory for the search
         give_back()
@@ -189,7 +172,7 @@ def build(
         neighbors = _find_neighbors(run, spec, finished)
         weights = _publish_weights(run, spec, neighbors, finished)
         report = _report(run, spec, neighbors, weights)
-        writer.log_run({"event": "finished", "time": time.time(), "seconds": report.seconds})
+        run.writer.log_run({"event": "finished", "time": time.time(), "seconds": report.seconds})
         return report
 
 
@@ -214,26 +197,13 @@ def preflight(
     free_bytes = free_bytes_at(root)
     with (
         tempfile.TemporaryDirectory(prefix="embstore-dry-run-") as scratch,
-        StopSignals() as stop,
-        MemoryMeter() as meter,
-        StoreWriter(Path(scratch) / "store", resume=False) as writer,
-        contextlib.ExitStack() as closing,
+        open_run(Path(scratch) / "store", config, source=source, resume=False, observer=observer, seconds=seconds) as run,
     ):
-        run = Run(
-            writer=writer,
-            config=config,
-            source=source,
-            observer=observer,
-            stop=stop,
-            meter=meter,
-            seconds=seconds,
-            resources=closing,
-        )
         run.compute_exactly(needs_torch=False)
         record = commit_prompts(run, given, resume=False)
         judge_quarantined(run, record)
         spec, embedder, reuse = commit_spec(run, record)
-        return check_fits(run, spec, embedder, plan(spec, writer.state), free_bytes, reuse)
+        return check_fits(run, spec, embedder, plan(spec, run.writer.state), free_bytes, reuse)
 
 
 # --- embedding: one window, one commit --------------------------------------------------------------------------------

@@ -91,6 +91,35 @@ class Run:
         )
 
 
+@contextlib.contextmanager
+def open_run(
+    root: Path,
+    config: BuildConfig,
+    *,
+    source: EmbedderSource | None,
+    resume: bool,
+    observer: Observer,
+    seconds: dict[str, float],
+) -> Iterator[Run]:
+    """A run that writes the store at ``root``: from the lock on, until what it opened is closed again."""
+    with (
+        StopSignals() as stop,
+        MemoryMeter() as meter,
+        StoreWriter(root, resume=resume) as writer,
+        contextlib.ExitStack() as closing,
+    ):
+        yield Run(
+            writer=writer,
+            config=config,
+            source=source,
+            observer=observer,
+            stop=stop,
+            meter=meter,
+            seconds=seconds,
+            resources=closing,
+        )
+
+
 def timed(observer: Observer, seconds: dict[str, float]) -> Observer:
     """The same observer; what each preparation takes is added to ``seconds``."""
 

@@ -22,7 +22,7 @@ from tests.support.tally import Counter
 
 # one function of each stage, in the order of the flow
 STAGES = {
-    "stage 0": "embstore.flow.admission.ingest",
+    "stage 0": "embstore.flow.stage0.ingest",
     "stage 0, writing": "embstore.storage.ingest._write_files",
     "probing the model": "tests.support.fake.FakeSource.create",
     "preflight": "embstore.flow.admission.check_fits",

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from embstore.flow.build import build
 from embstore.model.locate import locate_model
 from embstore.model.source import TorchSource
 from embstore.storage.reader import open_store
+from tests.support.elsewhere import run_elsewhere
 from tests.support.models import make_model, make_tokenizer, save_model
 from tests.support.pools import WRITERS, Record
 from tests.support.stores import Stopped, journal_records, snapshot
@@ -33,18 +31,10 @@ CONFIG = BuildConfig(
     density=DensityConfig(knn="exact"),
 )
 _RESUME = """
-import datetime, sys, time
-import transformers.utils.chat_template_utils as transformers_clock
+import sys
 from embstore.flow.build import build
 from tests.oracle.test_chats import CONFIG
 
-class Another(datetime.datetime):
-    @classmethod
-    def now(cls, tz=None):
-        return cls(1999, 12, 31, 23, 59, 58)
-
-transformers_clock.datetime = Another
-time.tzset()
 build(None, out=sys.argv[1], model=sys.argv[2], config=CONFIG, resume=True)
 """
 
@@ -98,13 +88,7 @@ def test_a_resume_on_another_day_in_another_time_zone_gives_the_same_bytes(model
     with pytest.raises(Stopped):
         build(source, out=tmp_path / "part", model=str(model), config=CONFIG, observer=stop)
     committed = len(journal_records(tmp_path / "part"))
-    subprocess.run(
-        [sys.executable, "-c", _RESUME, str(tmp_path / "part"), str(model)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TZ": "Pacific/Kiritimati"},
-        check=True,
-        timeout=600,
-    )
+    run_elsewhere(_RESUME, str(tmp_path / "part"), str(model), zone="Pacific/Kiritimati")
     assert len(journal_records(tmp_path / "part")) > committed
     assert snapshot(tmp_path / "part") == snapshot(tmp_path / "whole")
 

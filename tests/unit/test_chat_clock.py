@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import re
 import string
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +15,7 @@ from embstore.core.errors import ConfigError, ModelError
 from embstore.core.prompts import Prompt
 from embstore.model.chat_clock import ChatClock, reads_clock
 from embstore.model.tokens import template_reads_clock
+from tests.support.elsewhere import LastCentury, run_elsewhere
 from tests.support.templates import DATED, rendered, tokenizer_with
 
 CHAT = Prompt(id="a", messages=({"role": "user", "content": "Hi"},))
@@ -34,26 +31,11 @@ EXPECTED = {
     "to the second": "It is Wednesday, 5 March, 00:00:00 AM  Wed Mar  5 00:00:00 2031.\n",
     "a variable of another name": "2031-03-05\n",
 }
-# renders every template in a process whose clock, time zone and language are others
-_ELSEWHERE = """
-import datetime, json, locale, sys, time
+_RENDER = """
+import json
 from tests.support.templates import DATED, rendered
 from tests.unit.test_chat_clock import CHAT
-import transformers.utils.chat_template_utils as transformers_clock
 
-class Another(datetime.datetime):
-    @classmethod
-    def now(cls, tz=None):
-        return cls(1999, 12, 31, 23, 59, 58)
-
-transformers_clock.datetime = Another
-time.tzset()
-for name in ("de_DE.UTF-8", "fr_FR.UTF-8", "C.UTF-8"):
-    try:
-        locale.setlocale(locale.LC_ALL, name)
-        break
-    except locale.Error:
-        pass
 print(json.dumps({name: rendered([CHAT], template)[0] for name, template in DATED.items()}))
 """
 
@@ -67,16 +49,8 @@ def test_every_family_prints_the_date_that_is_given(name: str) -> None:
 def test_another_day_time_zone_and_language_give_the_same_text() -> None:
     here = {name: rendered([CHAT], template)[0] for name, template in DATED.items()}
     for zone in ("Pacific/Kiritimati", "Pacific/Pago_Pago"):
-        ran = subprocess.run(
-            [sys.executable, "-c", _ELSEWHERE],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "TZ": zone},
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=600,
-        )
-        assert json.loads(ran.stdout.splitlines()[-1]) == here
+        printed = run_elsewhere(_RENDER, zone=zone)
+        assert json.loads(printed.splitlines()[-1]) == here
     assert "26 Jul 2024" in here["Llama 3.2"]
 
 
@@ -84,12 +58,7 @@ def test_the_clock_of_the_process_is_what_templates_would_print(monkeypatch: pyt
     """The test above can fail: without a recorded date, transformers reads the clock that is replaced there."""
     import transformers.utils.chat_template_utils as transformers_clock
 
-    class Another(datetime.datetime):
-        @classmethod
-        def now(cls, tz: datetime.tzinfo | None = None) -> Any:
-            return cls(1999, 12, 31)
-
-    monkeypatch.setattr(transformers_clock, "datetime", Another)
+    monkeypatch.setattr(transformers_clock, "datetime", LastCentury)
     tokenizer = tokenizer_with(DATED["Llama 3.2"])
     assert "31 Dec 1999" in tokenizer.apply_chat_template([dict(message) for message in CHAT.messages or ()], tokenize=False)
     assert "26 Jul 2024" in rendered([CHAT], DATED["Llama 3.2"])[0]

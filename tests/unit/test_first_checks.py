@@ -102,7 +102,7 @@ def test_the_model_is_located_before_the_prompts_are_read(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the prompts were read")
 
-    monkeypatch.setattr("embstore.flow.admission.ingest", never)
+    monkeypatch.setattr("embstore.flow.stage0.ingest", never)
     out = tmp_path / "store"
     config = BuildConfig(embedding=EmbeddingConfig(model=model))
     for run in (

@@ -1,0 +1,205 @@
+"""Stage 0 of a run: commit the canonical rows, or compare the given prompts with those that are committed.
+
+A store without a committed row is begun again by other prompts; one that has rows refuses them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shlex
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from embstore.core.config import BuildConfig, PromptRule
+from embstore.core.errors import (
+    ArrayError,
+    BudgetError,
+    ConfigError,
+    CorruptStoreError,
+    FieldMismatch,
+    IdentityMismatchError,
+    ModelError,
+    PromptError,
+)
+from embstore.core.events import Notice, stage
+from embstore.core.format import MANIFEST, PROMPTS
+from embstore.core.records import OriginRecord, PromptsRecord
+from embstore.flow.first_checks import models_of_runs
+from embstore.flow.run import Run
+from embstore.storage.atomic import make_directory, remove_folder
+from embstore.storage.hub_dataset import HubDataset
+from embstore.storage.ingest import ingest
+from embstore.storage.prompt_source import PromptSource
+from embstore.storage.reader import open_published
+from embstore.storage.verify import check_stage0
+
+_GIVEN = "given"  # in work: stage 0 of the prompts file, to be compared with what was begun
+
+_REFUSALS = (ArrayError, BudgetError, ConfigError, IdentityMismatchError, ModelError, PromptError)
+
+
+@contextlib.contextmanager
+def nothing_left_if_refused(run: Run) -> Iterator[None]:
+    """Where an input is refused, delete the store that this run began, unless it has a spec already."""
+    try:
+        yield
+    except _REFUSALS:
+        run.writer.discard()
+        raise
+
+
+def commit_prompts(run: Run, source: PromptSource | None, *, resume: bool) -> PromptsRecord:
+    """Commit the canonical rows; on a resume, check that the given file still contains the same rows.
+
+    A store without a committed row has those of the given file afterwards, whatever it had before.
+    """
+    writer, config = run.writer, run.config
+    _refuse_lost_journal(run)
+    if writer.state.prompts is not None and not resume:
+        begin_again(run, "without --resume")
+    committed = writer.state.prompts
+    if source is not None and (committed is None or writer.may_begin_again):
+        record = _commit_given(run, source)
+    elif committed is None:
+        raise ConfigError(
+            f"no prompts file was given, and {writer.root} has no prompts yet",
+            hint="give PROMPTS, the file to build from",
+        )
+    else:
+        record = committed
+        _refuse_other_rule(committed, config)
+        _refuse_other_origin(writer.state.origin, source)
+        if not config.trust_journal or source is not None:
+            with stage(run.observer, "check", record.rows, "prompts"):
+                if not config.trust_journal:
+                    check_stage0(writer.root, record)
+                if source is not None:
+                    _refuse_other_prompts(run, record, source)
+    return record
+
+
+def _refuse_other_rule(committed: PromptsRecord, config: BuildConfig) -> None:
+    """A store keeps the rule by which its lines became prompts."""
+    stored = committed.rule.turns
+    if config.turns not in (None, stored):
+        raise IdentityMismatchError([FieldMismatch(field="turns", stored=stored, given=config.turns)])
+
+
+def _commit_given(run: Run, source: PromptSource) -> PromptsRecord:
+    """The prompts of ``source`` as those of a store without committed rows. They are read once: they may come by a pipe."""
+    writer, config, committed = run.writer, run.config, run.writer.state.prompts
+    folder = writer.root if committed is None else writer.work / _GIVEN
+    with stage(run.observer, "prompts"):
+        make_directory(folder)
+        given = ingest(
+            source,
+            folder,
+            writer.work,
+            strict=config.strict,
+            limit=config.limit,
+            fields=config.fields,
+            rule=PromptRule(turns=config.turns or (committed.rule.turns if committed is not None else "all")),
+            choice=config.dataset,
+            observer=run.observer,
+        )
+        origin = source.origin if isinstance(source, HubDataset) else None
+        if committed is None:
+            if origin is not None:
+                writer.commit(origin)
+            writer.commit(given)
+            return given
+        problem = _stage0_problem(writer.root, committed)
+        known = committed.fingerprint, committed.rule, writer.state.origin
+        if problem is None and (given.fingerprint, given.rule, origin) == known:
+            remove_folder(folder)
+            return committed
+        begin_again(run, problem or "with other prompts")
+        writer.adopt_prompts(folder, given, origin)
+        return given
+
+
+def _stage0_problem(root: Path, record: PromptsRecord) -> str | None:
+    try:
+        check_stage0(root, record)
+    except CorruptStoreError as error:
+        return f"because {error}"
+    return None
+
+
+def begin_again(run: Run, why: str, *, keeps_prompts: bool = False) -> None:
+    """Take back what a store without a committed row has, or all but its prompts, and say why."""
+    run.observer(Notice(message=f"{run.writer.root} was begun, but has no committed rows: it is begun again, {why}"))
+    run.writer.begin_again(keeps_prompts=keeps_prompts)
+
+
+def _refuse_other_origin(stored: OriginRecord | None, source: PromptSource | None) -> None:
+    """Another commit of the dataset is refused by its name, before it is read."""
+    if stored is None or not isinstance(source, HubDataset):
+        return
+    given = dataclasses.asdict(source.origin)
+    mismatches = [
+        FieldMismatch(field=f"dataset.{name}", stored=value, given=given[name])
+        for name, value in dataclasses.asdict(stored).items()
+        if value != given[name] and None not in (value, given[name])  # the only split need not be named
+    ]
+    if not mismatches:
+        return
+    raise IdentityMismatchError(
+        mismatches,
+        hint=f"resume without PROMPTS, or with {stored.dataset}@{stored.revision}; or build into another --out",
+    )
+
+
+def _refuse_lost_journal(run: Run) -> None:
+    """Refuse a manifest without a complete journal: rows that readers use must not be computed again under it."""
+    finished = open_published(run.writer.root)
+    committed = run.writer.state.committed_rows
+    if finished is not None and committed != finished.num_rows:
+        raise CorruptStoreError(
+            f"{MANIFEST} publishes {finished.num_rows} rows, but the journal commits {committed}: its end is missing",
+            hint="restore journal.jsonl from a copy of the store, or run embstore verify STORE --repair and then "
+            "embstore build PROMPTS --resume to compute the missing rows again; readers can use the store until then",
+        )
+
+
+def _refuse_other_prompts(run: Run, record: PromptsRecord, source: PromptSource) -> None:
+    """Ingest the given file in a temporary folder and compare; the error names the first row that differs."""
+    root, config = run.writer.root, run.config
+    with tempfile.TemporaryDirectory(prefix="embstore-compare-") as scratch:
+        folder = Path(scratch)
+        given = ingest(
+            source,
+            folder,
+            folder,
+            strict=config.strict,
+            limit=config.limit,
+            fields=config.fields,
+            rule=record.rule,
+            choice=config.dataset,
+        )
+        if given.fingerprint == record.fingerprint:
+            return
+        mismatches = [FieldMismatch(field="prompts", stored=record.fingerprint[:16], given=given.fingerprint[:16])]
+        if given.rows != record.rows:
+            mismatches.append(FieldMismatch(field="rows", stored=record.rows, given=given.rows))
+        with (root / PROMPTS).open("rb") as stored_file, (folder / PROMPTS).open("rb") as given_file:
+            for row, (left, right) in enumerate(zip(stored_file, given_file, strict=False)):
+                if left != right:
+                    stored_text, given_text = left.decode()[:60], right.decode()[:60]
+                    mismatches.append(FieldMismatch(field=f"row {row}", stored=stored_text, given=given_text))
+                    break
+    raise IdentityMismatchError(mismatches, hint=_with_other_prompts(run, source))
+
+
+def _with_other_prompts(run: Run, source: PromptSource) -> str:
+    """The next command for a pool that has changed: a new store, with the rows that this one has."""
+    root = run.writer.root
+    if isinstance(source, HubDataset):
+        source = f"{source.origin.dataset}@{source.origin.revision}"
+    if not isinstance(source, str | Path):
+        return "use the ids of the store, or import into another --out"
+    model = run.config.embedding.model or next(iter(reversed(models_of_runs(root, run.writer.state))), ("MODEL", None))[0]
+    command = ["embstore", "build", str(source), "--model", model, "--out", f"{root}-new", "--resume", "--reuse", str(root)]
+    return f"to embed only the prompts that are new: {shlex.join(command)}"
