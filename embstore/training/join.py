@@ -277,7 +277,7 @@ def align_weights(
     aligned_M = np.where(is_row_M, weights_N[np.maximum(rows_M, 0)].astype(np.float64), 0.0)
     if num_missing and (on_missing == "error" or num_missing == len(rows_M)):
         num_failed = int(np.count_nonzero(is_row_M & (aligned_M == 0)))
-        failed = f"; {num_failed} others failed in the build and have the weight 0" * bool(num_failed)
+        failed = f"; {num_failed} more failed in the build and have weight 0" * bool(num_failed)
         raise KeyMismatchError(
             f"{num_missing} of {len(rows_M)} items have no row in {store} ({len(weights_N)} rows): "
             f"{_described(join, num_missing)}{_LOOKED_UP[join.form]}{failed}",

@@ -371,6 +371,14 @@ def test_a_failed_join_shows_the_text_of_the_first_missing_item_and_counts_by_ca
         resample_file(texts, source, tmp_path / "out.jsonl")
 
 
+def test_items_that_failed_in_the_build_are_counted_apart(tmp_path: Path) -> None:
+    lines = [{"prompt": "FAIL here"}, *({"prompt": text} for text in QUESTIONS)]
+    prompts = write_lines(tmp_path / "p.jsonl", lines)
+    build_small(prompts, tmp_path / "store", config=dataclasses.replace(CONFIG, on_error="quarantine"))
+    with pytest.raises(KeyMismatchError, match=r"1 not in the store, .*; 1 more failed in the build"):
+        load_weights(tmp_path / "store").for_dataset([*lines, {"prompt": "nobody asked"}])
+
+
 def test_a_dataset_without_items_is_not_a_join(texts: Path) -> None:
     with pytest.raises(KeyMismatchError, match="no items"):
         load_weights(texts).for_dataset([])

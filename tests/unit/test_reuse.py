@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embstore.core.config import BuildConfig, WeightingConfig
+from embstore.core.config import BuildConfig, Turns, WeightingConfig
 from embstore.core.errors import (
     ConfigError,
     CorruptStoreError,
@@ -247,6 +247,34 @@ def test_stores_made_unlike_are_refused_together(small_prompts: Path, old: Path,
     build_small(small_prompts, tmp_path / "other", config=with_embedding(max_tokens=100))
     with pytest.raises(IdentityMismatchError, match=r"together.*embedding\.max_tokens: the store has 512, given 100"):
         build_small(small_prompts, tmp_path / "new", config=reusing(old, tmp_path / "other"))
+
+
+@pytest.mark.parametrize(("stored", "given"), [("all", "prompt"), ("prompt", "all")])
+def test_rows_of_other_turns_are_refused(
+    stored: Turns, given: Turns, old_lines: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    prompts = write_lines(tmp_path / "pool.jsonl", old_lines)
+    build_small(prompts, tmp_path / "other", config=dataclasses.replace(CONFIG, turns=stored))
+    with pytest.raises(IdentityMismatchError, match=f"turns: the store has {stored}, given {given}") as caught:
+        build_small(prompts, tmp_path / "new", config=dataclasses.replace(reusing(tmp_path / "other"), turns=given))
+    assert f"--turns {stored}" in str(caught.value.hint)
+    assert not (tmp_path / "new").exists()
+
+
+def test_rows_without_a_date_are_not_joined_by_chats_with_one(small_prompts: Path, tmp_path: Path) -> None:
+    """Rows of an older store contain the day on which they were made; copies alone are as good as the originals."""
+    source = FakeSource()
+    source.records_date = False
+    build_small(small_prompts, tmp_path / "undated", source=source)
+    more = tmp_path / "more.jsonl"
+    more.write_bytes(small_prompts.read_bytes() + b'{"messages": [{"role": "user", "content": "one more"}]}\n')
+    dated = FakeSource()
+    dated.prints_date = True
+    with pytest.raises(IdentityMismatchError, match=r"undated cannot be reused.*chat_date: the store has none recorded"):
+        build_small(more, tmp_path / "new", config=reusing(tmp_path / "undated"), source=dated)
+    build_small(small_prompts, tmp_path / "copied", config=reusing(tmp_path / "undated"), source=dated)
+    assert dated.calls == []
+    assert open_store(tmp_path / "copied").spec.embedding.chat_date is None
 
 
 def test_rows_of_other_versions_are_drift(small_prompts: Path, old: Path, tmp_path: Path) -> None:
