@@ -60,7 +60,7 @@ def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | 
             if not writer.may_begin_again:
                 raise
             why = "; ".join(map(str, error.mismatches)) if isinstance(error, IdentityMismatchError) else str(error)
-            begin_again(run, f"with other settings ({why})", keeps_prompts=True)
+            begin_again(run, f"the settings differ ({why})", keeps_prompts=True)
     paths = run.config.reuse or (_reuse_of_last_run(writer.root) if writer.state.reuse is not None else ())
     if paths:
         return _create_reusing(run, record, paths)
@@ -228,7 +228,7 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
     stores = open_reused(paths, writer.root)
     with stage(run.observer, "reuse", record.rows, "prompts"):
         reuse = match_rows(prompts, stores)
-    old = stores[0].spec
+    old = _common_spec(stores)
     num_computed = record.rows - reuse.num_rows
     _refuse_other_turns(record, stores)
     if num_computed and run.source is None:
@@ -276,6 +276,14 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
         run.observer(Notice(message=f"drift allowed in {', '.join(fields)}: computed rows may differ in low bits"))
         writer.commit(DriftRecord(fields=fields))
     return spec, embedder, reuse
+
+
+def _common_spec(stores: Sequence[EmbeddingStore]) -> StoreSpec:
+    """The first store's spec, without a date of chats where one of the stores has not recorded its own."""
+    spec = stores[0].spec
+    if all(store.spec.embedding.chat_date is not None for store in stores):
+        return spec
+    return dataclasses.replace(spec, embedding=dataclasses.replace(spec.embedding, chat_date=None))
 
 
 def _refuse_other_turns(record: PromptsRecord, stores: Sequence[EmbeddingStore]) -> None:

@@ -199,6 +199,7 @@ def preflight(
         tempfile.TemporaryDirectory(prefix="embstore-dry-run-") as scratch,
         open_run(Path(scratch) / "store", config, source=source, resume=False, observer=observer, seconds=seconds) as run,
     ):
+        run.is_dry = True
         run.compute_exactly(needs_torch=False)
         record = commit_prompts(run, given, resume=False)
         judge_quarantined(run, record)

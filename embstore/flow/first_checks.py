@@ -23,6 +23,8 @@ from embstore.storage.journal import read_journal, run_entries
 from embstore.storage.prompt_source import PromptSource, check_source
 from embstore.storage.writer import read_spec, refuse_taken
 
+_PLAIN_LINES = (".jsonl", ".ndjson", ".json")
+
 
 def check_command(
     root: Path,
@@ -48,7 +50,8 @@ def check_command(
     refuse_taken(root, state, resume=resume)
     if prompts is not None:
         check_source(prompts)
-        _refuse_little_space(root, prompts, config)
+        if state.prompts is None:
+            _refuse_little_space(root, prompts, config)
     elif state.prompts is None:
         raise ConfigError("no prompts file was given", hint=f"give PROMPTS, the file to build {root} from")
     elif not resume:
@@ -122,10 +125,12 @@ def _refuse_little_space(root: Path, prompts: PromptSource, config: BuildConfig)
     """Refuse a disk that cannot even take the prompts; what the rows take is known when the model is."""
     if config.limit is not None or not isinstance(prompts, str | Path) or not Path(prompts).is_file():
         return
+    if Path(prompts).suffix.lower() not in _PLAIN_LINES:
+        return  # a table may consist of pictures, which are left out
     needed_bytes, free_bytes = Path(prompts).stat().st_size, free_bytes_at(root)
     if needed_bytes > free_bytes:
         raise BudgetError(
-            f"the prompts alone take {format_bytes(needed_bytes)}, but {root} has {format_bytes(free_bytes)} free",
+            f"the prompts alone take {format_bytes(needed_bytes)}, but the disk of {root} has {format_bytes(free_bytes)} free",
             hint="free some space, choose another --out, or try --limit",
         )
 

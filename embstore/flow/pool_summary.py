@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import os
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +30,8 @@ class PoolSummary:
     """Counts of lines, and of rows without a vector, each with its reasons by kind.
 
     ``truncated`` of ``computed`` rows were longer than max_tokens. ``cut_alike`` rows, in ``cut_groups`` groups, share their
-    vector with a different prompt because both were cut; ``cut_ids`` are the ids of two of them. With more than a thousand
-    groups of equal vectors only those were looked at.
+    vector with a different prompt because both were cut; ``cut_ids`` are the ids of two of them. Where not
+    ``is_whole``, only the first thousand groups of equal vectors were looked at.
     """
 
     lines: int
@@ -46,6 +46,7 @@ class PoolSummary:
     cut_alike: int
     cut_groups: int
     cut_ids: tuple[str, ...]
+    is_whole: bool = True
 
     def lines_of_text(self) -> list[str]:
         """The same for people, one sentence a line."""
@@ -58,7 +59,7 @@ class PoolSummary:
             text.append(f"{self.truncated:,} of {of} ({share:.1%}) were cut at {self.max_tokens:,} tokens")
         if self.cut_alike:
             groups, such_as = _number(self.cut_groups, "group"), " and ".join(map(repr, self.cut_ids))
-            alike = f"{self.cut_alike:,} different prompts share a vector with others, in {groups}"
+            alike = f"{'' if self.is_whole else 'at least '}{self.cut_alike:,} different prompts share a vector with others, in {groups}"
             text.append(f"{alike}, because they were cut (such as {such_as}): a larger --max-tokens tells them apart")
         return text
 
@@ -73,7 +74,7 @@ def summarize(root: Path, spec: StoreSpec, state: JournalState, groups_N: NDArra
     if prompts is None:
         raise AssertionError("a finished store has prompts")
     truncated = sum(window.truncated for window in state.windows.values())
-    cut = _cut_alike(root, spec, groups_N) if truncated else (0, 0, ())
+    cut = _cut_alike(root, spec, groups_N) if truncated else (0, 0, (), True)
     return PoolSummary(
         lines=prompts.lines,
         repeats=prompts.repeats,
@@ -87,13 +88,17 @@ def summarize(root: Path, spec: StoreSpec, state: JournalState, groups_N: NDArra
         cut_alike=cut[0],
         cut_groups=cut[1],
         cut_ids=cut[2],
+        is_whole=cut[3],
     )
 
 
-def _cut_alike(root: Path, spec: StoreSpec, groups_N: NDArray[np.int32]) -> tuple[int, int, tuple[str, ...]]:
-    """Rows and groups whose vector is that of a different prompt because of the cut, and the ids of two such prompts."""
+def _cut_alike(root: Path, spec: StoreSpec, groups_N: NDArray[np.int32]) -> tuple[int, int, tuple[str, ...], bool]:
+    """Rows and groups whose vector is a different prompt's because of the cut, two ids, and whether all groups were read."""
     sizes_N = np.bincount(groups_N[groups_N >= 0], minlength=spec.rows)
-    firsts = np.flatnonzero(sizes_N > 1)[:_MOST_GROUPS]
+    firsts = np.flatnonzero(sizes_N > 1)
+    is_whole, firsts = len(firsts) <= _MOST_GROUPS, firsts[:_MOST_GROUPS]
+    if not len(firsts):
+        return 0, 0, (), True
     table = PromptTable(root / PROMPTS, spec.rows)
     others = _second_members(groups_N, firsts)
     num_rows = num_groups = 0
@@ -103,7 +108,7 @@ def _cut_alike(root: Path, spec: StoreSpec, groups_N: NDArray[np.int32]) -> tupl
         if _is_cut_alike(left.rendered, right.rendered, spec.embedding.max_tokens):
             num_rows, num_groups = num_rows + int(sizes_N[first]), num_groups + 1
             ids = ids or (str(left.id), str(right.id))
-    return num_rows, num_groups, ids
+    return num_rows, num_groups, ids, is_whole
 
 
 def _second_members(groups_N: NDArray[np.int32], firsts: NDArray[np.int64]) -> list[int]:
@@ -120,7 +125,7 @@ def _is_cut_alike(left: str, right: str, max_tokens: int) -> bool:
     They have ``max_tokens`` tokens in common then, and a character makes at most four.
     """
     left, right = (collapse_whitespace(unicodedata.normalize("NFKC", text)).casefold() for text in (left, right))
-    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
+    shared = len(os.path.commonprefix([left, right]))
     return left != right and 4 * (shared + _TEMPLATE_CHARACTERS) >= max_tokens
 
 
@@ -140,10 +145,11 @@ def judge_quarantined(run: Run, record: PromptsRecord, *, refused: int = 0) -> N
     kinds = f" ({by_kind(reasons)})" if reasons else ""
     found = f"{without:,} of {record.lines:,} lines ({share:.1%}) contain no usable prompt{kinds}"
     lists = f"{root}/{QUARANTINE}" + (f" and {root}/{REFUSED} list them" if refused else " lists them")
+    lists = "a build lists them" if run.is_dry else lists
     if share > most and run.writer.may_begin_again:
         raise (RowError if refused else PromptError)(
             f"{found}, more than --max-quarantined {most:g}",
             hint=f"correct them, or name the fields (--text-field, --messages-field); {lists}; --max-quarantined takes more",
         )
-    left = "have no vector" if refused else "were left out"
+    left = "get no vector" if refused else "were left out"
     run.observer(Notice(message=f"{found} and {left}; {lists}", is_warning=share > _WORRYING_SHARE))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,10 +108,15 @@ def _open_other(path: str | Path, root: Path) -> EmbeddingStore:
 def rows_digest(store: EmbeddingStore) -> str:
     """sha256 over the digests of all files that rows depend on; weights and neighbours do not change it.
 
-    Of an unfinished store: sha256 of its journal, without a torn tail.
+    Of an unfinished store: sha256 of its journal, as far as it commits the rows that ``store`` shows.
     """
     if not store.is_complete:
-        return list(_journal_digests(store.root))[-1]
+        digests = list(_journal_digests(store.root))
+        records, _ = decode_journal(journal_bytes(store.root), name=JOURNAL)
+        # another process may have committed more since this store was opened
+        lines = range(len(digests) - 1, -1, -1)
+        shown = next(line for line in lines if replay(records[:line]).windows == store.journal.windows)
+        return digests[shown]
     names = (SPEC, PROMPTS, basis_file(store.spec.embedding.basis), *row_files(store.spec), CHUNKS)
     files = {name: store.published.files[name].sha256 for name in names}
     return hashlib.sha256(canonical_json(files).encode()).hexdigest()
@@ -243,7 +249,7 @@ def refuse_unlike(
     model: ModelIdentity | None,
     hardware: Mapping[str, object] | None,
 ) -> list[FieldMismatch]:
-    """Compare options, model and hardware with the first store, and the other stores with it.
+    """Compare options, model and hardware with the first store, and the stores with each other.
 
     ``model`` is None if none was given, ``hardware`` if no row will be computed. Windows, chunks and the compressor may
     differ.
@@ -270,7 +276,8 @@ def refuse_unlike(
             refuse_drift(drifted)
     except IdentityMismatchError as error:
         raise IdentityMismatchError(error.mismatches, hint=hint, reused=str(first.root)) from None
-    for other in stores[1:]:
+    # each with each: what one store does not record, two others may record differently
+    for first, other in itertools.combinations(stores, 2):
         unlike = settings_mismatches(first.spec.embedding, other.spec.embedding)
         unlike += model_mismatches(first.spec.model, other.spec.model)
         digests = first.spec.basis_sha256[:16], other.spec.basis_sha256[:16]

@@ -50,6 +50,7 @@ class Run:
     engine_folder: Path = Path()  # of a remote engine, in the store: shared by the workers of this run
     resources: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closed when the build ends
     is_exact: bool = False
+    is_dry: bool = False  # what is written is gone when the run ends
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -58,7 +58,7 @@ def commit_prompts(run: Run, source: PromptSource | None, *, resume: bool) -> Pr
     writer, config = run.writer, run.config
     _refuse_lost_journal(run)
     if writer.state.prompts is not None and not resume:
-        begin_again(run, "without --resume")
+        begin_again(run, "--resume was not given")
     committed = writer.state.prompts
     if source is not None and (committed is None or writer.may_begin_again):
         record = _commit_given(run, source)
@@ -90,6 +90,8 @@ def _refuse_other_rule(committed: PromptsRecord, config: BuildConfig) -> None:
 def _commit_given(run: Run, source: PromptSource) -> PromptsRecord:
     """The prompts of ``source`` as those of a store without committed rows. They are read once: they may come by a pipe."""
     writer, config, committed = run.writer, run.config, run.writer.state.prompts
+    if committed is None and writer.state.origin is not None:
+        writer.begin_again()  # killed between the two lines; other prompts may not come from there
     folder = writer.root if committed is None else writer.work / _GIVEN
     with stage(run.observer, "prompts"):
         make_directory(folder)
@@ -111,11 +113,11 @@ def _commit_given(run: Run, source: PromptSource) -> PromptsRecord:
             writer.commit(given)
             return given
         problem = _stage0_problem(writer.root, committed)
-        known = committed.fingerprint, committed.rule, writer.state.origin
-        if problem is None and (given.fingerprint, given.rule, origin) == known:
+        # not the fingerprint alone: lines without a prompt and repeats are no rows, and may have been corrected
+        if problem is None and (given, origin) == (committed, writer.state.origin):
             remove_folder(folder)
             return committed
-        begin_again(run, problem or "with other prompts")
+        begin_again(run, problem or "the prompts differ")
         writer.adopt_prompts(folder, given, origin)
         return given
 
@@ -124,13 +126,13 @@ def _stage0_problem(root: Path, record: PromptsRecord) -> str | None:
     try:
         check_stage0(root, record)
     except CorruptStoreError as error:
-        return f"because {error}"
+        return str(error)
     return None
 
 
 def begin_again(run: Run, why: str, *, keeps_prompts: bool = False) -> None:
     """Take back what a store without a committed row has, or all but its prompts, and say why."""
-    run.observer(Notice(message=f"{run.writer.root} was begun, but has no committed rows: it is begun again, {why}"))
+    run.observer(Notice(message=f"{run.writer.root} has no committed rows yet, so it is begun again: {why}"))
     run.writer.begin_again(keeps_prompts=keeps_prompts)
 
 
@@ -180,6 +182,10 @@ def _refuse_other_prompts(run: Run, record: PromptsRecord, source: PromptSource)
             choice=config.dataset,
         )
         if given.fingerprint == record.fingerprint:
+            if given.files != record.files:
+                run.observer(
+                    Notice(message=f"{source} has the rows of {root} in other lines: {root} keeps its map of lines")
+                )
             return
         mismatches = [FieldMismatch(field="prompts", stored=record.fingerprint[:16], given=given.fingerprint[:16])]
         if given.rows != record.rows:

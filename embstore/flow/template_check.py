@@ -38,6 +38,7 @@ from embstore.storage.prompt_table import PromptTable
 _BLOCK_ROWS = 1024
 _WORTH_SECONDS = 20.0  # of rendering that is left: below, starting processes takes longer than they save
 _SHOWN = 3
+_MOST_PROCESSES, _PROCESS_BYTES = 16, 512 << 20  # each has Python, transformers and a tokenizer in memory
 _CHAT = b'"messages": ['  # in every canonical line of a chat, and hardly in another
 
 
@@ -90,6 +91,9 @@ def check_templates(run: Run, source: EmbedderSource, prompts: PromptTable, reus
         first = next((block for block in blocks if _has_chats(prompts, block)), None)
         template = source.template(chat_date) if first is not None else None
         if first is None or template is None:
+            if record is not None and record.refused:  # by another template, or chats that are copied now
+                (writer.root / REFUSED).unlink(missing_ok=True)
+                writer.commit(TemplateRecord(asked=hashlib.sha256().hexdigest(), chats=0, refused=0, first=[]))
             return
         asked = [template.digest, *(store.digest for store in reuse.record.stores)]
         digest = hashlib.sha256(canonical_json(asked).encode()).hexdigest()
@@ -103,9 +107,12 @@ def _rendered(run: Run, template: ChatTemplate, blocks: Iterator[Block], asked: 
     """What the template says of all chats; those that it refuses are listed in a file."""
     root, num_rows = run.writer.root, _num_rows(run)
     chats, shown, num_refused = 0, list[FailedRow](), 0
+    (root / REFUSED).unlink(missing_ok=True)  # of another template
     with contextlib.ExitStack() as closing:
         advance = closing.enter_context(stage(run.observer, "templates", num_rows, "prompts"))
-        each = closing.enter_context(contextlib.closing(_each(root / PROMPTS, template, blocks, num_rows, _cores(run))))
+        each = closing.enter_context(
+            contextlib.closing(_each(root / PROMPTS, template, blocks, num_rows, _num_processes(run)))
+        )
         listed = None
         for seen_rows, rendered in each:
             chats += rendered.chats
@@ -160,10 +167,12 @@ def _each(
             return
 
 
-def _cores(run: Run) -> int:
+def _num_processes(run: Run) -> int:
+    """How many processes render: one for each core, within the memory budget."""
     from embstore.host.threads import num_cores  # noqa: PLC0415 - imports torch, which a source with a template has loaded
 
-    return run.config.embedding.threads or num_cores()
+    cores = run.config.embedding.threads or num_cores()
+    return max(1, min(cores, _MOST_PROCESSES, run.config.memory_budget_bytes // _PROCESS_BYTES))
 
 
 def _in_processes(
@@ -227,6 +236,5 @@ def _say(run: Run, record: TemplateRecord) -> None:
         way = "correct the prompts and run the command again"
     else:
         way = f"correct the prompts and build into another --out with --reuse {root}"
-    raise RowError(
-        refused, hint=f"{root}/{REFUSED} lists them; {way}, or add --on-error quarantine to keep their rows without vectors"
-    )
+    lists = "" if run.is_dry else f"{root}/{REFUSED} lists them; "
+    raise RowError(refused, hint=f"{lists}{way}, or add --on-error quarantine to keep their rows without vectors")

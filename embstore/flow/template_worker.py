@@ -66,7 +66,8 @@ class TemplateWorker:
             raise WorkerLostError
         search = {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "embstore.flow.template_worker"],
+            # -P: a file in the current folder is not taken for a module
+            [sys.executable, "-P", "-m", "embstore.flow.template_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

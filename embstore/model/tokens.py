@@ -131,8 +131,8 @@ class PromptTokenizer:
     def _apply_template(self, prompt: Prompt) -> str:
         messages = prompt.messages or ()
         calls = [arguments for message in messages for arguments in _arguments(message)]
-        template, dates = self._template_for(prompt)
         try:
+            template, dates = self._template_for(prompt)
             try:
                 rendered = self._rendered(prompt, messages, template, dates)
             except Exception:  # jinja raises whatever the model's template raises
@@ -142,6 +142,8 @@ class PromptTokenizer:
             # some templates join the arguments of a call with text, as OpenAI gives them, or print an object as Python does
             if rendered is None or any(repr(arguments) in rendered for arguments in calls):
                 rendered = self._rendered(prompt, [_with_text_arguments(each) for each in messages], template, dates)
+        except ModelError:
+            raise
         except Exception as error:
             raise RefusedChatError(refused_by_template(str(error) or type(error).__name__)) from error
         return rendered

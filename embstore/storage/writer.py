@@ -171,7 +171,7 @@ class StoreWriter:
             fsync_directory(self.root / EMBEDDINGS)
         kept = [self.state.origin, self.state.prompts] if keeps_prompts else []
         self._journal.replace([record for record in kept if record is not None])
-        self._is_new = True
+        self._is_new |= not keeps_prompts
         with storage_errors("cleaning", self.root):
             for name in (SPEC, ARRAY_METADATA, BASIS, COORDINATE_MAP, REFUSED, *ROW_FILES):
                 (self.root / name).unlink(missing_ok=True)

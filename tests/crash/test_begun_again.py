@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from embstore.core.config import BuildConfig
-from embstore.core.errors import EmbstoreError, IdentityMismatchError, StoreExistsError
+from embstore.core.errors import BudgetError, EmbstoreError, IdentityMismatchError, StoreExistsError
 from embstore.core.events import Event, Notice
+from embstore.core.records import OriginRecord
 from embstore.storage.journal import read_journal
 from embstore.storage.writer import StoreWriter
 from embstore.views.info import verify
@@ -50,9 +51,9 @@ class Correction:
 
 
 CORRECTIONS = {
-    "other prompts": Correction(resume=False, says="without --resume"),
-    "other prompts, resumed": Correction(resume=True, says="with other prompts"),
-    "other settings": Correction(begun_from="right", begun_with=WIDER, resume=False, says="without --resume"),
+    "other prompts": Correction(resume=False, says="--resume was not given"),
+    "other prompts, resumed": Correction(resume=True, says="the prompts differ"),
+    "other settings": Correction(begun_from="right", begun_with=WIDER, resume=False, says="--resume was not given"),
     "other settings, resumed": Correction(begun_from="right", begun_with=WIDER, resume=True, says="window_rows"),
 }
 # the other two differ in the order in which the same calls come
@@ -140,6 +141,24 @@ def test_damage_to_what_was_begun_begins_it_again(pools: dict[str, Path], tmp_pa
         (store / name).write_bytes(content)
         build_small(pools["right"], store, resume=True)
         assert snapshot(store) == snapshot(finished_store)
+
+
+def test_a_refusal_of_other_settings_keeps_the_prompts(pools: dict[str, Path], tmp_path: Path, finished_store: Path) -> None:
+    """They may have come by a pipe, and be nowhere else."""
+    store = begin(Correction(begun_from="right", begun_with=WIDER, resume=True, says=""), pools, tmp_path / "store")
+    with pytest.raises(BudgetError):
+        build_small(None, store, config=dataclasses.replace(CONFIG, memory_budget_bytes=1))
+    build_small(None, store)
+    assert snapshot(store) == snapshot(finished_store)
+
+
+def test_a_dataset_that_was_never_read_is_not_where_other_prompts_come_from(small_prompts: Path, tmp_path: Path) -> None:
+    """Killed between the two lines of stage 0."""
+    store = tmp_path / "store"
+    with StoreWriter(store, resume=False) as writer:
+        writer.commit(OriginRecord(dataset="org/name", config=None, split="train", revision="a" * 40))
+    build_small(small_prompts, store)
+    assert read_journal(store).origin is None
 
 
 # --- what has had a row is never begun again --------------------------------------------------------------------------

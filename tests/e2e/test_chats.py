@@ -98,7 +98,7 @@ def test_a_corrected_pool_goes_on_by_the_same_command(model: Path, tmp_path: Pat
     pool(prompts, [])
     result = run(*command)
     assert result.exit_code == 0, result.stderr
-    assert "is begun again, with other prompts" in result.stderr
+    assert "so it is begun again: the prompts differ" in result.stderr
     assert open_store(store).journal.failed == []
 
 

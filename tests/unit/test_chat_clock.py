@@ -14,7 +14,7 @@ from embstore.core.config import DEFAULT_CHAT_DATE, EmbeddingConfig
 from embstore.core.errors import ConfigError, ModelError
 from embstore.core.prompts import Prompt
 from embstore.model.chat_clock import ChatClock, reads_clock
-from embstore.model.tokens import template_reads_clock
+from embstore.model.tokens import PromptTokenizer, template_reads_clock
 from tests.support.elsewhere import LastCentury, run_elsewhere
 from tests.support.templates import DATED, rendered, tokenizer_with
 
@@ -130,6 +130,11 @@ def test_one_of_several_templates_is_chosen_and_dated() -> None:
     assert template_reads_clock(tokenizer_with(named))
     assert not template_reads_clock(tokenizer_with({"default": "a", "tool_use": "b"}))
     assert not template_reads_clock(tokenizer_with(None))
+
+
+def test_several_templates_without_a_default_refuse_chats_in_their_own_words() -> None:
+    tokenizer = PromptTokenizer(tokenizer_with({"a": "first", "b": "second"}), 16, 1000, chat_date="2024-07-26")
+    assert "default" in str(tokenizer.refusal(CHAT))
 
 
 def test_a_date_that_is_not_recorded_is_never_read_from_the_clock() -> None:

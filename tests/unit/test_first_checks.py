@@ -16,6 +16,7 @@ import pytest
 from embstore.core.config import BuildConfig, EmbeddingConfig
 from embstore.core.errors import BudgetError, ConfigError, EmbstoreError, ModelError, PromptError, StoreNotFoundError
 from embstore.flow import build as build_flow
+from embstore.flow import first_checks
 from embstore.flow.array_import import import_array
 from embstore.flow.build import preflight
 from embstore.storage.prompt_source import check_source
@@ -125,6 +126,14 @@ def test_a_disk_that_cannot_take_the_store_is_refused_with_nothing_left(
         with pytest.raises(BudgetError, match=says):
             build_small(small_prompts, out)
         assert not out.parent.exists()
+
+
+def test_a_resume_needs_no_room_for_the_prompts_again(
+    small_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = build_part(small_prompts, tmp_path / "store", rows=64)
+    monkeypatch.setattr(first_checks, "free_bytes_at", lambda root: 0)
+    build_small(small_prompts, store)
 
 
 def test_a_pipe_is_not_touched_by_the_check(tmp_path: Path) -> None:

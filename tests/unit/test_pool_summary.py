@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -113,9 +114,25 @@ def test_more_than_the_chosen_share_is_refused_before_the_model(
     # the list that the message names is there, and the same command with another share goes on
     assert len((store / "quarantine.jsonl").read_text().splitlines()) == bad
     assert str(store / "quarantine.jsonl") in str(caught.value.hint)
-    with pytest.raises(PromptError):
+    with pytest.raises(PromptError) as caught:
         preflight(prompts, out=tmp_path / "dry", config=most(share), source=source)
+    assert "embstore-dry-run" not in f"{caught.value} {caught.value.hint}", "its folder is gone"
     build_small(prompts, store, config=most(1.0), resume=False)
+
+
+def test_lines_that_were_corrected_or_deleted_count_no_more(tmp_path: Path) -> None:
+    """The rows are the same then, and so is their fingerprint."""
+    store = tmp_path / "store"
+    with pytest.raises(PromptError):
+        build_small(pool(tmp_path / "p.jsonl", good=60, bad=40), store)
+    report = build_small(pool(tmp_path / "corrected.jsonl", good=60, bad=0), store, resume=True)
+    assert (report.pool.lines, report.pool.quarantined) == (60, 0)
+    assert np.load(store / "line_rows.npy").tolist() == list(range(60))
+    # a store with rows keeps its lines, and says so
+    events: list[Event] = []
+    build_small(pool(tmp_path / "again.jsonl", good=60, bad=5), store, resume=True, observer=events.append)
+    notices = [event.message for event in events if isinstance(event, Notice)]
+    assert [notice for notice in notices if "in other lines" in notice]
 
 
 def test_refused_chats_count_as_well(tmp_path: Path) -> None:

@@ -27,7 +27,9 @@ from embstore.core.events import Event, Notice, Preflight, RowsCommitted
 from embstore.core.records import DriftRecord, ReuseRecord, ReusingWindowRecord
 from embstore.flow.artifact import recompute_weights
 from embstore.flow.build import build, preflight
+from embstore.flow.reuse import match_rows, open_reused, rows_digest
 from embstore.storage.journal import read_journal
+from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.storage.writer import StoreWriter
 from embstore.views.info import inspect, verify
@@ -376,6 +378,29 @@ def test_a_resume_finds_the_same_rows_in_a_store_that_has_grown(
         store = Path(shutil.copytree(new, tmp_path / f"resumed-{len(config.reuse)}"))
         build_small(None, store, config=config)
         assert snapshot(store) == snapshot(tmp_path / "whole")
+
+
+def test_rows_that_a_store_gains_after_it_was_opened_are_not_named(small_prompts: Path, part: Path, tmp_path: Path) -> None:
+    """Another build may still be writing it."""
+    (opened,) = open_reused([part], tmp_path / "new")
+    digest = rows_digest(opened)
+    build_small(None, part)
+    table = PromptTable(part / "prompts.jsonl", 70)
+    (record,) = match_rows(table, [opened]).record.stores
+    assert (record.digest, record.rows) == (digest, 32)
+
+
+def test_dates_of_all_stores_are_compared(small_prompts: Path, tmp_path: Path) -> None:
+    stores = [tmp_path / "undated", tmp_path / "first", tmp_path / "second"]
+    undated = FakeSource()
+    undated.records_date = False
+    build_small(small_prompts, stores[0], source=undated)
+    for store, day in zip(stores[1:], ("2024-01-01", "2025-01-01"), strict=True):
+        build_small(small_prompts, store, config=with_embedding(chat_date=day))
+    with pytest.raises(IdentityMismatchError, match=r"first and .*second together.*chat_date"):
+        build_small(small_prompts, tmp_path / "mixed", config=reusing(*stores))
+    build_small(small_prompts, tmp_path / "new", config=reusing(stores[1], stores[0]))
+    assert open_store(tmp_path / "new").spec.embedding.chat_date is None, "rows of the second store may have any date"
 
 
 def test_an_unfinished_store_that_is_another_is_refused_with_both_digests(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,9 +29,11 @@ from tests.support.faults import SYNCS, Killed, SystemCalls
 from tests.support.stores import (
     HookedSource,
     Stopped,
+    build_part,
     build_small,
     journal_records,
     snapshot,
+    with_embedding,
     write_lines,
     write_small_prompts,
 )
@@ -112,8 +115,9 @@ def test_all_are_named_at_once_before_the_model_is_loaded(prompts: Path, tmp_pat
 
 
 def test_a_dry_run_names_them_too(prompts: Path, tmp_path: Path) -> None:
-    with pytest.raises(RowError, match="refuses 5 of 37 chats"):
+    with pytest.raises(RowError, match="refuses 5 of 37 chats") as caught:
         preflight(prompts, out=tmp_path / "store", config=CONFIG, source=templated())
+    assert "refused.jsonl" not in str(caught.value.hint), "its folder is gone"
     assert not (tmp_path / "store").exists()
 
 
@@ -237,6 +241,16 @@ def test_another_template_is_asked_again(prompts: Path, tmp_path: Path, monkeypa
     assert open_store(store).journal.failed == []
 
 
+def test_chats_that_nothing_refuses_any_more_are_not_refused_later(prompts: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with pytest.raises(RowError):
+        build_small(prompts, store, source=templated())
+    build_part(prompts, store, rows=32)  # by a model without a template
+    build_small(None, store, source=templated())
+    assert not (store / "refused.jsonl").exists()
+    assert open_store(store).journal.failed == []
+
+
 # --- in processes -----------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +261,7 @@ def in_processes(monkeypatch: pytest.MonkeyPatch) -> list[TemplateWorker]:
     start = TemplateWorker._start
     monkeypatch.setattr(template_check, "_BLOCK_ROWS", 8)
     monkeypatch.setattr(template_check, "_WORTH_SECONDS", -1.0)
-    monkeypatch.setattr(template_check, "_cores", lambda run: 2)
+    monkeypatch.setattr(template_check, "_num_processes", lambda run: 2)
 
     def started(worker: TemplateWorker) -> Any:
         made.append(worker)
@@ -255,6 +269,27 @@ def in_processes(monkeypatch: pytest.MonkeyPatch) -> list[TemplateWorker]:
 
     monkeypatch.setattr(TemplateWorker, "_start", started)
     return made
+
+
+@pytest.mark.parametrize(("cores", "budget", "expected"), [(4, 8 << 30, 4), (128, 64 << 30, 16), (8, 2 << 30, 4), (2, 1, 1)])
+def test_processes_keep_to_the_memory_budget(cores: int, budget: int, expected: int) -> None:
+    config = dataclasses.replace(with_embedding(threads=cores), memory_budget_bytes=budget)
+    assert template_check._num_processes(SimpleNamespace(config=config)) == expected  # type: ignore[arg-type]
+
+
+def test_a_file_in_the_current_folder_is_not_run(
+    prompts: Path,
+    quarantined: Path,
+    tmp_path: Path,
+    in_processes: list[TemplateWorker],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "queue.py").write_text("open('was_run', 'w')\nraise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    build_small(prompts, tmp_path / "store", config=QUARANTINE, source=templated())
+    assert in_processes
+    assert not any(worker._is_lost and worker._process is None for worker in in_processes)
+    assert not (tmp_path / "was_run").exists()
 
 
 def test_processes_find_the_same(
