@@ -17,6 +17,10 @@ from tests.support.fork_server import ForkServer
 from tests.support.stores import build_part, build_small, write_small_prompts
 from tests.support.tally import Counter, Row, Tally
 
+# torch's threads sleep while they wait for each other: spinning, they take the cores of the other test processes. libgomp
+# reads it once, so it is set before anything imports torch, and processes that tests start inherit it
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 _TALLY = pytest.StashKey[Tally]()
 _STARTED = time.monotonic()
 

@@ -131,7 +131,10 @@ def test_closing_the_results_ends_the_workers(engine: Engine, script: Script) ->
 # --- builds --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [CONFIG, CONFIG_HNSW, with_embedding(compressor="none", chunk_rows=8)])
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, CONFIG_HNSW, pytest.param(with_embedding(compressor="none", chunk_rows=8), marks=pytest.mark.slow)],
+)
 def test_the_store_is_that_of_a_local_build(
     config: BuildConfig, build_with: Build, small_prompts: Path, tmp_path: Path, script: Script
 ) -> None:
@@ -144,7 +147,7 @@ def test_the_store_is_that_of_a_local_build(
     assert verify(tmp_path / "store").findings == []
 
 
-@pytest.mark.parametrize("first", [0, 32])
+@pytest.mark.parametrize("first", [0, pytest.param(32, marks=pytest.mark.slow)])
 def test_windows_that_finish_in_another_order_make_the_same_store(
     first: int, build_with: Build, small_prompts: Path, finished_store: Path, tmp_path: Path, script: Script
 ) -> None:
@@ -226,6 +229,7 @@ def test_rows_of_old_stores_are_copied_where_windows_are_made(
     assert left.reused == right.reused
 
 
+@pytest.mark.slow
 def test_a_worker_s_memory_does_not_grow_with_its_windows(build_with: Build, kind: str, tmp_path: Path) -> None:
     """Sixteen windows of 4 MiB rows for each process that makes rows: a few chunks are held at a time, never the windows."""
     processes = 2 if kind == "ray" else 1
@@ -271,8 +275,8 @@ def _graph(method: str, points: np.ndarray, work: Path, engine: Engine | None, e
 def test_neighbours_by_workers_are_those_of_one_process(
     method: str, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    points = _points(5000)
-    monkeypatch.setattr(remote, "LEAST_RANGE_ROWS", 1000)
+    points = _points(2000)
+    monkeypatch.setattr(remote, "LEAST_RANGE_ROWS", 400)
     here, there = list[Event](), list[Event]()
     expected = _graph(method, points, tmp_path / "here", None, here)
     found = _graph(method, points, tmp_path / "there", engine, there)

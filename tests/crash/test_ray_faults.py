@@ -64,7 +64,7 @@ def last_workers(events: list[Event]) -> WorkersChanged:
 # --- workers and tasks -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", ["kill", "raise"])
+@pytest.mark.parametrize("fault", ["kill", pytest.param("raise", marks=pytest.mark.slow)])
 def test_a_worker_that_dies_or_fails_is_replaced_and_its_window_made_again(
     fault: str, script: Script, small_prompts: Path, finished_store: Path, tmp_path: Path, tally: Counter
 ) -> None:
@@ -95,7 +95,7 @@ def test_a_worker_killed_while_it_writes_leaves_nothing_that_is_adopted(
     assert snapshot(store) == snapshot(finished_store)
 
 
-@pytest.mark.parametrize("fault", ["kill", "raise"])
+@pytest.mark.parametrize("fault", [pytest.param("kill", marks=pytest.mark.slow), "raise"])
 def test_a_window_that_fails_every_time_ends_the_build_and_is_named(
     fault: str, script: Script, small_prompts: Path, finished_store: Path, tmp_path: Path
 ) -> None:
@@ -292,7 +292,7 @@ def test_a_driver_that_is_killed_takes_its_workers_along_and_is_resumed(
     assert not is_wrong
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_lets_windows_under_way_finish_and_ends_the_workers(
     number: signal.Signals, script: Script, small_prompts: Path, finished_store: Path, tmp_path: Path
 ) -> None:

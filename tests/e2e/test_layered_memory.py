@@ -143,7 +143,7 @@ FIXED_BYTES = 400 << 20  # modules that are imported late, kernels of oneDNN, ac
 @needs_memory
 def test_a_model_is_built_in_the_memory_of_a_few_layers(large: Path, tmp_path: Path) -> None:
     """Probes in float32 too, where two layers are twice as large."""
-    prompts = write_prompts(tmp_path / "prompts.jsonl", 40)
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 16)
     asked_bytes = 2 * LAYER_BYTES + (1 << 20)
     peak_bytes = build(prompts, large, tmp_path / "store", dtype="bfloat16", model_memory=asked_bytes)
     assert LAYER_BYTES < peak_bytes <= 4 * LAYER_BYTES + FIXED_BYTES
@@ -153,7 +153,7 @@ def test_a_model_is_built_in_the_memory_of_a_few_layers(large: Path, tmp_path: P
 def test_a_build_that_is_told_nothing_makes_no_float32_copy(large: Path, tmp_path: Path) -> None:
     file_bytes = (large / "model.safetensors").stat().st_size
     assert file_bytes > 12 * LAYER_BYTES
-    prompts = write_prompts(tmp_path / "prompts.jsonl", 40)
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 16)
     peak_bytes = build(prompts, large, tmp_path / "store")
     assert LAYER_BYTES < peak_bytes <= 1.3 * file_bytes + (256 << 20)
 

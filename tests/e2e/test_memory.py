@@ -66,7 +66,7 @@ def test_the_meter_counts_what_is_allocated_and_not_what_is_mapped(tmp_path: Pat
     ("budget_mib", "kind", "words"),
     [
         (96, "llama", 1),
-        (160, "gemma2", 60),
+        pytest.param(160, "gemma2", 60, marks=pytest.mark.slow),
         pytest.param(160, "gemma2", 1, marks=pytest.mark.slow),
         pytest.param(160, "modernbert-decoder", 60, marks=pytest.mark.slow),
     ],

@@ -25,6 +25,8 @@ from tests.support.limits import TimeLimit
 from tests.support.models import PROMPTS, least_model_memory, make_model, make_tokenizer, open_embedder, reopened, save_model
 
 LAYERS = 4
+# those between are alike
+EACH_LAYER = [0, *(pytest.param(layer, marks=pytest.mark.slow) for layer in range(1, LAYERS - 1)), LAYERS - 1]
 SECONDS = 120.0
 
 
@@ -108,7 +110,7 @@ def opened(
     found.embedder.close()
 
 
-@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("layer", EACH_LAYER)
 def test_an_error_of_a_batch_at_any_layer_ends_the_lap(opened: Opened, layer: int) -> None:
     opened.watch(layer)
     assert opened.rows() == opened.plain_rows
@@ -128,7 +130,7 @@ def test_an_error_of_a_batch_at_any_layer_ends_the_lap(opened: Opened, layer: in
     assert threading.active_count() <= threads
 
 
-@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("layer", EACH_LAYER)
 def test_an_interrupt_at_any_layer_ends_the_lap(opened: Opened, layer: int) -> None:
     """Ctrl-C reaches the pass as an error of ``check``."""
     opened.watch(layer)
@@ -212,7 +214,7 @@ def test_a_single_prompt_that_does_not_fit_fails_by_name(opened: Opened) -> None
     assert opened.rows() == opened.plain_rows
 
 
-@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("layer", EACH_LAYER)
 def test_weights_that_cannot_be_read_end_the_lap(opened: Opened, layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
     genuine, is_broken = Weights.make, threading.Event()
 

@@ -6,6 +6,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,8 +82,17 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", list(CONFIGS))
+# one class of each way in which layers differ; tests/matrix has more, and test-slow has all
+USUAL = {"llama", "llama-tied", "gpt2", "gemma2", "gemma3n", "mixtral", "deepseek-v3", "mamba", "falcon-h1", "nanochat"}
+
+
+def usual(name: str, *values: str) -> Any:
+    """Parameters that ``make test`` tries only with the usual classes."""
+    return pytest.param(name, *values, marks=() if name in USUAL else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [usual(name) for name in CONFIGS])
 def test_rows_are_those_of_the_plain_order(folder_of: FolderOf, name: str, dtype: str, tmp_path: Path) -> None:
     plain = open_embedder(folder_of(name), PROMPTS, tmp_path, dtype=dtype, batch_tokens=64)
     assert plain.model.residency is None
@@ -99,7 +109,10 @@ def test_rows_are_those_of_the_plain_order(folder_of: FolderOf, name: str, dtype
 
 
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3n", "deepseek-v3", "falcon-h1"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "gemma3n", "deepseek-v3", "falcon-h1"))],
+)
 def test_a_new_store_is_the_same_in_either_order(folder_of: FolderOf, name: str, stored: str, tmp_path: Path) -> None:
     """Probes, basis and settings too, from a checkpoint of any dtype."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder_of(name), dtype=getattr(torch, stored))
@@ -115,7 +128,7 @@ def test_a_new_store_is_the_same_in_either_order(folder_of: FolderOf, name: str,
         layered.close()
 
 
-@pytest.mark.parametrize("offset", [8, 24, 40])
+@pytest.mark.parametrize("offset", [8, pytest.param(24, marks=pytest.mark.slow), pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_where_tensors_lie_in_the_file_moves_no_bit(folder_of: FolderOf, stored: str, offset: int, tmp_path: Path) -> None:
     """Kernels are told by alignment, and a file's data lies at any multiple of 8 bytes."""
