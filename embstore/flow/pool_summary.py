@@ -59,7 +59,8 @@ class PoolSummary:
             text.append(f"{self.truncated:,} of {of} ({share:.1%}) were cut at {self.max_tokens:,} tokens")
         if self.cut_alike:
             groups, such_as = _number(self.cut_groups, "group"), " and ".join(map(repr, self.cut_ids))
-            alike = f"{'' if self.is_whole else 'at least '}{self.cut_alike:,} different prompts share a vector with others, in {groups}"
+            count = f"{'' if self.is_whole else 'at least '}{self.cut_alike:,}"
+            alike = f"{count} different prompts share a vector with others, in {groups}"
             text.append(f"{alike}, because they were cut (such as {such_as}): a larger --max-tokens tells them apart")
         return text
 
@@ -125,7 +126,7 @@ def _is_cut_alike(left: str, right: str, max_tokens: int) -> bool:
     They have ``max_tokens`` tokens in common then, and a character makes at most four.
     """
     left, right = (collapse_whitespace(unicodedata.normalize("NFKC", text)).casefold() for text in (left, right))
-    shared = len(os.path.commonprefix([left, right]))
+    shared = len(os.path.commonprefix([left, right]))  # noqa: RUF071 - of any two strings
     return left != right and 4 * (shared + _TEMPLATE_CHARACTERS) >= max_tokens
 
 

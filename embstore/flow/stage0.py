@@ -113,7 +113,7 @@ def _commit_given(run: Run, source: PromptSource) -> PromptsRecord:
             writer.commit(given)
             return given
         problem = _stage0_problem(writer.root, committed)
-        # not the fingerprint alone: lines without a prompt and repeats are no rows, and may have been corrected
+        # not the fingerprint alone: lines without a prompt, and repeats, have no rows, and may have been corrected
         if problem is None and (given, origin) == (committed, writer.state.origin):
             remove_folder(folder)
             return committed

@@ -246,7 +246,7 @@ def test_chats_that_nothing_refuses_any_more_are_not_refused_later(prompts: Path
     with pytest.raises(RowError):
         build_small(prompts, store, source=templated())
     build_part(prompts, store, rows=32)  # by a model without a template
-    build_small(None, store, source=templated())
+    build_small(None, store)
     assert not (store / "refused.jsonl").exists()
     assert open_store(store).journal.failed == []
 
