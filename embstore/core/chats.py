@@ -11,7 +11,7 @@ import contextlib
 import json
 from collections.abc import Iterable, Mapping
 
-from embstore.core.decode import MAX_NESTING, RepeatedKeyError, unique_keys
+from embstore.core.decode import MAX_NESTING, RepeatedKeyError, shown, unique_keys
 from embstore.core.values import TOO_DEEP, JsonValue, Opaque, Unusable, plain, valid_text
 
 # What a turn may consist of instead of text.
@@ -29,6 +29,9 @@ _SHAREGPT_ROLES = {
 }
 _CHAT_NAMES = ("messages", "conversations", "conversation")
 _TEXT_PARTS = ("text", "input_text", "output_text")
+# what other parts are; a reason quotes any other word, so that it is not counted as a kind of its own (core.reasons)
+_OTHER_PARTS = ("image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url", "file",
+                "input_file", "document", "refusal", "thinking", "tool_use", "tool_result")  # fmt: skip
 
 
 # --- JSON text, and structs of lists -----------------------------------------------------------------------------------
@@ -190,7 +193,7 @@ _NOT_TEXT = "message {} has a part of kind {}; only parts of kind text can be em
 
 def _kind_of_part(part: Mapping[str, object]) -> str:
     named = part.get("type", "text" if "text" in part else ", ".join(part) or "none")
-    return str(named)
+    return named if named in (*_TEXT_PARTS, *_OTHER_PARTS, "none") else shown(named)
 
 
 def _part(part: JsonValue, position: int) -> str:
@@ -212,7 +215,8 @@ def _calls(value: JsonValue, name: str, position: int, levels: int) -> JsonValue
     """Tool calls with objects as arguments, as templates expect them; OpenAI's own format has JSON text there."""
     calls = [_decoded(value, levels)] if name == "function_call" else _listed(value, levels)
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise Unusable(f"the {name} of message {position} are {_kind(value)}, not objects")
+        said = "is {}, not an object" if name == "function_call" else "are {}, not objects"
+        raise Unusable(f"the {name} of message {position} {said.format(_kind(value))}")
     for call in calls:
         if "function" in call:
             call["function"] = _decoded(call["function"], levels - 2)

@@ -35,6 +35,7 @@ Message = Mapping[str, object]
 _TOOLS, _KWARGS = TEMPLATE_FIELDS = "tools", "chat_template_kwargs"  # what a chat may have besides its messages
 _SHAREGPT = ("conversations", "conversation")
 _NAMED_FIELDS, _NAMED_CHARACTERS = 12, 40  # of a line without a prompt, in its reason
+_REASON_CHARACTERS = 700
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,9 +101,13 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rejected:
-    """A line without a usable prompt, with the reason that ``quarantine.jsonl`` states."""
+    """A line without a usable prompt, with the reason that ``quarantine.jsonl`` states, short whatever the line is."""
 
     reason: str
+
+    def __post_init__(self) -> None:
+        if len(self.reason) > _REASON_CHARACTERS:
+            object.__setattr__(self, "reason", f"{self.reason[:_REASON_CHARACTERS]}...")
 
 
 def parse_line(line: bytes, names: PromptFields = USUAL_FIELDS, rule: PromptRule = CURRENT_RULE) -> Prompt | Rejected:
@@ -279,6 +284,8 @@ def named_row(value: object) -> Prompt | Rejected:
     >>> named_row(True)
     Rejected(reason='the id is neither text nor a whole number but bool')
     """
+    if value is None:
+        return Rejected(reason="the id is missing")
     if isinstance(value, bool) or not isinstance(value, str | int):
         return Rejected(reason=f"the id is neither text nor a whole number but {type(value).__name__}")
     if value == "" or has_lone_surrogate(str(value), value):

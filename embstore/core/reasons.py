@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping
 MAX_KINDS = 16
 OTHER_KIND = "other reasons"
 _KIND_CHARACTERS = 80
+# a value as repr gives it, also one that was cut; not the apostrophe in "the assistant's turn"
+_QUOTED = re.compile(r"""(?<!\w)(['"])(?:\\.|(?!\1).)*(?:\1|$)""", re.DOTALL)
 _DETAIL = re.compile(r"\s*[(;:].*$", re.DOTALL)
-_QUOTED, _NUMBER = re.compile(r"'[^']*'|\"[^\"]*\""), re.compile(r"(?<![\w-])\d+")
+_NUMBER = re.compile(r"(?<![\w-])\d+")
 
 
 def reason_kind(reason: str) -> str:
@@ -22,7 +24,7 @@ def reason_kind(reason: str) -> str:
     >>> reason_kind("no prompt: none of the fields prompt, messages; the fields are question")
     'no prompt'
     """
-    kind = _NUMBER.sub("N", _QUOTED.sub("...", _DETAIL.sub("", reason)))
+    kind = _NUMBER.sub("N", _DETAIL.sub("", _QUOTED.sub("...", reason)))
     return " ".join(kind.split())[:_KIND_CHARACTERS] or OTHER_KIND
 
 
@@ -48,7 +50,7 @@ def by_kind(counts: Mapping[str, int]) -> str:
     Examples
     --------
     >>> by_kind({"empty line": 2, "not JSON": 1_200})
-    '1,200 not JSON, 2 empty line'
+    'not JSON (1,200), empty line (2)'
     """
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{count:,} {kind}" for kind, count in ordered)
+    return ", ".join(f"{kind} ({count:,})" for kind, count in ordered)

@@ -277,6 +277,7 @@ def test_tools_beside_a_text_are_a_field_like_any_other() -> None:
         ({"messages": [ASKED, "more"]}, "message 1 is text, not an object with role and content"),
         ({"messages": [ASKED, None]}, "message 1 is null, not an object"),
         ({"messages": [ASKED, {**CALLED, "tool_calls": "weather"}]}, "the tool_calls of message 1 are text, not objects"),
+        ({"messages": [ASKED, {**CALLED, "function_call": 1}]}, "the function_call of message 1 is a number, not an object"),
         ({"messages": {"role": ["user", "user"], "content": ["a"]}}, "neither text nor a list of messages but an object"),
         ({"prompt": 7}, "neither text nor a list of messages but a number"),
         ({"prompt": b"\xff"}, "bytes that are not UTF-8 (byte 0)"),

@@ -28,6 +28,7 @@ from embstore.views import info, terminal
 from tests.support.build_fake import CONFIG
 from tests.support.fake import FakeSource
 from tests.support.records import PROMPTS
+from tests.support.stage0 import ingested
 from tests.support.stores import build_part, build_small, journal_records, write_lines
 
 pytestmark = pytest.mark.usefixtures("without_syncs")
@@ -52,7 +53,7 @@ def test_reasons_are_counted_by_kind() -> None:
     reasons = ["not JSON (Expecting value: line 1)", "not JSON (Extra data: char 7)", "not UTF-8 (byte 0)"]
     reasons += ["message 3 is not an object", "message 14 is not an object"]
     assert counted(reasons) == {"not JSON": 2, "not UTF-8": 1, "message N is not an object": 2}
-    assert by_kind(counted(reasons)) == "2 message N is not an object, 2 not JSON, 1 not UTF-8"
+    assert by_kind(counted(reasons)) == "message N is not an object (2), not JSON (2), not UTF-8 (1)"
 
 
 @given(st.lists(st.text(max_size=60), max_size=40))
@@ -68,6 +69,35 @@ def test_kinds_beyond_the_first_few_are_counted_together() -> None:
     assert len(counts) == MAX_KINDS + 1
     assert counts[OTHER_KIND] == 100 - MAX_KINDS
     assert reason_kind("(") == OTHER_KIND
+
+
+@pytest.mark.parametrize(
+    "word", ["x{}", "it's {}", '\'"{}"; (', "{}" + "y" * 5000, "\\{}'...", "{}\n\x1b[2J", "a '{}' b", "{}..."]
+)
+def test_words_of_the_input_are_no_kinds_and_no_long_reasons(word: str, tmp_path: Path) -> None:
+    """Kinds of parts, names of fields and keys, roles: each line may have its own, of any length."""
+    words = [word.format(number * "z") for number in range(40)]
+    user, lines = {"role": "user", "content": "a"}, [{"prompt": "good"}]
+    for each in words:
+        lines += [
+            {"messages": [user, {"role": each, "content": [{"type": each}]}]},
+            {"messages": [{"role": "user", "content": [{"type": each, "text": 1}]}]},
+            {"messages": [{"role": "user", "content": [{each: 1}]}]},
+            {"messages": [{each: 1}]},
+            {each: 1},
+            f"{{{json.dumps(each)}: 1, {json.dumps(each)}: 2}}\n".encode(),
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        ]
+    out = tmp_path / "out"
+    found = ingested(write_lines(tmp_path / "p.jsonl", lines), out)
+    assert len(found.record.reasons) == 5
+    assert {
+        "message N has a part of kind ...": 3 * 40, "message N has no text role": 40, "no prompt": 40,
+        "message N has a part of kind image_url": 40,
+    }.items() <= found.record.reasons.items()  # fmt: skip
+    (key,) = (kind for kind in found.record.reasons if kind.startswith("the key ..."))
+    assert found.record.reasons[key] == 40
+    assert max(len(reason) for _, reason in found.quarantine) <= 703
 
 
 def test_counts_are_durable_and_old_journals_have_none(tmp_path: Path) -> None:
@@ -141,7 +171,7 @@ def test_refused_chats_count_as_well(tmp_path: Path) -> None:
     prompts = write_lines(tmp_path / "p.jsonl", [*lines, *[b"broken\n"] * 7])
     source = FakeSource()
     source.has_template = True
-    with pytest.raises(RowError, match=r"15 of 100 lines .*8 the chat template refuses it, 7 not JSON"):
+    with pytest.raises(RowError, match=r"15 of 100 lines .*the chat template refuses it \(8\), not JSON \(7\)"):
         build_small(prompts, tmp_path / "store", config=QUARANTINE, source=source)
     assert source.creations == 0
     report = build_small(prompts, tmp_path / "store", config=most(0.2, QUARANTINE), source=source)
@@ -185,8 +215,8 @@ def test_the_closing_summary_says_what_became_of_the_lines(tmp_path: Path) -> No
         file.write('{"prompt": "Explain 3"}\n{"prompt": "FAIL here"}\n')
     report = build_small(prompts, tmp_path / "store", config=QUARANTINE)
     text = said(report, tmp_path / "store")
-    assert "from 98 lines: 1 repeat, 6 quarantined (2 empty line, 2 not JSON, 1 not a JSON object but list" in text
-    assert "1 row without a vector (1 the text says so)" in text
+    assert "from 98 lines: 1 repeat, 6 quarantined (empty line (2), not JSON (2), not a JSON object but list (1)" in text
+    assert "1 row without a vector (the text says so (1))" in text
     assert "were cut" not in text
     again = build_small(None, tmp_path / "store", config=QUARANTINE)
     assert again.pool == report.pool, "a run that computes nothing says the same"
