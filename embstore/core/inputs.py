@@ -13,6 +13,7 @@ import io
 import lzma
 import mmap
 import os
+import select
 import stat
 import sys
 import tempfile
@@ -164,7 +165,11 @@ class _Stream(io.RawIOBase):
 
     def _next(self, count: int) -> bytes:
         try:
-            return self._stream.read(count)
+            data: bytes | None = self._stream.read(count)
+            while data is None:  # a descriptor that does not block, and nothing has come yet
+                select.select([self._stream], [], [])
+                data = self._stream.read(count)
+            return data
         except PromptError:
             raise
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
@@ -176,7 +181,7 @@ class _Stream(io.RawIOBase):
 class _Members:
     """The unpacked bytes of all members of a bzip2 or xz file, one after the other.
 
-    The readers of the standard library stop in silence where another member should begin and does not.
+    The readers of the standard library stop silently where another member should begin and does not.
     """
 
     def __init__(self, stream: BinaryIO, kind: FileKind) -> None:

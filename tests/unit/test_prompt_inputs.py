@@ -294,6 +294,34 @@ def test_a_stand_in_for_standard_input_is_read_from_its_first_byte(monkeypatch: 
         ingested("-", tmp_path / "none")
 
 
+@pytest.mark.parametrize("packing", ["plain", "gz"])
+def test_standard_input_that_does_not_block_is_waited_for(
+    packing: str, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell or a parent process may have set the pipe so: a read gives nothing where nothing has come yet."""
+    content = ALL[packing](lines.read_bytes())
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    waits: list[int] = []
+
+    def wait(readers: list[Any], *others: object) -> None:
+        """Each time that nothing is there, a part more comes, and at last the end."""
+        assert [each.fileno() for each in readers] == [reading]
+        at = len(waits) * 700
+        if at < len(content):
+            os.write(writing, content[at : at + 700])
+        else:
+            os.close(writing)
+        waits.append(at)
+
+    with os.fdopen(reading, "rb") as pipe_end:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(pipe_end))
+        monkeypatch.setattr("select.select", wait)
+        found = ingested("-", tmp_path / "found")
+    same(found, ingested(lines, tmp_path / "expected"))
+    assert len(waits) == -(-len(content) // 700) + 1
+
+
 def test_a_store_is_the_same_bytes_from_lines_a_table_and_a_pipe(lines: Path, tmp_path: Path) -> None:
     good = [json.loads(line) for line in lines.read_bytes().splitlines() if line.startswith(b"{")]
     names = {name: None for line in good for name in line}
