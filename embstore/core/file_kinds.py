@@ -1,5 +1,7 @@
 """What a file is, by its first bytes: one table of the formats that embstore reads, and of those it can only name.
 
+Where bytes do not say it, the ending of a name does: which files of a folder are data, and what is CSV.
+
 Pure: bytes in, values out. ``core.inputs`` opens files, ``storage.prompt_source`` and ``storage.array_file`` read them.
 """
 
@@ -7,9 +9,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import PurePath
 
 # what is looked at; a tar archive is known by its byte 257
 HEAD_BYTES = 4096
+
+# endings of names
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+TABLES = (".parquet", ".arrow", ".feather")
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+DATA = (".jsonl", ".ndjson", ".json", *DELIMITERS, *TABLES)
 
 _DEFAULT = "write its prompts as lines of JSON"
 _UNPACK = "unpack it first"
@@ -173,6 +182,18 @@ def kind_of(head: bytes) -> FileKind | None:
     return next((kind for kind in found if kind is not None), None) or next(
         (kind for kind in _BY_MAGIC if kind.starts(head)), None
     )
+
+
+def ending_of(name: str) -> str:
+    """The ending of a name that says what a file is, in lower case and without that of a compression.
+
+    Examples
+    --------
+    >>> ending_of("train.CSV.gz"), ending_of("prompts.gz")
+    ('.csv', '')
+    """
+    path = PurePath(name.lower())
+    return PurePath(path.stem).suffix if path.suffix in PACKED else path.suffix
 
 
 def _zip_kind(head: bytes) -> FileKind | None:

@@ -31,22 +31,43 @@ def is_elements(head: bytes) -> bool:
     >>> is_elements(b'{"prompt": "a"}\n'), is_elements(b'["a"]\n["b"]\n')
     (False, False)
     """
-    first, _, rest = head.removeprefix(_BOM).lstrip().partition(b"\n")
+    text = head.removeprefix(_BOM).lstrip()
+    first, _, rest = text.partition(b"\n")
     second, ended, _ = rest.lstrip().partition(b"\n")
-    if not first.startswith(b"["):
-        return _SPREAD.fullmatch(first) is not None and bool(second) and not (ended and _is_object(second))
+    is_array = first.startswith(b"[")
+    if _loaded(first) is not None:
+        return is_array and not second
+    if _begins_over_lines(text, is_array=is_array) or first.strip() == b"[":
+        return True
+    lines_follow = bool(ended) and isinstance(_loaded(second), dict)  # then the first line is one bad line
+    return not lines_follow and (is_array or (_SPREAD.fullmatch(first) is not None and bool(second)))
+
+
+def _loaded(line: bytes) -> object:
+    """The value of a line, None if it is not JSON."""
     try:
-        json.loads(first)
+        return json.loads(line)
     except (ValueError, RecursionError):
-        return first.strip() == b"[" or not (ended and _is_object(second))  # else one bad line, and lines follow it
-    return not second
+        return None
 
 
-def _is_object(line: bytes) -> bool:
+def _begins_over_lines(head: bytes, *, is_array: bool) -> bool:
+    """Whether ``head`` has the whole of an object that ends on a later line, or of an array's first element."""
+    text = head.decode("utf-8", "surrogateescape")
+    if not text.startswith(("{", "[")):
+        return False
     try:
-        return isinstance(json.loads(line), dict)
+        end = json.JSONDecoder().raw_decode(text, _space_end(text, 1) if is_array else 0)[1]
     except (ValueError, RecursionError):
         return False
+    if not is_array:
+        return "\n" in text[:end]
+    after = _space_end(text, end)
+    return text.startswith(",", after) or (text.startswith("]", after) and "\n" in text[:after])
+
+
+def _space_end(text: str, start: int) -> int:
+    return _SPACE.match(text, start).end()  # type: ignore[union-attr]  # it always matches
 
 
 def lines(stream: BinaryIO) -> Iterator[bytes | Rejected]:
@@ -112,7 +133,7 @@ class _Text:
     def is_at_end(self) -> bool:
         """Whether only white space is left."""
         while True:
-            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # it always matches
+            self._at = _space_end(self._text, self._at)
             if self._at < len(self._text) or self._ended:
                 return self._at == len(self._text)
             self._more()

@@ -16,11 +16,10 @@ from urllib.parse import unquote
 from embstore.core.config import ALL_SPLITS, DatasetChoice
 from embstore.core.decode import shown
 from embstore.core.errors import PromptError
+from embstore.core.file_kinds import DATA, PACKED, ending_of
 from embstore.storage.parquet_source import STATE, saved_files, saved_splits
 
 _SPLITS_DOCUMENT = "dataset_dict.json"
-_DATA = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".csv", ".tsv")
-_PACKED = (".gz", ".bz2", ".xz", ".zst")
 # JSON that copies of the hub have in addition to the data
 _ABOUT = frozenset({"dataset_infos.json", "dataset_info.json", "state.json", "config.json", "metadata.json"})
 _NUMBERED = re.compile(r"(?P<split>\w+(?:[.-]\w+)*?)-(?P<number>\d{5})-of-(?P<total>\d{5})\b")
@@ -41,14 +40,14 @@ class Shard:
 
 
 def by_number(name: str) -> list[tuple[str, int]]:
-    """Sorts names with numbers by their value.
+    """Sorts names with numbers by their value, and those of equal values (1 and 01) as text.
 
     Examples
     --------
     >>> sorted(["part-10.npy", "part-9.npy", "other-1.npy"], key=by_number)
     ['other-1.npy', 'part-9.npy', 'part-10.npy']
     """
-    return [(text, int(number or -1)) for text, number in re.findall(r"(\D*)(\d*)", name)]
+    return [*((text, int(number or -1)) for text, number in re.findall(r"(\D*)(\d*)", name)), (name, 0)]
 
 
 def shards(folder: Path, choice: DatasetChoice) -> list[Shard]:
@@ -60,8 +59,10 @@ def shards(folder: Path, choice: DatasetChoice) -> list[Shard]:
         There are none, one is there twice, or there are several splits or configurations and none was chosen.
     """
     if (folder / STATE).is_file():
+        refuse_choice(f"{folder} is one saved dataset", split=choice.split, config=choice.config)
         return [Shard(path=path) for path in saved_files(folder)]
     if (folder / _SPLITS_DOCUMENT).is_file():
+        refuse_choice(f"{folder} is a saved dataset", config=choice.config)
         return _of_saved_split(folder, choice)
     paths = list(_data_files(folder))
     if not paths:
@@ -110,9 +111,9 @@ def _data_files(folder: Path) -> Iterator[PurePosixPath]:
 def _stem(path: PurePosixPath) -> str | None:
     """The name without the endings of its format and compression; None if it is not the name of a data file."""
     name = path.name.lower()
-    name = name.removesuffix(path.suffix.lower()) if path.suffix.lower() in _PACKED else name
-    suffix = PurePosixPath(name).suffix
-    return name.removesuffix(suffix) if suffix in _DATA else None
+    name = name.removesuffix(path.suffix.lower()) if path.suffix.lower() in PACKED else name
+    ending = ending_of(name)
+    return name.removesuffix(ending) if ending in DATA else None
 
 
 def _refuse_twice(folder: Path, paths: Iterable[PurePosixPath]) -> None:
@@ -193,6 +194,21 @@ def choose(
     return [given]
 
 
+def refuse_choice(what: str, **given: str | None) -> None:
+    """Refuse a ``split`` or ``config`` of a source that has none.
+
+    Raises
+    ------
+    PromptError
+    """
+    flags = [f"--{name}" for name, value in given.items() if value is not None]
+    if flags:
+        lacking = " nor ".join(f"{name}s" if name == "split" else "configurations" for name in given)
+        raise PromptError(
+            f"{what}: it has {'neither' if len(given) > 1 else 'no'} {lacking}", hint=f"leave out {' and '.join(flags)}"
+        )
+
+
 def split_of(path: PurePosixPath) -> str | None:
     """The split that the path of a file below its dataset names, as the ``datasets`` library reads it.
 
@@ -217,7 +233,7 @@ def _nothing(folder: Path) -> PromptError:
     there = sorted(path.name for path in folder.iterdir())
     return PromptError(
         f"{folder} contains no prompts file: {_named(there) if there else 'it is empty'}",
-        hint=f"files are known by their names: {', '.join(_DATA)}, each also with {', '.join(_PACKED)}",
+        hint=f"files are known by their names: {', '.join(DATA)}, each also with {', '.join(PACKED)}",
     )
 
 

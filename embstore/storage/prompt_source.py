@@ -13,7 +13,7 @@ import codecs
 import contextlib
 import json
 import math
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Protocol
@@ -21,18 +21,18 @@ from typing import Protocol
 from embstore.core.config import CURRENT_RULE, FIRST_RULE, USUAL_FIELDS, WHOLE, DatasetChoice, PromptFields, PromptRule
 from embstore.core.errors import PromptError
 from embstore.core.events import Notice, Observer, ignore
+from embstore.core.file_kinds import PACKED, TABLES
 from embstore.core.inputs import Input, check_input, open_input
 from embstore.core.prompts import Prompt, Rejected, parse_line, prompt_fields, prompt_of
-from embstore.storage.csv_source import csv_records, delimiter_of
+from embstore.storage.csv_source import CsvRecords, delimiter_of
 from embstore.storage.hub_dataset import HubDataset, streamed_parts
 from embstore.storage.json_source import elements, is_elements, lines
 from embstore.storage.parquet_source import table_records
-from embstore.storage.prompt_folder import Shard, missing_shards, shards
+from embstore.storage.prompt_folder import Shard, missing_shards, refuse_choice, shards
 
 Record = bytes | Mapping[str, object] | Rejected
 
 _MOST_NAMED = 3
-_TABLES, _PACKED = (".parquet", ".arrow", ".feather"), (".gz", ".bz2", ".xz", ".zst")
 
 
 class RowNames(Protocol):
@@ -51,11 +51,15 @@ PromptSource = str | Path | HubDataset | RowNames
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Part:
-    """One file or split: its records, and the fields that its place adds to each of them."""
+    """One file or split: its records, and the fields that its place adds to each of them.
+
+    ``line_of`` gives the line of a record, from 1, where records are not lines.
+    """
 
     name: str
     records: Iterable[Record]
     is_lines: bool = False
+    line_of: Callable[[int], int] = int
     columns: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -68,7 +72,7 @@ class Records:
     def __init__(self, parts: Iterable[_Part]) -> None:
         self._parts = parts
         self._starts: list[int] = []  # the first line of each part
-        self._names: list[str] = []
+        self._places: list[tuple[str, Callable[[int], int]]] = []
         self._count = 0
         self.columns: Mapping[str, str] = {}
         self.is_lines = False
@@ -76,14 +80,14 @@ class Records:
     def __iter__(self) -> Iterator[Record]:
         for part in self._parts:
             self._starts.append(self._count)
-            self._names.append(part.name)
+            self._places.append((part.name, part.line_of))
             self.columns, self.is_lines = part.columns, part.is_lines
             for record in part.records:
                 self._count += 1
                 yield record
 
     def where(self, line: int) -> str:
-        """Line ``line`` of the source, from 1, as a person finds it.
+        """Record ``line`` of the source, from 1, as a person finds it.
 
         Examples
         --------
@@ -92,7 +96,8 @@ class Records:
         (3, 'line 2 of a', 'line 1 of b')
         """
         part = bisect.bisect_left(self._starts, line) - 1
-        return f"line {line - self._starts[part]} of {self._names[part]}"
+        name, line_of = self._places[part]
+        return f"line {line_of(line - self._starts[part])} of {name}"
 
 
 @contextlib.contextmanager
@@ -139,10 +144,7 @@ def _parts(
         return
     path = source.folder if isinstance(source, HubDataset) else Path(source)
     if path is None or not _is_folder(path):
-        if choice != WHOLE:
-            raise PromptError(
-                f"{source} is one file: it has neither splits nor configurations", hint="leave out --split and --config"
-            )
+        refuse_choice(f"{source} is one file", split=choice.split, config=choice.config)
         with open_input(str(source)) as opened:
             yield reader.part(opened)
         return
@@ -187,6 +189,7 @@ class _Reader:
         _refuse_misnamed(opened)
         kind, text, name = opened.kind, opened.stream, opened.name
         is_lines = False
+        line_of: Callable[[int], int] = int
         records: Iterable[Record]
         if kind is not None and kind.table:
             is_first = self.rule.version == FIRST_RULE.version
@@ -196,10 +199,11 @@ class _Reader:
         elif is_elements(opened.head):
             records = elements(text, name)
         elif (delimiter := delimiter_of(opened.head, name, self.names.names)) is not None:
-            records = csv_records(text, name, delimiter)
+            records = table = CsvRecords(text, name, delimiter)
+            line_of = table.line_of
         else:
             records, is_lines = lines(text), True
-        return _Part(name=name, records=records, is_lines=is_lines, columns=columns or {})
+        return _Part(name=name, records=records, is_lines=is_lines, line_of=line_of, columns=columns or {})
 
 
 def _refuse_misnamed(opened: Input) -> None:
@@ -208,8 +212,8 @@ def _refuse_misnamed(opened: Input) -> None:
     Text that is named as compressed is text: some servers unpack on the way.
     """
     suffix = PurePath(opened.name).suffix.lower()
-    is_damaged = suffix in _PACKED and not opened.is_packed and (not opened.head or not _is_text(opened.head))
-    if opened.kind is None and (suffix in _TABLES or is_damaged):
+    is_damaged = suffix in PACKED and not opened.is_packed and (not opened.head or not _is_text(opened.head))
+    if opened.kind is None and (suffix in TABLES or is_damaged):
         raise PromptError(
             f"reading prompts {opened.name} failed: its first bytes are not those of a {suffix} file",
             hint="the file is damaged or truncated; a file of another kind needs another name",

@@ -559,19 +559,28 @@ def test_a_damaged_zarr_chunk_is_refused(tmp_path: Path) -> None:
         ("short.txt", "a\nb\n", "names 2 rows, the array has 3"),
         ("long.txt", "a\nb\nc\nd\n", "names 4 rows, the array has 3"),
         ("twice.txt", "a\nb\na\n", "id 'a' names two rows, 0 and 2"),
-        ("gap.txt", "a\n\nc\n", "line 2 does not name a row: the id is empty"),
+        ("gap.txt", "a\n\nc\n", "line 2 of {ids} does not name a row: the id is empty"),
         ("short.json", '["a", "b"]', "names 2 rows, the array has 3"),
-        ("types.json", '["a", "b", null]', "line 3 does not name a row: not a JSON object but NoneType"),
+        ("types.json", '["a", "b", null]', "line 3 of {ids} does not name a row: not a JSON object but NoneType"),
         ("broken.json", '["a", "b"', "is not valid JSON: element 2 is followed by neither a comma nor the end"),
-        ("broken.jsonl", '{"id": "a"}\n{"id": \n{"id": "c"}\n', "line 2 does not name a row: not JSON"),
+        ("broken.jsonl", '{"id": "a"}\n{"id": \n{"id": "c"}\n', "line 2 of {ids} does not name a row: not JSON"),
         ("number.jsonl", '{"id": "2"}\n{"id": "b"}\n{"prompt": "x"}\n', "id '2' names two rows, 0 and 2"),
+        ("gap.csv", "id,src\na,x\n,y\nc,z\n", "line 3 of {ids} does not name a row: the id is missing"),
+        ("wide.tsv", "id\tsrc\na\tx\nb\nc\ty\n", "line 3 of {ids} does not name a row: 1 values"),
+        ("bare.csv", "r0\nr1\nr2\nr3\n", "bare.csv has neither a column id nor a prompt; its columns are 'r0'"),
+        ("other.tsv", "name\tn\na\t1\nb\t2\nc\t3\n", "neither a column id nor a prompt; its columns are 'name', 'n'"),
         ("empty.txt", "", "names 0 rows, the array has 3"),
     ],
 )
 def test_names_that_do_not_fit_the_rows_are_refused(name: str, content: str, match: str, tmp_path: Path) -> None:
     ids = tmp_path / name
     ids.write_text(content)
-    refused(tmp_path, save(tmp_path / "rows.npy", np.random.default_rng(0).standard_normal((3, 4))), match, ids=ids)
+    refused(
+        tmp_path,
+        save(tmp_path / "rows.npy", np.random.default_rng(0).standard_normal((3, 4))),
+        match.replace("{ids}", str(ids)),
+        ids=ids,
+    )
 
 
 def test_errors_are_of_their_kind(tmp_path: Path) -> None:

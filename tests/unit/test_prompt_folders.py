@@ -9,12 +9,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from embstore.core.config import DatasetChoice
+from embstore.core.config import WHOLE, DatasetChoice
 from embstore.core.errors import PromptError
 from embstore.core.events import Event, Notice
+from embstore.core.file_kinds import DATA, PACKED, ending_of
+from embstore.storage.array_file import open_array
+from embstore.storage.csv_source import delimiter_of
 from embstore.storage.ingest import ingest
+from embstore.storage.prompt_folder import is_data_file, shards
 from tests.support.build_fake import CONFIG
 from tests.support.stage0 import Stage0, ingested, read_stage0
 from tests.support.stores import build_small, small_lines, write_lines
@@ -213,6 +218,46 @@ def test_a_folder_without_prompts_says_what_is_there(tmp_path: Path) -> None:
 
 def test_a_file_has_no_splits(tmp_path: Path) -> None:
     refused(write_lines(tmp_path / "p.jsonl", texts("a")), "is one file", hint="leave out --split", split="train")
+
+
+def test_a_saved_dataset_has_no_splits_or_no_configurations(tmp_path: Path) -> None:
+    """What was chosen and cannot be is said, not left out silently."""
+    one, several = tmp_path / "one", tmp_path / "several"
+    for folder in (one, several / "train"):
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text('{"_data_files": [{"filename": "p.jsonl"}]}')
+        (folder / "p.jsonl").write_bytes(jsonl(texts("a")))
+    (several / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    refused(one, "is one saved dataset: it has neither splits nor", hint="leave out --split", split="train")
+    refused(one, "is one saved dataset", hint="leave out --split and --config", split="all", config="main")
+    refused(several, "is a saved dataset: it has no configurations", hint="leave out --config", split="train", config="x")
+    assert read(one, tmp_path / "a").texts == read(several, tmp_path / "b", split="train").texts == ["a 0", "a 1", "a 2"]
+
+
+def test_names_of_equal_numbers_have_one_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the file system lists them."""
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    names = ["part-001", "part-01", "part-1", "part-2"]
+    for name in names:
+        (folder / f"{name}.jsonl").write_bytes(jsonl(texts(name, 1)))
+        np.save(folder / f"{name}.npy", np.full((1, 2), names.index(name), np.float32))
+    listed = sorted(folder.iterdir())
+    for order in (listed, listed[::-1]):
+        monkeypatch.setattr(Path, "rglob", lambda self, pattern, order=order: iter(order))
+        monkeypatch.setattr(Path, "glob", lambda self, pattern, order=order: (each for each in order if each.match(pattern)))
+        assert [shard.path.stem for shard in shards(folder, WHOLE)] == names
+        assert open_array(folder).read(0, 4)[:, 0].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("packing", ["", *PACKED])
+@pytest.mark.parametrize("ending", DATA)
+def test_every_ending_of_data_is_known_wherever_endings_are(ending: str, packing: str, tmp_path: Path) -> None:
+    name = f"Prompts{ending.upper()}{packing}"
+    assert ending_of(name) == ending
+    assert is_data_file(name)
+    separator = delimiter_of(b"question,\n", name, frozenset({"prompt"}))
+    assert separator == {".csv": ",", ".tsv": "\t", ".tab": "\t"}.get(ending)
 
 
 def test_one_id_for_two_texts_names_both_lines_with_their_files(tmp_path: Path) -> None:

@@ -121,11 +121,41 @@ def test_a_bad_element_costs_only_itself(tmp_path: Path) -> None:
 
 def test_lines_are_not_taken_for_an_array(tmp_path: Path) -> None:
     """A first line that is a list, or begins like one, is one bad line."""
-    for content in (b'["a"]\n{"prompt": "b"}\n', b'[broken\n{"prompt": "b"}\n', b'{"a":\n{"prompt": "b"}\n'):
+    for content in (
+        b'["a"]\n{"prompt": "b"}\n',
+        b'["a"] x\n{"prompt": "b"}\n',
+        b'[broken\n{"prompt": "b"}\n',
+        b'{"a":\n{"prompt": "b"}\n',
+        b'{"a": 1} x\n{"prompt": "b"}\n',
+        b'{"a": 1\n{"prompt": "b"}\n',
+    ):
         (tmp_path / "p.jsonl").write_bytes(content)
         first, second = read(tmp_path / "p.jsonl")
         assert isinstance(first, Rejected)
         assert isinstance(second, Prompt)
+
+
+_ELEMENTS = ['{"prompt": "a"}', '{"id":\n{"x": 1},\n"prompt": "b"}', '{"prompt": "c"}', '{"prompt": "d"}']
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" + ",\n".join(_ELEMENTS) + "\n]\n",
+        "[" + ",\n".join(reversed(_ELEMENTS)) + "\n]\n",
+        "[\n" + ",\n".join(_ELEMENTS) + "\n]",
+        "[ " + "\n, ".join(_ELEMENTS) + "\n]",
+        "[" + _ELEMENTS[0] + ",\n\n" + _ELEMENTS[2] + "\n]\n",
+        "[" + _ELEMENTS[0] + "\n,\n" + _ELEMENTS[2] + "\n]\n",
+        "[" + _ELEMENTS[1] + "\n]\n",
+        "\n".join(_ELEMENTS[1:]),
+        '{"prompt": "a",\n"id": "x"}\n' + _ELEMENTS[0],
+    ],
+)
+def test_an_array_is_known_however_its_elements_lie_on_lines(content: str, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(content)
+    count = content.count('"prompt"')
+    assert reasons(tmp_path / "p.jsonl") == [""] * count
 
 
 def test_an_element_beyond_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +200,10 @@ def test_a_csv_file_is_known_by_its_name_or_by_its_header(tmp_path: Path) -> Non
 
 def test_a_bad_row_of_a_csv_file_costs_only_itself(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_bytes(b'id,prompt\n1,a\n2\n3,caf\xe9\n4,"x"y\n5,b\n')
+    with open_source(tmp_path / "p.csv", USUAL_FIELDS) as prompts:
+        found = list(prompts)
+        places = [prompts.where(record) for record in range(1, len(found) + 1)]
+    assert places == [f"line {line} of {tmp_path / 'p.csv'}" for line in (2, 3, 4, 5, 6)]
     assert reasons(tmp_path / "p.csv") == [
         "",
         "1 values, but the header names 2",
@@ -179,10 +213,51 @@ def test_a_bad_row_of_a_csv_file_costs_only_itself(tmp_path: Path) -> None:
     ]
 
 
-def test_a_quotation_mark_that_is_missing_is_no_end_of_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+@pytest.mark.parametrize("last", ['x,"said"', 'x,5 inches"', '"x",y', 'x,an ""a""\n"x",y', 'x,"b",c\nx,"d"', 'x"'])
+def test_a_quotation_mark_too_many_loses_no_line_without_counting_it(last: str, ending: str, tmp_path: Path) -> None:
+    """Whatever the mark is that ends the value again, each line is a record, with its own line number."""
+    rows = ["id,prompt", "good,text", '0,"no end', *(f"{row},text {row}" for row in range(50)), *last.split("\n"), "y,end"]
+    path = tmp_path / f"p.{ending}"
+    path.write_text("\n".join(rows).replace(",", {"csv": ",", "tsv": "\t"}[ending]) + "\n")
+    with open_source(path, USUAL_FIELDS) as prompts:
+        found = list(prompts)
+        assert [prompts.where(record + 1) for record in range(len(found))] == [
+            f"line {line} of {path}" for line in range(2, len(rows) + 1)
+        ]
+    assert isinstance(found[0], Prompt)
+    assert isinstance(found[-1], Prompt)
+    lost = [each.reason for each in found if isinstance(each, Rejected)]
+    assert len(lost) >= 52
+    assert all(reason.endswith("are read as one row") for reason in lost[:52])
+    assert "lines 3 to 5" in lost[0]
+
+
+def test_long_values_of_a_csv_file_are_values(tmp_path: Path) -> None:
+    """Code, prose and a small table over several lines: what follows them keeps its line number."""
+    values = ["\n".join(f"f({row}, {row})" if row % 3 else "pass" for row in range(200)), "a, b\n" * 9, "a\n" * 500]
+    with (tmp_path / "p.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerows([("id", "prompt"), *enumerate(values), ("last",)])
+    with open_source(tmp_path / "p.csv", USUAL_FIELDS) as prompts:
+        *found, bad = prompts
+        places = [prompts.where(record).split()[1] for record in range(1, 5)]
+    assert [each.text for each in found if isinstance(each, Prompt)] == values
+    assert isinstance(bad, Rejected)
+    assert places == ["2", "202", "212", "713"]
+
+
+def test_a_quoted_value_that_does_not_end_names_the_line_where_its_row_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = "".join(f"{row},text {row}\n" for row in range(100))
-    (tmp_path / "p.csv").write_text(f'id,prompt\n0,"no end\n{rows}')
-    with pytest.raises(PromptError, match="a quoted value does not end"):
+    (tmp_path / "p.csv").write_text(f'id,prompt\na,"two\nlines"\n0,"no end\n{rows}')
+    match = r"a quoted value of the row that begins on line 4 does not end \(read to line 104\)"
+    with pytest.raises(PromptError, match=match):
+        ingested(tmp_path / "p.csv", tmp_path / "out")
+    (tmp_path / "p.csv").write_text("id,prompt\n" + 'x","y\n' * 1000)
+    monkeypatch.setattr("embstore.storage.csv_source.MAX_LINE_BYTES", 100)  # the reader would hold every value
+    with pytest.raises(PromptError, match=r"begins on line 2 does not end \(read to line 18\)"):
         ingested(tmp_path / "p.csv", tmp_path / "out")
     (tmp_path / "p.csv").write_text("prompt,prompt\na,b\n")
     with pytest.raises(PromptError, match="names 'prompt' twice"):
