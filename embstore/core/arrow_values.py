@@ -6,59 +6,147 @@ Types are looked at through pyarrow, which is an extra, so this is for whoever h
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from embstore.core.decode import unique_keys
-from embstore.core.prompts import Rejected
+from embstore.core.values import Opaque
 
 Decoder = Callable[[Any], Any]
 
 _JSON_TYPE, _UUID_TYPE = "arrow.json", "arrow.uuid"
+# what pyarrow raises for one value, also through Python's dates and time zones; memory errors are none of these
+_BAD_VALUE = (ArithmeticError, ImportError, LookupError, NotImplementedError, TypeError, ValueError)
 
 
 class _BadJson(ValueError):
     """A value of a JSON column that is not JSON."""
 
 
+class _Unreadable:
+    """A value that Python does not have, in place of it: only a prompt that it belongs to is lost.
+
+    ``core.values`` asks for it as it asks any value of pyarrow.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def as_py(self) -> object:
+        raise Opaque(self._reason)
+
+
 def records(
     batch: Any,  # noqa: ANN401 - pyarrow's
     decoders: dict[str, Decoder],
     wanted: frozenset[str] | None,
-) -> Iterator[dict[str, object] | Rejected]:
-    """Rows of a batch as values that ``prompts.prompt_of`` takes; one whose field in ``wanted`` is bad JSON is rejected."""
-    for record in _rows(batch):
-        reason = None
+) -> Iterator[dict[str, object]]:
+    """Rows of a batch as values that ``prompts.prompt_of`` takes. A bad value costs nothing but itself.
+
+    ``wanted`` are the fields of a prompt, None for rule 1 of prompts, to which a bad value is null.
+    """
+    for record in _rows(batch, has_nulls=wanted is None):
         for name, decode in decoders.items():
+            value = record[name]
             try:
-                record[name] = decode(record[name])
+                record[name] = value if isinstance(value, _Unreadable) else decode(value)
             except _BadJson as error:
-                # another field may hold anything; a prompt that cannot be read is lost
-                reason = f"the JSON of field {name} cannot be read ({str(error)[:80]})" if name in (wanted or ()) else reason
-        yield record if reason is None else Rejected(reason=reason)
+                if name in (wanted or ()):  # another field may hold any text
+                    record[name] = _Unreadable(f"JSON that cannot be read ({str(error)[:80]})")
+        yield record
 
 
-def _rows(batch: Any) -> list[dict[str, object]]:  # noqa: ANN401 - pyarrow's
-    """Rows as Python values; texts that are not UTF-8 as bytes, so that only their rows are bad."""
-    import pyarrow as pa  # noqa: PLC0415 - an extra
-
-    try:
+def _rows(batch: Any, *, has_nulls: bool) -> list[dict[str, object]]:  # noqa: ANN401 - pyarrow's
+    """Rows as Python values; text that is not UTF-8 is bytes, what pyarrow cannot give is ``_Unreadable`` or null."""
+    with contextlib.suppress(*_BAD_VALUE):
         rows: list[dict[str, object]] = batch.to_pylist()
-    except UnicodeDecodeError:
-        texts = {name: column.cast(pa.binary()) for name, column in zip(batch.schema.names, batch.columns, strict=True)
-                 if pa.types.is_string(column.type)}  # fmt: skip
-        for name, column in texts.items():
-            batch = batch.set_column(batch.schema.names.index(name), name, column)
-        rows = batch.to_pylist()
-    return rows
+        return rows
+    columns = [_values(column, has_nulls=has_nulls) for column in batch.columns]
+    return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _values(column: Any, *, has_nulls: bool) -> list[object]:  # noqa: ANN401 - a pyarrow array
+    with contextlib.suppress(*_BAD_VALUE):
+        values: list[object] = column.to_pylist()
+        return values
+    with contextlib.suppress(*_BAD_VALUE):
+        column = column.view(_loose(column.type))
+    return [_value(scalar, has_nulls=has_nulls) for scalar in column]
+
+
+def _value(scalar: Any, *, has_nulls: bool) -> object:  # noqa: ANN401 - pyarrow's
+    try:
+        return _text(scalar.as_py())
+    except _BAD_VALUE as error:
+        return None if has_nulls else _Unreadable(f"a value that cannot be read ({str(error)[:80]})")
+
+
+def _text(value: object) -> object:
+    """The value with those of its bytes as text that are UTF-8."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, list | tuple):
+        return type(value)(map(_text, value)) if type(value) in (list, tuple) else value
+    return {name: _text(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def check_batch(batch: Any) -> None:  # noqa: ANN401 - pyarrow's
+    """Raise pyarrow's error if offsets or indices of a damaged file point anywhere; a bad value is nothing of that."""
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except _BAD_VALUE:
+            column.view(_loose(column.type, any_number=True)).validate(full=True)
+
+
+def _loose(kind: Any, *, any_number: bool = False) -> Any:  # noqa: ANN401, PLR0911 - a pyarrow type
+    """The type with binary values in place of text, and with plain numbers in place of times and decimals."""
+    import pyarrow as pa  # noqa: PLC0415 - an extra
+    from pyarrow import types  # noqa: PLC0415
+
+    def inner(field: Any) -> Any:  # noqa: ANN401
+        return field.with_type(_loose(field.type, any_number=any_number))
+
+    if getattr(kind, "extension_name", None) == _JSON_TYPE:
+        kind = kind.storage_type
+    for is_text, binary in _BINARY.items():
+        if hasattr(types, is_text) and getattr(types, is_text)(kind):  # views are newer than pyarrow 17
+            return getattr(pa, binary)()
+    if types.is_struct(kind):
+        return pa.struct([inner(field) for field in kind])
+    if types.is_map(kind):
+        return pa.map_(inner(kind.key_field), inner(kind.item_field))
+    if types.is_fixed_size_list(kind):
+        return pa.list_(inner(kind.value_field), kind.list_size)
+    if types.is_list(kind) or types.is_large_list(kind):
+        return (pa.list_ if types.is_list(kind) else pa.large_list)(inner(kind.value_field))
+    if types.is_dictionary(kind):
+        return pa.dictionary(kind.index_type, _loose(kind.value_type, any_number=any_number), kind.ordered)
+    if any_number and (types.is_time(kind) or types.is_date64(kind)):
+        return pa.int32() if kind.bit_width == 32 else pa.int64()
+    return pa.binary(kind.bit_width // 8) if any_number and types.is_decimal(kind) else kind
+
+
+_BINARY = {"is_string": "binary", "is_large_string": "large_binary", "is_string_view": "binary_view"}
 
 
 def kept_columns(schema: Any, wanted: frozenset[str] | None) -> list[str]:  # noqa: ANN401 - pyarrow's
-    """Columns to read: those in ``wanted``, and others without binary values. None: as rule 1 of prompts did."""
+    """Columns to read: those in ``wanted``, and others without binary values and with a name of their own.
+
+    None: as rule 1 of prompts did.
+    """
     if wanted is None:
         return [field.name for field in schema if not _is_binary(field.type)]
-    return [field.name for field in schema if field.name in wanted or not _holds_binary(field.type)]
+    times = Counter(schema.names)
+    return [
+        field.name for field in schema if field.name in wanted or not (times[field.name] > 1 or _holds_binary(field.type))
+    ]
 
 
 def _is_binary(kind: Any) -> bool:  # noqa: ANN401 - a pyarrow type

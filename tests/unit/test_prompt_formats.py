@@ -8,6 +8,8 @@ import io
 import json
 import pickle
 import sqlite3
+import subprocess
+import sys
 import tarfile
 import uuid
 import zipfile
@@ -332,6 +334,118 @@ def test_a_text_column_that_is_not_utf8_costs_only_its_rows(tmp_path: Path) -> N
     assert reasons(tmp_path / "p.parquet") == ["", "bytes that are not UTF-8 (byte 3)", ""]
 
 
+def _bad_texts(kind: Any) -> Any:
+    """A column of a text type whose second value is not UTF-8."""
+    binary = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}[kind]
+    return pa.array([b"good", b"caf\xe9", b"better"]).cast(binary).view(kind)
+
+
+def _bad_columns() -> dict[str, Any]:
+    """Columns of which pyarrow gives the first and the last value, and not the second; of some it gives a wrong one."""
+    text, each = _bad_texts(pa.string()), pa.array([0, 1, 2, 3], pa.int32())
+    numbers = {
+        pa.timestamp("us"): (0, 1 << 62),
+        pa.timestamp("s"): (0, 1 << 62),
+        pa.timestamp("ms", tz="UTC"): (0, -(1 << 62)),
+        pa.duration("s"): (0, 1 << 62),
+        pa.date32(): (0, 1 << 30),
+        pa.date64(): (0, 1 << 62),
+        pa.time32("s"): (0, 1 << 30),
+        pa.time64("us"): (0, 1 << 62),
+    }
+    wide = pa.array([b"\1" + bytes(15), b"\xff" * 15 + b"\x7f", b"\1" + bytes(15)], pa.binary(16))
+    times = pa.array([0, 1 << 62, 0], pa.timestamp("us"))
+    return {
+        **{str(kind): pa.array([good, bad, good], kind) for kind, (good, bad) in numbers.items()},
+        **{str(kind): _bad_texts(kind) for kind in (pa.string(), pa.large_string(), pa.string_view())},
+        "decimal": wide.view(pa.decimal128(5, 1)),
+        "dictionary": pa.DictionaryArray.from_arrays(pa.array([0, 1, 0], pa.int8()), text),
+        "list": pa.ListArray.from_arrays(each, text),
+        "large list": pa.LargeListArray.from_arrays(each.cast(pa.int64()), text),
+        "fixed list": pa.FixedSizeListArray.from_arrays(text, 1),
+        "struct": pa.StructArray.from_arrays([text, pa.array([1, 2, 3])], names=["a", "b"]),
+        "map": pa.MapArray.from_arrays(each, text, text),
+        "deep": pa.ListArray.from_arrays(each, pa.StructArray.from_arrays([times, text], names=["when", "a"])),
+    }
+
+
+BAD = _bad_columns()
+# pyarrow does not write the first three, and of the last it refuses to read any value
+NOT_PARQUET = {"timestamp[s]", "date64[ms]", "decimal", "dictionary"}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "feather zstd", "stream"])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_value_beside_the_prompt_costs_neither_the_build_nor_the_row(bad: str, kind: str, tmp_path: Path) -> None:
+    if kind == "parquet" and bad in NOT_PARQUET:
+        pytest.skip("pyarrow does not write it, or does not read it")
+    texts = ["first", "second", "third"]
+    for name in ("other", "id"):
+        _write(kind, pa.table({"prompt": texts, name: BAD[bad], "src": ["a"] * 3}), tmp_path / name)
+        found = read(tmp_path / name)
+        assert [each.text for each in found if isinstance(each, Prompt)] == texts
+        assert all(each.fields["src"] == "a" for each in found if isinstance(each, Prompt))
+    other = [each.fields.get("other") for each in read(tmp_path / "other") if isinstance(each, Prompt)]
+    assert other[0] is not None
+    assert other[2] is not None
+    ids = [each.id for each in read(tmp_path / "id") if isinstance(each, Prompt)]
+    if pa.types.is_temporal(BAD[bad].type) or "string" in bad or bad == "dictionary":
+        assert ids[0] is not None
+        assert ids[2] is not None
+
+
+@pytest.mark.parametrize("kind", ["parquet", "feather zstd", "stream"])
+@pytest.mark.parametrize("bad", ["string", "large_string", "string_view", "dictionary", "timestamp[us]", "date32[day]"])
+def test_a_bad_value_in_place_of_the_prompt_costs_that_line(bad: str, kind: str, tmp_path: Path) -> None:
+    if kind == "parquet" and bad in NOT_PARQUET:
+        pytest.skip("pyarrow does not write it, or does not read it")
+    _write(kind, pa.table({"prompt": BAD[bad], "other": BAD["deep"]}), tmp_path / "texts")
+    found = reasons(tmp_path / "texts")
+    assert found[::2] == ["", ""]
+    assert found[1].startswith(("bytes that are not UTF-8 (byte 3)", "a value that cannot be read ("))
+    each = pa.array([0, 1, 2, 3], pa.int32())
+    turn = pa.StructArray.from_arrays(
+        [pa.array(["user"] * 3), BAD["string"], BAD["timestamp[us]"]], names=["role", "content", "x"]
+    )
+    _write(kind, pa.table({"messages": pa.ListArray.from_arrays(each, turn)}), tmp_path / "chats")
+    assert [bool(reason) for reason in reasons(tmp_path / "chats")] == [False, True, False]
+
+
+def test_times_finer_than_microseconds_need_no_pandas(tmp_path: Path) -> None:
+    when = pa.array([1, 2000, 3], pa.timestamp("ns"))
+    pq.write_table(pa.table({"prompt": ["a", "b", "c"], "when": when, "src": ["x"] * 3}), tmp_path / "p.parquet")
+    code = """
+import sys
+class NoPandas:
+    def find_spec(self, name, *others):
+        if name == "pandas":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, NoPandas())
+from embstore.core.config import USUAL_FIELDS
+from embstore.storage.prompt_source import open_source
+with open_source(sys.argv[1], USUAL_FIELDS) as prompts:
+    print([(prompt.text, dict(prompt.fields)) for prompt in prompts])
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "p.parquet"], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == str(
+        [("a", {"src": "x"}), ("b", {"when": "1970-01-01 00:00:00.000002", "src": "x"}), ("c", {"src": "x"})]
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_of_one_name_are_refused_where_they_are_of_a_prompt(kind: str, tmp_path: Path) -> None:
+    columns = [pa.array(["a", "b"]), pa.array(["c", "d"])]
+    _write(kind, pa.Table.from_arrays(columns, names=["prompt", "prompt"]), tmp_path / "twice")
+    with pytest.raises(PromptError, match=r"twice has 2 columns named 'prompt'") as caught:
+        read(tmp_path / "twice")
+    assert caught.value.hint
+    _write(kind, pa.Table.from_arrays([*columns, *columns], names=["prompt", "src", "src", "n"]), tmp_path / "other")
+    assert [each.fields for each in read(tmp_path / "other") if isinstance(each, Prompt)] == [{"n": "c"}, {"n": "d"}]
+    same_name = pa.StructArray.from_arrays(columns, names=["x", "x"])
+    _write(kind, pa.table({"prompt": columns[0], "other": same_name}), tmp_path / "inner")
+    assert reasons(tmp_path / "inner") == ["", ""]
+
+
 CHATS: list[dict[str, Any]] = [
     {"id": "c0", "messages": [{"role": "user", "content": "How warm is it?"}], "answer": {"n": 1}},
     {"id": "c1", "messages": [{"role": "user", "content": "[1, 2]"}, {"role": "assistant", "content": ""}], "answer": "x"},
@@ -372,7 +486,7 @@ def test_texts_of_a_json_type_lose_their_quotation_marks(tmp_path: Path) -> None
     assert chat.messages == tuple(CHATS[0]["messages"])
     assert isinstance(absent, Rejected)
     assert isinstance(broken, Rejected)
-    assert broken.reason.startswith("the JSON of field prompt cannot be read")
+    assert broken.reason.startswith("JSON that cannot be read (Expecting property name")
 
 
 def test_what_datasets_writes_with_json_features_is_what_it_was(tmp_path: Path) -> None:
