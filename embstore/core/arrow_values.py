@@ -18,7 +18,9 @@ from embstore.core.values import Opaque
 Decoder = Callable[[Any], Any]
 
 _JSON_TYPE, _UUID_TYPE = "arrow.json", "arrow.uuid"
-# what pyarrow raises for one value, also through Python's dates and time zones; memory errors are none of these
+# checks for types of text, and the types that hold the same bytes; views are newer than pyarrow 17
+_BINARY = {"is_string": "binary", "is_large_string": "large_binary", "is_string_view": "binary_view"}
+# what pyarrow raises for one value, also through Python's dates and time zones; a lack of memory is something else
 _BAD_VALUE = (ArithmeticError, ImportError, LookupError, NotImplementedError, TypeError, ValueError)
 
 
@@ -116,7 +118,7 @@ def _loose(kind: Any, *, any_number: bool = False) -> Any:  # noqa: ANN401, PLR0
     if getattr(kind, "extension_name", None) == _JSON_TYPE:
         kind = kind.storage_type
     for is_text, binary in _BINARY.items():
-        if hasattr(types, is_text) and getattr(types, is_text)(kind):  # views are newer than pyarrow 17
+        if hasattr(types, is_text) and getattr(types, is_text)(kind):
             return getattr(pa, binary)()
     if types.is_struct(kind):
         return pa.struct([inner(field) for field in kind])
@@ -133,11 +135,8 @@ def _loose(kind: Any, *, any_number: bool = False) -> Any:  # noqa: ANN401, PLR0
     return pa.binary(kind.bit_width // 8) if any_number and types.is_decimal(kind) else kind
 
 
-_BINARY = {"is_string": "binary", "is_large_string": "large_binary", "is_string_view": "binary_view"}
-
-
 def kept_columns(schema: Any, wanted: frozenset[str] | None) -> list[str]:  # noqa: ANN401 - pyarrow's
-    """Columns to read: those in ``wanted``, and others without binary values and with a name of their own.
+    """Columns to read: those in ``wanted``, and others that have no binary values and share no name.
 
     None: as rule 1 of prompts did.
     """

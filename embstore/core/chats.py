@@ -29,7 +29,7 @@ _SHAREGPT_ROLES = {
 }
 _CHAT_NAMES = ("messages", "conversations", "conversation")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-# what other parts are; a reason quotes any other word, so that it is not counted as a kind of its own (core.reasons)
+# what other parts are; a reason quotes any other word, so that it is not counted as another kind (core.reasons)
 _OTHER_PARTS = ("image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url", "file",
                 "input_file", "document", "refusal", "thinking", "tool_use", "tool_result")  # fmt: skip
 

@@ -112,9 +112,13 @@ def _rows(part: Any, dataset: HubDataset) -> Iterator[dict[str, object]]:  # noq
     try:
         yield from part
     except Exception as error:  # as above
+        download = f"hf download --repo-type dataset {dataset.origin.dataset} --revision {dataset.origin.revision}"
+        is_value = isinstance(error, ArithmeticError | ValueError)  # that Python does not have, such as a date out of range
         raise PromptError(
             f"reading {dataset.name} from the hub failed: {_first_line(error)}",
-            hint="nothing is committed yet: run the command again",
+            hint=f"read its files instead, where a bad value costs only itself: {download}, then give the folder"
+            if is_value
+            else "nothing is committed yet: run the command again",
         ) from error
 
 

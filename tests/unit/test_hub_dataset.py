@@ -24,13 +24,13 @@ DATASET = HubDataset(origin=OriginRecord(dataset="me/prompts", revision="c" * 40
 class _Split:
     """An IterableDataset without features, whose network fails after some rows."""
 
-    def __init__(self, rows: list[dict[str, Any]], fails: bool = False) -> None:
+    def __init__(self, rows: list[dict[str, Any]], fails: Exception | None = None) -> None:
         self._rows, self._fails = rows, fails
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         yield from self._rows
-        if self._fails:
-            raise ConnectionError("reset by peer")
+        if self._fails is not None:
+            raise self._fails
 
 
 def library(monkeypatch: pytest.MonkeyPatch, splits: dict[str, _Split], version: str = "5.2.0") -> list[Any]:
@@ -58,12 +58,17 @@ def test_rows_are_streamed_at_the_recorded_commit_and_by_one_rule(monkeypatch: p
 
 
 def test_a_network_that_fails_is_not_the_end_of_the_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
-    library(monkeypatch, {"train": _Split([{"prompt": "a"}], fails=True)})
-    with (
-        open_source(DATASET, USUAL_FIELDS) as prompts,
-        pytest.raises(PromptError, match="from the hub failed: reset by peer"),
+    for error, hint in (
+        (ConnectionError("reset by peer"), "run the command again"),
+        (OverflowError("date value out of range"), f"hf download --repo-type dataset me/prompts --revision {'c' * 40}"),
     ):
-        list(prompts)
+        library(monkeypatch, {"train": _Split([{"prompt": "a"}], fails=error)})
+        with (
+            open_source(DATASET, USUAL_FIELDS) as prompts,
+            pytest.raises(PromptError, match=f"from the hub failed: {error}") as caught,
+        ):
+            list(prompts)
+        assert hint in str(caught.value.hint)
 
 
 def test_an_old_library_that_could_run_scripts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
