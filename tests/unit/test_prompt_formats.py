@@ -150,6 +150,8 @@ _ELEMENTS = ['{"prompt": "a"}', '{"id":\n{"x": 1},\n"prompt": "b"}', '{"prompt":
         "[" + _ELEMENTS[0] + ",\n\n" + _ELEMENTS[2] + "\n]\n",
         "[" + _ELEMENTS[0] + "\n,\n" + _ELEMENTS[2] + "\n]\n",
         "[" + _ELEMENTS[1] + "\n]\n",
+        '[{"id":\n{"x": 1}\n, "prompt": "b"}\n]\n',
+        '{"id":\n{"x": 1}\n, "prompt": "b"}\n',
         "\n".join(_ELEMENTS[1:]),
         '{"prompt": "a",\n"id": "x"}\n' + _ELEMENTS[0],
     ],
