@@ -16,9 +16,10 @@ HEAD_BYTES = 4096
 
 # endings of names
 PACKED = (".gz", ".bz2", ".xz", ".zst")
+LINES = (".jsonl", ".ndjson", ".json")
 TABLES = (".parquet", ".arrow", ".feather")
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
-DATA = (".jsonl", ".ndjson", ".json", *DELIMITERS, *TABLES)
+DATA = (*LINES, *DELIMITERS, *TABLES)
 
 _DEFAULT = "write its prompts as lines of JSON"
 _UNPACK = "unpack it first"

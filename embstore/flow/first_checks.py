@@ -14,6 +14,7 @@ from pathlib import Path
 from embstore.core.config import BuildConfig, DatasetChoice, format_bytes
 from embstore.core.errors import BudgetError, ConfigError
 from embstore.core.events import Observer, stage
+from embstore.core.file_kinds import LINES
 from embstore.core.interfaces import EmbedderSource
 from embstore.core.plan import plan
 from embstore.core.records import JournalState
@@ -22,8 +23,6 @@ from embstore.storage.hub_dataset import find_hub_dataset
 from embstore.storage.journal import read_journal, run_entries
 from embstore.storage.prompt_source import PromptSource, check_source
 from embstore.storage.writer import read_spec, refuse_taken
-
-_PLAIN_LINES = (".jsonl", ".ndjson", ".json")
 
 
 def check_command(
@@ -125,7 +124,7 @@ def _refuse_little_space(root: Path, prompts: PromptSource, config: BuildConfig)
     """Refuse a disk that cannot even take the prompts; what the rows take is known when the model is."""
     if config.limit is not None or not isinstance(prompts, str | Path) or not Path(prompts).is_file():
         return
-    if Path(prompts).suffix.lower() not in _PLAIN_LINES:
+    if Path(prompts).suffix.lower() not in LINES:
         return  # a table may consist of pictures, which are left out
     needed_bytes, free_bytes = Path(prompts).stat().st_size, free_bytes_at(root)
     if needed_bytes > free_bytes:

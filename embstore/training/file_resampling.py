@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import ConfigError, PromptError, StoreExistsError
-from embstore.core.file_kinds import PARQUET
+from embstore.core.file_kinds import LINES, PARQUET
 from embstore.core.files import storage_errors
 from embstore.core.inputs import INSTALL_PARQUET, Input, open_input
 from embstore.core.prompts import Rejected, decode_object
@@ -33,7 +33,6 @@ from embstore.training.resample import DRAW_COLUMN, resample_indices
 from embstore.training.weights import Weights, load_weights
 
 _BLOCK_DRAWS = 1 << 16
-_JSONL = (".jsonl", ".json", ".ndjson")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,7 +157,7 @@ def _refuse_format(opened: Input, target: Path) -> None:
         )
     if not opened.head:
         raise ConfigError(f"{opened.name} is empty", hint="give the prompts file that the trainer reads")
-    suffixes = _JSONL if opened.kind is None else (".parquet",)
+    suffixes = LINES if opened.kind is None else (".parquet",)
     if target.suffix not in suffixes:
         raise ConfigError(
             f"dataset and copy must both be JSONL or both Parquet: {opened.name} is "
