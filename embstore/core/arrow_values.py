@@ -100,6 +100,7 @@ def _text(value: object) -> object:
 
 def check_batch(batch: Any) -> None:  # noqa: ANN401 - pyarrow's
     """Raise pyarrow's error if offsets or indices of a damaged file point anywhere; a bad value is nothing of that."""
+    batch.validate()
     for column in batch.columns:
         try:
             column.validate(full=True)
