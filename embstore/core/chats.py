@@ -173,8 +173,10 @@ def _content(value: JsonValue, message: dict[str, JsonValue], position: int, lev
         if any(message.get(name) for name in _INSTEAD_OF_CONTENT):
             return ""
         raise Unusable(f"message {position} has neither content nor tool calls")
-    if isinstance(value, dict):
-        value = _turned(value) or [value]
+    if isinstance(value, dict):  # one part, or parts as a struct of lists
+        if not (parts := _turned(value)) and value.keys().isdisjoint(("type", "text")):
+            raise Unusable(f"the content of message {position} is an object with the fields {', '.join(value)}, not text")
+        value = parts or [value]
     if not isinstance(value, list):
         raise Unusable(f"the content of message {position} is {_kind(value)}, not text")
     return "".join(_part(_decoded(part, levels), position) for part in value if part is not None)
@@ -206,6 +208,8 @@ def _part(part: JsonValue, position: int) -> str:
     if kind not in _TEXT_PARTS:
         raise Unusable(_NOT_TEXT.format(position, kind))
     text = part.get("text", "")
+    if "text" not in part and len(part) > 1:
+        raise Unusable(f"message {position} has a part of kind {kind} without a text; its fields are {', '.join(part)}")
     if not isinstance(text, str):
         raise Unusable(f"message {position} has a part of kind {kind} whose text is {_kind(text)}")
     return text
@@ -214,6 +218,8 @@ def _part(part: JsonValue, position: int) -> str:
 def _calls(value: JsonValue, name: str, position: int, levels: int) -> JsonValue:
     """Tool calls with objects as arguments, as templates expect them; OpenAI's own format has JSON text there."""
     calls = [_decoded(value, levels)] if name == "function_call" else _listed(value, levels)
+    if isinstance(calls, dict):
+        calls = [calls]
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         said = "is {}, not an object" if name == "function_call" else "are {}, not objects"
         raise Unusable(f"the {name} of message {position} {said.format(_kind(value))}")

@@ -232,9 +232,10 @@ def _say(run: Run, record: TemplateRecord) -> None:
         if state.prompts is not None:
             judge_quarantined(run, state.prompts, refused=record.refused - settled)
         return
+    wrong = "the prompts" if record.refused < record.chats else "the prompts, or the chat template of the model,"
     if run.writer.may_begin_again:
-        way = "correct the prompts and run the command again"
+        way = f"correct {wrong} and run the command again"
     else:
-        way = f"correct the prompts and build into another --out with --reuse {root}"
+        way = f"correct {wrong} and build into another --out with --reuse {root}"
     lists = "" if run.is_dry else f"{root}/{REFUSED} lists them; "
     raise RowError(refused, hint=f"{lists}{way}, or add --on-error quarantine to keep their rows without vectors")

@@ -29,6 +29,9 @@ from embstore.model.chat_clock import ChatClock, reads_clock
 TOKEN_RULE = "own-tokens-1"  # names the rule above; another rule needs another name, because rows would differ
 
 
+_PROBE = "Hello"  # a content that says how a chat template reads contents
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenRow:
     """Tokens of one prompt: ``ids_T`` int64, and ``pooled_T`` bool, true where the token is the prompt's own.
@@ -40,6 +43,19 @@ class TokenRow:
     pooled_T: NDArray[np.bool_]
     was_cut: bool
     refusal: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Template:
+    """A chat template as a store renders it.
+
+    ``changed`` has the store's clock in it; None: the tokenizer's own is used. ``dates`` are the dates that it takes
+    as variables. ``takes_parts``: it prints contents only where they are lists of parts.
+    """
+
+    changed: str | None
+    dates: Mapping[str, str]
+    takes_parts: bool = False
 
 
 class RefusedChatError(Exception):
@@ -56,7 +72,7 @@ class PromptTokenizer:
     def __init__(self, tokenizer: Any, max_tokens: int, num_tokens: int, *, chat_date: str | None) -> None:  # noqa: ANN401
         self._tokenizer = tokenizer
         self._clock = None if chat_date is None else ChatClock(date=datetime.date.fromisoformat(chat_date))
-        self._dated: dict[str, tuple[str, dict[str, str]]] = {}  # by template: itself with a clock, and its variables
+        self._templates: dict[str, _Template] = {}  # by the tokenizer's own
         self.max_tokens = max_tokens
         self._num_tokens = num_tokens
         self._backend = _plain_backend(tokenizer)
@@ -132,50 +148,66 @@ class PromptTokenizer:
         messages = prompt.messages or ()
         calls = [arguments for message in messages for arguments in _arguments(message)]
         try:
-            template, dates = self._template_for(prompt)
+            template = self._template_for(prompt)
             try:
-                rendered = self._rendered(prompt, messages, template, dates)
+                rendered = self._rendered(prompt, messages, template)
             except Exception:  # jinja raises whatever the model's template raises
                 if not calls:
                     raise
                 rendered = None
             # some templates join the arguments of a call with text, as OpenAI gives them, or print an object as Python does
             if rendered is None or any(repr(arguments) in rendered for arguments in calls):
-                rendered = self._rendered(prompt, [_with_text_arguments(each) for each in messages], template, dates)
+                rendered = self._rendered(prompt, [_with_text_arguments(each) for each in messages], template)
         except ModelError:
             raise
         except Exception as error:
             raise RefusedChatError(refused_by_template(str(error) or type(error).__name__)) from error
         return rendered
 
-    def _rendered(self, prompt: Prompt, messages: Sequence[Message], template: str | None, dates: Mapping[str, str]) -> str:
-        given: dict[str, object] = {**dates, **(prompt.template_kwargs or {})}
+    def _rendered(self, prompt: Prompt, messages: Sequence[Message], template: _Template) -> str:
+        given: dict[str, object] = dict(prompt.template_kwargs or {})
         if prompt.tools is not None:
             given["tools"] = list(prompt.tools)
-        if template is not None:
-            given["chat_template"] = template
+        if template.takes_parts:
+            messages = [_with_parts(message) for message in messages]
+        return self._printed(messages, template, given)
+
+    def _printed(self, messages: Sequence[Message], template: _Template, given: Mapping[str, object]) -> str:
+        given = {**template.dates, **given}
+        if template.changed is not None:
+            given["chat_template"] = template.changed
         return str(
             self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=False, **given
             )
         )
 
-    def _template_for(self, prompt: Prompt) -> tuple[str | None, dict[str, str]]:
-        """The template with the store's clock (None: the tokenizer's own), and the dates that it takes as variables."""
-        template = self._tokenizer.chat_template
-        if not isinstance(template, str):  # several, by name
-            template = self._tokenizer.get_chat_template(tools=prompt.tools)
-        if self._clock is None:
-            if reads_clock(template):
-                raise ModelError(
-                    "the chat template prints the current date, and no date is recorded for the rows of this store",
-                    hint="build into another --out: new stores record their date",
-                )
-            return None, {}
-        if template not in self._dated:
-            self._dated[template] = self._clock.set_in(template), self._clock.variables(template)
-        dated, variables = self._dated[template]
-        return (None if dated == template else dated), variables
+    def _template_for(self, prompt: Prompt) -> _Template:
+        own = self._tokenizer.chat_template
+        if not isinstance(own, str):  # several, by name
+            own = self._tokenizer.get_chat_template(tools=prompt.tools)
+        if self._clock is None and reads_clock(own):
+            raise ModelError(
+                "the chat template prints the current date, and no date is recorded for the rows of this store",
+                hint="build into another --out: new stores record their date",
+            )
+        if own not in self._templates:
+            changed, dates = (own, {}) if self._clock is None else (self._clock.set_in(own), self._clock.variables(own))
+            template = _Template(changed=None if changed == own else changed, dates=dates)
+            self._templates[own] = dataclasses.replace(template, takes_parts=self._takes_parts(template))
+        return self._templates[own]
+
+    def _takes_parts(self, template: _Template) -> bool:
+        """Whether the template prints nothing of a text, but its parts, as those of LLaVA and Idefics do."""
+
+        def prints(message: Message) -> bool:
+            try:
+                return _PROBE in self._printed([message], template, {})
+            except Exception:  # noqa: BLE001 - jinja raises whatever the model's template raises
+                return False
+
+        message = {"role": "user", "content": _PROBE}
+        return not prints(message) and prints(_with_parts(message))
 
     def _cut(self, ids_T: NDArray[np.int64], pooled_T: NDArray[np.bool_]) -> TokenRow:
         if len(ids_T) and ids_T.max() >= self._num_tokens:
@@ -234,6 +266,11 @@ def _with_text_arguments(message: Message) -> Message:
         if isinstance(function.get("arguments"), dict):
             function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
     return changed
+
+
+def _with_parts(message: Message) -> Message:
+    """The message, with its content as a list of parts."""
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 def _text_of(prompt: Prompt) -> str:

@@ -186,6 +186,8 @@ def test_legacy_and_bare_calls() -> None:
         }
     )
     assert legacy[1] == {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": {"a": 1}}}
+    single = chat({"messages": [ASKED, {**CALLED, "tool_calls": CALL}]})
+    assert single == [ASKED, CALLED]
     bare = chat({"messages": [ASKED, {"role": "assistant", "tool_calls": [{"arguments": '{"a": 1}', "name": "f"}]}]})
     assert bare[1]["tool_calls"] == [{"name": "f", "arguments": {"a": 1}}]
     thought = chat({"messages": [ASKED, {"role": "assistant", "content": None, "reasoning_content": "hm"}]})
@@ -273,6 +275,8 @@ def test_tools_beside_a_text_are_a_field_like_any_other() -> None:
         ({"messages": [ASKED, {"role": "assistant", "content": None}]}, "message 1 has neither content nor tool calls"),
         ({"messages": [ASKED, {"role": "assistant", "tool_calls": []}]}, "message 1 has neither content nor tool calls"),
         ({"messages": [ASKED, {"role": "assistant", "content": 4}]}, "the content of message 1 is a number, not text"),
+        ({"messages": [ASKED, {"role": "tool", "content": {"temp": 3}}]}, "an object with the fields temp, not text"),
+        ({"messages": [ASKED, {**ASKED, "content": [{"type": "text", "value": "a"}]}]}, "without a text; its fields are"),
         ({"messages": [ASKED, {"content": "a", "who": "me"}]}, "message 1 has no text role; its fields are 'content',"),
         ({"messages": [ASKED, "more"]}, "message 1 is text, not an object with role and content"),
         ({"messages": [ASKED, None]}, "message 1 is null, not an object"),
@@ -436,6 +440,34 @@ def test_arguments_are_printed_as_json_by_every_family(family: str, expected: st
         call = {**CALL, "function": {"name": "weather", "arguments": arguments}}
         found = taken({"messages": [ASKED, {"role": "assistant", "tool_calls": [call]}]})
         assert rendered([found], ARGUMENTS[family]) == [expected]
+
+
+# As those of LLaVA and SmolVLM: where a content is text, they print nothing of it.
+_PARTS = {
+    "by kind": "{% for message in messages %}{{ message.role }}:"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part.text }}{% endfor %};{% endfor %}",
+    "one by one": "{% for message in messages %}{{ message.role }}"
+    "{% if message['content'][0]['type'] == 'image' %} {% else %}:{% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part.text }}{% endif %}{% endfor %};{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", _PARTS)
+def test_templates_that_print_only_parts_get_parts(name: str) -> None:
+    for content in ("Hello, why?", [{"type": "text", "text": "Hello,"}, {"type": "text", "text": " why?"}]):
+        found = taken({"messages": [{"role": "user", "content": content}, CALLED, ANSWERED]})
+        assert rendered([found], _PARTS[name]) == ["user:Hello, why?;assistant:;tool:4 degrees;"]
+
+
+def test_templates_that_take_texts_get_texts() -> None:
+    either = "{% if messages[0].content is string %}text{% else %}parts{% endif %}"
+    for template in (
+        either + "{{ messages[0].content }}",
+        either + "{{ raise_exception('no') if messages | length == 1 else '' }}",
+        either,
+    ):
+        found = taken({"messages": [ASKED, CALLED, ANSWERED]})
+        assert rendered([found], template)[0].startswith("text")
 
 
 # --- which part of a chat --------------------------------------------------------------------------------------------------

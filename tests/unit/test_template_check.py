@@ -114,6 +114,15 @@ def test_all_are_named_at_once_before_the_model_is_loaded(prompts: Path, tmp_pat
     assert verify(store).findings == verify(store).notes == []
 
 
+def test_where_every_chat_is_refused_the_template_is_suspected(tmp_path: Path) -> None:
+    refused = [chat(f"REFUSE chat {row}") for row in range(3)]
+    for pool, suspected in ((refused, True), ([*refused, chat("Explain")], False)):
+        prompts = write_lines(tmp_path / "prompts.jsonl", pool)
+        with pytest.raises(RowError, match="refuses 3 of") as caught:
+            preflight(prompts, out=tmp_path / "store", config=CONFIG, source=templated())
+        assert ("chat template of the model" in str(caught.value.hint)) == suspected
+
+
 def test_a_dry_run_names_them_too(prompts: Path, tmp_path: Path) -> None:
     with pytest.raises(RowError, match="refuses 5 of 37 chats") as caught:
         preflight(prompts, out=tmp_path / "store", config=CONFIG, source=templated())
