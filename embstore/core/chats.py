@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 
 from embstore.core.decode import MAX_NESTING, RepeatedKeyError, shown, unique_keys
@@ -129,6 +130,28 @@ def is_chat_text(text: str) -> bool:
         and bool(found)
         and all(isinstance(item, dict) and ("role" in item or "from" in item) for item in found)
     )
+
+
+# Python's own notation, JSON in JSON, a list of JSON texts, or JSON that is cut
+_LIKE_MESSAGES = re.compile(r"""\s*"?\[\s*['"]?\s*\{\s*\\*['"](?:role|from|content|value)\\*['"]\s*:""")
+
+
+def refuse_like_chat(text: str, name: str, *, is_text: bool) -> None:
+    """Refuse what was meant as messages, but is not JSON of them; where texts are expected, only if nothing follows it.
+
+    Raises
+    ------
+    Unusable
+
+    Examples
+    --------
+    >>> refuse_like_chat("[{'role': 'user', 'content': '2 + 2?'}] is a list", "prompt", is_text=True)
+    >>> refuse_like_chat("[{'role': 'user', 'content': '2 + 2?'}]", "messages", is_text=False)
+    Traceback (most recent call last):
+    embstore.core.values.Unusable: messages looks like a list of messages, but is not JSON of one; json.dumps writes it
+    """
+    if _LIKE_MESSAGES.match(text) and (not is_text or text.rstrip().endswith(("]", ']"'))):
+        raise Unusable(f"{name} looks like a list of messages, but is not JSON of one; json.dumps writes it")
 
 
 def _message(value: object, position: int, levels: int) -> dict[str, JsonValue]:

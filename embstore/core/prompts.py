@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from embstore.core.chats import chat_of, is_chat_text, template_kwargs_of, tools_of
+from embstore.core.chats import chat_of, is_chat_text, refuse_like_chat, template_kwargs_of, tools_of
 from embstore.core.config import CURRENT_RULE, FIRST_RULE, USUAL_FIELDS, PromptFields, PromptRule
 from embstore.core.decode import (
     MAX_NESTING,
@@ -193,6 +193,7 @@ def _content(record: Mapping[str, object], names: PromptFields) -> object:
             return value
         if is_chat_text(value):
             return chat_of(value)
+        refuse_like_chat(value, name, is_text=name in ("prompt", names.text))
         is_turn = name != "prompt" and name not in (names.text, names.messages)
         return [{"role": "user", "content": value}] if is_turn else valid_text(value)
     # a table has every field on every row

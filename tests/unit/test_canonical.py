@@ -169,6 +169,25 @@ def test_a_text_that_is_a_chat_is_that_chat() -> None:
     assert taken({"prompt": f"Repeat this: {json.dumps([ASKED])}"}).messages is None
 
 
+def test_what_only_looks_like_a_chat_is_not_a_turn() -> None:
+    """What pandas and datasets write into CSV, numpy prints, or a second json.dumps makes of messages."""
+    called = [ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    for spelled in (
+        str([ASKED, ANSWERED]),
+        str(called),
+        str(np.array([ASKED, ANSWERED])),
+        str([json.dumps(ASKED)]),
+        json.dumps(json.dumps([ASKED])),
+        json.dumps([{"from": "human", "value": "2 + 2?"}])[:-1] + ",]",
+    ):
+        for name in ("messages", "prompt", "conversations"):
+            assert f"{name} looks like a list of messages" in reason({name: spelled}), spelled
+        assert taken({"prompt": f"Repeat: {spelled}"}).text
+        assert taken({"prompt": f"{spelled} is what I have"}).text
+    assert "looks like" in reason({"messages": json.dumps([ASKED])[:-4]})
+    assert "looks like" in reason({"chat": str([ASKED])}, names=PromptFields(messages="chat"))
+
+
 def test_arguments_that_are_no_json_object_stay_text() -> None:
     for text in ("", "city=Oslo", '{"city": ', "[1]", '{"a": 1, "a": 2}'):
         call = {"function": {"name": "f", "arguments": text}}
