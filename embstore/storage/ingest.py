@@ -169,20 +169,36 @@ def _place(rows: _Rows, prompt: Prompt, digest: bytes, prompts: Prompts) -> tupl
     return row, is_new
 
 
-_LINES = """write one JSON object per line, such as {"prompt": "..."}; jq -c '.[]' makes lines of a JSON array"""
+_LINES = """write one JSON object per line, such as {"prompt": "..."}"""
 _OTHER_FIELDS = "name the field of the prompt: --text-field NAME if it is a text, --messages-field NAME if it is a chat"
+_HINTS = {  # by the beginning of the first reason
+    "no prompt: ": _OTHER_FIELDS,
+    "not UTF-8": "convert the file, such as: iconv -f WINDOWS-1252 -t UTF-8 FILE > prompts.jsonl",
+    "bytes that are not UTF-8": "convert the file, such as: iconv -f WINDOWS-1252 -t UTF-8 FILE > prompts.csv",
+    "not JSON (": f"{_LINES}; of plain text, jq -Rc '{{prompt: .}}' FILE makes such lines",
+    "not a JSON object but str": "jq -c '{prompt: .}' FILE makes objects, of an array jq -c '.[] | {prompt: .}' FILE",
+    "not a JSON object but list": "jq -c '{messages: .}' FILE makes objects, of an array jq -c '.[] | {messages: .}' FILE",
+}
 
 
 def _refuse_unusable(rows: _Rows, source: str, *, strict: bool) -> None:
     first = "; ".join(f"{where.removesuffix(f' of {source}')}: {reason}" for where, reason in rows.first_quarantined)
     if not rows.row_ids:
         seen = f"none of its {rows.lines} lines is usable ({first})" if rows.lines else "the file is empty"
-        raise PromptError(f"no prompts in {source}: {seen}", hint=_OTHER_FIELDS if "no prompt: " in first else _LINES)
+        raise PromptError(f"no prompts in {source}: {seen}", hint=_first_hint(rows))
     if strict and rows.quarantined:
         raise PromptError(
             f"{rows.quarantined} of {rows.lines} lines of {source} have no prompt ({first})",
             hint="correct them, or build without --strict: they are then listed in quarantine.jsonl and skipped",
         )
+
+
+def _first_hint(rows: _Rows) -> str:
+    reason = rows.first_quarantined[0][1] if rows.first_quarantined else ""
+    hint = next((hint for beginning, hint in _HINTS.items() if reason.startswith(beginning)), _LINES)
+    if rows.lines == 1 and hint is _OTHER_FIELDS:
+        hint += "; if NAME is a list of them, jq -c '.NAME[]' FILE makes lines"
+    return hint
 
 
 def _write_files(

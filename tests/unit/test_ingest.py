@@ -239,3 +239,24 @@ def test_a_damaged_gzip_is_refused(source: Path, tmp_path: Path) -> None:
     data[-8] ^= 1  # its checksum
     source.write_bytes(bytes(data))
     assert "failed" in str(_refusal(source, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "hint"),
+    [
+        ("p.jsonl", '{"prompt": "caf\xe9"}\n', "iconv -f WINDOWS-1252"),
+        ("p.csv", "prompt\ncaf\xe9\n", "iconv -f WINDOWS-1252"),
+        ("p.txt", "Name a river.\n", "jq -Rc '{prompt: .}' FILE"),
+        ("p.jsonl", '"Name a river."\n', "jq -c '{prompt: .}' FILE"),
+        ("p.json", '[["Name a river."]]', "jq -c '.[] | {messages: .}' FILE"),
+        ("p.jsonl", '{"data": [{"prompt": "Name a river."}]}', "jq -c '.NAME[]' FILE"),
+        ("p.jsonl", '{"question": "Name a river."}\n' * 2, "--text-field NAME"),
+        ("p.jsonl", '{"prompt": 7}\n', "one JSON object per line"),
+        ("p.jsonl", "", "one JSON object per line"),
+    ],
+)
+def test_a_file_without_prompts_is_refused_with_its_conversion(tmp_path: Path, name: str, content: str, hint: str) -> None:
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(PromptError, match="no prompts in") as caught:
+        ingested(tmp_path / name, tmp_path / "out")
+    assert hint in str(caught.value.hint)
