@@ -29,6 +29,8 @@ _WORDS = {"train": "train", "training": "train", "validation": "validation", "va
 _PARTS = frozenset({"part", "parts", "shard", "data", "chunk", "file", "output", "batch", "prompts"})
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _MOST_NAMED = 5
+# logs of tables whose folders also hold rows that were removed or replaced
+_LOGS = {"_delta_log": "Delta Lake", ".hoodie": "Hudi", "metadata/*.metadata.json": "Iceberg"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +58,8 @@ def shards(folder: Path, choice: DatasetChoice) -> list[Shard]:
     Raises
     ------
     PromptError
-        There are none, one is there twice, or there are several splits or configurations and none was chosen.
+        There are none, one is there twice, only a table's log says which count, or there are several splits or
+        configurations and none was chosen.
     """
     if (folder / STATE).is_file():
         refuse_choice(f"{folder} is one saved dataset", split=choice.split, config=choice.config)
@@ -64,6 +67,13 @@ def shards(folder: Path, choice: DatasetChoice) -> list[Shard]:
     if (folder / _SPLITS_DOCUMENT).is_file():
         refuse_choice(f"{folder} is a saved dataset", config=choice.config)
         return _of_saved_split(folder, choice)
+    for log, kind in _LOGS.items():
+        if next(folder.glob(log), None) is not None:
+            raise PromptError(
+                f"{folder} is a table of {kind}: its files also contain rows that were removed from it",
+                hint="write the table to one Parquet file with its own library, such as "
+                "pyarrow.parquet.write_table(deltalake.DeltaTable(FOLDER).to_pyarrow_table(), FILE)",
+            )
     paths = list(_data_files(folder))
     if not paths:
         raise _nothing(folder)

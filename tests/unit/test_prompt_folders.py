@@ -298,3 +298,11 @@ def test_a_build_of_a_folder_is_that_of_its_lines(tmp_path: Path) -> None:
     build_small(folder, tmp_path / "a", config=config)
     build_small(write_lines(tmp_path / "p.jsonl", lines), tmp_path / "b")
     assert (tmp_path / "a" / "manifest.json").read_bytes() == (tmp_path / "b" / "manifest.json").read_bytes()
+
+
+@pytest.mark.parametrize("log", ["_delta_log/00000.json", ".hoodie/hoodie.properties", "metadata/v1.metadata.json"])
+def test_a_table_whose_files_contain_removed_rows_is_refused(tmp_path: Path, log: str) -> None:
+    parquet(tmp_path / "table" / "part-0.parquet", texts("removed"))
+    (tmp_path / "table" / log).parent.mkdir()
+    (tmp_path / "table" / log).write_text("{}")
+    refused(tmp_path / "table", "rows that were removed", hint="write_table")
