@@ -25,6 +25,7 @@ from embstore.core.errors import (
 )
 from embstore.core.events import Notice, stage
 from embstore.core.format import MANIFEST, PROMPTS
+from embstore.core.prompts import decode_row
 from embstore.core.records import OriginRecord, PromptsRecord
 from embstore.flow.first_checks import models_of_runs
 from embstore.flow.run import Run
@@ -36,6 +37,8 @@ from embstore.storage.reader import open_published
 from embstore.storage.verify import check_stage0
 
 _GIVEN = "given"  # in work: stage 0 of the prompts file, to be compared with what was begun
+
+_SHOWN_BEFORE, _SHOWN_CHARACTERS = 20, 60  # of two lines that differ
 
 _REFUSALS = (ArrayError, BudgetError, ConfigError, IdentityMismatchError, ModelError, PromptError)
 
@@ -193,10 +196,21 @@ def _refuse_other_prompts(run: Run, record: PromptsRecord, source: PromptSource)
         with (root / PROMPTS).open("rb") as stored_file, (folder / PROMPTS).open("rb") as given_file:
             for row, (left, right) in enumerate(zip(stored_file, given_file, strict=False)):
                 if left != right:
-                    stored_text, given_text = left.decode()[:60], right.decode()[:60]
+                    stored_text, given_text = _where_they_differ(left, right)
                     mismatches.append(FieldMismatch(field=f"row {row}", stored=stored_text, given=given_text))
                     break
     raise IdentityMismatchError(mismatches, hint=_with_other_prompts(run, source))
+
+
+def _where_they_differ(left: bytes, right: bytes) -> tuple[str, str]:
+    """Two canonical lines from shortly before the first difference: that of their prompts, if these are not the same."""
+    stored, given = decode_row(left).rendered, decode_row(right).rendered
+    if stored == given:
+        stored, given = left.decode(), right.decode()
+    shared = next((at for at, (one, other) in enumerate(zip(stored, given, strict=False)) if one != other), 0)
+    start = max(0, shared - _SHOWN_BEFORE)
+    cut, before = slice(start, start + _SHOWN_CHARACTERS), "..." if start else ""
+    return before + stored[cut].rstrip(), before + given[cut].rstrip()
 
 
 def _with_other_prompts(run: Run, source: PromptSource) -> str:
@@ -207,5 +221,6 @@ def _with_other_prompts(run: Run, source: PromptSource) -> str:
     if not isinstance(source, str | Path):
         return "use the ids of the store, or import into another --out"
     model = run.config.embedding.model or next(iter(reversed(models_of_runs(root, run.writer.state))), ("MODEL", None))[0]
-    command = ["embstore", "build", str(source), "--model", model, "--out", f"{root}-new", "--resume", "--reuse", str(root)]
+    name = "PROMPTS" if str(source).startswith(("/dev/fd/", "/proc/")) else str(source)  # <(...) has another one next time
+    command = ["embstore", "build", name, "--model", model, "--out", f"{root}-new", "--resume", "--reuse", str(root)]
     return f"to embed only the prompts that are new: {shlex.join(command)}"

@@ -258,3 +258,15 @@ def test_a_grown_pool_is_told_the_whole_next_command(tmp_path: Path) -> None:
     report = build_small(prompts, Path(given["--out"]), config=config)
     assert (report.reused_rows, report.embedded_rows) == (60, 10)
     assert read_journal(store).committed_rows == 60
+
+
+def test_a_prompt_that_changed_is_shown_where_it_differs(tmp_path: Path) -> None:
+    """The pool came through a pipe of the shell, which has another name next time."""
+    store, beginning = tmp_path / "store", "The same beginning of two long prompts. " * 3
+    build_small(write_lines(tmp_path / "old.jsonl", [{"prompt": f"{beginning}Old end."}]), store)
+    changed = write_lines(tmp_path / "new.jsonl", [{"prompt": f"{beginning}New end."}])
+    with changed.open("rb") as file, pytest.raises(IdentityMismatchError) as caught:
+        build_small(f"/dev/fd/{file.fileno()}", store)
+    (row,) = [str(mismatch) for mismatch in caught.value.mismatches if mismatch.field == "row 0"]
+    assert row == "row 0: the store has ...f two long prompts. Old end., given ...f two long prompts. New end."
+    assert "embstore build PROMPTS --model" in str(caught.value.hint)
