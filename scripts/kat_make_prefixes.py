@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _prefix(line: PromptLine) -> dict[str, object]:
     if line.prompt.messages is not None:
-        return {"prefix": {"messages": line.messages}}
+        beside = {name: value for name, value in line.record.items() if name != "messages" and value is not None}
+        return {"prefix": {"messages": line.messages}, **beside}
     return {"prefix": {"messages": [{"role": "user", "content": line.first_user_text}]}}
 
 

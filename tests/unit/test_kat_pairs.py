@@ -15,6 +15,7 @@ import pytest
 from embstore.core.errors import ConfigError, PromptError
 from scripts import kat_download_pairs, kat_make_prefixes, kat_make_prompts
 from scripts.kat_compute_embeddings_offline import find_prompts
+from tests.support.stores import write_lines
 
 TRANSCRIPTS = [
     ("\n\nHuman: What is  seven?\n\nAssistant: A number.", "\n\nHuman: What is  seven?\n\nAssistant: No."),
@@ -204,6 +205,21 @@ def test_unique_prompts_in_both_formats(base: Path, script: Any, capsys: pytest.
     assert "skipped line 6 of pairs_all.jsonl: no prompt" in said
     assert "skipped line 7 of pairs_all.jsonl: not JSON" in said
     assert "skipped 1 pairs without a user message" in said
+
+
+def test_tools_stay_with_their_prefix(base: Path) -> None:
+    (base / "data").mkdir(parents=True)
+    pair = {"chosen": "a", "rejected": "b", "src": "s"}
+    tools = [{"type": "function", "function": {"name": "w"}}]
+    prefixes = [{"prefix": {"messages": [{"role": "user", "content": text}]}} for text in ("with", "without")]
+    lines = [{**prefixes[0], "tools": tools, **pair}, {**prefixes[1], "tools": None, **pair}]
+    write_lines(base / "data" / "pairs_all.jsonl", lines)
+    kat_make_prefixes.main([])
+    written = read(base / "data" / "prefixes_all.jsonl")
+    assert [{**line, "id": None} for line in written] == [
+        {"id": None, **prefixes[0], "tools": tools},
+        {"id": None, **prefixes[1]},
+    ]
 
 
 def test_a_missing_file_of_pairs_names_the_command_that_makes_it(base: Path) -> None:
