@@ -198,7 +198,7 @@ def _content(value: JsonValue, message: dict[str, JsonValue], position: int, lev
         raise Unusable(f"message {position} has neither content nor tool calls")
     if isinstance(value, dict):  # one part, or parts as a struct of lists
         if not (parts := _turned(value)) and value.keys().isdisjoint(("type", "text")):
-            raise Unusable(f"the content of message {position} is an object with the fields {', '.join(value)}, not text")
+            raise Unusable(f"the content of message {position} is an object, not text; its fields are {', '.join(value)}")
         value = parts or [value]
     if not isinstance(value, list):
         raise Unusable(f"the content of message {position} is {_kind(value)}, not text")

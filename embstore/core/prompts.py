@@ -92,6 +92,26 @@ class Prompt:
             return render_messages(self.messages)
         return self.text or ""
 
+    def undecoded(self) -> Prompt | None:
+        r"""The prompt whose texts are JSON text here, as readers other than ``datasets`` and pyarrow give columns of JSON.
+
+        None where a text is anything but JSON of a text or of a list of parts.
+
+        Examples
+        --------
+        >>> Prompt(id=None, text='"2 + 2?"').undecoded().text
+        '2 + 2?'
+        >>> Prompt(id=None, text='"2 + 2" or "4"').undecoded()
+        """
+        try:
+            if self.messages is None:
+                text = json.loads(self.text or "")
+                return replace(self, text=valid_text(text)) if isinstance(text, str) else None
+            messages = [{**message, "content": json.loads(str(message["content"]))} for message in self.messages]
+            return replace(self, messages=tuple(chat_of(messages)))
+        except (ValueError, RecursionError, Unusable):
+            return None
+
     def _first_user_text(self) -> str:
         for message in self.messages or ():
             if message["role"] == "user":

@@ -18,7 +18,7 @@ import numpy as np
 
 from embstore.core.config import CURRENT_RULE, USUAL_FIELDS, WHOLE, DatasetChoice, PromptFields, PromptRule
 from embstore.core.errors import PromptError
-from embstore.core.events import Observer, ignore
+from embstore.core.events import Notice, Observer, ignore
 from embstore.core.files import array_header, storage_errors
 from embstore.core.format import (
     ALIASES,
@@ -56,6 +56,7 @@ class _Rows:
     lines: int = 0
     quarantined: int = 0
     answered: int = 0
+    undecoded: int = 0  # rows that are JSON text of a prompt
     reasons: dict[str, int] = field(default_factory=dict)  # quarantined lines by kind of reason
     first_quarantined: list[tuple[str, str]] = field(default_factory=list)  # where, and the reason
 
@@ -119,9 +120,18 @@ def ingest(
                     rows.answered += isinstance(prompt, Prompt) and prompt.is_answered
                     if is_new and isinstance(prompt, Prompt):
                         row_spool.write(encode_row(prompt))
+                        rows.undecoded += prompt.undecoded() is not None
                         if limit is not None and len(rows.row_ids) >= limit:
                             break
-            _refuse_unusable(rows, str(source) if isinstance(source, str | Path) else source.name, strict=strict)
+            name = str(source) if isinstance(source, str | Path) else source.name
+            _refuse_unusable(rows, name, strict=strict)
+            if 2 * rows.undecoded > len(rows.row_ids):
+                observer(
+                    Notice(
+                        message=f"{rows.undecoded:,} of {len(rows.row_ids):,} prompts of {name} {_UNDECODED}",
+                        is_warning=True,
+                    )
+                )
         return replace(_write_files(rows, spools, folder, quarantine.digest, rule), fields=fields)
     finally:
         for spool in spools:
@@ -170,6 +180,10 @@ def _place(rows: _Rows, prompt: Prompt, digest: bytes, prompts: Prompts) -> tupl
 
 
 _LINES = """write one JSON object per line, such as {"prompt": "..."}"""
+_UNDECODED = (
+    "are JSON text in quotation marks, and are embedded with them: a column of a JSON type seems to have been written as "
+    "text; decode it (json.loads), or write the file with datasets or pyarrow"
+)
 _OTHER_FIELDS = "name the field of the prompt: --text-field NAME if it is a text, --messages-field NAME if it is a chat"
 _HINTS = {  # by the beginning of the first reason
     "no prompt: ": _OTHER_FIELDS,

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from embstore.core.config import CURRENT_RULE, FIRST_RULE, PromptRule
+from embstore.core.config import CURRENT_RULE, PromptRule
 from embstore.core.decode import printable
 from embstore.core.errors import ConfigError, KeyMismatchError, PromptError
 from embstore.core.prompts import Prompt, Rejected
@@ -31,7 +31,6 @@ from embstore.training.reading import (
     no_column,
     other_form,
     record_of,
-    without_nulls,
 )
 
 OnMissing = Literal["error", "drop", "mean"] | float
@@ -143,10 +142,9 @@ class _Search:
         rows_B = self.stored.rows(prompts.keys_B)
         rows_B[list(prompts.rejected)] = -1
         missing = {index: prompts.prompt(index) for index in np.flatnonzero(rows_B < 0).tolist()}
-        if self.reading.rule.version == FIRST_RULE.version:
-            for index, row in self._rows_as(without_nulls, missing).items():
-                rows_B[index] = row
-                del missing[index]
+        for index, row in self._rows_as(self.reading.respelled, missing).items():
+            rows_B[index] = row
+            del missing[index]
         self.has_answers |= prompts.has_answers
         self.any_row |= len(missing) < len(rows_B)
         others: dict[int, int] = {}

@@ -66,6 +66,10 @@ class PromptReading:
             kept = {name: as_json(value, drops_nulls=False) for name, value in kept.items()}
         return prompt_of(kept, names, self.rule)
 
+    def respelled(self, prompt: Prompt) -> Prompt | None:
+        """A prompt without a row as the build may have read it: without null fields (rule 1), or with its JSON decoded."""
+        return without_nulls(prompt) if self.rule.version == FIRST_RULE.version else prompt.undecoded()
+
     def texts(self, block: Block) -> Sequence[object]:
         """The prompts that certainly are the texts of the first field read; something else for other items."""
         if block.columns is None:

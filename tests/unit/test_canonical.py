@@ -294,7 +294,7 @@ def test_tools_beside_a_text_are_a_field_like_any_other() -> None:
         ({"messages": [ASKED, {"role": "assistant", "content": None}]}, "message 1 has neither content nor tool calls"),
         ({"messages": [ASKED, {"role": "assistant", "tool_calls": []}]}, "message 1 has neither content nor tool calls"),
         ({"messages": [ASKED, {"role": "assistant", "content": 4}]}, "the content of message 1 is a number, not text"),
-        ({"messages": [ASKED, {"role": "tool", "content": {"temp": 3}}]}, "an object with the fields temp, not text"),
+        ({"messages": [ASKED, {"role": "tool", "content": {"temp": 3}}]}, "an object, not text; its fields are temp"),
         ({"messages": [ASKED, {**ASKED, "content": [{"type": "text", "value": "a"}]}]}, "without a text; its fields are"),
         ({"messages": [ASKED, {"content": "a", "who": "me"}]}, "message 1 has no text role; its fields are 'content',"),
         ({"messages": [ASKED, "more"]}, "message 1 is text, not an object with role and content"),

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from embstore.core.errors import ExitCode, PromptError
+from embstore.core.events import Event, Notice
 from embstore.core.rows import RowRange
+from embstore.storage.ingest import ingest
 from embstore.storage.prompt_table import PromptTable
 from tests.support.stage0 import Stage0, ingested
 from tests.support.stores import write_lines
@@ -260,3 +262,23 @@ def test_a_file_without_prompts_is_refused_with_its_conversion(tmp_path: Path, n
     with pytest.raises(PromptError, match="no prompts in") as caught:
         ingested(tmp_path / name, tmp_path / "out")
     assert hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "warned"),
+    [
+        (['"a"', '"b"', "c"], True),
+        (['"a"', "b", "c"], False),
+        (['"a" or "b"', "[1]", "7"], False),
+        ([[{"role": "user", "content": '"a"'}], [{"role": "user", "content": '[{"type": "text", "text": "b"}]'}]], True),
+    ],
+)
+def test_texts_of_a_json_column_that_was_not_decoded_are_warned_of(
+    source: Path, prompts: list[object], warned: bool
+) -> None:
+    folder, notices = source.parent / "out", list[Event]()
+    folder.mkdir()
+    write_lines(source, [{"prompt": prompt} for prompt in prompts])
+    ingest(source, folder, folder, strict=False, limit=None, observer=notices.append)
+    messages = [each.message for each in notices if isinstance(each, Notice) and each.is_warning]
+    assert ["2 of" in message and "json.loads" in message for message in messages] == [True] * warned

@@ -390,3 +390,16 @@ def test_keys_of_prompts_are_those_of_the_store_in_any_container(chats: Path) ->
     for given in (RECORDS, dataset, dataset.to_pandas()):
         assert np.array_equal(prompt_keys(given), keys)
     assert np.array_equal(prompt_keys(dataset.select([4, 1])), keys[[4, 1]])
+
+
+def test_columns_of_json_that_a_reader_gives_as_text_are_joined(texts: Path, chats: Path) -> None:
+    """As pandas and polars read a column of the type arrow.json: the same file was built from."""
+    quoted = [json.dumps(text) for text in QUESTIONS]
+    for given in (quoted, pd.DataFrame({"prompt": quoted}), [{"prompt": quoted[0]}, {"prompt": QUESTIONS[1]}]):
+        joined = load_weights(texts).for_dataset(given)
+        np.testing.assert_allclose(joined.array, expected(texts, list(range(len(given)))), rtol=1e-6)
+    contents = [json.dumps(QUESTIONS[1]), json.dumps([{"type": "text", "text": QUESTIONS[2]}])]
+    joined = load_weights(chats).for_dataset([{"messages": [{"role": "user", "content": each}]} for each in contents])
+    np.testing.assert_allclose(joined.array, expected(chats, [1, 2]), rtol=1e-6)
+    with pytest.raises(KeyMismatchError, match="1 not in the store"):
+        load_weights(texts).for_dataset([*quoted, '"What is" it?'])
