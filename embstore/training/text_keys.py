@@ -21,7 +21,7 @@ _TO_SPACE = bytes(_SPACE if code < 128 and chr(code).isspace() else code for cod
 # whitespace of str.split that is not ASCII, and surrogates, which no UTF-8 has
 _BEYOND_ASCII = re.compile("[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ud800-\udfff]")
 _PREFIX = b"text\0"  # of Prompt.digest
-_MAYBE_JSON = ord("[")  # a text may be JSON of a chat
+_MAYBE_JSON = (ord("["), ord("{"))  # a text may be JSON of a chat
 
 
 def text_keys(texts: Sequence[object]) -> tuple[NDArray[np.uint64], list[int]]:
@@ -44,7 +44,7 @@ def text_keys(texts: Sequence[object]) -> tuple[NDArray[np.uint64], list[int]]:
         blob = np.frombuffer(blob, np.uint8)[kept].tobytes()
     starts = seams + 1 - np.searchsorted(dropped, seams, side="right")
     is_other = starts[1:] <= starts[:-1]
-    is_other |= np.frombuffer(blob, np.uint8)[np.minimum(starts[:-1], len(blob) - 1)] == _MAYBE_JSON
+    is_other |= np.isin(np.frombuffer(blob, np.uint8)[np.minimum(starts[:-1], len(blob) - 1)], _MAYBE_JSON)
     bounds, sha256 = starts.tolist(), hashlib.sha256
     keys = [sha256(_PREFIX + blob[a : b - 1]).digest()[:8] for a, b in pairwise(bounds)]
     return np.frombuffer(b"".join(keys), dtype="<u8").astype(np.uint64), np.flatnonzero(is_other).tolist()
