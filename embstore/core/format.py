@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.core.config import FIRST_RULE, USUAL_FIELDS, PromptFields, PromptRule
+from embstore.core.config import CURRENT_RULE, FIRST_RULE, USUAL_FIELDS, PromptFields, PromptRule
 from embstore.core.decode import Sha256, from_json, parse_json, printable, shown
 from embstore.core.errors import CorruptStoreError, FieldMismatch, IdentityMismatchError
 
@@ -116,6 +116,20 @@ def check_format_version(found: object, *, name: str) -> None:
         )
 
 
+def check_rule(rule: object, *, name: str) -> None:
+    """Refuse a rule of a newer release before reading anything else of it: it may give the same prompts other keys."""
+    found = rule.get("version") if isinstance(rule, dict) else None
+    if type(found) is not int or not FIRST_RULE.version <= found < 1 << 31:
+        raise CorruptStoreError(
+            f"{name}.rule: expected the version of a rule, found {shown(found)}", hint="run embstore verify STORE"
+        )
+    if found > CURRENT_RULE.version:
+        raise IdentityMismatchError(
+            [FieldMismatch(field=f"rule.version in {name}", stored=found, given=CURRENT_RULE.version)],
+            hint="use the embstore release that wrote this store, or build it again",
+        )
+
+
 def parse_document(content: bytes, *, name: str) -> JsonObject:
     """A JSON object from a store file; damage is a CorruptStoreError, another version an IdentityMismatchError."""
     value = parse_json(content, name=name)
@@ -189,6 +203,7 @@ def decode_manifest(content: bytes) -> Manifest:
     """Read ``manifest.json``; a manifest that lists fewer or more files than it publishes is a CorruptStoreError."""
     unrecorded = {"rule": dataclasses.asdict(FIRST_RULE), "fields": dataclasses.asdict(USUAL_FIELDS)}
     value = {**unrecorded, **parse_document(content, name=MANIFEST)}
+    check_rule(value["rule"], name=MANIFEST)
     manifest = from_json(Manifest, value, name=MANIFEST)
     problem = _manifest_problem(manifest)
     if problem is not None:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from embstore.core.config import CURRENT_RULE, FIRST_RULE, USUAL_FIELDS, PromptFields, PromptRule
+from embstore.core.config import FIRST_RULE, USUAL_FIELDS, PromptFields, PromptRule
 from embstore.core.decode import Crc32c, Sha256, from_json, parse_json, shown
 from embstore.core.errors import CorruptStoreError
 from embstore.core.format import (
@@ -28,6 +28,7 @@ from embstore.core.format import (
     JsonObject,
     canonical_json,
     check_format_version,
+    check_rule,
     parse_document,
 )
 from embstore.core.rows import RowRange
@@ -377,6 +378,7 @@ def _decode_record(record_type: type[JournalRecord], value: JsonObject, name: st
     if record_type is PromptsRecord:
         unrecorded: JsonObject = {"rule": dataclasses.asdict(FIRST_RULE), "fields": dataclasses.asdict(USUAL_FIELDS)}
         value = {**unrecorded, "answered": 0, "reasons": {}, **value}
+        check_rule(value["rule"], name=name)
     if issubclass(record_type, WindowRecord):
         value = {"sequences_crc32c": None, **value}  # stores from before December 2026 do not say
     record = from_json(record_type, value, name=name)
@@ -392,8 +394,6 @@ def _problem(record: JournalRecord) -> str | None:  # noqa: PLR0911 - one return
         case PromptsRecord():
             if not 0 < record.rows <= min(record.lines, MAX_ROWS):
                 return f"{record.rows} rows from {record.lines} lines"
-            if record.rule.version not in (FIRST_RULE.version, CURRENT_RULE.version):
-                return f"prompts by rule {record.rule.version}, which this embstore does not know"
             return _foreign_file(record.files, STAGE0_FILES)
         case SpecRecord():
             if SPEC not in record.files:

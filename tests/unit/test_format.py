@@ -321,6 +321,22 @@ def test_stores_from_before_sequences_say_nothing_of_them() -> None:
     assert records == [window_record(0, 0, 32, sequences_crc32c=None)]
 
 
+@pytest.mark.parametrize("version", [3, 0])
+def test_prompts_by_a_rule_that_this_release_does_not_know_are_refused(version: int) -> None:
+    """The same prompts would get other keys. A newer release has written such a store; rule 0 there never was."""
+    error, said = (IdentityMismatchError, "the store has 3, given 2") if version == 3 else (CorruptStoreError, "rule")
+    for rule in ({"version": version, "turns": "all"}, {"version": version, "turns": "new", "also": "new"}):
+        published = json.loads(manifest(LISTED).encode())
+        contents: list[tuple[Any, bytes]] = [
+            (decode_manifest, document({**published, "rule": rule})),
+            (decode, LINES[0] + resealed(LINES[1], rule=rule)),
+        ]
+        for reader, content in contents:
+            with pytest.raises(error, match=said) as caught:
+                reader(content)
+            assert ("embstore release that wrote this store" in str(caught.value.hint)) == (version == 3)
+
+
 def test_a_manifest_must_name_its_default_weights() -> None:
     with pytest.raises(CorruptStoreError, match="default weights"):
         decode_manifest(Manifest(**{**vars_of(manifest(LISTED)), "names": {"heavy": "1111111111111111"}}).encode())
