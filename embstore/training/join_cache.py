@@ -91,8 +91,10 @@ def kept_join(
         return made[0]
     rows_M, flags = rows_and_flags[:-1], rows_and_flags[-1:]
     num_items = len(dataset)  # type: ignore[arg-type]  # only what has a length is kept
-    is_sound = len(rows_M) == num_items and rows_M.min(initial=0) >= -1 and rows_M.max(initial=-1) < num_rows
-    if not is_sound or not 0 <= flags[0] < 2 * len(_FORMS) or (explains and rows_M.min(initial=0) < 0):
+    lowest, highest = rows_M.min(initial=num_rows), rows_M.max(initial=-1)
+    is_sound = len(rows_M) == num_items and lowest >= -1 and highest < num_rows and 0 <= flags[0] < 2 * len(_FORMS)
+    must_be_explained = lowest < 0 and (explains or highest < 0)  # no policy takes a dataset that is missing as a whole
+    if not is_sound or must_be_explained:
         return compute()
     has_answers, form = divmod(int(flags[0]), len(_FORMS))
     return Join(rows_M=rows_M, form=_FORMS[form], has_answers=bool(has_answers))

@@ -145,6 +145,30 @@ def test_an_incomplete_join_is_kept_and_explained_all_the_same(finished_store: P
             weights.for_dataset(dataset)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "first"),
+    [(["nobody built this", "nor this"], 0), (["Explain number 1.", "nobody built this"], 1), ([" ", "nor this"], 1)],
+)
+def test_a_kept_join_says_of_missing_items_what_the_first_one_said(
+    prompts: list[str], first: int, finished_store: Path, cache: Path
+) -> None:
+    """Whatever is wanted of missing items: a policy does not take a dataset of which nothing was found."""
+    weights = load_weights(finished_store)
+    dataset = datasets.Dataset.from_dict({"prompt": prompts})
+    said: dict[str, list[str]] = {"error": [], "drop": []}
+    for _ in range(2):
+        for policy, messages in said.items():
+            try:
+                weights.for_dataset(dataset, on_missing=policy)  # type: ignore[arg-type]
+            except KeyMismatchError as error:
+                messages.append(str(error))
+    assert len(results(cache)) == 1
+    for policy, messages in said.items():
+        assert len(messages) == (0 if policy == "drop" and prompts[0].startswith("Explain") else 2)
+        assert len(set(messages)) <= 1
+        assert all(f"the first is item {first}, {prompts[first]!r}" in message for message in messages)
+
+
 def test_without_a_place_to_keep_rows_they_are_computed(
     finished_store: Path, tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
