@@ -78,6 +78,25 @@ def plain(value: object, levels: int = MAX_NESTING - 1) -> JsonValue:  # noqa: P
     return _foreign(value, levels)
 
 
+def as_json(value: Any, *, drops_nulls: bool) -> JsonValue:  # noqa: ANN401 - any value of a table or dataset
+    """The value as rule 1 wrote it into a line: bytes as hex, dates and decimals as text, without NaN and infinities.
+
+    ``drops_nulls``: objects lose their null fields, as those of tables did.
+    """
+    if hasattr(value, "tolist"):  # arrays and scalars of numpy
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        items = {str(name): as_json(item, drops_nulls=drops_nulls) for name, item in value.items()}
+        return {name: item for name, item in items.items() if item is not None} if drops_nulls else items
+    if isinstance(value, list | tuple):
+        return [as_json(item, drops_nulls=drops_nulls) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
 def valid_text(text: str) -> str:
     """The text, if a UTF-8 file can hold it."""
     if not text.isascii():

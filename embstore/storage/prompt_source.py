@@ -12,7 +12,6 @@ import bisect
 import codecs
 import contextlib
 import json
-import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
@@ -24,6 +23,7 @@ from embstore.core.events import Notice, Observer, ignore
 from embstore.core.file_kinds import PACKED, TABLES
 from embstore.core.inputs import Input, check_input, open_input
 from embstore.core.prompts import Prompt, Rejected, parse_line, prompt_fields, prompt_of
+from embstore.core.values import as_json
 from embstore.storage.csv_source import CsvRecords, delimiter_of
 from embstore.storage.hub_dataset import HubDataset, streamed_parts
 from embstore.storage.json_source import elements, is_elements, lines
@@ -280,22 +280,8 @@ def read_record(record: Record, names: PromptFields = USUAL_FIELDS, rule: Prompt
     if isinstance(record, Rejected):
         return record
     if rule.version == FIRST_RULE.version:  # a row was converted to JSON, and read as a line
-        return parse_line(json.dumps(_first_plain(record)).encode(), names, rule)
+        return parse_line(json.dumps(as_json(record, drops_nulls=True)).encode(), names, rule)
     return prompt_of(record, names, rule)
-
-
-def _first_plain(value: object) -> object:
-    """The value as JSON by rule 1: without nulls and numbers that JSON lacks, bytes as hex, dates and decimals as text."""
-    if isinstance(value, dict):
-        plain = {str(name): _first_plain(item) for name, item in value.items()}
-        return {name: item for name, item in plain.items() if item is not None}
-    if isinstance(value, list | tuple):
-        return [_first_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    return value.hex() if isinstance(value, bytes) else str(value)
 
 
 def _placed(prompt: Prompt | Rejected, columns: Mapping[str, str]) -> Prompt | Rejected:

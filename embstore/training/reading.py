@@ -7,7 +7,6 @@ Shapes: B items of a block.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from embstore.core.config import FIRST_RULE, USUAL_FIELDS, PromptFields, PromptRule
 from embstore.core.errors import ConfigError
 from embstore.core.prompts import TEMPLATE_FIELDS, Prompt, Rejected, content_fields, prompt_of
+from embstore.core.values import as_json
 from embstore.training.items import Block
 from embstore.training.text_keys import text_keys
 
@@ -52,16 +52,21 @@ class PromptReading:
         """The prompt of one item: a record, a text, or a list of messages."""
         if isinstance(item, Rejected):
             return item
-        record, column = record_of(item, position), self.column
-        if column is not None and column not in record:
-            if not is_bare(item):
-                raise no_column(column, record, position)
-            column = None
-        names = self._names(record)
-        read = (*(content_fields(names) if column is None else (column,)), *TEMPLATE_FIELDS)
-        kept = {name: record[name] for name in read if name in record}
+        record = record_of(item, position)
+        if is_bare(item):  # it has no columns
+            names, read = USUAL_FIELDS, ["prompt"]
+        elif self.column is None:
+            names = self._names(record)
+            read = content_fields(names)
+        elif self.column in record:
+            names, read = self._names(record), [self.column]
+        else:
+            raise no_column(self.column, record, position)
+        kept = {name: record[name] for name in (*read, *TEMPLATE_FIELDS) if name in record}
         if not kept:
             return prompt_of(record, names, self.rule)  # names the fields that there are
+        if (unread := next((value for value in kept.values() if isinstance(value, Rejected)), None)) is not None:
+            return unread
         if self.rule.version == FIRST_RULE.version:
             kept = {name: as_json(value, drops_nulls=False) for name, value in kept.items()}
         return prompt_of(kept, names, self.rule)
@@ -140,22 +145,6 @@ def other_form(prompt: Prompt) -> Prompt | None:
     if roles not in (["user"], ["user", "assistant"]) or prompt.tools or prompt.template_kwargs:
         return None
     return Prompt(id=None, text=str(prompt.messages[0]["content"]))
-
-
-def as_json(value: Any, *, drops_nulls: bool) -> Any:  # noqa: ANN401 - any value of a dataset
-    """The value as a line of JSON would give it; rule 1 takes it as it is written there."""
-    if hasattr(value, "tolist"):  # arrays and scalars of numpy
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        items = {str(name): as_json(item, drops_nulls=drops_nulls) for name, item in value.items()}
-        return {name: item for name, item in items.items() if item is not None} if drops_nulls else items
-    if isinstance(value, list | tuple):
-        return [as_json(item, drops_nulls=drops_nulls) for item in value]
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value)
 
 
 def record_of(item: Any, position: int) -> Mapping[str, object]:  # noqa: ANN401 - an item of any dataset
