@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from embstore.core.decode import unique_keys
-from embstore.core.values import Opaque
+from embstore.core.values import Unreadable
 
 Decoder = Callable[[Any], Any]
 
@@ -28,19 +28,6 @@ class _BadJson(ValueError):
     """A value of a JSON column that is not JSON."""
 
 
-class _Unreadable:
-    """A value that Python does not have, in place of it: only a prompt that it belongs to is lost.
-
-    ``core.values`` asks for it as it asks any value of pyarrow.
-    """
-
-    def __init__(self, reason: str) -> None:
-        self._reason = reason
-
-    def as_py(self) -> object:
-        raise Opaque(self._reason)
-
-
 def records(
     batch: Any,  # noqa: ANN401 - pyarrow's
     decoders: dict[str, Decoder],
@@ -48,42 +35,54 @@ def records(
 ) -> Iterator[dict[str, object]]:
     """Rows of a batch as values that ``prompts.prompt_of`` takes. A bad value costs nothing but itself.
 
-    ``wanted`` are the fields of a prompt, None for rule 1 of prompts, to which a bad value is null.
+    ``wanted`` are the fields of a prompt; None for rule 1 of prompts. Bad JSON in another field is text.
     """
-    for record in _rows(batch, has_nulls=wanted is None):
+    for record in _rows(batch):
         for name, decode in decoders.items():
-            value = record[name]
-            try:
-                record[name] = value if isinstance(value, _Unreadable) else decode(value)
-            except _BadJson as error:
-                if name in (wanted or ()):  # another field may hold any text
-                    record[name] = _Unreadable(f"JSON that cannot be read ({str(error)[:80]})")
+            value = _read(record[name], decode)
+            if name in (wanted or ()) or not isinstance(value, Unreadable):
+                record[name] = value
         yield record
 
 
-def _rows(batch: Any, *, has_nulls: bool) -> list[dict[str, object]]:  # noqa: ANN401 - pyarrow's
-    """Rows as Python values; text that is not UTF-8 is bytes, what pyarrow cannot give is ``_Unreadable`` or null."""
+def values(column: Any, decode: Decoder | None = None) -> list[object]:  # noqa: ANN401 - a pyarrow array
+    """Values of a column as ``prompts.prompt_of`` takes them. A bad value costs nothing but itself."""
+    found = _values(column)
+    return found if decode is None else [_read(value, decode) for value in found]
+
+
+def _read(value: object, decode: Decoder) -> object:
+    try:
+        return value if isinstance(value, Unreadable) else decode(value)
+    except _BadJson as error:
+        return Unreadable(f"JSON that cannot be read ({str(error)[:80]})")
+
+
+def _rows(batch: Any) -> list[dict[str, object]]:  # noqa: ANN401 - pyarrow's
     with contextlib.suppress(*_BAD_VALUE):
         rows: list[dict[str, object]] = batch.to_pylist()
         return rows
-    columns = [_values(column, has_nulls=has_nulls) for column in batch.columns]
+    columns = [_values(column) for column in batch.columns]
     return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def _values(column: Any, *, has_nulls: bool) -> list[object]:  # noqa: ANN401 - a pyarrow array
+def _values(column: Any) -> list[object]:  # noqa: ANN401 - a pyarrow array
+    """Values as Python's; text that is not UTF-8 is bytes, what pyarrow cannot give is ``Unreadable``."""
     with contextlib.suppress(*_BAD_VALUE):
         values: list[object] = column.to_pylist()
         return values
+    if hasattr(column, "chunks"):
+        return [value for chunk in column.chunks for value in _values(chunk)]
     with contextlib.suppress(*_BAD_VALUE):
         column = column.view(_loose(column.type))
-    return [_value(scalar, has_nulls=has_nulls) for scalar in column]
+    return [_value(scalar) for scalar in column]
 
 
-def _value(scalar: Any, *, has_nulls: bool) -> object:  # noqa: ANN401 - pyarrow's
+def _value(scalar: Any) -> object:  # noqa: ANN401 - pyarrow's
     try:
         return _text(scalar.as_py())
     except _BAD_VALUE as error:
-        return None if has_nulls else _Unreadable(f"a value that cannot be read ({str(error)[:80]})")
+        return Unreadable(f"a value that cannot be read ({str(error)[:80]})")
 
 
 def _text(value: object) -> object:
@@ -181,11 +180,11 @@ def _inner(kind: Any) -> list[Any]:  # noqa: ANN401 - a pyarrow type
 
 def decoders(schema: Any, columns: list[str]) -> dict[str, Decoder]:  # noqa: ANN401 - pyarrow's
     """What decodes the JSON inside values of these columns, for those that have any."""
-    found = {field.name: _decoder(field.type, field.metadata) for field in schema if field.name in columns}
+    found = {field.name: decoder(field.type, field.metadata) for field in schema if field.name in columns}
     return {name: decode for name, decode in found.items() if decode is not None}
 
 
-def _decoder(kind: Any, metadata: Any) -> Decoder | None:  # noqa: ANN401 - pyarrow's
+def decoder(kind: Any, metadata: Any = None) -> Decoder | None:  # noqa: ANN401 - pyarrow's
     """What decodes the JSON inside values of a type; None if it has none."""
     from pyarrow import types  # noqa: PLC0415 - an extra
 
@@ -194,10 +193,10 @@ def _decoder(kind: Any, metadata: Any) -> Decoder | None:  # noqa: ANN401 - pyar
         return _decoded
     kind = _stored(kind)
     if types.is_struct(kind):
-        inner = {field.name: decode for field in kind if (decode := _decoder(field.type, field.metadata)) is not None}
+        inner = {field.name: decode for field in kind if (decode := decoder(field.type, field.metadata)) is not None}
         return _of_struct(inner) if inner else None
     item = kind.item_field if types.is_map(kind) else getattr(kind, "value_field", None)
-    decode = _decoder(item.type, item.metadata) if item is not None else None
+    decode = decoder(item.type, item.metadata) if item is not None else None
     return _of_items(decode, is_map=types.is_map(kind)) if decode is not None else None
 
 

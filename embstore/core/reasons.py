@@ -50,7 +50,7 @@ def by_kind(counts: Mapping[str, int]) -> str:
     Examples
     --------
     >>> by_kind({"empty line": 2, "not JSON": 1_200})
-    'not JSON (1,200), empty line (2)'
+    'not JSON: 1,200, empty line: 2'
     """
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{kind} ({count:,})" for kind, count in ordered)
+    return ", ".join(f"{kind}: {count:,}" for kind, count in ordered)

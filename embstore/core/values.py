@@ -36,6 +36,20 @@ class Opaque(Unusable):
     """A value that JSON cannot express, such as an image; as another field of a line it is left out."""
 
 
+class Unreadable:
+    """A value that a file has and Python does not, in its place: only a prompt that it belongs to is lost.
+
+    ``plain`` asks for it as it asks any value of pyarrow.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def as_py(self) -> object:
+        """Raise Opaque with the reason."""
+        raise Opaque(self._reason)
+
+
 def plain(value: object, levels: int = MAX_NESTING - 1) -> JsonValue:  # noqa: PLR0911 - one return per kind
     """The value as JSON expresses it, in its one spelling.
 
@@ -85,6 +99,8 @@ def as_json(value: Any, *, drops_nulls: bool) -> JsonValue:  # noqa: ANN401 - an
     """
     if hasattr(value, "tolist"):  # arrays and scalars of numpy
         value = value.tolist()
+    if isinstance(value, Unreadable):
+        return None
     if isinstance(value, Mapping):
         items = {str(name): as_json(item, drops_nulls=drops_nulls) for name, item in value.items()}
         return {name: item for name, item in items.items() if item is not None} if drops_nulls else items

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embstore.core.arrow_values import decoders, records
 from embstore.core.errors import ConfigError, PromptError, StoreExistsError
 from embstore.core.file_kinds import LINES, PARQUET
 from embstore.core.files import storage_errors
@@ -26,7 +27,6 @@ from embstore.core.inputs import INSTALL_PARQUET, Input, open_input
 from embstore.core.prompts import Rejected, decode_object
 from embstore.core.rows import slices
 from embstore.training.draws import Method
-from embstore.training.items import values_of
 from embstore.training.join import Duplicates, OnMissing
 from embstore.training.reading import PromptReading
 from embstore.training.resample import DRAW_COLUMN, resample_indices
@@ -234,9 +234,9 @@ class _Parquet:
         if id_column is not None and id_column not in present:
             raise ConfigError(f"{self.name} has no column {id_column}; it has {', '.join(present)}", hint="set --id-column")
         wanted = reading.choose(present) if id_column is None else [id_column]
+        to_decode = decoders(self.file.schema_arrow, wanted)
         for batch in self.file.iter_batches(batch_size=1024, columns=wanted):
-            columns = [values_of(batch.column(name)) for name in wanted]
-            yield from (dict(zip(wanted, values, strict=True)) for values in zip(*columns, strict=True))
+            yield from records(batch, to_decode, frozenset(wanted))
 
     def write(self, out: Path, rows_n: NDArray[np.int64]) -> None:
         """Write the rows of these items with their numbers; each block of draws reads the row groups that it needs."""

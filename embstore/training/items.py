@@ -10,7 +10,6 @@ Shapes: M items, B items of a block.
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embstore.core import arrow_values
 from embstore.core.errors import ConfigError
 
 BLOCK_ITEMS = 4096
@@ -53,7 +53,9 @@ def blocks_of(dataset: object, choose: ChooseColumns) -> Iterator[Block]:
         return _item_blocks(given) if has_transform(given) else _hugging_face_blocks(given, choose)
     if is_table(given):
         return _table_blocks(given, choose)
-    for method in ("to_list", "to_pylist", "tolist"):  # columns of pandas, polars and pyarrow, and arrays
+    if _is_arrow(given):
+        return _item_blocks(arrow_values.values(given, arrow_values.decoder(given.type)))
+    for method in ("to_list", "tolist"):  # columns of pandas and polars, and arrays
         if callable(getattr(given, method, None)):
             return _item_blocks(getattr(given, method)())
     return _item_blocks(_iterated(given))
@@ -73,6 +75,11 @@ def has_transform(dataset: Any) -> bool:  # noqa: ANN401 - a dataset of ``datase
 def is_table(dataset: Any) -> bool:  # noqa: ANN401 - anything
     """Whether it is a table of pandas, polars or pyarrow: something with named columns, sliced by rows."""
     return hasattr(dataset, "columns") and (hasattr(dataset, "iloc") or hasattr(dataset, "slice"))
+
+
+def _is_arrow(value: Any) -> bool:  # noqa: ANN401 - anything
+    """Whether it is a table or a column of pyarrow."""
+    return hasattr(value, "to_pylist")
 
 
 def _refuse_mistakes(dataset: Any) -> None:  # noqa: ANN401 - anything
@@ -127,38 +134,29 @@ def _table_blocks(table: Any, choose: ChooseColumns) -> Iterator[Block]:  # noqa
     num_rows = getattr(table, "num_rows", None)
     for start in range(0, len(table) if num_rows is None else num_rows, BLOCK_ITEMS):
         part = table.iloc[start : start + BLOCK_ITEMS] if hasattr(table, "iloc") else table.slice(start, BLOCK_ITEMS)
-        columns = {name: values_of(part[name]) for name in wanted}
+        columns = _arrow_columns(part, wanted) if _is_arrow(part) else {name: part[name].to_list() for name in wanted}
         count = len(next(iter(columns.values())))
         yield Block(positions_B=np.arange(start, start + count), columns=columns)
 
 
-def values_of(column: Any) -> list[Any]:  # noqa: ANN401 - anything
-    """A column's values as Python's; the JSON type of Arrow holds their source text."""
-    if not hasattr(column, "to_pylist"):  # of pyarrow
-        return list(column.to_list())
-    values = column.to_pylist()
-    return [_without_json(value, column.type) for value in values] if "arrow.json" in str(column.type) else values
-
-
-def _without_json(value: Any, kind: Any) -> Any:  # noqa: ANN401 - a value and a type of Arrow
-    if isinstance(value, str) and getattr(kind, "extension_name", None) == "arrow.json":
-        return json.loads(value)
-    if isinstance(value, list):
-        return [_without_json(item, kind.value_type) for item in value]
-    if isinstance(value, dict):
-        return {name: _without_json(item, kind.field(name).type) for name, item in value.items()}
-    return value
+def _arrow_columns(table: Any, names: list[str]) -> dict[str, list[object]]:  # noqa: ANN401 - pyarrow's
+    """Columns as a build reads them."""
+    decoders = arrow_values.decoders(table.schema, names)
+    return {name: arrow_values.values(table.column(name), decoders.get(name)) for name in names}
 
 
 def _hugging_face_blocks(dataset: Any, choose: ChooseColumns) -> Iterator[Block]:  # noqa: ANN401 - anything
-    """Columns without the dataset's own format, so that values are Python's and no other column is decoded."""
-    selected = dataset.select_columns(choose(dataset.column_names))
+    """Columns without the dataset's own format, so that no other column is decoded: as Arrow has them, or a stream."""
+    names = choose(dataset.column_names)
+    selected = dataset.select_columns(names)
+    is_stream = not hasattr(selected, "data")
     if hasattr(selected, "with_format"):
-        selected = selected.with_format(None)
+        selected = selected.with_format(None if is_stream else "arrow")
     rows_M = selected_rows(selected)
     if rows_M is None:
         start = 0
-        for columns in selected.iter(batch_size=BLOCK_ITEMS):
+        for batch in selected.iter(batch_size=BLOCK_ITEMS):
+            columns = batch if is_stream else _arrow_columns(batch, names)
             count = len(next(iter(columns.values())))
             yield Block(positions_B=np.arange(start, start + count), columns=columns)
             start += count
@@ -172,7 +170,8 @@ def _hugging_face_blocks(dataset: Any, choose: ChooseColumns) -> Iterator[Block]
         if found.start == found.stop:
             continue
         picked = (sorted_M[found] - start).tolist()
-        columns = {name: [values[row] for row in picked] for name, values in whole[start : start + BLOCK_ITEMS].items()}
+        read = _arrow_columns(whole[start : start + BLOCK_ITEMS], names)
+        columns = {name: [values[row] for row in picked] for name, values in read.items()}
         yield Block(positions_B=by_row_M[found], columns=columns)
 
 

@@ -10,7 +10,6 @@ Shapes: N rows of the store, M items of the dataset, B items of a block.
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,11 +21,13 @@ from embstore.core.config import CURRENT_RULE, PromptRule
 from embstore.core.decode import printable
 from embstore.core.errors import ConfigError, KeyMismatchError, PromptError
 from embstore.core.prompts import Prompt, Rejected
+from embstore.core.reasons import by_kind, count_reason
 from embstore.core.values import Unusable, plain
 from embstore.training.items import blocks_of
 from embstore.training.reading import (
     BlockPrompts,
     PromptReading,
+    is_bare,
     key_of,
     no_column,
     other_form,
@@ -36,7 +37,6 @@ from embstore.training.reading import (
 OnMissing = Literal["error", "drop", "mean"] | float
 Duplicates = Literal["repeat", "divide"]
 
-_MOST_REASONS, _NAMED_REASONS = 1000, 4
 _SHOWN_START, _SHOWN_END = 160, 60  # characters of the first missing item
 # when so many items have no row in either form, the rest is not looked up in the other one
 _TRIES = 20_000
@@ -46,15 +46,16 @@ _TRIES = 20_000
 class Join:
     """Rows int64 [M] of the items (-1: not in the store), and what is to be said about them.
 
-    ``unknown`` says which prompt is the first without a row, ``rejected`` counts the items without a prompt by reason,
-    ``first_rejected`` is the first of these. ``form`` is "text" if chats of one user turn were found as that turn's text,
-    "chat" if texts were found as such chats. ``has_answers``: there are chats that end in an assistant turn.
+    ``unknown`` says which prompt is the first without a row, ``rejected`` counts the items that could not be read by kind of
+    reason, ``first_rejected`` says which is the first of these, and why. ``form`` is "text" if chats of one user turn were
+    found as that turn's text, "chat" if texts were found as such chats. ``has_answers``: there are chats that end in an
+    assistant turn.
     """
 
     rows_M: NDArray[np.int64]
     unknown: str = ""
     rejected: Mapping[str, int] = field(default_factory=dict)
-    first_rejected: int = -1
+    first_rejected: str = ""
     form: Literal["", "text", "chat"] = ""
     has_answers: bool = False
 
@@ -88,21 +89,25 @@ class StoredKeys:
 
 def join_keys(stored_N: NDArray[np.uint64], keys_M: NDArray[np.uint64]) -> Join:
     """Join by keys that ``prompt_keys`` made."""
-    return _join_names(StoredKeys(stored_N).rows(keys_M), lambda position: f"key {int(keys_M[position]):016x}")
-
-
-def join_ids(aliases: Mapping[str, int], ids: Sequence[str]) -> Join:
-    """Join by ids of the prompts file or of rows."""
-    rows_M = np.fromiter((aliases.get(name, -1) for name in ids), dtype=np.int64, count=len(ids))
-    return _join_names(rows_M, lambda position: f"id {printable(repr(ids[position][:_SHOWN_START]))}")
-
-
-def _join_names(rows_M: NDArray[np.int64], name: Callable[[int], str]) -> Join:
+    rows_M = StoredKeys(stored_N).rows(keys_M)
     unknown_m = np.flatnonzero(rows_M < 0)
-    if not len(unknown_m):
-        return Join(rows_M=rows_M)
-    first = int(unknown_m[0])
-    return Join(rows_M=rows_M, unknown=f"item {first}, {name(first)}")
+    unknown = f"item {unknown_m[0]}, key {int(keys_M[unknown_m[0]]):016x}" if len(unknown_m) else ""
+    return Join(rows_M=rows_M, unknown=unknown)
+
+
+def join_ids(aliases: Mapping[str, int], ids: Sequence[str | Rejected]) -> Join:
+    """Join by ids of the prompts file or of rows."""
+    rows_M = np.full(len(ids), -1, dtype=np.int64)
+    rejected = _RejectedItems()
+    unknown = ""
+    for position, name in enumerate(ids):
+        if isinstance(name, Rejected):
+            rejected.add(name.reason, position)
+        elif (row := aliases.get(name, -1)) >= 0:
+            rows_M[position] = row
+        else:
+            unknown = unknown or f"item {position}, id {printable(repr(name[:_SHOWN_START]))}"
+    return Join(rows_M=rows_M, unknown=unknown, rejected=rejected.counts, first_rejected=rejected.first)
 
 
 def join_dataset(stored_N: NDArray[np.uint64], dataset: object, reading: PromptReading) -> Join:
@@ -121,14 +126,28 @@ def join_dataset(stored_N: NDArray[np.uint64], dataset: object, reading: PromptR
     return search.finish()
 
 
+class _RejectedItems:
+    """Items that could not be read, counted by kind of reason; ``first`` says which is the first of them, and why."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self.first = ""
+        self._position = -1
+
+    def add(self, reason: str, position: int) -> None:
+        """Count one item; they do not come in order."""
+        count_reason(self.counts, reason)
+        if not self.first or position < self._position:
+            self.first, self._position = f"item {position}: {printable(reason.removeprefix('no prompt: '))}", position
+
+
 class _Search:
     """What is found block by block, and what is missing."""
 
     def __init__(self, stored: StoredKeys, reading: PromptReading) -> None:
         self.stored, self.reading = stored, reading
         self.blocks: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []  # positions and rows
-        self.reasons: Counter[str] = Counter()
-        self.first_rejected = -1
+        self.rejected = _RejectedItems()
         self.unknown: tuple[int, Prompt] | None = None  # the first item without a row, and its prompt
         self.any_row = self.has_answers = False
         # while no item has a row as it is: positions and rows of those that have one in their other form
@@ -154,7 +173,7 @@ class _Search:
         for index, prompt in missing.items():
             position = int(positions_B[index])
             if isinstance(prompt, Rejected):
-                self._reject(prompt.reason, position)
+                self.rejected.add(prompt.reason, position)
                 continue
             self.unknown = _first(self.unknown, position, prompt)
             if index in others:
@@ -164,11 +183,6 @@ class _Search:
             else:
                 self.unknown_in_both = _first(self.unknown_in_both, position, prompt)
         self.blocks.append((positions_B, rows_B))
-
-    def _reject(self, reason: str, position: int) -> None:
-        is_named = reason in self.reasons or len(self.reasons) < _MOST_REASONS
-        self.reasons[reason if is_named else "other reasons"] += 1
-        self.first_rejected = position if self.first_rejected < 0 else min(position, self.first_rejected)
 
     def finish(self) -> Join:
         """Everything in the dataset's order."""
@@ -188,8 +202,8 @@ class _Search:
         return Join(
             rows_M=rows_M,
             unknown=shown,
-            rejected=self.reasons,
-            first_rejected=self.first_rejected,
+            rejected=self.rejected.counts,
+            first_rejected=self.rejected.first,
             form=form,
             has_answers=self.has_answers,
         )
@@ -243,17 +257,14 @@ def notices(join: Join, rule: PromptRule, store: str) -> list[str]:
 
 
 def _described(join: Join, num_missing: int) -> str:
-    """How many items are missing for which reason, and the first of each kind."""
+    """How many items are missing, the first of them, and those that could not be read by kind of reason."""
     num_rejected = sum(join.rejected.values())
     parts = []
     if num_missing > num_rejected:
         parts.append(f"{num_missing - num_rejected} not in the store, the first is {join.unknown}")
     if num_rejected:
-        named = sorted(join.rejected.items(), key=lambda item: (-item[1], item[0]))
-        reasons = [f"{printable(reason.removeprefix('no prompt: '))} ({count})" for reason, count in named[:_NAMED_REASONS]]
-        rest = sum(count for _, count in named[_NAMED_REASONS:])
-        reasons += [f"other reasons ({rest})"] if rest else []
-        parts.append(f"{num_rejected} without a prompt, the first is item {join.first_rejected}: {', '.join(reasons)}")
+        kinds = f" ({printable(by_kind(join.rejected))})" if len(join.rejected) > 1 else ""
+        parts.append(f"{num_rejected} without a prompt, the first is {join.first_rejected}{kinds}")
     return "; ".join(parts)
 
 
@@ -330,34 +341,43 @@ def prompt_keys(dataset: Iterable[object], key_column: str | None = None) -> NDA
     return keys_M
 
 
-def read_ids(dataset: object, id_column: str) -> list[str]:
-    """The ids of a dataset's items, as text."""
+def read_ids(dataset: object, id_column: str) -> list[str | Rejected]:
+    """The ids of a dataset's items, as text; an item that cannot be read keeps its place.
+
+    Raises
+    ------
+    ConfigError
+        It is not a dataset, or an item has no such column.
+    """
 
     def choose(present: Sequence[str]) -> list[str]:
         if id_column not in present:
             raise ConfigError(f"the dataset has no column {id_column}; it has {', '.join(present)}", hint="set id_column")
         return [id_column]
 
-    ids: dict[int, str] = {}
+    ids: dict[int, str | Rejected] = {}
     for block in blocks_of(dataset, choose):
         positions = block.positions_B.tolist()
         if block.columns is not None:
             ids.update(zip(positions, map(_id, block.columns[id_column]), strict=True))
             continue
         for position, item in zip(positions, block.items, strict=True):
-            record = record_of(item, position)
-            if id_column not in record:
-                raise no_column(id_column, record, position)
+            if isinstance(item, Rejected):
+                ids[position] = item
+                continue
+            record = None if is_bare(item) else record_of(item, position)
+            if record is None or id_column not in record:
+                raise no_column(id_column, item if record is None else record, position)
             ids[position] = _id(record[id_column])
     return [ids[position] for position in range(len(ids))]
 
 
-def _id(value: object) -> str:
+def _id(value: object) -> str | Rejected:
     """An id as a build reads it; empty, which is never an id, where there is none."""
     try:
         value = plain(value)
-    except Unusable:
-        return str(value)
+    except Unusable as error:
+        return Rejected(reason=f"its id is {error}")
     return "" if value is None else str(value)
 
 

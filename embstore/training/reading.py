@@ -14,7 +14,7 @@ from typing import Any
 from embstore.core.config import FIRST_RULE, USUAL_FIELDS, PromptFields, PromptRule
 from embstore.core.errors import ConfigError
 from embstore.core.prompts import TEMPLATE_FIELDS, Prompt, Rejected, content_fields, prompt_of
-from embstore.core.values import as_json
+from embstore.core.values import Unreadable, as_json
 from embstore.training.items import Block
 from embstore.training.text_keys import text_keys
 
@@ -65,8 +65,6 @@ class PromptReading:
         kept = {name: record[name] for name in (*read, *TEMPLATE_FIELDS) if name in record}
         if not kept:
             return prompt_of(record, names, self.rule)  # names the fields that there are
-        if (unread := next((value for value in kept.values() if isinstance(value, Rejected)), None)) is not None:
-            return unread
         if self.rule.version == FIRST_RULE.version:
             kept = {name: as_json(value, drops_nulls=False) for name, value in kept.items()}
         return prompt_of(kept, names, self.rule)
@@ -171,7 +169,7 @@ def record_of(item: Any, position: int) -> Mapping[str, object]:  # noqa: ANN401
 
 def is_bare(item: Any) -> bool:  # noqa: ANN401 - an item of any dataset
     """Whether an item is a text or a list of messages itself, not a record with one."""
-    is_list = isinstance(item, Sequence) or hasattr(item, "tolist")
+    is_list = isinstance(item, Sequence | Unreadable) or hasattr(item, "tolist")
     return is_list and not isinstance(item, Mapping) and not hasattr(item, "keys") and not hasattr(item, "_asdict")
 
 

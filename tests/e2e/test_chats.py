@@ -73,7 +73,7 @@ def test_refused_chats_are_named_before_the_pass_and_keep_their_numbers(model: P
     result = run(*command, "--resume", "--on-error", "quarantine")
     assert result.exit_code == 0, result.stderr
     assert "warning: 3 of 100 lines (3.0%)" in result.stderr
-    assert "3 rows without a vector (the chat template refuses it (3))" in result.stdout
+    assert "3 rows without a vector (the chat template refuses it: 3)" in result.stdout
     opened = open_store(store)
     reasons = {failed.row: failed.reason for failed in opened.journal.failed}
     assert list(reasons) == [80, 91, 97]

@@ -6,6 +6,8 @@ The oracle of a join is a dictionary over the store's own rows.
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import decimal
 import hashlib
 import json
 import random
@@ -20,14 +22,18 @@ import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch.utils.data
 from numpy.typing import NDArray
 
-from embstore.core.config import PromptFields
+from embstore.core.config import FIRST_RULE, PromptFields
 from embstore.core.errors import ConfigError, KeyMismatchError
+from embstore.core.prompts import Prompt
+from embstore.storage.prompt_source import read_record
 from embstore.storage.reader import open_store
 from embstore.training import Weights, load_weights, prompt_keys, resample_file
+from embstore.training.reading import PromptReading, without_nulls
 from tests.support.build_fake import CONFIG
 from tests.support.stores import build_small, write_lines
 
@@ -236,6 +242,27 @@ def test_the_fields_that_the_build_read_are_joined_without_naming_them(tmp_path:
     assert named.array == pytest.approx(expected(store, [5, 6, 7, 8, 9]), rel=1e-6)
 
 
+def test_items_without_columns_are_the_prompts_whatever_column_is_named(chats: Path, texts: Path, tmp_path: Path) -> None:
+    """Texts by either way to their keys, and chats in every form."""
+    messages = [record["messages"] for record in RECORDS]
+    arrays = np.fromiter((np.array(each, dtype=object) for each in messages), dtype=object, count=len(messages))
+    fields = build_of(tmp_path, [{"question": f"[{text}]"} for text in QUESTIONS], fields=PromptFields(text="question"))
+    for column in ("question", "messages", "prompt", None):
+        for store, given in (
+            (texts, QUESTIONS),
+            (texts, pd.Series(QUESTIONS)),
+            (chats, messages),
+            (chats, tuple(map(tuple, messages))),
+            (chats, arrays),
+            (chats, [json.dumps(each) for each in messages]),
+            (fields, [f"[{text}]" for text in QUESTIONS]),
+        ):
+            weights = load_weights(store).for_dataset(given, key_column=column)
+            assert weights.array == pytest.approx(expected(store, list(range(40))), rel=1e-6)
+    with pytest.raises(ConfigError, match=r"item 0 has no column 'prompt'; it has no columns \(str\)"):
+        load_weights(texts).for_dataset(QUESTIONS, id_column="prompt")
+
+
 def test_tools_and_template_variables_are_part_of_a_chat(tmp_path: Path) -> None:
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
     lines = [
@@ -327,6 +354,17 @@ def test_a_store_of_the_first_rule_is_joined_as_it_was_built(tmp_path: Path) -> 
         assert weights.array == pytest.approx(expected(tmp_path / "from-a-table", order), rel=1e-6)
 
 
+def test_by_the_first_rule_a_join_writes_values_as_a_build_of_a_table_did() -> None:
+    """Bytes as hex, dates and decimals as text, no NaN."""
+    turn = {"role": "user", "content": "a", "image": b"\x89P", "price": decimal.Decimal("1.50"), "loss": float("nan")}
+    record = {"messages": [turn | {"when": datetime.date(2026, 1, 2), "name": None, "parts": [{"data": b"", "next": None}]}]}
+    built = read_record(record, rule=FIRST_RULE)
+    joined = PromptReading(rule=FIRST_RULE).prompt(record, 0)
+    assert isinstance(built, Prompt)
+    assert isinstance(joined, Prompt)
+    assert without_nulls(joined) == Prompt(id=None, messages=built.messages)
+
+
 def as_first_rule(store: Path, records: list[dict[str, Any]]) -> None:
     """Give a store the manifest and the keys that a release before the second rule wrote for these chats."""
     chats = [json.dumps(record["messages"], sort_keys=True, separators=(",", ":")) for record in records]
@@ -359,10 +397,10 @@ def test_a_failed_join_shows_the_text_of_the_first_missing_item_and_counts_by_ca
     for part in (
         "6 of 10 items",
         "2 not in the store, the first is item 5, 'A prompt",
-        "4 without a prompt, the first is item 4: the prompt is empty (2), message 0",
+        "4 without a prompt, the first is item 4: the prompt is empty (the prompt is empty: 2, ",
+        "1 message N has a part of kind image_url, 1 no prompt)",
     ):
         assert part in said
-    assert "image_url" in said
     # the same for a file
     source = write_lines(tmp_path / "data.jsonl", [*given[:4], b'{"prompt": "a", "prompt": "b"}\n', given[7]])
     with pytest.raises(
@@ -377,6 +415,91 @@ def test_items_that_failed_in_the_build_are_counted_apart(tmp_path: Path) -> Non
     build_small(prompts, tmp_path / "store", config=dataclasses.replace(CONFIG, on_error="quarantine"))
     with pytest.raises(KeyMismatchError, match=r"1 not in the store, .*; 1 more failed in the build"):
         load_weights(tmp_path / "store").for_dataset([*lines, {"prompt": "nobody asked"}])
+
+
+# --- values of Arrow that are not what their type says ------------------------------------------------------------------
+
+JSON_CHATS = [json.dumps([{"role": "user", "content": text}]) for text in QUESTIONS[:9]]
+JSON_TYPE = pa.json_(pa.string())
+AS_JSON = {b"ARROW:extension:name": b"arrow.json", b"ARROW:extension:metadata": b""}
+
+
+def raw(values: list[bytes], kind: pa.DataType) -> pa.Array:
+    """Texts that need not be UTF-8."""
+    return pa.array(values, pa.large_binary() if kind == pa.large_string() else pa.binary()).view(kind)
+
+
+def of_turns(texts: pa.Array) -> pa.Array:
+    """Chats of one user turn, as Arrow holds them."""
+    roles = pa.array(["user"] * len(texts))
+    return pa.ListArray.from_arrays(
+        pa.array(range(len(texts) + 1), pa.int32()), pa.StructArray.from_arrays([roles, texts], ["role", "content"])
+    )
+
+
+def as_maps(contents: list[str]) -> pa.Array:
+    """The same, each turn as a map from names to JSON."""
+    pairs = [[[("role", '"user"'), ("content", text)]] for text in contents]
+    return pa.array(pairs, pa.list_(pa.map_(pa.string(), pa.string()))).cast(pa.list_(pa.map_(pa.string(), JSON_TYPE)))
+
+
+UTF8, BAD_UTF8 = [text.encode() for text in QUESTIONS[:9]], b"caf\xe9 " * 3
+STRANGE_COLUMNS = {
+    "bad JSON": ("messages", pa.array([*JSON_CHATS, '[{"role": "user", "con']).cast(JSON_TYPE), None),
+    "a key twice": (
+        "messages",
+        pa.array([*JSON_CHATS, '[{"role": "user", "content": "a", "content": "b"}]']).cast(JSON_TYPE),
+        None,
+    ),
+    "JSON by metadata": ("messages", pa.array([*JSON_CHATS, "[{'role': 'user'}]"]), AS_JSON),
+    "JSON text by metadata": ("prompt", pa.array([*map(json.dumps, QUESTIONS[:9]), "no quotes"]), AS_JSON),
+    "maps to JSON": ("messages", as_maps([*map(json.dumps, QUESTIONS[:9]), "no quotes"]), None),
+    "a text that is not UTF-8": ("prompt", raw([*UTF8, BAD_UTF8], pa.string()), None),
+    "a large text that is not UTF-8": ("prompt", raw([*UTF8, BAD_UTF8], pa.large_string()), None),
+    "a text of few that is not UTF-8": (
+        "prompt",
+        pa.DictionaryArray.from_arrays(pa.array(range(10), pa.int32()), raw([*UTF8, BAD_UTF8], pa.string())),
+        None,
+    ),
+    "a content that is not UTF-8": ("messages", of_turns(raw([*UTF8, BAD_UTF8], pa.string())), None),
+    "JSON that is not UTF-8": (
+        "messages",
+        pa.ExtensionArray.from_storage(JSON_TYPE, raw([*map(str.encode, JSON_CHATS), BAD_UTF8], pa.string())),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE_COLUMNS)
+def test_tables_are_joined_as_a_build_reads_them(kind: str, tmp_path: Path) -> None:
+    """The build of the same file is the oracle: it takes nine rows and says of the last one why it does not."""
+    name, column, metadata = STRANGE_COLUMNS[kind]
+    schema = pa.schema([pa.field(name, column.type, metadata=metadata), pa.field("uid", pa.int64())])
+    table = pa.Table.from_arrays([column, pa.array(range(10))], schema=schema)
+    pq.write_table(table, tmp_path / "p.parquet")
+    build_small(tmp_path / "p.parquet", tmp_path / "store", config=dataclasses.replace(CONFIG, max_quarantined=0.5))
+    (quarantined,) = map(json.loads, (tmp_path / "store" / "quarantine.jsonl").read_text().splitlines())
+    assert quarantined["line"] == 10
+    reason = re.escape(quarantined["reason"]).replace(
+        "field\\ messages", "field\\ (messages|prompt)"
+    )  # a column has no name
+    said = f"1 of 10 items .* 1 without a prompt, the first is item 9: {reason}"
+    weights = load_weights(tmp_path / "store")
+    given = {"a table": table, "a batch": table.to_batches()[0]}
+    if metadata is None:  # a column alone has none, nor has a dataset
+        given |= {"a column": table[name], "an array": column}
+    if metadata is None and "maps" not in kind and "few" not in kind:  # which ``datasets`` does not have
+        given |= {"a dataset": datasets.Dataset(table), "turned": datasets.Dataset(table).select(list(range(9, -1, -1)))}
+    for what, dataset in given.items():
+        joined = weights.for_dataset(dataset, on_missing="drop")
+        found = joined.array[::-1] if what == "turned" else joined.array
+        assert found == pytest.approx([*expected(tmp_path / "store", list(range(9))), 0], rel=1e-6), what
+        with pytest.raises(KeyMismatchError, match=said.replace("item 9", "item 0") if what == "turned" else said):
+            weights.for_dataset(dataset)
+    resample_file(tmp_path / "store", tmp_path / "p.parquet", tmp_path / "out.parquet", on_missing="drop", num_samples=300)
+    assert set(pq.read_table(tmp_path / "out.parquet")["uid"].to_pylist()) == set(range(9))
+    with pytest.raises(KeyMismatchError, match=said):
+        resample_file(tmp_path / "store", tmp_path / "p.parquet", tmp_path / "again.parquet")
 
 
 def test_a_dataset_without_items_is_not_a_join(texts: Path) -> None:

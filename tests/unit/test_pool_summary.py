@@ -53,7 +53,7 @@ def test_reasons_are_counted_by_kind() -> None:
     reasons = ["not JSON (Expecting value: line 1)", "not JSON (Extra data: char 7)", "not UTF-8 (byte 0)"]
     reasons += ["message 3 is not an object", "message 14 is not an object"]
     assert counted(reasons) == {"not JSON": 2, "not UTF-8": 1, "message N is not an object": 2}
-    assert by_kind(counted(reasons)) == "message N is not an object (2), not JSON (2), not UTF-8 (1)"
+    assert by_kind(counted(reasons)) == "message N is not an object: 2, not JSON: 2, not UTF-8: 1"
 
 
 @given(st.lists(st.text(max_size=60), max_size=40))
@@ -215,8 +215,8 @@ def test_the_closing_summary_says_what_became_of_the_lines(tmp_path: Path) -> No
         file.write('{"prompt": "Explain 3"}\n{"prompt": "FAIL here"}\n')
     report = build_small(prompts, tmp_path / "store", config=QUARANTINE)
     text = said(report, tmp_path / "store")
-    assert "from 98 lines: 1 repeat, 6 quarantined (empty line (2), not JSON (2), not a JSON object but list (1)" in text
-    assert "1 row without a vector (the text says so (1))" in text
+    assert "from 98 lines: 1 repeat, 6 quarantined (empty line: 2, not JSON: 2, not a JSON object but list: 1" in text
+    assert "1 row without a vector (the text says so: 1)" in text
     assert "were cut" not in text
     again = build_small(None, tmp_path / "store", config=QUARANTINE)
     assert again.pool == report.pool, "a run that computes nothing says the same"

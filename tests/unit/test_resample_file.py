@@ -175,6 +175,36 @@ def test_a_byte_order_mark_stays_out_and_a_broken_line_is_never_drawn(finished_s
     assert all("answer" in json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines())
 
 
+def test_items_that_cannot_be_read_keep_their_places_in_a_join_by_ids(finished_store: Path, tmp_path: Path) -> None:
+    ids = store_ids(finished_store)[:6]
+    lines: list[Any] = [{"uid": name, "n": number} for number, name in enumerate(ids)]
+    source = write_lines(tmp_path / "data.jsonl", [*lines[:2], b"no JSON\n", *lines[2:], b"[1]\n"])
+    with pytest.raises(KeyMismatchError, match=r"2 of 8 items .*: 2 without a prompt, the first is item 2: not JSON"):
+        resample_file(finished_store, source, tmp_path / "out.jsonl", id_column="uid")
+    with pytest.raises(PromptError, match=r"line 3 of .* cannot be drawn"):
+        resample_file(finished_store, source, tmp_path / "out.jsonl", id_column="uid", on_missing="mean")
+    resample_file(finished_store, source, tmp_path / "out.jsonl", id_column="uid", on_missing="drop", num_samples=60, seed=3)
+    drawn = [json.loads(line)["n"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    known = load_weights(finished_store).for_dataset(lines, id_column="uid").array
+    plan = resample_indices(np.insert(known, [2, 6], 0), 60, seed=3)
+    assert drawn == [row - (row > 2) for row in plan.tolist()]
+    # the same of a table, whose ids are JSON
+    texts = pa.array([json.dumps(ids[0]), "no quotes", json.dumps(ids[1])]).cast(pa.json_(pa.string()))
+    table = pa.table({"uid": texts, "n": [0, 1, 2]})
+    pq.write_table(table, tmp_path / "data.parquet")
+    stored = load_weights(finished_store)
+    for join in (
+        lambda **policy: stored.for_dataset(table, id_column="uid", **policy),
+        lambda **policy: resample_file(
+            finished_store, tmp_path / "data.parquet", tmp_path / "out.parquet", id_column="uid", **policy
+        ),
+    ):
+        with pytest.raises(KeyMismatchError, match=r"1 of 3 items .* item 1: its id is JSON that cannot be read"):
+            join()
+        assert join(on_missing="drop") is not None
+    assert set(pq.read_table(tmp_path / "out.parquet")["n"].to_pylist()) <= {0, 2}
+
+
 def test_a_copy_that_cannot_be_written_is_an_expected_error(finished_store: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "data.jsonl", items()[:9])
     with pytest.raises(StorageError, match=r"writing .*nowhere.* failed"):
