@@ -146,7 +146,7 @@ def _arrow_columns(table: Any, names: list[str]) -> dict[str, list[object]]:  # 
 
 
 def _hugging_face_blocks(dataset: Any, choose: ChooseColumns) -> Iterator[Block]:  # noqa: ANN401 - anything
-    """Columns without the dataset's own format, so that no other column is decoded: as Arrow has them, or a stream."""
+    """Columns without the dataset's own format, so that no other column is decoded; values of a stream are Python's."""
     names = choose(dataset.column_names)
     selected = dataset.select_columns(names)
     is_stream = not hasattr(selected, "data")
