@@ -88,7 +88,7 @@ def _refuse_mistakes(dataset: Any) -> None:  # noqa: ANN401 - anything
         first = next(iter(dataset), "train")
         if any(is_hugging_face(value) or is_table(value) for value in dataset.values()):
             raise ConfigError(
-                f"this dataset has several splits: {names}",
+                f"this dataset consists of splits: {names}",
                 hint=f"join the one that is trained on: for_dataset(dataset[{first!r}])",
             )
         raise ConfigError(

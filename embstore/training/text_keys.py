@@ -21,7 +21,7 @@ _TO_SPACE = bytes(_SPACE if code < 128 and chr(code).isspace() else code for cod
 # whitespace of str.split that is not ASCII, and surrogates, which no UTF-8 has
 _BEYOND_ASCII = re.compile("[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ud800-\udfff]")
 _PREFIX = b"text\0"  # of Prompt.digest
-_MAYBE_JSON = (ord("["), ord("{"))  # a text may be JSON of a chat
+_MAYBE_JSON = tuple(b'[{"')  # a text may be JSON of a chat, or look like it
 
 
 def text_keys(texts: Sequence[object]) -> tuple[NDArray[np.uint64], list[int]]:

@@ -227,7 +227,9 @@ def _print_density(console: Console, metadata: JsonObject) -> None:
     groups = metadata["vector_groups"]
     if groups["rows"]:
         console.print(
-            f"  {groups['rows']:,} rows share their vector with other rows, in {groups['groups']:,} groups", highlight=False
+            f"  {groups['rows']:,} rows share their vector with other rows, in {groups['groups']:,} "
+            f"group{'s' if groups['groups'] != 1 else ''}",
+            highlight=False,
         )
     if metadata["byte_identity_voided"]:
         console.print(

@@ -34,7 +34,7 @@ TEXTS = st.one_of(
     st.sampled_from(["[1]", "[", " [ a", "{", "{}", " { a }", "{name}"]),
     st.tuples(
         st.sampled_from(["", " ", "\n\t", "\u2003", "\ufeff", "a"]),
-        st.one_of(CHATS, CHAT_OBJECTS, JSON).map(json.dumps),
+        st.one_of(CHATS, CHAT_OBJECTS, JSON, st.one_of(CHATS, CHAT_OBJECTS).map(json.dumps), CHATS.map(str)).map(json.dumps),
         st.sampled_from(["", " ", "\n", "."]),
     ).map("".join),
 )
@@ -77,7 +77,7 @@ def _is_unicode(text: str) -> bool:
 def test_plain_texts_do_not_go_the_slow_way() -> None:
     texts = ["one", " two  words ", "three\nlines\tof text", "漢字 and é", "a\0b"]
     assert text_keys(texts)[1] == []
-    assert text_keys(["", " ", "[x", "a\u2003b", "\ud800", None, " {x"])[1] == list(range(7))
+    assert text_keys(["", " ", "[x", "a\u2003b", "\ud800", None, " {x", '"[x'])[1] == list(range(8))
 
 
 def test_every_whitespace_character_of_python_is_known() -> None:

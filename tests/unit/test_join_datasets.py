@@ -182,10 +182,10 @@ def test_rows_in_more_than_one_block_keep_their_order(chats: Path, monkeypatch: 
     [
         (
             datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS), test=datasets.Dataset.from_list(RECORDS)),
-            "several splits: 'train', 'test'",
+            "consists of splits: 'train', 'test'",
             r"for_dataset\(dataset\['train'\]\)",
         ),
-        ({"a": pd.DataFrame(RECORDS)}, "several splits: 'a'", "join the one"),
+        ({"a": pd.DataFrame(RECORDS)}, "consists of splits: 'a'", "join the one"),
         ({"prompt": QUESTIONS}, "a dict with the entries 'prompt' is not a dataset", "from_dict"),
         ("train.parquet", "'train.parquet' is a text or a path", "load the file first"),
         (Path("train.parquet"), "'train.parquet' is a text or a path", "load the file first"),
@@ -398,7 +398,7 @@ def test_a_failed_join_shows_the_text_of_the_first_missing_item_and_counts_by_ca
         "6 of 10 items",
         "2 not in the store, the first is item 5, 'A prompt",
         "4 without a prompt, the first is item 4: the prompt is empty (the prompt is empty: 2, ",
-        "1 message N has a part of kind image_url, 1 no prompt)",
+        "message N has a part of kind image_url: 1, no prompt: 1)",
     ):
         assert part in said
     # the same for a file

@@ -171,7 +171,7 @@ def test_refused_chats_count_as_well(tmp_path: Path) -> None:
     prompts = write_lines(tmp_path / "p.jsonl", [*lines, *[b"broken\n"] * 7])
     source = FakeSource()
     source.has_template = True
-    with pytest.raises(RowError, match=r"15 of 100 lines .*the chat template refuses it \(8\), not JSON \(7\)"):
+    with pytest.raises(RowError, match=r"15 of 100 lines .*the chat template refuses it: 8, not JSON: 7"):
         build_small(prompts, tmp_path / "store", config=QUARANTINE, source=source)
     assert source.creations == 0
     report = build_small(prompts, tmp_path / "store", config=most(0.2, QUARANTINE), source=source)
