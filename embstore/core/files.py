@@ -13,6 +13,8 @@ import hashlib
 import io
 import math
 import os
+import re
+import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,6 +28,7 @@ from embstore.core.errors import CorruptStoreError, EmbstoreError, ExitCode, Sto
 from embstore.core.format import DOCUMENT_BYTES, FileDigest
 
 Buffer = bytes | bytearray | memoryview
+TEMP_NAME = re.compile(r"\..+\.[0-9a-f]+\.tmp")
 
 _READ_BYTES = 8 << 20
 # links are not followed, FIFOs not waited for, children started by exec do not inherit; Windows has only the last flag
@@ -71,6 +74,15 @@ def _next_step(doing: str, code: int | None, *, opening: bool) -> str:
     if code in _NOT_ALLOWED or (opening and code in _WRONG_PLACE):
         return "make the folder writable, or choose another --out"
     return f"fix the file system, {_AGAIN}"
+
+
+def temp_path(path: Path, folder: Path | None = None) -> Path:
+    """Where a file is written before it gets the name ``path``; ``folder`` is on the same file system (default: the folder of ``path``).
+
+    No two calls give the same name. Process ids would: in a container every process may have the pid 1, and what a killed
+    one left would be in the way of the next.
+    """
+    return (folder or path.parent) / f".{path.name}.{secrets.token_hex(4)}.tmp"
 
 
 def open_regular(root: Path, name: str, flags: int = os.O_RDONLY) -> int:

@@ -2,7 +2,7 @@
 
 Every published file goes temp -> write -> fsync -> rename -> fsync(directory). A failed fsync is never retried on the same
 file: Linux marks the pages clean, so a second fsync would report success for data that was never written. Temp files are
-named ``.<target>.<pid>.tmp`` in the target's folder; once their writer is gone, the next writer deletes them.
+named ``.<target>.<token>.tmp`` in the target's folder; once the writer of a store is gone, the next one deletes them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -27,11 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import CorruptStoreError, StorageError, StoreLockedError
-from embstore.core.files import Buffer, array_header, storage_errors
+from embstore.core.files import TEMP_NAME, Buffer, array_header, storage_errors, temp_path
 from embstore.core.format import FileDigest
 from embstore.storage.direct import DirectBuffer, drop_cache, open_direct
 
-_TEMP_NAME = re.compile(r"\..+\.\d+\.tmp")
 _BUFFER_BYTES = 1 << 20  # rows of a JSONL file are small: one write per MiB, not one per row
 
 
@@ -105,7 +103,7 @@ class DurableFile:
         folder: Path | None = None,
     ) -> None:
         self._path = path
-        self._temp = (folder or path.parent) / f".{path.name}.{os.getpid()}.tmp"
+        self._temp = temp_path(path, folder)
         self._sync_directory = sync_directory
         self._direct = direct
         self._leaves_cache = direct is not None
@@ -207,7 +205,7 @@ def replace_link(link: Path, target: str) -> bool:
     """Point the symbolic link ``link`` at ``target`` (relative), atomically; True asks the caller to sync the folder."""
     if link.is_symlink() and os.readlink(link) == target:
         return False
-    temp = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temp = temp_path(link)
     with storage_errors("linking", link):
         os.symlink(target, temp)
         os.rename(temp, link)
@@ -217,7 +215,7 @@ def replace_link(link: Path, target: str) -> bool:
 def remove_temp_files(folder: Path) -> None:
     """Delete temp files of writers that are gone; only the holder of the lock may call this. Other files stay."""
     with storage_errors("reading folder", folder), os.scandir(folder) as entries:
-        stale = [entry.path for entry in entries if _TEMP_NAME.fullmatch(entry.name)]
+        stale = [entry.path for entry in entries if TEMP_NAME.fullmatch(entry.name)]
     for path in stale:
         with storage_errors("removing", Path(path)):
             os.unlink(path)

@@ -1,7 +1,8 @@
 """The journal: an append-only file whose durable lines are the only commits of a build.
 
 A line counts once ``fdatasync`` has returned. After a crash the last line may be torn: it was never acknowledged, so opening
-for writing removes it. Damage anywhere else is refused. Rationale: docs/decisions/0002-journal-is-the-commit-log.md.
+for writing removes it. Damage anywhere else is refused. Rationale: docs/decisions/0002-journal-is-the-commit-log.md, and
+0055 for what a failed sync leaves behind.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from embstore.core.records import (
     encode_journal_record,
     replay,
 )
-from embstore.storage.atomic import fsync_directory, sync_data, write_all, write_durable
+from embstore.storage.atomic import sync_data, write_all, write_durable
 
 _RUNS_BYTES = 1 << 20
 
@@ -81,36 +82,19 @@ def run_entries(root: Path) -> list[JsonObject]:
 
 
 class Journal:
-    """The journal opened by the one writer.
+    """The journal opened by the one writer, who holds the store's lock.
 
-    Opening removes a torn tail and syncs file and folder before anything that was read is trusted: lines that a killed
-    process left may be in the page cache only.
+    Opening writes what was read to a new file, without a torn tail, and puts it in the place of the old one before any line
+    is believed. The page cache may show lines that are on no disk: a killed process left them unsynced, or their fdatasync
+    failed, and then the kernel takes their pages for clean and a second sync would report success without writing them.
     """
 
     def __init__(self, root: Path) -> None:
-        path = root / JOURNAL
-        with storage_errors("opening", path, opening=True):
-            self._handle = open_regular(root, JOURNAL, os.O_CREAT | os.O_RDWR | os.O_APPEND)
-        self._path = path
-        self._broken = False
-        try:
-            self._open(root)
-        except BaseException:
-            os.close(self._handle)
-            raise
-
-    def _open(self, root: Path) -> None:
-        with storage_errors("reading", self._path):
-            content = read_all(self._handle, JOURNAL, JOURNAL_BYTES)
-        self._records, valid_bytes = decode_journal(content, name=JOURNAL)
-        with storage_errors("opening", self._path, opening=True):
-            if valid_bytes < len(content):
-                os.ftruncate(self._handle, valid_bytes)
-            if valid_bytes == 0:
-                write_all(self._handle, encode_journal_header())
-            os.fsync(self._handle)
-        self._size = max(valid_bytes, len(encode_journal_header()))
-        fsync_directory(root)
+        self._path = root / JOURNAL
+        self._handle = -1
+        content = journal_bytes(root)
+        records, valid_bytes = decode_journal(content, name=JOURNAL)
+        self._replace(content[:valid_bytes] or encode_journal_header(), records)
 
     @property
     def state(self) -> JournalState:
@@ -147,15 +131,20 @@ class Journal:
     def replace(self, records: Sequence[JournalRecord]) -> None:
         """Commit a journal of ``records`` in place of this one, at once: a kill leaves the old journal or the new one."""
         lines = [encode_journal_record(seq, record) for seq, record in enumerate(records, start=1)]
-        content = b"".join([encode_journal_header(), *lines])
-        self._broken = True
-        write_durable(self._path, content)
-        with storage_errors("opening", self._path):
-            handle = open_regular(self._path.parent, JOURNAL, os.O_RDWR | os.O_APPEND)
-        self.close()
-        self._handle, self._size, self._records, self._broken = handle, len(content), list(records), False
+        self._replace(b"".join([encode_journal_header(), *lines]), records)
 
     def close(self) -> None:
         """Close the file. Every line in it was synced, so an error on closing does not matter."""
-        with contextlib.suppress(OSError):
-            os.close(self._handle)
+        if self._handle >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._handle)
+        self._handle = -1
+
+    def _replace(self, content: bytes, records: Sequence[JournalRecord]) -> None:
+        """Make a new file of ``content`` the journal, durably, and append to it from now on; the old file is closed."""
+        self._broken = True
+        write_durable(self._path, content)
+        self.close()
+        with storage_errors("opening", self._path):
+            self._handle = open_regular(self._path.parent, JOURNAL, os.O_WRONLY | os.O_APPEND)
+        self._size, self._records, self._broken = len(content), list(records), False

@@ -39,7 +39,7 @@ from embstore.core.format import (
 from embstore.core.records import WindowRecord
 from embstore.core.rows import RowRange
 from embstore.core.spec import EmbeddingSpec, StoreSpec
-from embstore.storage.atomic import DurableFile, pwrite_all, sync_data
+from embstore.storage.atomic import DurableFile
 from embstore.storage.chunks import crc32c
 
 ROW_FILES = (COORDINATES, RESIDUALS, SEQUENCES)
@@ -79,44 +79,35 @@ def header(spec: StoreSpec, name: str) -> bytes:
     return array_header(_dtype(name), (spec.rows, spec.embedding.rank) if name == COORDINATES else (spec.rows,))
 
 
-def preallocate(root: Path, spec: StoreSpec, name: str, *, sync_directory: bool = True) -> None:
-    """Write a row file of full size that says of every row that it is unwritten: NaN cannot be a coordinate."""
+def preallocate(root: Path, spec: StoreSpec, name: str, *, sync_directory: bool = True, old: int | None = None) -> None:
+    """Write a row file of full size that says of every row that it is unwritten: NaN cannot be a coordinate.
+
+    ``old`` is the descriptor of a row file with rows to keep: whole values, as far as it reaches.
+    """
+    start, width = header(spec, name), _dtype(name).itemsize
+    size = len(start) + spec.rows * row_bytes(spec, name)
     with DurableFile(root / name, sync_directory=sync_directory, sha256=False) as file:
-        file.write(header(spec, name))
-        remaining = spec.rows * row_bytes(spec, name)
-        while remaining:
-            block = _unwritten(name)[:remaining]
-            file.write(block)
-            remaining -= len(block)
+        offset = file.write(start)
+        while offset < size:
+            kept = pread_all(old, min(_READ_BYTES, size - offset), offset) if old is not None else b""
+            offset += file.write(kept[: len(kept) // width * width] or _unwritten(name)[: size - offset])
 
 
 def repair(root: Path, spec: StoreSpec, name: str) -> None:
     """Restore a row file's existence, header and length: rows that are left keep their bytes, the others become unwritten.
 
-    A whole file is only synced, because a killed writer may have repaired it in the page cache alone. Only for an unfinished
-    store: the rows that were lost are those of demoted windows.
+    The file is made from scratch: of one that was repaired in place, the next process could not tell whether it is on the disk or
+    in the page cache alone. Only for an unfinished store: the rows that were lost are those of demoted windows.
     """
-    path = root / name
-    if not path.exists():
+    if not os.path.lexists(root / name):
         preallocate(root, spec, name)
-        return
-    expected = header(spec, name)
-    size = len(expected) + spec.rows * row_bytes(spec, name)
-    with storage_errors("repairing", path):
-        handle = open_regular(root, name, os.O_RDWR)
-        try:
-            found = os.fstat(handle).st_size
-            if found != size or os.pread(handle, len(expected), 0) != expected:
-                os.ftruncate(handle, size)
-                pwrite_all(handle, expected, 0)
-                # the header is a multiple of 64 bytes, so values start at multiples of their size
-                start = max(len(expected), found // _dtype(name).itemsize * _dtype(name).itemsize)
-                block = _unwritten(name)
-                for offset in range(start, size, len(block)):
-                    pwrite_all(handle, block[: size - offset], offset)
-            sync_data(handle)
-        finally:
-            os.close(handle)
+    elif header_problem(root, spec, name) is not None:
+        with storage_errors("repairing", root / name):
+            handle = open_regular(root, name)
+            try:
+                preallocate(root, spec, name, old=handle)
+            finally:
+                os.close(handle)
 
 
 def header_problem(root: Path, spec: StoreSpec, name: str) -> str | None:

@@ -78,6 +78,8 @@ from embstore.storage.search_blocks import KEPT_BLOCKS
 _OWN_DIGEST = re.compile(r"[0-9a-f]{16}")
 _OWN_CHUNK = re.compile(r"c\.\d{1,10}\.0")
 _OWN_WEIGHTS = re.compile(r"[0-9a-f]{16}\.(npy|json)")
+# what a writer that died at its start leaves
+_BEGUN = re.compile(rf"{re.escape(LOCK)}|\.{re.escape(JOURNAL)}\.[0-9a-f]+\.tmp")
 
 
 class StoreWriter:
@@ -428,10 +430,10 @@ def _refuse_foreign(root: Path) -> None:
         if not root.exists():
             return
         names = {entry.name for entry in root.iterdir()}
-    if JOURNAL not in names and names - {LOCK}:  # a writer that died at its start leaves only its lock
-        example = sorted(names - {LOCK})[0]
+    foreign = sorted(name for name in names if not _BEGUN.fullmatch(name))
+    if JOURNAL not in names and foreign:
         raise StoreExistsError(
-            f"{root} is not empty and is not a store (it contains {example})", hint="choose another --out"
+            f"{root} is not empty and is not a store (it contains {foreign[0]})", hint="choose another --out"
         )
 
 

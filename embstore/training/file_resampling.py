@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from embstore.core.arrow_values import decoders, records
 from embstore.core.errors import ConfigError, PromptError, StoreExistsError
 from embstore.core.file_kinds import LINES, PARQUET
-from embstore.core.files import storage_errors
+from embstore.core.files import storage_errors, temp_path
 from embstore.core.inputs import INSTALL_PARQUET, Input, open_input
 from embstore.core.prompts import Rejected, decode_object
 from embstore.core.rows import slices
@@ -130,7 +130,7 @@ def _resampled(
             f"{table.unreadable}: such a line cannot be drawn", hint="correct it, or leave it out with --on-missing drop"
         )
     rows_n = resample_indices(weights, num_samples, seed=seed, epoch=epoch, method=method)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    unfinished = temp_path(target)
     with storage_errors("writing", target, opening=True):
         try:
             table.write(unfinished, rows_n)

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ from embstore.core.errors import (
 )
 from embstore.storage.journal import read_journal
 from embstore.views.export import export_store
+from embstore.views.report.write import write_report
 from tests.support.fake import FakeSource
-from tests.support.faults import SYNCS, Call, SystemCalls
+from tests.support.faults import SYNCS, Call, Killed, SystemCalls
+from tests.support.power import EXTREMES, Disk
 from tests.support.stores import (
     WINDOWS,
     Acknowledged,
@@ -41,41 +44,51 @@ def _first_of_a_kind(calls: list[Call]) -> list[int]:
     for point, call in enumerate(calls, start=1):
         folder, _, name = call.path.rpartition("/")
         is_published = name.endswith(".tmp") or call.name == "rename"
-        seen.setdefault((call.name, folder.split("/")[0] if is_published else call.path), point)
+        seen.setdefault((call.name, "/".join(folder.split("/")[:2]) if is_published else call.path), point)
     return sorted(seen.values())
 
 
 def test_a_disk_error_at_any_place_ends_the_build_and_a_resume_finishes_it(
     small_prompts: Path, finished_store: Path, tmp_path: Path, tally: Counter
 ) -> None:
-    """Every error at every call, from the kernel, is test_system_calls's; this needs no strace."""
-    with SystemCalls(root=tmp_path / "whole").watching() as whole:
-        build_small(small_prompts, tmp_path / "whole")
+    """Every error at every call, from the kernel, is test_system_calls's; this needs no strace.
+
+    A failed sync loses what it should have written. The power is cut after the resume: nothing of what it acknowledged may rest on what only the page cache had.
+    """
+    with SystemCalls(root=tmp_path).watching() as whole:
+        build_small(small_prompts, tmp_path / "store")
     points = _first_of_a_kind(whole.calls)
     assert {whole.calls[point - 1].name for point in points} == {call.name for call in whole.calls}
     reference = snapshot(finished_store)
     for number, point in enumerate(points):
-        store = tmp_path / f"store-{point}"
+        folder = tmp_path / f"disk-{point}"
+        folder.mkdir()
+        disk, store = Disk(folder), folder / "store"
         acknowledged, source = Acknowledged(), FakeSource()
         code = DISK_ERRORS[number % len(DISK_ERRORS)]
-        with SystemCalls(root=store, fail_at=point, error=code).watching() as calls:
+        with SystemCalls(root=folder, fail_at=point, error=code, disk=disk).watching() as calls:
             error = _storage_error(small_prompts, store, acknowledged)
             failed = calls.calls[point - 1]
             if error is None:
-                assert failed.path.startswith("work"), f"{failed}: only scratch files are not worth failing for"
+                assert failed.path.startswith("store/work"), f"{failed}: only scratch files are not worth failing for"
             else:
                 assert error.errno == code
                 assert os.strerror(code) in str(error)
-                assert str(store) in str(error)
+                assert str(folder) in str(error)
                 assert error.hint is not None
                 assert error.exit_code == ExitCode.INCOMPLETE
             if failed.name in SYNCS:  # pages of a failed fsync are marked clean: a second one would lie
                 assert failed not in calls.calls[point:], f"{failed} was tried again"
             build_small(small_prompts, store, source=source)
         assert snapshot(store) == reference, failed
+        disk.cut(EXTREMES["synced"])
+        # scratch files may be back
+        assert reference.items() <= snapshot(store).items(), f"{failed}, and a power cut after the resume"
+        build_small(None, store)
+        assert snapshot(store) == reference, failed
         assert not set(source.calls) & set(acknowledged.windows)
         tally("ENOSPC, EDQUOT or EIO at the n-th call, in process")
-        shutil.rmtree(store)
+        shutil.rmtree(folder)
 
 
 def _storage_error(prompts: Path, store: Path, acknowledged: Acknowledged) -> StorageError | None:
@@ -242,3 +255,32 @@ def test_an_export_that_fails_leaves_no_half_file(store: Path, tmp_path: Path) -
             export_store(store, out, format="kat")
         left = {path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else {}
         assert left.items() <= expected.items()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda store, out: export_store(store, out, format="npy"),
+        lambda store, out: export_store(store, out, format="kat"),
+        lambda store, out: write_report(store, html=out / "report.html"),
+    ],
+    ids=["export", "export for kat scripts", "report"],
+)
+def test_what_was_killed_can_be_run_again_by_a_process_with_the_same_id(
+    write: Callable[[Path, Path], object], store: Path, tmp_path: Path
+) -> None:
+    """In a container every run may be process 1."""
+    out = tmp_path / "out"
+    out.mkdir()
+    with SystemCalls(root=out).watching() as calls:
+        write(store, out)
+    first = [call.name for call in calls.calls].index("rename") + 1
+    expected = {path.name: path.read_bytes() for path in out.iterdir()}
+    shutil.rmtree(out)
+    out.mkdir()
+    with SystemCalls(root=out, fail_at=first).watching(), pytest.raises(Killed):
+        write(store, out)
+    left = {path.name for path in out.iterdir()}
+    assert len(left) == 1, "the temporary file of the first one"
+    write(store, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.name not in left} == expected

@@ -160,7 +160,7 @@ def test_the_kernel_sees_the_calls_that_are_recorded(traced: tuple[Trace, list[C
 
 def _promised(calls: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return [
-        (name, re.sub(r"\.\d+\.tmp$", ".PID.tmp", path))
+        (name, re.sub(r"\.[0-9a-f]+\.tmp$", ".PID.tmp", path))
         for name, path in calls
         if not path.startswith(("store/work", "store/runs.jsonl"))
     ]

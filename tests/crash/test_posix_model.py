@@ -6,6 +6,7 @@ synced (tests.support.power). What is promised, and held against the disk after 
 
 from __future__ import annotations
 
+import errno
 import random
 import shutil
 import tempfile
@@ -56,6 +57,12 @@ class History(RuleBasedStateMachine):
         self._judge("kill at a drawn call, modelled", lambda: self.machine.build(density, fail_at=point, torn=torn))
 
     @precondition(lambda self: not self.machine.promise.rotten)
+    @rule(density=st.sampled_from(sorted(CONFIGS)), point=POINTS)
+    def build_until_the_disk_fails(self, density: str, point: int) -> None:
+        """A sync that fails loses what it should have written; the page cache goes on to show it."""
+        self._judge("EIO at a drawn call, modelled", lambda: self.machine.build(density, fail_at=point, error=errno.EIO))
+
+    @precondition(lambda self: not self.machine.promise.rotten)
     @rule(density=st.sampled_from(sorted(CONFIGS)))
     def build_to_the_end_alone(self, density: str) -> None:
         self._judge("second writer beside a build, modelled", lambda: self.machine.build(density, second_writer=True))
@@ -66,9 +73,13 @@ class History(RuleBasedStateMachine):
         self._judge("kill while weights are replaced, modelled", lambda: self.machine.recompute(fail_at=point, torn=torn))
 
     @precondition(lambda self: self.machine.is_begun)
-    @rule(point=st.one_of(st.just(0), st.integers(1, 24)), torn=st.booleans())
-    def repair(self, point: int, torn: bool) -> None:
-        self._judge("kill during verify --repair, modelled", lambda: self.machine.repair(fail_at=point, torn=torn))
+    @rule(point=st.one_of(st.just(0), st.integers(1, 24)), torn=st.booleans(), error=st.sampled_from([None, errno.EIO]))
+    def repair(self, point: int, torn: bool, error: int | None) -> None:
+        fault = "kill" if error is None else "EIO"
+        self._judge(
+            f"{fault} during verify --repair, modelled",
+            lambda: self.machine.repair(fail_at=point, torn=torn, error=error),
+        )
 
     @precondition(lambda self: self.machine.promise.rotten)
     @rule(point=POINTS)

@@ -47,6 +47,8 @@ class Call:
 class SystemCalls:
     """Records calls under ``root``; call ``fail_at`` (1-based, 0 never) dies or raises ``error``.
 
+    A sync of a file that fails loses what it should have made durable.
+
     ``torn``: a write that dies writes its first half. Syncs are not passed on to the kernel: what they make durable is the
     business of ``disk``, a model; ``before_sync`` is told of each, and may look at what a power cut would leave.
     ``leaves_out``: given the calls so far, whether the last of them, a sync, does nothing; to prove that it is missed.
@@ -117,6 +119,9 @@ class SystemCalls:
         if self._count != self.fail_at:
             return
         if self.error is not None:
+            node = self._open[args[0]][1] if name in SYNCS else None
+            if isinstance(node, File):
+                node.fail_to_sync()
             raise OSError(self.error, os.strerror(self.error), path)
         if self.torn and name in ("write", "pwrite"):
             # half a block cannot be written directly; the journal stays in append mode

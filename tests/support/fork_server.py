@@ -20,9 +20,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Self
 
+from embstore.core import files
 from tests.support.build_fake import perform
 from tests.support.stores import write_small_prompts
 
@@ -201,6 +202,8 @@ def _be_child(request: dict[str, object], pipe: int) -> None:
     code = 70  # what no embstore error returns
     try:
         os.environ.update(request["environment"])  # type: ignore[arg-type]
+        # a tracer must know the names of temporary files before they are made
+        files.secrets = SimpleNamespace(token_hex=lambda size: str(os.getpid()))  # type: ignore[assignment]
         if request["held"]:
             os.kill(os.getpid(), signal.SIGSTOP)
         prompts = Path(str(request["prompts"])) if request["prompts"] else None

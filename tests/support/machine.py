@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from embstore.core.config import WeightingConfig
-from embstore.core.errors import CorruptStoreError, EmbstoreError, IncompleteStoreError, StoreNotFoundError
+from embstore.core.errors import CorruptStoreError, EmbstoreError, IncompleteStoreError, StorageError, StoreNotFoundError
 from embstore.core.events import Event, RowsCommitted, StageStarted
 from embstore.core.format import METADATA_LINK, WEIGHTS_LINK
 from embstore.core.records import JournalState
@@ -223,7 +223,7 @@ class Machine:
         return read_journal(self.store)
 
     def _process(self, work: Callable[[list[Call]], object], result: Variant | None, faults: dict[str, object]) -> bool:
-        """One writer, to its end or to its death; from its first call on, both the old and the new may be found."""
+        """One writer, to its end, its death or the error it was given; from its first call on, both old and new may be found."""
         between: set[Variant | None] = {result, *({None} if self.promise.rotten else ())}
         self._promise(allowed=self.promise.allowed | between)
         with SystemCalls(root=self.root, disk=self.disk, **faults).watching() as calls:  # type: ignore[arg-type]
@@ -231,6 +231,10 @@ class Machine:
             try:
                 work(calls.calls)
             except Killed:
+                return False
+            except StorageError as error:
+                if error.errno is None or error.errno != faults.get("error"):
+                    raise Lost(f"a writer was refused: {error!r}") from error
                 return False
             except Exception as error:
                 raise Lost(f"a writer was refused: {error!r}") from error

@@ -16,7 +16,7 @@ from tests.support.faults import SYNCS, Call
 JOURNAL, MANIFEST, WITHDRAWN = "journal.jsonl", "manifest.json", "manifest.withdrawn.json"
 IN_PLACE = ("coordinates.npy", "residuals.npy", "sequences.npy", JOURNAL)  # everything else is published by a rename
 _UNPROMISED = re.compile(r"work(/.*)?|\.lock|runs\.jsonl")  # scratch, and what is only for people
-_TEMP = re.compile(r"\.(.+)\.\d+\.tmp")
+_TEMP = re.compile(r"\.(.+)\.[0-9a-f]+\.tmp")
 
 
 def below(calls: Sequence[Call], store: str) -> list[Call]:
@@ -37,8 +37,7 @@ def sync_kind(calls: Sequence[Call]) -> str:
     *before, sync = calls
     since = [call for call in before[_last(before, "", sync.path) + 1 :] if _is_part(call, sync.path)]
     if sync.path == JOURNAL:
-        is_first = _last(before, "", JOURNAL) < 0
-        return "journal, on opening" if is_first else "journal, a line"
+        return "journal, a line"
     if any(call.name in ("mkdir", "rename") for call in since):
         if sync.path.startswith(".."):
             return "parents of the store, after mkdir"
@@ -100,10 +99,10 @@ def problems(calls: Sequence[Call]) -> list[str]:
         following = next((later for later in calls[index + 1 :] if later.name != "acknowledged"), Call("end", ""))
         found += [f"{call.name} {call.path}: {problem}" for problem in _problems(writer, call, following)]
         _note(writer, call)
-    started = calls[_last(calls, "open", JOURNAL) :]
-    opening = [(call.name, call.path) for call in started if call.name not in ("write", "ftruncate")][:3]
-    if opening != [("open", JOURNAL), ("fsync", JOURNAL), ("fsync", ".")]:
-        found.append(f"the journal was trusted before it was synced: {opening}")
+    first = next((index for index, call in enumerate(calls) if call.path == JOURNAL), len(calls))
+    opening = [(call.name, call.path) for call in calls[first : first + 2]]
+    if opening != [("rename", JOURNAL), ("fsync", ".")]:
+        found.append(f"the journal was believed before it was rewritten: {opening}")
     return found + [f"{path} is never synced" for path in writer.unsynced]
 
 

@@ -3,7 +3,9 @@
 A file's bytes are durable as of the last sync of that file, a folder's names as of the last sync of that folder. Of what
 came later ANY part may survive: each name change or none (a rename in a folder is one change), each sector of each write,
 the size of a file without its bytes (they read as zeros). The live folder is the page cache: a killed process takes nothing
-away from it, and makes nothing of it durable.
+away from it, and makes nothing of it durable. A sync that fails loses what it should have written: the page cache shows it
+and takes it for clean, so no later sync writes it; only who writes those bytes again can make them durable. Names are not
+lost so: file systems with a log turn read-only after an error there.
 """
 
 from __future__ import annotations
@@ -48,7 +50,10 @@ class Resize:
 
 @dataclass(slots=True, eq=False)
 class File:
-    """Bytes as of the last sync, bytes now, and the changes between them."""
+    """Bytes on the disk as of the last sync, bytes in the page cache now, and the changes that are still to be written.
+
+    After a failed sync the first two differ by more than the changes.
+    """
 
     durable: bytes = b""
     content: bytearray = field(default_factory=bytearray)
@@ -60,9 +65,21 @@ class File:
         apply(change, self.content)
 
     def sync(self) -> None:
-        """Nothing of it can be lost any more."""
-        self.durable = bytes(self.content)
+        """What was still to be written cannot be lost any more."""
+        self.durable = self.written
         self.changes.clear()
+
+    def fail_to_sync(self) -> None:
+        """What was still to be written never will be, although it can be read."""
+        self.changes.clear()
+
+    @property
+    def written(self) -> bytes:
+        """What the disk has once everything that is still to be written was."""
+        content = bytearray(self.durable)
+        for change in self.changes:
+            apply(change, content)
+        return bytes(content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +136,9 @@ class Extreme:
 
     def content(self, file: File) -> bytes:
         if self.has_data:
-            return bytes(file.content)
-        return file.durable[: len(file.content)].ljust(len(file.content), b"\0") if self.has_sizes else file.durable
+            return file.written
+        size = len(file.written)
+        return file.durable[:size].ljust(size, b"\0") if self.has_sizes else file.durable
 
 
 # names-first is what ext4 does to those who rename before they sync; data-first what it does to those who sync no folder

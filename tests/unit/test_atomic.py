@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from embstore.core.errors import ExitCode, StorageError, StoreLockedError
+from embstore.core.files import TEMP_NAME
 from embstore.storage.atomic import (
     DurableFile,
     WriterLock,
@@ -80,7 +81,8 @@ def test_a_reader_sees_the_old_or_the_new_file_and_never_a_mix(tmp_path: Path) -
 def test_a_file_is_synced_before_its_rename_and_its_folder_after(tmp_path: Path) -> None:
     with SystemCalls(root=tmp_path).watching() as calls:
         write_durable(tmp_path / "file", b"x" * (3 << 20))
-    temp = f".file.{os.getpid()}.tmp"
+    temp = calls.calls[0].path
+    assert TEMP_NAME.fullmatch(temp)
     assert calls.calls == [
         Call("open", temp),
         Call("write", temp),
@@ -138,7 +140,7 @@ def test_a_link_is_replaced_at_once_and_left_alone_when_right(tmp_path: Path) ->
 
 
 def test_only_temp_files_are_leftovers(tmp_path: Path) -> None:
-    for name in (".lock", "x.tmp", ".hidden", ".a.npy.77.tmp"):
+    for name in (".lock", "x.tmp", ".hidden", ".a.npy.77.tmp", ".a.npy.0c4f.tmp"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / ".link.77.tmp").symlink_to("nowhere")
     remove_temp_files(tmp_path)
