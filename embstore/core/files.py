@@ -77,7 +77,7 @@ def _next_step(doing: str, code: int | None, *, opening: bool) -> str:
 
 
 def temp_path(path: Path, folder: Path | None = None) -> Path:
-    """Where a file is written before it gets the name ``path``; ``folder`` is on the same file system (default: the folder of ``path``).
+    """Where a file is written before it gets the name ``path``: in ``folder``, or in that of ``path``.
 
     No two calls give the same name. Process ids would: in a container every process may have the pid 1, and what a killed
     one left would be in the way of the next.
@@ -98,7 +98,7 @@ def open_regular(root: Path, name: str, flags: int = os.O_RDONLY) -> int:
     if linked is not None:
         raise irregular(linked.as_posix())
     try:
-        handle = os.open(root / name, flags | _OPEN_FLAGS, 0o644)
+        handle = os.open(root / name, flags | _OPEN_FLAGS, 0o666)
     except OSError as error:
         if error.errno in _IRREGULAR:
             raise irregular(name) from None

@@ -33,7 +33,7 @@ from embstore.flow.run import Run
 from embstore.flow.stage0 import begin_again
 from embstore.flow.template_check import check_templates
 from embstore.storage.filesystem import caveat
-from embstore.storage.journal import run_entries
+from embstore.storage.journal import NO_FOLDER_SYNC, run_entries
 from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import EmbeddingStore, open_published
 from embstore.storage.row_files import map_basis
@@ -41,10 +41,12 @@ from embstore.storage.verify import damaged_windows
 
 
 def warn_of_place(run: Run) -> None:
-    """Warn if the store is not on a local disk: the message states what its file system does not guarantee."""
+    """Warn of what the store's file system does not guarantee: it is not a local disk, or cannot sync folders."""
     message = caveat(run.writer.root)
     if message is not None:
         run.observer(Notice(message=message))
+    if not run.writer.syncs_folders:
+        run.observer(Notice(message=f"the file system of {run.writer.root} {NO_FOLDER_SYNC}"))
 
 
 def commit_spec(run: Run, record: PromptsRecord) -> tuple[StoreSpec, Embedder | None, Reuse]:

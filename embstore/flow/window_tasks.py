@@ -277,7 +277,7 @@ class RemoteWindowJob:
         with storage_errors("removing", own), contextlib.suppress(FileNotFoundError):  # the driver's folder is gone
             while True:
                 try:
-                    os.close(os.open(own, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+                    os.close(os.open(own, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
                 except FileExistsError:
                     remove_busy_folder(own)
                 else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import filecmp
 import hashlib
 import json
 import os
@@ -26,21 +27,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import CorruptStoreError, StorageError, StoreLockedError
-from embstore.core.files import TEMP_NAME, Buffer, array_header, storage_errors, temp_path
+from embstore.core.files import TEMP_NAME, Buffer, array_header, read_blocks, storage_errors, temp_path
 from embstore.core.format import FileDigest
 from embstore.storage.direct import DirectBuffer, drop_cache, open_direct
 
+# what network and FUSE file systems answer that do not know the call
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS)  # the last one: VirtualBox
 _BUFFER_BYTES = 1 << 20  # rows of a JSONL file are small: one write per MiB, not one per row
 
 
-def fsync_directory(path: Path) -> None:
-    """Make renames and new names in ``path`` durable."""
+def fsync_directory(path: Path) -> bool:
+    """Make renames and new names in ``path`` durable; False where the file system cannot do that for any folder."""
     with storage_errors("syncing folder", path):
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in _NO_FOLDER_SYNC:
+                raise
+            return False
         finally:
             os.close(handle)
+    return True
 
 
 def make_directory(path: Path, *, opening: bool = False, resync: bool = False) -> None:
@@ -116,9 +125,9 @@ class DurableFile:
         with storage_errors("creating", self._path):
             flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
             if self._direct is None:
-                self._handle = os.open(self._temp, flags, 0o644)
+                self._handle = os.open(self._temp, flags, 0o666)
             else:
-                self._handle, is_direct = open_direct(self._temp, flags, 0o644)
+                self._handle, is_direct = open_direct(self._temp, flags, 0o666)
                 if is_direct:
                     self._direct.begin(self._handle)
                 else:
@@ -202,13 +211,31 @@ def save_array(path: Path, array: NDArray[np.generic], *, sync_directory: bool =
 
 
 def replace_link(link: Path, target: str) -> bool:
-    """Point the symbolic link ``link`` at ``target`` (relative), atomically; True asks the caller to sync the folder."""
+    """Point the symbolic link ``link`` at a file (relative), atomically; True asks the caller to sync the folder.
+
+    Where the file system has no symbolic links (FAT, CIFS), ``link`` becomes a copy of the file.
+    """
     if link.is_symlink() and os.readlink(link) == target:
         return False
     temp = temp_path(link)
     with storage_errors("linking", link):
-        os.symlink(target, temp)
+        try:
+            os.symlink(target, temp)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return _replace_copy(link, target)
         os.rename(temp, link)
+    return True
+
+
+def _replace_copy(copy: Path, target: str) -> bool:
+    folder = copy.parent
+    if copy.is_file() and filecmp.cmp(copy, folder / target, shallow=False):
+        return False
+    with DurableFile(copy, sync_directory=False, sha256=False) as file:
+        for block in read_blocks(folder, target):
+            file.write(block)
     return True
 
 
@@ -259,7 +286,7 @@ class WriterLock:
 
     def __init__(self, path: Path) -> None:
         with storage_errors("opening", path, opening=True):
-            self._handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            self._handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             self._acquire(path)
         except BaseException:

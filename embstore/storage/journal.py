@@ -24,8 +24,10 @@ from embstore.core.records import (
     encode_journal_record,
     replay,
 )
-from embstore.storage.atomic import sync_data, write_all, write_durable
+from embstore.storage.atomic import DurableFile, fsync_directory, sync_data, write_all
 
+SYNCS_FOLDERS = "syncs_folders"  # a field of runs.jsonl: false if the file system refused to
+NO_FOLDER_SYNC = "cannot sync folders: a power cut there may take back rows that were reported as committed"
 _RUNS_BYTES = 1 << 20
 
 
@@ -87,6 +89,8 @@ class Journal:
     Opening writes what was read to a new file, without a torn tail, and puts it in the place of the old one before any line
     is believed. The page cache may show lines that are on no disk: a killed process left them unsynced, or their fdatasync
     failed, and then the kernel takes their pages for clean and a second sync would report success without writing them.
+
+    ``syncs_folder``: whether the file system could make the name of the new file durable.
     """
 
     def __init__(self, root: Path) -> None:
@@ -143,7 +147,9 @@ class Journal:
     def _replace(self, content: bytes, records: Sequence[JournalRecord]) -> None:
         """Make a new file of ``content`` the journal, durably, and append to it from now on; the old file is closed."""
         self._broken = True
-        write_durable(self._path, content)
+        with DurableFile(self._path, sync_directory=False, sha256=False) as file:
+            file.write(content)
+        self.syncs_folder = fsync_directory(self._path.parent)
         self.close()
         with storage_errors("opening", self._path):
             self._handle = open_regular(self._path.parent, JOURNAL, os.O_WRONLY | os.O_APPEND)

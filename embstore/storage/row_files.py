@@ -79,35 +79,40 @@ def header(spec: StoreSpec, name: str) -> bytes:
     return array_header(_dtype(name), (spec.rows, spec.embedding.rank) if name == COORDINATES else (spec.rows,))
 
 
-def preallocate(root: Path, spec: StoreSpec, name: str, *, sync_directory: bool = True, old: int | None = None) -> None:
+def preallocate(root: Path, spec: StoreSpec, name: str, *, old: int | None = None) -> None:
     """Write a row file of full size that says of every row that it is unwritten: NaN cannot be a coordinate.
 
+    The caller syncs the folder.
     ``old`` is the descriptor of a row file with rows to keep: whole values, as far as it reaches.
     """
     start, width = header(spec, name), _dtype(name).itemsize
     size = len(start) + spec.rows * row_bytes(spec, name)
-    with DurableFile(root / name, sync_directory=sync_directory, sha256=False) as file:
+    with DurableFile(root / name, sync_directory=False, sha256=False) as file:
         offset = file.write(start)
         while offset < size:
             kept = pread_all(old, min(_READ_BYTES, size - offset), offset) if old is not None else b""
             offset += file.write(kept[: len(kept) // width * width] or _unwritten(name)[: size - offset])
 
 
-def repair(root: Path, spec: StoreSpec, name: str) -> None:
+def repair(root: Path, spec: StoreSpec, name: str) -> bool:
     """Restore a row file's existence, header and length: rows that are left keep their bytes, the others become unwritten.
 
-    The file is made from scratch: of one that was repaired in place, the next process could not tell whether it is on the disk or
-    in the page cache alone. Only for an unfinished store: the rows that were lost are those of demoted windows.
+    True asks the caller to sync the folder: the file is made from scratch. Of one that was repaired in place, the next
+    process could not tell whether it is on the disk or in the page cache alone. Only for an unfinished store: the rows that
+    were lost are those of demoted windows.
     """
     if not os.path.lexists(root / name):
         preallocate(root, spec, name)
-    elif header_problem(root, spec, name) is not None:
+    elif header_problem(root, spec, name) is None:
+        return False
+    else:
         with storage_errors("repairing", root / name):
             handle = open_regular(root, name)
             try:
                 preallocate(root, spec, name, old=handle)
             finally:
                 os.close(handle)
+    return True
 
 
 def header_problem(root: Path, spec: StoreSpec, name: str) -> str | None:

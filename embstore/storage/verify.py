@@ -175,6 +175,9 @@ def verify_store(root: Path) -> VerifyReport:
                 findings.append(Finding(path=file.name, message=problem))
         if manifest is not None:
             findings += _published_findings(root, spec, state, manifest)
+            astray, copied = _look_at_links(root, manifest)
+            findings += astray
+            notes += copied
     notes += _strays(root, spec, state, manifest)
     return VerifyReport(
         is_complete=is_complete,
@@ -283,7 +286,7 @@ def _row_problem(data: bytes, spec: StoreSpec, index: int, failed: NDArray[np.in
 
 
 def _published_findings(root: Path, spec: StoreSpec, state: JournalState, manifest: Manifest) -> Iterator[Finding]:
-    """What the manifest promises beyond bytes: every row is committed, weights are valid, links are in place."""
+    """What the manifest promises beyond bytes: every row is committed, weights are valid."""
     if (manifest.rows, manifest.dimension) != (spec.rows, spec.embedding.dimension) or state.committed_rows != spec.rows:
         message = (
             f"publishes {manifest.rows} x {manifest.dimension}, the spec has {spec.rows} x {spec.embedding.dimension}, "
@@ -306,22 +309,32 @@ def _published_findings(root: Path, spec: StoreSpec, state: JournalState, manife
             problem = reading_problem(root, name, error)
         if problem is not None:
             yield Finding(path=name, message=problem)
-    yield from _link_findings(root, manifest)
 
 
-def _link_findings(root: Path, manifest: Manifest) -> list[Finding]:
-    """Links that lead elsewhere, and still do after a moment: a writer refreshes them right after it publishes."""
-    targets = zip((WEIGHTS_LINK, METADATA_LINK), weights_paths(manifest.names["default"]), strict=True)
-    astray = dict(targets)
+def _look_at_links(root: Path, manifest: Manifest) -> tuple[list[Finding], list[str]]:
+    """Links that lead elsewhere, and still do after a moment: a writer refreshes them right after it publishes.
+
+    A copy in place of a link, or none, is only a note: not every file system or program that copies stores has links.
+    """
+    links = dict(zip((WEIGHTS_LINK, METADATA_LINK), weights_paths(manifest.names["default"]), strict=True))
+    astray, notes = dict(links), []
     for look in range(_LINK_LOOKS):
         time.sleep(_LINK_SECONDS if look else 0)
         astray = {link: target for link, target in astray.items() if not _leads_to(root / link, target)}
+        for link, target in list(astray.items()):
+            if file_problem(root, link, manifest.files[target]) is None:
+                notes.append(f"{link} is a copy of {target}, not a link to it")
+                del astray[link]
         if not astray:
             break
-    return [
+    missing = [link for link in astray if not os.path.lexists(root / link)]
+    notes += [f"{link} is missing, a link to {astray[link]}; embstore build --resume restores it" for link in missing]
+    findings = [
         Finding(path=link, message=f"is not a link to {target}; embstore build --resume restores it")
         for link, target in astray.items()
+        if link not in missing
     ]
+    return findings, notes
 
 
 def _leads_to(link: Path, target: str) -> bool:

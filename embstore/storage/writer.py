@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -71,7 +72,7 @@ from embstore.storage.atomic import (
     write_durable,
 )
 from embstore.storage.chunk_writer import WORKER_FOLDERS, WrittenWindow
-from embstore.storage.journal import Journal
+from embstore.storage.journal import SYNCS_FOLDERS, Journal
 from embstore.storage.row_files import ROW_FILES, check_rows, header, map_basis, preallocate, repair, row_bytes, row_files
 from embstore.storage.search_blocks import KEPT_BLOCKS
 
@@ -120,6 +121,8 @@ class StoreWriter:
             refuse_taken(root, self.state, resume=resume)
             self._is_new = self.state.prompts is None
             self._recover()
+            if not self.syncs_folders:
+                self.log_run({"event": "opened", "time": time.time(), SYNCS_FOLDERS: False})
         except BaseException:
             self.close()
             raise
@@ -143,6 +146,11 @@ class StoreWriter:
     def state(self) -> JournalState:
         """What is committed so far."""
         return self._journal.state
+
+    @property
+    def syncs_folders(self) -> bool:
+        """Whether the store's file system can sync folders; if not, a power cut may take committed files away."""
+        return self._journal.syncs_folder
 
     @property
     def work(self) -> Path:
@@ -243,7 +251,7 @@ class StoreWriter:
         files = {name: basis}
         files[ARRAY_METADATA] = write_durable(self.root / ARRAY_METADATA, array_metadata(spec))
         for row_file in row_files(spec):
-            preallocate(self.root, spec, row_file, sync_directory=False)
+            preallocate(self.root, spec, row_file)
         files[SPEC] = write_durable(self.root / SPEC, document(dataclasses.asdict(spec)))
         self.commit(SpecRecord(files=files))
         return spec
@@ -350,8 +358,8 @@ class StoreWriter:
             elif self.state.spec is not None:
                 spec = self.read_spec()
                 fsync_directory(self.root / EMBEDDINGS)  # a repair may have died before it synced zarr.json's name
-                for name in row_files(spec):
-                    repair(self.root, spec, name)
+                if [name for name in row_files(spec) if repair(self.root, spec, name)]:
+                    fsync_directory(self.root)
 
     def _settle(self, manifest: Manifest) -> None:
         """Point the links at what ``manifest`` publishes, and delete what it does not list."""

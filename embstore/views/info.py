@@ -32,7 +32,7 @@ from embstore.core.format import (
 from embstore.core.plan import grid_of
 from embstore.core.records import DemotedRecord
 from embstore.flow.artifact import extremes
-from embstore.storage.journal import read_journal, require_store
+from embstore.storage.journal import SYNCS_FOLDERS, read_journal, require_store, run_entries
 from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.storage.verify import ONLY_A_NEW_BUILD, VerifyReport, verify_store
@@ -78,7 +78,8 @@ class StoreInfo:
     """What ``embstore inspect`` prints; ``--json`` prints the same fields.
 
     ``weights_histogram`` counts rows between ``histogram_edges``, which are weights in units of the mean weight; the last
-    bin also counts everything above it.
+    bin also counts everything above it. ``survives_power_cuts`` is false if the store was written on a file system that
+    cannot sync folders.
     """
 
     path: str
@@ -94,6 +95,7 @@ class StoreInfo:
     failed_rows: int
     reused_rows: int
     stored_bytes: int
+    survives_power_cuts: bool
     spec: JsonObject | None = None
     metadata: JsonObject | None = None
     names: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -152,6 +154,7 @@ def inspect(path: str | Path, *, by: str | None = None, name: str = "default", c
         failed_rows=len(state.failed),
         reused_rows=sum(rows.num_rows for rows in state.reused),
         stored_bytes=sum(chunk.bytes for window in state.windows.values() for chunk in window.chunks),
+        survives_power_cuts=all(entry.get(SYNCS_FOLDERS) is not False for entry in run_entries(root)),
         spec=dataclasses.asdict(store.spec) if store else None,
     )
     if store is None or store.manifest is None:

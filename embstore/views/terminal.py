@@ -14,6 +14,7 @@ from embstore.core.decode import printable
 from embstore.core.diagnostics import MILD_ESS_SHARE
 from embstore.core.format import JsonObject
 from embstore.flow.build import BuildReport
+from embstore.storage.journal import NO_FOLDER_SYNC
 from embstore.storage.verify import ONLY_A_NEW_BUILD, VerifyReport
 from embstore.views.comparison import Comparison
 from embstore.views.info import NeighborInfo, PromptInfo, StoreInfo
@@ -82,6 +83,8 @@ def print_info(console: Console, info: StoreInfo) -> None:
         + (f"; {info.reused_rows:,} copied from other stores" if info.reused_rows else ""),
         highlight=False,
     )
+    if not info.survives_power_cuts:
+        console.print(f"  [yellow]note[/yellow]: it was written on a file system that {NO_FOLDER_SYNC}", highlight=False)
     if info.spec is not None:
         _print_spec(console, info.spec)
     if info.metadata is None:

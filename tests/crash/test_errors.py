@@ -53,7 +53,8 @@ def test_a_disk_error_at_any_place_ends_the_build_and_a_resume_finishes_it(
 ) -> None:
     """Every error at every call, from the kernel, is test_system_calls's; this needs no strace.
 
-    A failed sync loses what it should have written. The power is cut after the resume: nothing of what it acknowledged may rest on what only the page cache had.
+    A failed sync loses what it should have written. The power is cut after the resume: nothing that it acknowledged may rest
+    on what only the page cache had.
     """
     with SystemCalls(root=tmp_path).watching() as whole:
         build_small(small_prompts, tmp_path / "store")

@@ -223,7 +223,7 @@ class Machine:
         return read_journal(self.store)
 
     def _process(self, work: Callable[[list[Call]], object], result: Variant | None, faults: dict[str, object]) -> bool:
-        """One writer, to its end, its death or the error it was given; from its first call on, both old and new may be found."""
+        """One writer, to its end, its death or its error; from its first call on, both the old and the new may be found."""
         between: set[Variant | None] = {result, *({None} if self.promise.rotten else ())}
         self._promise(allowed=self.promise.allowed | between)
         with SystemCalls(root=self.root, disk=self.disk, **faults).watching() as calls:  # type: ignore[arg-type]
