@@ -28,7 +28,7 @@ from embstore.core.errors import CorruptStoreError, EmbstoreError, ExitCode, Sto
 from embstore.core.format import DOCUMENT_BYTES, FileDigest
 
 Buffer = bytes | bytearray | memoryview
-TEMP_NAME = re.compile(r"\..+\.[0-9a-f]+\.tmp")
+TEMP_NAME = re.compile(r"\..+\.([0-9a-f]{8}|\d+)\.tmp")  # digits alone: of older versions
 
 _READ_BYTES = 8 << 20
 # links are not followed, FIFOs not waited for, children started by exec do not inherit; Windows has only the last flag

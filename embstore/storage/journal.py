@@ -95,7 +95,9 @@ class Journal:
 
     def __init__(self, root: Path) -> None:
         self._path = root / JOURNAL
-        self._handle = -1
+        self._handle, self._size, self._broken = -1, 0, False
+        self._records: list[JournalRecord] = []
+        self.syncs_folder = True
         content = journal_bytes(root)
         records, valid_bytes = decode_journal(content, name=JOURNAL)
         self._replace(content[:valid_bytes] or encode_journal_header(), records)

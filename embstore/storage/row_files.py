@@ -103,15 +103,15 @@ def repair(root: Path, spec: StoreSpec, name: str) -> bool:
     """
     if not os.path.lexists(root / name):
         preallocate(root, spec, name)
-    elif header_problem(root, spec, name) is None:
-        return False
-    else:
-        with storage_errors("repairing", root / name):
-            handle = open_regular(root, name)
-            try:
-                preallocate(root, spec, name, old=handle)
-            finally:
-                os.close(handle)
+        return True
+    with storage_errors("repairing", root / name):
+        handle = open_regular(root, name, os.O_RDWR)  # who may not write rows is told before a window is computed
+        try:
+            if header_problem(root, spec, name) is None:
+                return False
+            preallocate(root, spec, name, old=handle)
+        finally:
+            os.close(handle)
     return True
 
 

@@ -80,7 +80,7 @@ _OWN_DIGEST = re.compile(r"[0-9a-f]{16}")
 _OWN_CHUNK = re.compile(r"c\.\d{1,10}\.0")
 _OWN_WEIGHTS = re.compile(r"[0-9a-f]{16}\.(npy|json)")
 # what a writer that died at its start leaves
-_BEGUN = re.compile(rf"{re.escape(LOCK)}|\.{re.escape(JOURNAL)}\.[0-9a-f]+\.tmp")
+_BEGUN = re.compile(rf"{re.escape(LOCK)}|\.{re.escape(JOURNAL)}\.[0-9a-f]{{8}}\.tmp")
 
 
 class StoreWriter:

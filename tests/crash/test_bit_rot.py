@@ -218,9 +218,9 @@ def _is_foreign(name: str, damage: Damage, refusal: EmbstoreError) -> bool:
 
 def _mended(store: Path, name: str, damage: Damage, reference: dict[str, str], *, was_finished: bool) -> list[str]:
     """Repair and resume of a store that ``damage`` was done to; what is not as it should be."""
-    before = tree_state(store, apart_from=ALWAYS_WRITTEN)
+    before = tree_state(store, apart_from=ALWAYS_WRITTEN, is_opened=True)
     report = outcome(lambda: verify(store, repair=True))
-    after = tree_state(store, apart_from=ALWAYS_WRITTEN)
+    after = tree_state(store, apart_from=ALWAYS_WRITTEN, is_opened=True)
     changed = {entry for entry in before | after if before.get(entry) != after.get(entry)}
     if name in ONLY_A_NEW_BUILD:
         return [f"repair changed {entry}" for entry in changed]

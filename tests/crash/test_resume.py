@@ -93,7 +93,7 @@ def test_a_write_torn_by_a_kill_is_never_taken_for_a_commit(
     points = [
         point for point, call in enumerate(calls, start=1) if call.name in ("write", "pwrite") and call.path in in_place
     ]
-    assert len(points) == 1 + 6 + 3 + 3 + 3  # lock, header and five records, one slice a window in each row file
+    assert len(points) == 1 + 5 + 3 + 3 + 3  # lock, five records, one slice a window in each row file
     _kill_and_resume(points, small_prompts, tmp_path, reference, tally, torn=True)
 
 

@@ -61,9 +61,10 @@ STRAYS = [
 # in the folders whose outdated files every writer removes
 AMONG_WEIGHTS = ["weights/mine.npy", "weights/notes.txt", "weights/.x.tmp", "weights/deeper/mine.npy"]
 AMONG_NEIGHBORS = ["neighbors/mine.txt", "neighbors/.x.tmp", "neighbors/mine/ids.npy"]
-# temp files of a writer that died: .NAME.PID.tmp beside NAME
+# temp files of a writer that died: .NAME.TOKEN.tmp beside NAME, or of an older version .NAME.PID.tmp
 OURS = [
     ".spec.json.999.tmp",
+    ".coordinates.npy.09afe1d2.tmp",
     ".manifest.json.424242.tmp",
     ".density_weights.npy.999.tmp",
     "embeddings.zarr/.c.3.0.999.tmp",
@@ -282,7 +283,7 @@ def modes_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("modes_matter")
-@pytest.mark.parametrize("name", [".lock", "journal.jsonl", "coordinates.npy", "residuals.npy", "sequences.npy"])
+@pytest.mark.parametrize("name", [".lock", "coordinates.npy", "residuals.npy", "sequences.npy"])
 def test_a_file_that_cannot_be_written_is_named_and_a_resume_goes_on_once_it_can(
     name: str, unfinished: Path, small_prompts: Path, finished_store: Path
 ) -> None:
@@ -308,7 +309,7 @@ def test_a_file_that_cannot_be_written_is_named_and_a_resume_goes_on_once_it_can
 def test_files_that_are_only_replaced_may_be_read_only(unfinished: Path, finished_store: Path) -> None:
     """Published files are never opened for writing: a rename takes their place."""
     for path in unfinished.rglob("*"):
-        if path.is_file() and path.name not in (".lock", "journal.jsonl", "runs.jsonl", *ROW_FILES):
+        if path.is_file() and path.name not in (".lock", "runs.jsonl", *ROW_FILES):
             path.chmod(0o444)
     build_small(None, unfinished)
     assert snapshot(unfinished) == snapshot(finished_store)

@@ -121,13 +121,13 @@ class Arena:
             sound=frozenset(sound),
             oracle=snapshot(oracle or self.store),
             trace=trace,
-            paths=tuple(sorted(path.replace(f".{child.pid}.tmp", ".PID.tmp") for path in touched)),
+            paths=tuple(sorted(path.replace(f".{child.pid:08}.tmp", ".PID.tmp") for path in touched)),
         )
 
     def disturb(self, scenario: Scenario, inject: str, *, calls: Iterable[str]) -> tuple[int, Child, list[TracedCall]]:
         """Run the first action with one fault: its exit code, what it said, and its calls of these kinds."""
         child = self._start(scenario.actions[0], scenario.start)
-        paths = [path.replace(".PID.tmp", f".{child.pid}.tmp") for path in scenario.paths]
+        paths = [path.replace(".PID.tmp", f".{child.pid:08}.tmp") for path in scenario.paths]
         code, made = self.tracer.follow(child, calls=calls, paths=paths, inject=inject)
         return code, child, made
 
@@ -322,7 +322,7 @@ def _exit_problems(
 def _published(path: str, pid: int) -> str:
     """The name that a temporary one is for."""
     temp = Path(path)
-    return str(temp.with_name(temp.name[1:].removesuffix(f".{pid}.tmp"))) if path.endswith(f".{pid}.tmp") else path
+    return str(temp.with_name(temp.name[1:].removesuffix(f".{pid:08}.tmp"))) if path.endswith(f".{pid:08}.tmp") else path
 
 
 def _call_problems(arena: Arena, made: list[TracedCall], position: int) -> list[str]:

@@ -203,7 +203,7 @@ def _be_child(request: dict[str, object], pipe: int) -> None:
     try:
         os.environ.update(request["environment"])  # type: ignore[arg-type]
         # a tracer must know the names of temporary files before they are made
-        files.secrets = SimpleNamespace(token_hex=lambda size: str(os.getpid()))  # type: ignore[assignment]
+        files.secrets = SimpleNamespace(token_hex=lambda size: f"{os.getpid():08}")  # type: ignore[assignment]
         if request["held"]:
             os.kill(os.getpid(), signal.SIGSTOP)
         prompts = Path(str(request["prompts"])) if request["prompts"] else None

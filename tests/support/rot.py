@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from embstore.core.errors import EmbstoreError
+from embstore.core.format import JOURNAL
 from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.training import load_weights
 
@@ -104,8 +105,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def tree_state(root: Path, *, apart_from: tuple[str, ...] = ()) -> dict[str, tuple[object, ...]]:
-    """Every entry of a tree by relative path, folders included: inode, time of change, and bytes or target."""
+def tree_state(root: Path, *, apart_from: tuple[str, ...] = (), is_opened: bool = False) -> dict[str, tuple[object, ...]]:
+    """Every entry of a tree by relative path, folders included: inode, time of change, and bytes or target.
+
+    ``is_opened``: a writer may open the store, which puts a new file of the same bytes in the place of the journal.
+    """
     found: dict[str, tuple[object, ...]] = {}
     for path in (root, *root.rglob("*")):
         name = path.relative_to(root).as_posix()
@@ -118,7 +122,8 @@ def tree_state(root: Path, *, apart_from: tuple[str, ...] = ()) -> dict[str, tup
             content = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
             content = "folder"
-        found[name] = (entry.st_ino, entry.st_mtime_ns, content)
+        is_replaced = is_opened and name in (".", JOURNAL)
+        found[name] = (content,) if is_replaced else (entry.st_ino, entry.st_mtime_ns, content)
     return found
 
 

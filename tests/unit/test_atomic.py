@@ -140,7 +140,7 @@ def test_a_link_is_replaced_at_once_and_left_alone_when_right(tmp_path: Path) ->
 
 
 def test_only_temp_files_are_leftovers(tmp_path: Path) -> None:
-    for name in (".lock", "x.tmp", ".hidden", ".a.npy.77.tmp", ".a.npy.0c4f.tmp"):
+    for name in (".lock", "x.tmp", ".hidden", ".a.npy.77.tmp", ".a.npy.0c4f81d2.tmp"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / ".link.77.tmp").symlink_to("nowhere")
     remove_temp_files(tmp_path)
