@@ -105,7 +105,8 @@ def repair(root: Path, spec: StoreSpec, name: str) -> bool:
         preallocate(root, spec, name)
         return True
     with storage_errors("repairing", root / name):
-        handle = open_regular(root, name, os.O_RDWR)  # who may not write rows is told before a window is computed
+        # for writing: a file that does not allow it ends the run before a window is computed
+        handle = open_regular(root, name, os.O_RDWR)
         try:
             if header_problem(root, spec, name) is None:
                 return False
