@@ -105,7 +105,8 @@ def check_fits(
     run.observer(event)
     if remaining_bytes > free_bytes:
         raise BudgetError(
-            f"the store may need {format_bytes(remaining_bytes)}, but {run.writer.root} has {format_bytes(free_bytes)} free",
+            f"the store may need {format_bytes(remaining_bytes)}, "
+            f"but the disk of {run.writer.root} has {format_bytes(free_bytes)} free",
             hint="free some space, choose another --out, or try --limit",
         )
     return event

@@ -129,7 +129,8 @@ def _refuse_little_space(root: Path, prompts: PromptSource, config: BuildConfig)
     needed_bytes, free_bytes = Path(prompts).stat().st_size, free_bytes_at(root)
     if needed_bytes > free_bytes:
         raise BudgetError(
-            f"the prompts alone take {format_bytes(needed_bytes)}, but {format_bytes(free_bytes)} are free where {root} is",
+            f"the prompts alone take {format_bytes(needed_bytes)}, "
+            f"but the disk of {root} has {format_bytes(free_bytes)} free",
             hint="free some space, choose another --out, or try --limit",
         )
 

@@ -171,7 +171,7 @@ def test_a_build_that_cannot_fit_is_refused_before_the_first_row(
         assert child.wait() == ExitCode.ERROR
         hint, error = child.lines[-2:]
         assert hint == "hint free some space, choose another --out, or try --limit"
-        assert re.fullmatch(rf"error budget: the store may need \S+ KiB, but {store} has \S+ KiB free", error)
+        assert re.fullmatch(rf"error budget: the store may need \S+ KiB, but the disk of {store} has \S+ KiB free", error)
         assert not (store / SPEC).exists()
         disk.free()
         assert server.start("build", store, small_prompts).wait() == 0
