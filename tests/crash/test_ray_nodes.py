@@ -40,6 +40,9 @@ def cluster() -> Iterator[Any]:
     made.shutdown()
 
 
+pytestmark = pytest.mark.slow  # nodes of one machine; what workers do in such a case is tested in test_ray_faults.py
+
+
 def test_a_node_that_is_removed_costs_its_window_and_nothing_else(
     cluster: Any, small_prompts: Path, finished_store: Path, tmp_path: Path, tally: Counter
 ) -> None:

@@ -140,6 +140,7 @@ LAYER_BYTES = 32 << 20
 FIXED_BYTES = 400 << 20  # modules that are imported late, kernels of oneDNN, activations, the search
 
 
+@pytest.mark.slow  # bfloat16 is emulated on many processors; the test of a thousand batches has the same bound
 @needs_memory
 def test_a_model_is_built_in_the_memory_of_a_few_layers(large: Path, tmp_path: Path) -> None:
     """Probes in float32 too, where two layers are twice as large."""

@@ -142,6 +142,7 @@ def test_a_script_that_got_in_all_the_same_would_not_run(browser: Page, small: R
     assert sum("Content Security Policy" in complaint for complaint in browser.complaints) >= 3
 
 
+@pytest.mark.slow
 def test_28k_prompts_stay_usable(browser: Page, small: ReportData, tmp_path: Path) -> None:
     """How long it takes is in benchmarks/results/report.json."""
     data = enlarged(small, 28_000)

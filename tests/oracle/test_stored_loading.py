@@ -84,7 +84,12 @@ def saved(name: str, folder: Path, **changes: object) -> Path:
     [
         ("llama", {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 1000}, False),
         # dequantised into scratch files
-        ("llama", {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 1000}, True),
+        pytest.param(
+            "llama",
+            {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 1000},
+            True,
+            marks=pytest.mark.slow,
+        ),
         # fused from files of single experts: written to scratch files, the largest tensor is 16 MiB
         ("mixtral", {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_local_experts": 8}, False),
     ],
