@@ -2,11 +2,12 @@
 
 Items are joined to the store by content or id. Memory is a few words per item, plus one block of rows at a time. The dataset
 is opened once and mapped; what comes compressed or through a pipe is mapped in a scratch file. The copy appears under its
-name when it is complete.
+name when it is complete and on the disk.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from array import array
@@ -134,7 +135,9 @@ def _resampled(
     with storage_errors("writing", target, opening=True):
         try:
             table.write(unfinished, rows_n)
+            _sync(unfinished)
             unfinished.replace(target)
+            _sync(target.parent)
         finally:
             unfinished.unlink(missing_ok=True)
     return ResampleReport(
@@ -144,6 +147,18 @@ def _resampled(
         distinct_items=len(np.unique(rows_n)),
         ess=weights.ess(),
     )
+
+
+def _sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's names, durable; some network file systems cannot do it for folders."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def _refuse_format(opened: Input, target: Path) -> None:

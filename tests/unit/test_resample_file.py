@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -40,6 +41,42 @@ def test_lines_are_drawn_verbatim_in_the_order_of_the_plan(finished_store: Path,
         resample_file(finished_store, source, tmp_path / "out.jsonl")
     with pytest.raises(ConfigError, match="is resampled already"):
         resample_file(finished_store, tmp_path / "out.jsonl", tmp_path / "again.jsonl")
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_a_copy_is_on_the_disk_before_it_has_its_name(
+    finished_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    source, out = tmp_path / f"data.{format}", tmp_path / f"out.{format}"
+    if format == "jsonl":
+        write_lines(source, items())
+    else:
+        pq.write_table(pa.Table.from_pylist([{"uid": name} for name in store_ids(finished_store)]), source)
+    seen: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        name = Path(f"/proc/self/fd/{handle}").readlink().name
+        seen.append("file" if name.startswith(f".{out.name}.") else name)
+        fsync(handle)
+
+    def replaced(old: Path, new: Path) -> None:
+        seen.append("rename")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    resample_file(finished_store, source, out, id_column=None if format == "jsonl" else "uid")
+    assert seen == ["file", "rename", tmp_path.name]
+    out.unlink()
+
+    def refused(handle: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", refused)
+    with pytest.raises(StorageError, match="Input/output error"):
+        resample_file(finished_store, source, out, id_column=None if format == "jsonl" else "uid")
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
 def test_parquet_rows_are_drawn_by_blocks_of_draws_and_row_groups(
