@@ -161,6 +161,7 @@ def test_an_interrupted_import_ends_as_an_uninterrupted_one(suffix: str, tmp_pat
     assert snapshot(tmp_path / "stopped") == snapshot(tmp_path / "whole")
 
 
+@pytest.mark.slow  # a build is killed in test_build.py, an import interrupted above
 def test_a_killed_import_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
     array = save(tmp_path / "rows.npy", make_rows(3000, 600).astype(np.float16))
     command = [sys.executable, "-m", "embstore", "import", str(array), "--chunk-rows", "16", "--window-rows", "16"]

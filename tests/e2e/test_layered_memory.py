@@ -159,6 +159,7 @@ def test_a_build_that_is_told_nothing_makes_no_float32_copy(large: Path, tmp_pat
     assert LAYER_BYTES < peak_bytes <= 1.3 * file_bytes + (256 << 20)
 
 
+@pytest.mark.slow  # and tests/oracle/test_layered.py, in one process
 def test_a_store_is_the_same_in_either_order_and_where_they_change(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", make_model("llama", layers=4), make_tokenizer())
     layers = transformers.AutoModelForCausalLM.from_pretrained(model).model.layers

@@ -36,6 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model") / "tiny", make_model("llama"), make_tokenizer())
 
 
+@pytest.mark.slow  # and tests/contract/test_engines.py, with rows that are not a model's
 def test_two_workers_make_the_store_of_one_process(model: Path, tmp_path: Path) -> None:
     prompts = write_lines(tmp_path / "prompts.jsonl", small_lines())
     common = ("build", prompts, "--model", model, "--window-rows", 16, "--chunk-rows", 16, "--knn", "hnsw", "--shards", 2)

@@ -404,7 +404,7 @@ with MemoryMeter() as meter:
 
 @needs_packing
 @needs_memory
-@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stored", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_packed_layers_are_in_memory_once_beside_what_is_stored(stored: str) -> None:
     """Neither what they were cast to stays, nor holes between them, nor what is dropped."""
     packed_bytes, dropped_bytes = printed_by(_PACKING, stored)

@@ -79,7 +79,7 @@ def loader(sampler: Resumable, workers: int) -> StatefulDataLoader[Any]:
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata 0.11 under torch 2.13
 @pytest.mark.parametrize("kind", MAKERS)
-@pytest.mark.parametrize(("workers", "stops"), [(0, range(20)), (2, (0, 3, 8, 11))])
+@pytest.mark.parametrize(("workers", "stops"), [(0, range(20)), (2, (3, 11))])
 @pytest.mark.parametrize("calls_set_epoch", [False, True])
 def test_a_stateful_loader_resumes_bit_for_bit(kind: str, workers: int, stops: Any, calls_set_epoch: bool) -> None:
     """Stopped anywhere in two epochs, at their ends too; workers fetch ahead, and the saved state must not be theirs."""
