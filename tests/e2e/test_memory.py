@@ -59,7 +59,7 @@ def test_the_meter_counts_what_is_allocated_and_not_what_is_mapped(tmp_path: Pat
     assert result.returncode == 0, result.stderr
     mapped, held = map(int, result.stdout.split())
     assert mapped < size // 8
-    assert size <= held < size + size // 8
+    assert 0.9 * size < held < 1.1 * size  # the kernel counts pages by batches
 
 
 @pytest.mark.parametrize(
