@@ -61,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> Training:
         print("start-up: " + ", ".join(f"{part} {spent:.3g} s" for part, spent in seconds.items()), flush=True)
     trainer.train(resume_from_checkpoint=kat_trainer.checkpoint_of(options))
     trainer.save_model(str(options.out_dir))
+    trainer.accelerator.wait_for_everyone()  # a process that ends while another one still speaks to it is aborted
+    trainer.accelerator.end_training()
     if policy.is_first_process:
         print(f"written: {options.out_dir}")
     return training

@@ -182,6 +182,9 @@ def main(folder: Path) -> None:
     for kind in RUNS:
         for name, record in run_all(folder, kind, world_size=world_size).items():
             (folder / f"{kind}-{name}-{rank}.json").write_text(json.dumps(dataclasses.asdict(record)))
+    if world_size > 1:  # a process that ends while another one still speaks to it is aborted
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
