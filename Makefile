@@ -14,7 +14,7 @@ FAULT_TESTS := tests/crash tests/property/test_hostile.py tests/property/test_ho
 demo: $(STAMP)  ## the main job end to end, on input made on the spot
 	@$(BIN)/python -m scripts.demo
 
-test: $(STAMP) lint  ## what CI runs: lint, types, layers, tests; 15 minutes on two old cores, 10 on newer ones
+test: $(STAMP) lint  ## what CI runs: lint, types, layers, tests; 20 minutes on two old cores, 10 on newer ones
 	@$(BIN)/python -m pytest -m "not faults and not slow" $(PARALLEL)
 
 test-quick: $(STAMP)  ## for the inner loop, a minute: units, the disk format, exact search, order of system calls, a small real build
