@@ -98,7 +98,7 @@ def _text(value: object) -> object:
 
 
 def check_batch(batch: Any) -> None:  # noqa: ANN401 - pyarrow's
-    """Raise pyarrow's error if offsets or indices of a damaged file point anywhere; a bad value is nothing of that."""
+    """Raise pyarrow's error if offsets or indices of a damaged file point anywhere; a bad value alone is not damage."""
     batch.validate()
     for column in batch.columns:
         try:

@@ -137,7 +137,7 @@ _LIKE_MESSAGES = re.compile(r"""\s*"?\[\s*['"]?\s*\{\s*\\*['"](?:role|from|conte
 
 
 def refuse_like_chat(text: str, name: str, *, is_text: bool) -> None:
-    """Refuse what was meant as messages, but is not JSON of them; where texts are expected, only if nothing follows it.
+    """Refuse text that was meant as a list of messages but is not JSON; where a text is expected, only if it ends as one.
 
     Raises
     ------
@@ -148,10 +148,10 @@ def refuse_like_chat(text: str, name: str, *, is_text: bool) -> None:
     >>> refuse_like_chat("[{'role': 'user', 'content': '2 + 2?'}] is a list", "prompt", is_text=True)
     >>> refuse_like_chat("[{'role': 'user', 'content': '2 + 2?'}]", "messages", is_text=False)
     Traceback (most recent call last):
-    embstore.core.values.Unusable: messages looks like a list of messages, but is not JSON of one; json.dumps writes it
+    embstore.core.values.Unusable: messages looks like a list of messages, but is not JSON; write it with json.dumps
     """
     if _LIKE_MESSAGES.match(text) and (not is_text or text.rstrip().endswith(("]", ']"'))):
-        raise Unusable(f"{name} looks like a list of messages, but is not JSON of one; json.dumps writes it")
+        raise Unusable(f"{name} looks like a list of messages, but is not JSON; write it with json.dumps")
 
 
 def _message(value: object, position: int, levels: int) -> dict[str, JsonValue]:

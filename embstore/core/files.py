@@ -31,6 +31,8 @@ Buffer = bytes | bytearray | memoryview
 TEMP_NAME = re.compile(r"\..+\.([0-9a-f]{8}|\d+)\.tmp")  # digits alone: of older versions
 
 _READ_BYTES = 8 << 20
+# what network and FUSE file systems answer that cannot sync a folder
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 # links are not followed, FIFOs not waited for, children started by exec do not inherit; Windows has only the last flag
 _OPEN_FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 # errors of open for links (with O_NOFOLLOW), folders (for writing), sockets and FIFOs, and files in place of folders
@@ -83,6 +85,21 @@ def temp_path(path: Path, folder: Path | None = None) -> Path:
     one left would be in the way of the next.
     """
     return (folder or path.parent) / f".{path.name}.{secrets.token_hex(4)}.tmp"
+
+
+def fsync_directory(path: Path) -> bool:
+    """Make renames and new names in ``path`` durable; False where the file system cannot do that for any folder."""
+    with storage_errors("syncing folder", path):
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno not in _NO_FOLDER_SYNC:
+                raise
+            return False
+        finally:
+            os.close(handle)
+    return True
 
 
 def open_regular(root: Path, name: str, flags: int = os.O_RDONLY) -> int:

@@ -93,7 +93,7 @@ class Prompt:
         return self.text or ""
 
     def undecoded(self) -> Prompt | None:
-        r"""The prompt whose texts are JSON text here, as readers other than ``datasets`` and pyarrow give columns of JSON.
+        r"""The prompt with its texts decoded, if they are JSON: readers other than pyarrow's give columns of JSON so.
 
         None where a text is anything but JSON of a text or of a list of parts.
 
@@ -104,6 +104,9 @@ class Prompt:
         >>> Prompt(id=None, text='"2 + 2" or "4"').undecoded()
         """
         try:
+            texts = [self.text] if self.messages is None else [message["content"] for message in self.messages]
+            if not all(str(text).lstrip().startswith(('"', "[", "{")) for text in texts):
+                return None  # nearly all prompts: an exception for each would cost a tenth of reading them
             if self.messages is None:
                 text = json.loads(self.text or "")
                 return replace(self, text=valid_text(text)) if isinstance(text, str) else None

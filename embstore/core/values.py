@@ -37,9 +37,9 @@ class Opaque(Unusable):
 
 
 class Unreadable:
-    """A value that a file has and Python does not, in its place: only a prompt that it belongs to is lost.
+    """Stands in for a value of a table that Python cannot express: only a prompt that it belongs to is lost.
 
-    ``plain`` asks for it as it asks any value of pyarrow.
+    ``plain`` calls ``as_py`` as of any value of pyarrow, and gets the reason.
     """
 
     def __init__(self, reason: str) -> None:

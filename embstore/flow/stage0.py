@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shlex
 import tempfile
 from collections.abc import Iterator
@@ -187,7 +188,7 @@ def _refuse_other_prompts(run: Run, record: PromptsRecord, source: PromptSource)
         if given.fingerprint == record.fingerprint:
             if given.files != record.files:
                 run.observer(
-                    Notice(message=f"{source} has the rows of {root} in other lines: {root} keeps its map of lines")
+                    Notice(message=f"{source} has the rows of {root} on other lines: the store keeps its own line numbers")
                 )
             return
         mismatches = [FieldMismatch(field="prompts", stored=record.fingerprint[:16], given=given.fingerprint[:16])]
@@ -207,8 +208,7 @@ def _where_they_differ(left: bytes, right: bytes) -> tuple[str, str]:
     stored, given = decode_row(left).rendered, decode_row(right).rendered
     if stored == given:
         stored, given = left.decode(), right.decode()
-    shared = next((at for at, (one, other) in enumerate(zip(stored, given, strict=False)) if one != other), 0)
-    start = max(0, shared - _SHOWN_BEFORE)
+    start = max(0, len(os.path.commonprefix([stored, given])) - _SHOWN_BEFORE)  # noqa: RUF071 - of any two strings
     cut, before = slice(start, start + _SHOWN_CHARACTERS), "..." if start else ""
     return before + stored[cut].rstrip(), before + given[cut].rstrip()
 

@@ -93,7 +93,8 @@ def check_templates(run: Run, source: EmbedderSource, prompts: PromptTable, reus
         if first is None or template is None:
             if record is not None and record.refused:  # by another template, or chats that are copied now
                 (writer.root / REFUSED).unlink(missing_ok=True)
-                writer.commit(TemplateRecord(asked=hashlib.sha256().hexdigest(), chats=0, refused=0, first=[]))
+                nobody = hashlib.sha256().hexdigest()  # no template has this digest
+                writer.commit(TemplateRecord(asked=nobody, chats=0, refused=0, first=[]))
             return
         asked = [template.digest, *(store.digest for store in reuse.record.stores)]
         digest = hashlib.sha256(canonical_json(asked).encode()).hexdigest()

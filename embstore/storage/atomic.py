@@ -27,29 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import CorruptStoreError, StorageError, StoreLockedError
-from embstore.core.files import TEMP_NAME, Buffer, array_header, read_blocks, storage_errors, temp_path
+from embstore.core.files import TEMP_NAME, Buffer, array_header, fsync_directory, read_blocks, storage_errors, temp_path
 from embstore.core.format import FileDigest
 from embstore.storage.direct import DirectBuffer, drop_cache, open_direct
 
-# what network and FUSE file systems answer that do not know the call
-_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS)  # the last one: VirtualBox
 _BUFFER_BYTES = 1 << 20  # rows of a JSONL file are small: one write per MiB, not one per row
-
-
-def fsync_directory(path: Path) -> bool:
-    """Make renames and new names in ``path`` durable; False where the file system cannot do that for any folder."""
-    with storage_errors("syncing folder", path):
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(handle)
-        except OSError as error:
-            if error.errno not in _NO_FOLDER_SYNC:
-                raise
-            return False
-        finally:
-            os.close(handle)
-    return True
 
 
 def make_directory(path: Path, *, opening: bool = False, resync: bool = False) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import RowError
+from embstore.core.files import fsync_directory
 from embstore.core.format import EMBEDDINGS, chunk_name
 from embstore.core.interfaces import RowBlock, WindowCounts
 from embstore.core.plan import grid_of
@@ -26,7 +27,7 @@ from embstore.core.records import ChunkRecord, FailedRow, ReusingWindowRecord, W
 from embstore.core.rows import RowRange
 from embstore.core.spec import StoreSpec
 from embstore.host.allocator import keep_large_blocks
-from embstore.storage.atomic import DurableFile, fsync_directory
+from embstore.storage.atomic import DurableFile
 from embstore.storage.chunks import Encoded, crc32c, encode_chunk
 from embstore.storage.direct import DirectBuffer
 

@@ -147,6 +147,7 @@ class _Lines:
         self._latest = ""
 
     def endless(self) -> PromptError:
+        """The error for a quoted value of this row that does not end."""
         return PromptError(
             f"{self._name}: a quoted value of the row that begins on line {self.first} does not end "
             f"(read to line {self.number})",

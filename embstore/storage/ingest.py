@@ -19,7 +19,7 @@ import numpy as np
 from embstore.core.config import CURRENT_RULE, USUAL_FIELDS, WHOLE, DatasetChoice, PromptFields, PromptRule
 from embstore.core.errors import PromptError
 from embstore.core.events import Notice, Observer, ignore
-from embstore.core.files import array_header, storage_errors
+from embstore.core.files import array_header, fsync_directory, storage_errors
 from embstore.core.format import (
     ALIASES,
     IDS,
@@ -35,7 +35,7 @@ from embstore.core.format import (
 from embstore.core.prompts import Prompt, Rejected, decode_row, encode_row
 from embstore.core.reasons import count_reason
 from embstore.core.records import PromptsRecord
-from embstore.storage.atomic import DurableFile, fsync_directory, save_array
+from embstore.storage.atomic import DurableFile, save_array
 from embstore.storage.hub_dataset import HubDataset
 from embstore.storage.prompt_source import Prompts, PromptSource, open_source
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from embstore.core.decode import parse_json
 from embstore.core.errors import CorruptStoreError, StorageError, StoreNotFoundError
-from embstore.core.files import open_regular, pread_all, read_all, storage_errors
+from embstore.core.files import fsync_directory, open_regular, pread_all, read_all, storage_errors
 from embstore.core.format import JOURNAL, JOURNAL_BYTES, JOURNAL_LINE_BYTES, MANIFEST, RUNS, JsonObject
 from embstore.core.records import (
     JournalRecord,
@@ -24,7 +24,7 @@ from embstore.core.records import (
     encode_journal_record,
     replay,
 )
-from embstore.storage.atomic import DurableFile, fsync_directory, sync_data, write_all
+from embstore.storage.atomic import DurableFile, sync_data, write_all
 
 SYNCS_FOLDERS = "syncs_folders"  # a field of runs.jsonl: false if the file system refused to
 NO_FOLDER_SYNC = "cannot sync folders: a power cut there may take back rows that were reported as committed"

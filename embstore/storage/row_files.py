@@ -82,8 +82,7 @@ def header(spec: StoreSpec, name: str) -> bytes:
 def preallocate(root: Path, spec: StoreSpec, name: str, *, old: int | None = None) -> None:
     """Write a row file of full size that says of every row that it is unwritten: NaN cannot be a coordinate.
 
-    The caller syncs the folder.
-    ``old`` is the descriptor of a row file with rows to keep: whole values, as far as it reaches.
+    ``old`` is the descriptor of a row file whose values are kept, as far as it reaches. The caller syncs the folder.
     """
     start, width = header(spec, name), _dtype(name).itemsize
     size = len(start) + spec.rows * row_bytes(spec, name)

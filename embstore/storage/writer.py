@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import ConfigError, CorruptStoreError, StoreExistsError, StoreNotFoundError
-from embstore.core.files import check_content, irregular, open_regular, read_committed, storage_errors
+from embstore.core.files import check_content, fsync_directory, irregular, open_regular, read_committed, storage_errors
 from embstore.core.format import (
     ARRAY_METADATA,
     BASIS,
@@ -59,7 +59,6 @@ from embstore.core.rows import RowRange
 from embstore.core.spec import StoreSpec, array_metadata, decode_spec, spec_problem
 from embstore.storage.atomic import (
     WriterLock,
-    fsync_directory,
     make_directory,
     pwrite_all,
     remove_busy_folder,

@@ -7,7 +7,6 @@ name when it is complete and on the disk.
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 from array import array
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from embstore.core.arrow_values import decoders, records
 from embstore.core.errors import ConfigError, PromptError, StoreExistsError
 from embstore.core.file_kinds import LINES, PARQUET
-from embstore.core.files import storage_errors, temp_path
+from embstore.core.files import fsync_directory, storage_errors, temp_path
 from embstore.core.inputs import INSTALL_PARQUET, Input, open_input
 from embstore.core.prompts import Rejected, decode_object
 from embstore.core.rows import slices
@@ -135,9 +134,10 @@ def _resampled(
     with storage_errors("writing", target, opening=True):
         try:
             table.write(unfinished, rows_n)
-            _sync(unfinished)
+            with unfinished.open("rb") as copy:
+                os.fsync(copy.fileno())
             unfinished.replace(target)
-            _sync(target.parent)
+            fsync_directory(target.parent)
         finally:
             unfinished.unlink(missing_ok=True)
     return ResampleReport(
@@ -147,18 +147,6 @@ def _resampled(
         distinct_items=len(np.unique(rows_n)),
         ess=weights.ess(),
     )
-
-
-def _sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, durable; some network file systems cannot do it for folders."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
 
 
 def _refuse_format(opened: Input, target: Path) -> None:

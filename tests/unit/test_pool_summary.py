@@ -162,7 +162,7 @@ def test_lines_that_were_corrected_or_deleted_count_no_more(tmp_path: Path) -> N
     events: list[Event] = []
     build_small(pool(tmp_path / "again.jsonl", good=60, bad=5), store, resume=True, observer=events.append)
     notices = [event.message for event in events if isinstance(event, Notice)]
-    assert [notice for notice in notices if "in other lines" in notice]
+    assert [notice for notice in notices if "on other lines" in notice]
 
 
 def test_refused_chats_count_as_well(tmp_path: Path) -> None:
@@ -270,3 +270,8 @@ def test_a_prompt_that_changed_is_shown_where_it_differs(tmp_path: Path) -> None
     (row,) = [str(mismatch) for mismatch in caught.value.mismatches if mismatch.field == "row 0"]
     assert row == "row 0: the store has ...f two long prompts. Old end., given ...f two long prompts. New end."
     assert "embstore build PROMPTS --model" in str(caught.value.hint)
+    longer = write_lines(tmp_path / "longer.jsonl", [{"prompt": f"{beginning}Old end. And more."}])
+    with pytest.raises(IdentityMismatchError) as caught:
+        build_small(longer, store)
+    (row,) = [str(mismatch) for mismatch in caught.value.mismatches if mismatch.field == "row 0"]
+    assert row == "row 0: the store has ...ng prompts. Old end., given ...ng prompts. Old end. And more."

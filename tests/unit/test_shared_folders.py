@@ -22,9 +22,9 @@ from rich.console import Console
 from embstore.core.config import WeightingConfig
 from embstore.core.errors import ExitCode, StorageError
 from embstore.core.events import Event, Notice
+from embstore.core.files import fsync_directory
 from embstore.core.format import METADATA_LINK, WEIGHTS_LINK
 from embstore.flow.artifact import recompute_weights
-from embstore.storage.atomic import fsync_directory
 from embstore.training import DensitySampler, load_weights
 from embstore.training.file_resampling import resample_file
 from embstore.views.export import export_store
