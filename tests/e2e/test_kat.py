@@ -92,11 +92,14 @@ def test_the_offline_pass_leaves_the_originals_files(guide: Path) -> None:
     assert emb_NV.dtype == np.float32
     assert emb_NV.shape == (len(ids), metadata["embedding_dim"])
     np.testing.assert_allclose(np.linalg.norm(emb_NV, axis=1), 1, atol=1e-3)
-    # the original's recipe, in the direction its text promises: exact neighbours, rare rows up
+    # the original's recipe, in the direction its text promises: exact neighbours, rare rows up; at most 10 times the mean,
+    # which this model, a little different on each processor, may reach
     row_NV = emb_NV.astype(np.float64)
     square_N = (row_NV**2).sum(axis=1)
     distance_NN = np.sqrt(np.maximum(square_N[:, None] + square_N - 2 * row_NV @ row_NV.T, 0))
     mean_N = np.sort(distance_NN, axis=1)[:, 1 : K + 1].mean(axis=1)
+    for _ in range(100):
+        mean_N = np.minimum(mean_N, 10 * mean_N.mean())
     assert np.abs(mean_N / mean_N.sum() - weights).sum() / 2 < 5e-3
 
 
