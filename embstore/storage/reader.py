@@ -28,6 +28,7 @@ from embstore.core.format import (
     DOCUMENT_BYTES,
     EMBEDDINGS,
     IDS,
+    JOURNAL,
     KEYS,
     LINE_ROWS,
     MANIFEST,
@@ -328,7 +329,9 @@ class EmbeddingStore:
             return array
         if name in self._digests:
             check_array(self.root, name, array, self._digests[name])
-        else:  # a row file of an unfinished store: each committed window has its own checksum
+        elif name not in row_files(self.spec):
+            raise CorruptStoreError(f"{JOURNAL} does not commit {name}", hint=self._hint)
+        else:  # of an unfinished store: each committed window has its own checksum
             for window in self.journal.windows.values():
                 check_rows(name, array[window.start : window.stop].tobytes(), window)
         if low is not None:

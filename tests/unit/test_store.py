@@ -22,7 +22,8 @@ from embstore.core.errors import (
     StoreExistsError,
     StoreNotFoundError,
 )
-from embstore.core.format import chunk_name
+from embstore.core.format import JOURNAL, MULTIPLICITY, chunk_name
+from embstore.core.records import PromptsRecord, decode_journal, encode_journal_record
 from embstore.flow.artifact import recompute_weights
 from embstore.flow.build import build
 from embstore.storage.reader import EmbeddingStore, open_store
@@ -202,6 +203,18 @@ def test_a_missing_spec_is_damage_and_no_traceback(unfinished: Path, small_promp
     for action in (lambda: open_store(unfinished, partial=True), lambda: build_small(small_prompts, unfinished)):
         with pytest.raises(CorruptStoreError, match=r"spec\.json is missing"):
             action()
+
+
+def test_a_file_that_the_journal_does_not_commit_is_not_read(unfinished: Path) -> None:
+    """Of an unfinished store only the row files have no digest."""
+    header, prompts, *windows = (unfinished / JOURNAL).read_bytes().splitlines(keepends=True)
+    record = decode_journal(header + prompts, name=JOURNAL)[0][0]
+    assert isinstance(record, PromptsRecord)
+    files = {name: digest for name, digest in record.files.items() if name != MULTIPLICITY}
+    fewer = encode_journal_record(1, dataclasses.replace(record, files=files))
+    (unfinished / JOURNAL).write_bytes(b"".join([header, fewer, *windows]))
+    with pytest.raises(CorruptStoreError, match="does not commit multiplicity"):
+        _ = open_store(unfinished, partial=True).multiplicity
 
 
 def test_arrays_of_a_store_cannot_be_written_to(finished_store: Path) -> None:
