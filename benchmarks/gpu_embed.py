@@ -56,7 +56,7 @@ class Held:
         return self._source.hardware(config)
 
     def create(
-        self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path, observer: Observer
+        self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path | None, observer: Observer
     ) -> LogitEmbedder:
         """The embedder; it was made for the same prompts."""
         return self._embedder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from embstore.cli.frame import AsJson, Out, Resume, app, reporting, run_and_print
 from embstore.cli.options import HelpAll, PanelCommand, takes
 from embstore.core.config import BuildConfig
+from embstore.core.errors import ConfigError
 
 
 @app.command(cls=PanelCommand)
@@ -30,6 +32,15 @@ def build(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what the build would do and cost. Writes nothing.")
     ] = False,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            "--scratch",
+            help="Folder where --dry-run puts an index of prompts that --memory-budget has no room for. Default: that of "
+            "temporary files.",
+            rich_help_panel="advanced",
+        ),
+    ] = None,
     as_json: AsJson = False,
     help_all: HelpAll = False,
 ) -> None:
@@ -37,11 +48,15 @@ def build(
 
     If a build is killed, run the same command with --resume: it continues where it stopped.
     """
-    from embstore.flow import build as build_flow  # noqa: PLC0415 - other commands start without it
-
     if dry_run:
-        planned = functools.partial(build_flow.preflight, prompts, out=out, config=config)
+        from embstore.flow.dry_run import preflight  # noqa: PLC0415 - other commands start without it
+
+        planned = functools.partial(preflight, prompts, out=out, config=config, scratch=scratch)
         run_and_print(planned, out, as_json=as_json)
-    else:
-        work = functools.partial(build_flow.build, prompts, out=out, config=config, resume=resume)
-        run_and_print(work, out, as_json=as_json)
+        return
+    from embstore.flow import build as build_flow  # noqa: PLC0415
+
+    if scratch is not None:
+        raise ConfigError("--scratch applies to a dry run", hint="leave it out; a build has its scratch files in the store")
+    work = functools.partial(build_flow.build, prompts, out=out, config=config, resume=resume)
+    run_and_print(work, out, as_json=as_json)

@@ -289,6 +289,9 @@ class EngineConfig:
         return self.engine == "ray" or bool(self.devices)
 
 
+DEFAULT_MEMORY_BYTES = 2 << 30
+
+
 @documented
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildConfig:
@@ -298,7 +301,11 @@ class BuildConfig:
     density: DensityConfig = DensityConfig()
     weighting: WeightingConfig = WeightingConfig()
     memory_budget_bytes: int = option(
-        2 << 30, "Memory besides the loaded model and mapped files.", "resources", flag="--memory-budget", unit="bytes"
+        DEFAULT_MEMORY_BYTES,
+        "Memory besides the loaded model and mapped files.",
+        "resources",
+        flag="--memory-budget",
+        unit="bytes",
     )
     model_memory_bytes: int | None = option(
         None,

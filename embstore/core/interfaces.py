@@ -176,9 +176,13 @@ class EmbedderSource(Protocol):
         """The device of this name (or ``auto``) as this process sees it, with its index: cpu or cuda:N."""
 
     def create(
-        self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path, observer: Observer
+        self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path | None, observer: Observer
     ) -> Embedder:
-        """Load, probe on a seeded sample of ``prompts``, and resolve every open setting; ``work`` is scratch space."""
+        """Load, probe on a seeded sample of ``prompts``, and resolve every open setting; ``work`` is scratch space.
+
+        None in its place is a dry run: nothing is written, and a basis that needs a sample of rows is not made. Its rank is
+        the largest possible then.
+        """
 
     def reopen(
         self,

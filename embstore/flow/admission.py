@@ -7,9 +7,12 @@ the disk or in the memory budget is refused before the first row (``flow.cost``)
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from embstore.core.config import DEFAULT_CHAT_DATE, BuildConfig, Compressor, EmbeddingConfig
 from embstore.core.errors import (
@@ -18,10 +21,10 @@ from embstore.core.errors import (
     FieldMismatch,
     IdentityMismatchError,
 )
-from embstore.core.events import Notice, stage
+from embstore.core.events import Notice, Preflight, stage
 from embstore.core.files import file_problem
 from embstore.core.format import FORMAT_VERSION, PROMPTS, basis_file
-from embstore.core.interfaces import Embedder, EmbedderSource
+from embstore.core.interfaces import Embedder, EmbedderSource, PromptReader
 from embstore.core.plan import as_stored, grid_of, plan, refuse_drift, refuse_other_input
 from embstore.core.prompts import Prompt
 from embstore.core.records import DemotedRecord, DriftRecord, PromptsRecord
@@ -29,7 +32,7 @@ from embstore.core.spec import EmbeddingSpec, ModelIdentity, StoreSpec
 from embstore.flow.cost import check_fits, copied_rows, fit_rows
 from embstore.flow.first_checks import find_source
 from embstore.flow.reuse import Reuse, match_rows, nothing_reused, open_again, open_reused, refuse_unlike
-from embstore.flow.run import Run
+from embstore.flow.run import Run, RunContext
 from embstore.flow.stage0 import begin_again
 from embstore.flow.template_check import check_templates
 from embstore.storage.filesystem import caveat
@@ -82,7 +85,7 @@ def _continue_spec(run: Run) -> tuple[StoreSpec, Embedder | None, Reuse]:
     remaining = plan(spec, writer.state).windows
     # an explicit device or thread count is compared even if no rows are left; versions make rows and nothing else
     asked = config.embedding.device not in (None, "auto") or config.embedding.threads is not None
-    _choose_device(run, spec.embedding, computes=bool(remaining))
+    choose_device(run, spec.embedding, computes=bool(remaining))
     model = run.source.identity(run.observer) if run.source is not None else None
     hardware = None
     if run.source is not None and (remaining or asked):
@@ -128,7 +131,7 @@ def _continue_spec(run: Run) -> tuple[StoreSpec, Embedder | None, Reuse]:
 
 
 def _refuse_unrecorded_date(
-    run: Run, stored: EmbeddingSpec, computed: Iterable[Prompt], *, reused: str | None = None
+    run: RunContext, stored: EmbeddingSpec, computed: Iterable[Prompt], *, reused: str | None = None
 ) -> None:
     """Refuse to add chats to rows whose date is not recorded, if the chat template prints the current one."""
     if stored.chat_date is not None or run.source is None or all(prompt.messages is None for prompt in computed):
@@ -149,27 +152,64 @@ def _prompts_of(root: Path, spec: StoreSpec, windows: Sequence[int]) -> Iterator
         yield from prompts.read(grid.window(window))
 
 
-def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tuple[StoreSpec, Embedder]:
+def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tuple[StoreSpec, Embedder | None]:
     writer, config = run.writer, run.config
     prompts = PromptTable(writer.root / PROMPTS, record.rows)
-    _choose_device(run, None, computes=True)
-    date = config.embedding.chat_date or DEFAULT_CHAT_DATE
-    check_templates(run, source, prompts, nothing_reused(record.rows), date)
+    choose_device(run, None, computes=True)
+    check_templates(run, source, prompts, nothing_reused(record.rows), config.embedding.chat_date or DEFAULT_CHAT_DATE)
     identity = source.identity(run.observer)
+    planned = plan_new(run, source, prompts, record, root=writer.root, work=writer.work)
+    compressor = config.embedding.compressor or "lz4"
+    spec = _new_spec(record, identity, planned.embedding, planned.window_rows, planned.chunk_rows, compressor)
+    run.log_start()
+    return writer.create(spec, planned.basis_VR), planned.embedder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedRows:
+    """How the rows of a new store come about; nothing is written yet. ``embedder`` is None if all rows are copied."""
+
+    embedding: EmbeddingSpec
+    embedder: Embedder | None
+    basis_VR: NDArray[np.float32]
+    chunk_rows: int
+    window_rows: int
+    preflight: Preflight
+
+
+def plan_new(
+    context: RunContext,
+    source: EmbedderSource,
+    prompts: PromptReader,
+    record: PromptsRecord,
+    *,
+    root: Path,
+    work: Path | None,
+) -> PlannedRows:
+    """The plan of a store at ``root`` whose rows are all computed; ``work`` is that of ``EmbedderSource.create``.
+
+    Raises
+    ------
+    BudgetError, ModelError, RowError
+        It does not fit, or the model cannot be used with these prompts.
+    """
+    config, reuse = context.config, nothing_reused(record.rows)
     embedder = source.create(
         prompts,
-        dataclasses.replace(_shared_cores(config, source), device=run.device),
+        dataclasses.replace(_shared_cores(config, source), device=context.device),
         memory_bytes=config.memory_budget_bytes,
-        work=writer.work,
-        observer=run.observer,
+        work=work,
+        observer=context.observer,
     )
-    chunk_rows, window_rows = fit_rows(config, embedder, record.rows, nothing_reused(record.rows))
-    compressor = config.embedding.compressor or "lz4"
-    spec = _new_spec(record, identity, embedder.spec, window_rows, chunk_rows, compressor)
-    free_bytes = shutil.disk_usage(writer.root).free
-    check_fits(run, spec, embedder, plan(spec, writer.state), free_bytes, nothing_reused(spec.rows))
-    run.log_start()
-    return writer.create(spec, embedder.basis_VR), embedder
+    chunk_rows, window_rows = fit_rows(config, embedder, record.rows, reuse)
+    return PlannedRows(
+        embedding=embedder.spec,
+        embedder=embedder,
+        basis_VR=embedder.basis_VR,
+        chunk_rows=chunk_rows,
+        window_rows=window_rows,
+        preflight=check_fits(context, record, embedder.spec, embedder, reuse, root=root, chunk_rows=chunk_rows),
+    )
 
 
 def _new_spec(
@@ -194,7 +234,7 @@ def _new_spec(
     )
 
 
-def _choose_device(run: Run, stored: EmbeddingSpec | None, *, computes: bool) -> None:
+def choose_device(run: RunContext, stored: EmbeddingSpec | None, *, computes: bool) -> None:
     """Where this run computes, once and with its index: as the options say, else on a device of the stored kind.
 
     Where only the search is left, the rows' device need not be here: the search takes the CPU then.
@@ -228,56 +268,97 @@ def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tu
     writer, config = run.writer, run.config
     prompts = PromptTable(writer.root / PROMPTS, record.rows)
     stores = open_reused(paths, writer.root)
+    refuse_other_turns(record, stores)
     with stage(run.observer, "reuse", record.rows, "prompts"):
-        reuse = match_rows(prompts, stores)
+        reuse = match_rows(
+            prompts, stores, folder=writer.work, memory_bytes=config.memory_budget_bytes, observer=run.observer
+        )
+    computed = (prompt for row, prompt in enumerate(prompts) if reuse.store_N[row] < 0)
+    settled = settle_reused(run, record, reuse, computed)
+    if record.rows > reuse.num_rows and run.source is not None:
+        check_templates(run, run.source, prompts, reuse, settled.old.embedding.chat_date)
+    planned = plan_reusing(run, record, prompts, reuse, settled, root=writer.root)
+    compressor = config.embedding.compressor or settled.old.compressor
+    model, embedding = settled.model or settled.old.model, settled.old.embedding
+    spec = _new_spec(record, model, embedding, planned.window_rows, planned.chunk_rows, compressor)
+    run.log_start()
+    if writer.state.reuse != reuse.record:
+        writer.commit(reuse.record)  # before the spec, so that a store with a spec always shows whether rows are copied
+    spec = writer.create(spec, planned.basis_VR)
+    if settled.drifted:
+        fields = [each.field for each in settled.drifted]
+        run.observer(Notice(message=f"drift allowed in {', '.join(fields)}: computed rows may differ in low bits"))
+        writer.commit(DriftRecord(fields=fields))
+    return spec, planned.embedder, reuse
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SettledReuse:
+    """Settings under which rows are copied and others are computed: those of ``old``, with the hardware of this run."""
+
+    old: StoreSpec
+    embedding: EmbeddingSpec  # only in this run: the stored one describes the copied rows
+    model: ModelIdentity | None
+    drifted: list[FieldMismatch]
+
+
+def settle_reused(context: RunContext, record: PromptsRecord, reuse: Reuse, computed: Iterable[Prompt]) -> SettledReuse:
+    """Compare options, model and hardware with the stores of ``reuse``; ``computed`` are prompts that they do not have.
+
+    Raises
+    ------
+    IdentityMismatchError, ConfigError, CorruptStoreError
+        Rows of these stores and computed ones do not belong together, there is no model, or a basis is damaged.
+    """
+    stores, config, source = reuse.stores, context.config, context.source
     old = _common_spec(stores)
     num_computed = record.rows - reuse.num_rows
-    _refuse_other_turns(record, stores)
-    if num_computed and run.source is None:
+    if num_computed and source is None:
         raise ConfigError(
             f"{num_computed} prompts are not in the stores to reuse, and no model was given",
             hint="add --model, a folder or a hub id",
         )
-    _choose_device(run, old.embedding, computes=num_computed > 0)
-    model = run.source.identity(run.observer) if run.source is not None else None
+    choose_device(context, old.embedding, computes=num_computed > 0)
+    model = source.identity(context.observer) if source is not None else None
     hardware = None
-    if run.source is not None and num_computed:
-        hardware = _hardware(run.source, config.embedding, old.embedding)
+    if source is not None and num_computed:
+        hardware = _hardware(source, config.embedding, old.embedding)
     drifted = refuse_unlike(stores, config, model, hardware)
-    computed = (prompt for row, prompt in enumerate(prompts) if reuse.store_N[row] < 0)
-    _refuse_unrecorded_date(run, old.embedding, computed, reused=str(stores[0].root))
-    # only in this run: the stored spec describes the copied rows
+    _refuse_unrecorded_date(context, old.embedding, computed, reused=str(stores[0].root))
     embedding = dataclasses.replace(old.embedding, **hardware) if hardware is not None else old.embedding  # type: ignore[arg-type]
     name = basis_file(old.embedding.basis)
     problem = file_problem(stores[0].root, name, stores[0].committed_digest(name))
     if problem is not None:
         raise CorruptStoreError(f"{stores[0].root}/{name} {problem}", hint=f"run embstore verify {stores[0].root}")
-    basis_VR = map_basis(stores[0].root, old.embedding)
+    return SettledReuse(old=old, embedding=embedding, model=model, drifted=drifted)
+
+
+def plan_reusing(
+    context: RunContext, record: PromptsRecord, prompts: PromptReader, reuse: Reuse, settled: SettledReuse, *, root: Path
+) -> PlannedRows:
+    """The plan of a store at ``root`` that copies rows; the model is loaded if it has to compute any."""
+    config, old = context.config, settled.old
+    basis_VR = map_basis(reuse.stores[0].root, old.embedding)
     embedder = None
     chunk_rows, window_rows = copied_rows(config, old)
-    if num_computed and run.source is not None:
-        check_templates(run, run.source, prompts, reuse, old.embedding.chat_date)
-        embedder = run.source.take_over(
+    if record.rows > reuse.num_rows and context.source is not None:
+        embedder = context.source.take_over(
             prompts,
-            embedding,
+            settled.embedding,
             basis_VR,
             memory_bytes=config.memory_budget_bytes,
-            device=run.device,
-            observer=run.observer,
+            device=context.device,
+            observer=context.observer,
         )
         chunk_rows, window_rows = fit_rows(config, embedder, record.rows, reuse)
-    compressor = config.embedding.compressor or old.compressor
-    spec = _new_spec(record, model or old.model, old.embedding, window_rows, chunk_rows, compressor)
-    check_fits(run, spec, embedder, plan(spec, writer.state), shutil.disk_usage(writer.root).free, reuse)
-    run.log_start()
-    if writer.state.reuse != reuse.record:
-        writer.commit(reuse.record)  # before the spec, so that a store with a spec always shows whether rows are copied
-    spec = writer.create(spec, basis_VR)
-    if drifted:
-        fields = [each.field for each in drifted]
-        run.observer(Notice(message=f"drift allowed in {', '.join(fields)}: computed rows may differ in low bits"))
-        writer.commit(DriftRecord(fields=fields))
-    return spec, embedder, reuse
+    return PlannedRows(
+        embedding=old.embedding,
+        embedder=embedder,
+        basis_VR=basis_VR,
+        chunk_rows=chunk_rows,
+        window_rows=window_rows,
+        preflight=check_fits(context, record, old.embedding, embedder, reuse, root=root, chunk_rows=chunk_rows),
+    )
 
 
 def _common_spec(stores: Sequence[EmbeddingStore]) -> StoreSpec:
@@ -288,7 +369,7 @@ def _common_spec(stores: Sequence[EmbeddingStore]) -> StoreSpec:
     return dataclasses.replace(spec, embedding=dataclasses.replace(spec.embedding, chat_date=None))
 
 
-def _refuse_other_turns(record: PromptsRecord, stores: Sequence[EmbeddingStore]) -> None:
+def refuse_other_turns(record: PromptsRecord, stores: Sequence[EmbeddingStore]) -> None:
     """Rows of whole chats and of their beginnings do not belong into one store."""
     for store in stores:
         old = store.journal.prompts
@@ -316,7 +397,13 @@ def _open_reused_again(run: Run, spec: StoreSpec) -> Reuse:
         run.writer.commit(DriftRecord(fields=["reuse"]))
         return nothing_reused(spec.rows)
     with stage(run.observer, "reuse", spec.rows, "prompts"):
-        return match_rows(PromptTable(run.writer.root / PROMPTS, spec.rows), stores)
+        return match_rows(
+            PromptTable(run.writer.root / PROMPTS, spec.rows),
+            stores,
+            folder=run.writer.work,
+            memory_bytes=run.config.memory_budget_bytes,
+            observer=run.observer,
+        )
 
 
 def _reuse_of_last_run(root: Path) -> tuple[str, ...]:

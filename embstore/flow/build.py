@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +18,16 @@ import numpy as np
 
 from embstore.core.config import BuildConfig
 from embstore.core.density import mean_distance
-from embstore.core.errors import ConfigError
 from embstore.core.events import (
     Notice,
     Observer,
-    Preflight,
     RowsCommitted,
     StageFinished,
     StageStarted,
     ignore,
 )
 from embstore.core.files import map_array, storage_errors
-from embstore.core.format import RESIDUALS, JsonObject
+from embstore.core.format import QUARANTINE, RESIDUALS, JsonObject
 from embstore.core.interfaces import Embedder, EmbedderSource, Job
 from embstore.core.plan import plan
 from embstore.core.records import REFUSED_BY_TEMPLATE, WindowRecord
@@ -48,8 +45,7 @@ from embstore.flow.artifact import (
     write_neighbors,
     write_weights,
 )
-from embstore.flow.cost import check_fits
-from embstore.flow.first_checks import check_command, free_bytes_at, on_hub
+from embstore.flow.first_checks import check_command, on_hub
 from embstore.flow.pool_summary import PoolSummary, judge_quarantined, summarize
 from embstore.flow.reuse import Reuse
 from embstore.flow.row_copier import RowCopier
@@ -76,9 +72,10 @@ class BuildReport:
 
     ``pool`` says what became of the lines. ``seconds`` maps stages of this run to their duration. ``embedded_rows`` counts
     rows that this run computed, ``reused_rows`` those it copied from other stores, ``dropped_rows`` rows of those stores
-    whose prompts are not in this pool. ``rarest`` and ``most_crowded`` are row numbers. ``peak_anonymous_bytes`` is above
-    the baseline (see host.memory), ``worker_peak_bytes`` is the peak of the largest worker process (None without workers),
-    ``worker_traffic_bytes`` counts the bytes between this process and workers.
+    whose prompts are not in this pool. ``rarest`` and ``most_crowded`` are row numbers. ``peak_anonymous_bytes`` does not
+    count imports and the model (host.memory), ``model_peak_bytes`` is what it took to load and probe it,
+    ``worker_peak_bytes`` is the peak of the largest worker process (None without workers), ``worker_traffic_bytes`` counts
+    the bytes between this process and workers.
     """
 
     store: Path
@@ -94,6 +91,7 @@ class BuildReport:
     rarest: list[int]
     most_crowded: list[int]
     peak_anonymous_bytes: int | None
+    model_peak_bytes: int | None
     peak_file_bytes: int | None
     worker_peak_bytes: int | None
     worker_traffic_bytes: int
@@ -151,9 +149,12 @@ def build(
     with open_run(root, config, source=source, resume=resume, observer=observer, seconds=seconds) as run:
         warn_of_place(run)
         run.compute_exactly(needs_torch=False)
+        run.meter.set_baseline()  # the budget does not include what is imported
         with nothing_left_if_refused(run):
             record = commit_prompts(run, prompts, resume=resume)
-        judge_quarantined(run, record)  # what was read stays, and with it the list of lines
+        run.prompts_peak_bytes = run.meter.set_baseline()
+        lists = f"{root}/{QUARANTINE} lists them"  # what was read stays, and with it this list
+        judge_quarantined(run, record, lists=lists, has_rows=not run.writer.may_begin_again)
         with nothing_left_if_refused(run):
             spec, embedder, reuse = commit_spec(run, record)
         if config.engine.is_remote:
@@ -164,7 +165,7 @@ def build(
 
                 give_back_device()
         run.resources.enter_context(open_engine(run, spec))
-        run.meter.set_baseline()  # the budget does not include imports and the model
+        run.model_peak_bytes = run.meter.set_baseline()  # nor the model, which stays in memory
         _embed_windows(run, spec, embedder, reuse)
         del embedder, reuse  # frees the model's memory for the search
         give_back()
@@ -174,37 +175,6 @@ def build(
         report = _report(run, spec, neighbors, weights)
         run.writer.log_run({"event": "finished", "time": time.time(), "seconds": report.seconds})
         return report
-
-
-def preflight(
-    prompts: str | Path | None,
-    *,
-    out: str | Path,
-    config: BuildConfig,
-    observer: Observer = ignore,
-    source: EmbedderSource | None = None,
-) -> Preflight:
-    """The plan and cost of ``build``, without writing to ``out`` (``--dry-run``); observers get the same figures.
-
-    The prompts are read and the model is loaded and probed, in a temporary folder.
-    """
-    root, config, seconds = Path(out), config.for_workers, dict[str, float]()
-    observer = timed(observer, seconds)
-    if prompts is None:
-        raise ConfigError("a dry run needs the prompts file", hint="give PROMPTS, the file to build from")
-    given = on_hub(prompts, config.dataset)
-    source = check_command(root, given, config, source=source, resume=True, observer=observer)
-    free_bytes = free_bytes_at(root)
-    with (
-        tempfile.TemporaryDirectory(prefix="embstore-dry-run-") as scratch,
-        open_run(Path(scratch) / "store", config, source=source, resume=False, observer=observer, seconds=seconds) as run,
-    ):
-        run.is_dry = True
-        run.compute_exactly(needs_torch=False)
-        record = commit_prompts(run, given, resume=False)
-        judge_quarantined(run, record)
-        spec, embedder, reuse = commit_spec(run, record)
-        return check_fits(run, spec, embedder, plan(spec, run.writer.state), free_bytes, reuse)
 
 
 # --- embedding: one window, one commit --------------------------------------------------------------------------------
@@ -379,6 +349,10 @@ def _publish_weights(run: Run, spec: StoreSpec, neighbors: NeighborFiles, finish
     return weights
 
 
+def _largest(*peaks: int | None) -> int | None:
+    return max((peak for peak in peaks if peak is not None), default=None)
+
+
 def _report(run: Run, spec: StoreSpec, neighbors: NeighborFiles, weights: WeightFiles) -> BuildReport:
     taken = run.writer.state.reuse
     dropped = sum(store.rows - store.found for store in taken.stores) if taken is not None else 0
@@ -396,7 +370,8 @@ def _report(run: Run, spec: StoreSpec, neighbors: NeighborFiles, weights: Weight
         metadata=weights.metadata,
         rarest=rarest,
         most_crowded=most_crowded,
-        peak_anonymous_bytes=run.meter.peak_anonymous_bytes,
+        peak_anonymous_bytes=_largest(run.prompts_peak_bytes, run.meter.peak_anonymous_bytes),
+        model_peak_bytes=run.model_peak_bytes,
         peak_file_bytes=run.meter.peak_file_bytes,
         worker_peak_bytes=run.worker_peak_bytes,
         worker_traffic_bytes=run.engine.traffic_bytes,

@@ -5,15 +5,18 @@ Everything that decides a byte is arithmetic; only the estimates of times are me
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from embstore.core.config import K_MAX, BuildConfig, format_bytes, over_memory_budget
 from embstore.core.errors import BudgetError
 from embstore.core.events import PREPARATIONS, Preflight
 from embstore.core.interfaces import Embedder
-from embstore.core.plan import BuildPlan
+from embstore.core.records import PromptsRecord
 from embstore.core.rows import chunk_rows_near, part_of_window
-from embstore.core.spec import StoreSpec
+from embstore.core.spec import EmbeddingSpec, StoreSpec
+from embstore.flow.first_checks import free_bytes_at
 from embstore.flow.reuse import Reuse
-from embstore.flow.run import Run
+from embstore.flow.run import RunContext
 
 CHUNK_BYTES = 32 << 20
 # A small store has smaller chunks, so that all cores work until its end and fewer new pages are touched.
@@ -56,57 +59,66 @@ def _in_window(window_rows: int | None, near: int) -> int:
 
 
 def check_fits(
-    run: Run, spec: StoreSpec, embedder: Embedder | None, todo: BuildPlan, free_bytes: int, reuse: Reuse
+    context: RunContext,
+    record: PromptsRecord,
+    embedding: EmbeddingSpec,
+    embedder: Embedder | None,
+    reuse: Reuse,
+    *,
+    root: Path,
+    chunk_rows: int,
 ) -> Preflight:
-    """Report the plan; refuse it if it does not fit on the disk or in the budget."""
+    """Report the plan of a new store; refuse it if it does not fit on the disk of ``root``, which may not be there yet."""
     from embstore.search.search_plan import exact_seconds, plan_search  # noqa: PLC0415 - hnswlib loads only where needed
 
+    config, num_rows, free_bytes = context.config, record.rows, free_bytes_at(root)
     search = plan_search(
-        spec.rows,
-        spec.embedding.rank,
-        run.config.density,
-        threads=spec.embedding.threads,
-        memory_bytes=run.config.memory_budget_bytes,
+        num_rows,
+        embedding.rank,
+        config.density,
+        threads=embedding.threads,
+        memory_bytes=config.memory_budget_bytes,
     )
-    row_bytes = 2 * spec.embedding.dimension
-    copies = 4 if run.config.density.center else 3  # coordinates, their centred copies, neighbours
-    search_bytes = spec.rows * (copies * 4 * spec.embedding.rank + 16 * K_MAX)
-    # not written yet: of a sampled basis this is a float32 a column and coordinate
-    basis_bytes = embedder.basis_VR.nbytes if embedder is not None and run.writer.state.spec is None else 0
-    remaining_bytes = todo.remaining_rows * row_bytes + search_bytes + basis_bytes
-    record = run.writer.state.prompts
-    seconds = (embedder.seconds_per_row if embedder else 0.0) * (todo.remaining_rows - reuse.num_rows)
+    row_bytes = 2 * embedding.dimension
+    copies = 4 if config.density.center else 3  # coordinates, their centred copies, neighbours
+    search_bytes = num_rows * (copies * 4 * embedding.rank + 16 * K_MAX)
+    basis_bytes = 0
+    if embedder is not None:
+        is_sampled = embedding.basis == "range-finder"  # a dry run does not make it
+        basis_bytes = 4 * embedding.dimension * embedding.rank if is_sampled else embedder.basis_VR.nbytes
+    remaining_bytes = num_rows * row_bytes + search_bytes + basis_bytes
+    seconds = (embedder.seconds_per_row if embedder else 0.0) * (num_rows - reuse.num_rows)
     seconds += reuse.num_rows * row_bytes / _COPIED_BYTES_PER_SECOND
     to_come = {"embed": seconds}
-    if search.method == "exact" and run.device == "cpu" and not run.config.engine.is_remote:
-        to_come["knn"] = exact_seconds(spec.rows, spec.embedding.rank, threads=spec.embedding.threads)
+    if search.method == "exact" and context.device == "cpu" and not config.engine.is_remote:
+        to_come["knn"] = exact_seconds(num_rows, embedding.rank, threads=embedding.threads)
     event = Preflight(
-        num_rows=spec.rows,
-        remaining_rows=todo.remaining_rows,
-        quarantined_lines=record.quarantined if record else 0,
-        answered_lines=record.answered if record else 0,
-        turns=record.rule.turns if record else "all",
+        num_rows=num_rows,
+        remaining_rows=num_rows,
+        quarantined_lines=record.quarantined,
+        answered_lines=record.answered,
+        turns=record.rule.turns,
         truncated_share=embedder.truncated_share if embedder else 0.0,
-        dimension=spec.embedding.dimension,
-        head=spec.embedding.head.kind,
-        dtype=spec.embedding.dtype,
-        device=run.device,
+        dimension=embedding.dimension,
+        head=embedding.head.kind,
+        dtype=embedding.dtype,
+        device=context.device,
         remaining_bytes=remaining_bytes,
         free_bytes=free_bytes,
-        embed_memory_bytes=(embedder.memory_bytes(spec.chunk_rows) if embedder else 0) + reuse.memory_bytes(spec.chunk_rows),
-        memory_budget_bytes=run.config.memory_budget_bytes,
+        embed_memory_bytes=(embedder.memory_bytes(chunk_rows) if embedder else 0) + reuse.memory_bytes(chunk_rows),
+        memory_budget_bytes=config.memory_budget_bytes,
         knn=search.method,
         num_shards=search.shards,
         seconds=seconds,
-        stage_seconds={name: run.seconds[name] for name in PREPARATIONS if name in run.seconds} | to_come,
+        stage_seconds={name: context.seconds[name] for name in PREPARATIONS if name in context.seconds} | to_come,
         reused_rows=reuse.num_rows,
         dropped_rows=reuse.dropped_rows,
     )
-    run.observer(event)
+    context.observer(event)
     if remaining_bytes > free_bytes:
         raise BudgetError(
             f"the store may need {format_bytes(remaining_bytes)}, "
-            f"but the disk of {run.writer.root} has {format_bytes(free_bytes)} free",
+            f"but the disk of {root} has {format_bytes(free_bytes)} free",
             hint="free some space, choose another --out, or try --limit",
         )
     return event

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from embstore.core.errors import PromptError, RowError
 from embstore.core.events import Notice
-from embstore.core.format import PROMPTS, QUARANTINE, REFUSED
+from embstore.core.format import PROMPTS
 from embstore.core.prompts import collapse_whitespace
 from embstore.core.reasons import by_kind, counted
 from embstore.core.records import REFUSED_BY_TEMPLATE, JournalState, PromptsRecord
 from embstore.core.spec import StoreSpec
-from embstore.flow.run import Run
+from embstore.flow.run import RunContext
 from embstore.storage.prompt_table import PromptTable
 
 _WORRYING_SHARE = 0.01  # of lines without a usable prompt
@@ -116,8 +116,8 @@ def _second_members(groups_N: NDArray[np.int32], firsts: NDArray[np.int64]) -> l
     """Of each group, named by its first row, the second row."""
     members = np.flatnonzero((groups_N >= 0) & (groups_N != np.arange(len(groups_N))))
     found, at = np.unique(groups_N[members], return_index=True)
-    second = dict(zip(found.tolist(), members[at].tolist(), strict=True))
-    return [second[first] for first in firsts.tolist()]
+    seconds: list[int] = members[at[np.searchsorted(found, firsts)]].tolist()
+    return seconds
 
 
 def _is_cut_alike(left: str, right: str, max_tokens: int) -> bool:
@@ -130,27 +130,29 @@ def _is_cut_alike(left: str, right: str, max_tokens: int) -> bool:
     return left != right and 4 * (shared + _TEMPLATE_CHARACTERS) >= max_tokens
 
 
-def judge_quarantined(run: Run, record: PromptsRecord, *, refused: int = 0) -> None:
+def judge_quarantined(
+    context: RunContext, record: PromptsRecord, *, lists: str, refused: int = 0, has_rows: bool = False
+) -> None:
     """Say how many lines are left out, and how many chats ``refused``; too many are an error before the model runs.
+
+    ``lists`` says where they are listed, or which they are. A store that ``has_rows`` is not refused.
 
     Raises
     ------
     PromptError, RowError
-        They are a larger share than ``--max-quarantined``, and no row is committed. RowError: with refused chats.
+        They are a larger share than ``--max-quarantined``. RowError: with refused chats.
     """
     without = record.quarantined + refused
     if not without:
         return
-    root, most, share = run.writer.root, run.config.max_quarantined, without / record.lines
+    most, share = context.config.max_quarantined, without / record.lines
     reasons = {**record.reasons, **({REFUSED_BY_TEMPLATE: refused} if refused else {})}
     kinds = f" ({by_kind(reasons)})" if reasons else ""
     found = f"{without:,} of {record.lines:,} lines ({share:.1%}) contain no usable prompt{kinds}"
-    lists = f"{root}/{QUARANTINE}" + (f" and {root}/{REFUSED} list them" if refused else " lists them")
-    lists = "a build lists them" if run.is_dry else lists
-    if share > most and run.writer.may_begin_again:
+    if share > most and not has_rows:
         raise (RowError if refused else PromptError)(
             f"{found}, more than --max-quarantined {most:g}",
             hint=f"correct them, or name the fields (--text-field, --messages-field); {lists}; --max-quarantined takes more",
         )
     left = "get no vector" if refused else "were left out"
-    run.observer(Notice(message=f"{found} and {left}; {lists}", is_warning=share > _WORRYING_SHARE))
+    context.observer(Notice(message=f"{found} and {left}; {lists}", is_warning=share > _WORRYING_SHARE))

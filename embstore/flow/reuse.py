@@ -28,19 +28,24 @@ from embstore.core.errors import (
     IncompleteStoreError,
     StoreNotFoundError,
 )
+from embstore.core.events import Observer, ignore
 from embstore.core.files import storage_errors
 from embstore.core.format import CHUNKS, JOURNAL, PROMPTS, SPEC, basis_file, canonical_json
 from embstore.core.plan import model_mismatches, refuse_drift, refuse_other_input, settings_mismatches
+from embstore.core.prompts import Prompt
 from embstore.core.records import ReusedStore, ReuseRecord, decode_journal, replay
 from embstore.core.rows import RowRange
 from embstore.core.spec import ModelIdentity
 from embstore.storage.journal import journal_bytes
+from embstore.storage.key_index import KeyIndex, keys_of
 from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.storage.row_files import row_files
 
 # New chunks in memory beyond those of an embedder alone: one being filled, one prepared, one waiting to be written.
 _EXTRA_CHUNKS = 3
+_BATCH_ROWS = 1024
+_BUDGET_SHARE = 8  # of --memory-budget, for the indexes of old rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,34 +160,78 @@ def _committed_and_sound(store: EmbeddingStore) -> tuple[NDArray[np.bool_], NDAr
     return committed_N, sound_N
 
 
-def match_rows(prompts: PromptTable, stores: Sequence[EmbeddingStore]) -> Reuse:
-    """Find each prompt in the stores; the first store that has it supplies its row. Memory: about 150 bytes a row."""
-    wanted = {prompt.verbatim_digest: row for row, prompt in enumerate(prompts)}
-    store_N = np.full(len(prompts), -1, dtype=np.int16)
-    row_N = np.full(len(prompts), -1, dtype=np.int64)
-    found, committed = [], []
-    for index, store in enumerate(stores):
-        is_committed, is_sound = _committed_and_sound(store)
-        committed.append(int(np.count_nonzero(is_committed)))
-        count = 0
-        for old_row, prompt in enumerate(store.prompts):
-            row = wanted.get(prompt.verbatim_digest) if is_committed[old_row] else None
-            count += row is not None
-            if row is not None and store_N[row] < 0 and is_sound[old_row]:
-                store_N[row], row_N[row] = index, old_row
-        found.append(count)
-    record = ReuseRecord(
-        stores=[
-            ReusedStore(
-                digest=rows_digest(store),
-                rows=committed[index],
-                found=found[index],
-                reused=int(np.count_nonzero(store_N == index)),
-            )
-            for index, store in enumerate(stores)
+class RowMatcher:
+    """Finds prompts in old stores, a batch at a time; the first store that has a prompt supplies its row.
+
+    Memory is 10 bytes for each prompt, and an index of the old rows within a share of ``memory_bytes``, or in a file in
+    ``folder``.
+    """
+
+    def __init__(
+        self, stores: Sequence[EmbeddingStore], *, folder: Path, memory_bytes: int, observer: Observer = ignore
+    ) -> None:
+        self._stores = stores
+        share = memory_bytes // (_BUDGET_SHARE * max(1, len(stores)))
+        self._indexes = [
+            KeyIndex(folder, memory_bytes=share, name=f"the index of {store.root}", observer=observer) for store in stores
         ]
-    )
-    return Reuse(stores=tuple(stores), record=record, store_N=store_N, row_N=row_N)
+        self._sound: list[NDArray[np.bool_]] = []
+        self._committed = []
+        for store, index in zip(stores, self._indexes, strict=True):
+            is_committed, is_sound = _committed_and_sound(store)
+            self._sound.append(is_sound)
+            self._committed.append(int(np.count_nonzero(is_committed)))
+            for batch in RowRange(0, store.num_rows).split(_BATCH_ROWS):
+                rows_B = batch.start + np.flatnonzero(is_committed[batch.as_slice()])
+                if len(rows_B):
+                    prompts = store.prompts.read(batch)
+                    digests = [prompts[row - batch.start].verbatim_digest for row in rows_B]
+                    index.add(keys_of(digests), rows_B[:, None])
+        self._found = [0] * len(stores)
+        self._store_parts: list[NDArray[np.int16]] = []
+        self._row_parts: list[NDArray[np.int64]] = []
+
+    def match(self, prompts: Sequence[Prompt]) -> NDArray[np.bool_]:
+        """Look for the next prompts; bool [B]: those that a store supplies."""
+        keys_B2 = keys_of([prompt.verbatim_digest for prompt in prompts])
+        store_B = np.full(len(prompts), -1, dtype=np.int16)
+        row_B = np.full(len(prompts), -1, dtype=np.int64)
+        for at, (index, is_sound) in enumerate(zip(self._indexes, self._sound, strict=True)):
+            old_B = index.find(keys_B2)[:, 0]
+            self._found[at] += int(np.count_nonzero(old_B >= 0))
+            is_taken = (old_B >= 0) & (store_B < 0)
+            is_taken[is_taken] = is_sound[old_B[is_taken]]
+            store_B[is_taken], row_B[is_taken] = at, old_B[is_taken]
+        self._store_parts.append(store_B)
+        self._row_parts.append(row_B)
+        return store_B >= 0
+
+    def reuse(self) -> Reuse:
+        """What was found for all prompts, in their order."""
+        store_N = np.concatenate([np.zeros(0, dtype=np.int16), *self._store_parts])
+        row_N = np.concatenate([np.zeros(0, dtype=np.int64), *self._row_parts])
+        record = ReuseRecord(
+            stores=[
+                ReusedStore(
+                    digest=rows_digest(store),
+                    rows=self._committed[at],
+                    found=self._found[at],
+                    reused=int(np.count_nonzero(store_N == at)),
+                )
+                for at, store in enumerate(self._stores)
+            ]
+        )
+        return Reuse(stores=tuple(self._stores), record=record, store_N=store_N, row_N=row_N)
+
+
+def match_rows(
+    prompts: PromptTable, stores: Sequence[EmbeddingStore], *, folder: Path, memory_bytes: int, observer: Observer
+) -> Reuse:
+    """Find each prompt in the stores: see ``RowMatcher``."""
+    matcher = RowMatcher(stores, folder=folder, memory_bytes=memory_bytes, observer=observer)
+    for rows in RowRange(0, len(prompts)).split(_BATCH_ROWS):
+        matcher.match(prompts.read(rows))
+    return matcher.reuse()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""One run of a build: what every stage needs, and the figures of the final report."""
+"""One run of a build or a dry run: what every stage needs, and the figures of the final report."""
 
 from __future__ import annotations
 
@@ -26,40 +26,20 @@ from embstore.storage.writer import StoreWriter
 
 
 @dataclass(kw_only=True, slots=True)
-class Run:
-    """State of one run of a build, shared by its stages, and the figures of the final report.
+class RunContext:
+    """What decides about a build, whether it is made or only planned.
 
     ``device`` is where this run computes, with its index. The spec pins only the kind: another GPU of the same model gives
-    the same bytes.
+    the same bytes. ``seconds`` maps stages to their duration so far.
     """
 
-    writer: StoreWriter
     config: BuildConfig
     source: EmbedderSource | None
     observer: Observer
-    stop: StopSignals
-    meter: MemoryMeter
     seconds: dict[str, float] = field(default_factory=dict)
-    embedded_rows: int = 0
-    reused_rows: int = 0
-    embedded_tokens: int = 0
-    stored_bytes: int = 0
-    worker_peak_bytes: int | None = None
     device: str = "cpu"
-    engine: Engine = field(default_factory=LocalEngine)
-    engine_folder: Path = Path()  # of a remote engine, in the store: shared by the workers of this run
-    resources: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closed when the build ends
+    resources: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closed when the run ends
     is_exact: bool = False
-    is_dry: bool = False  # what is written is gone when the run ends
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Measure a stage of this run that has other stages in it, or sends its own events."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def compute_exactly(self, *, needs_torch: bool) -> None:
         """From here on products have full precision, until the build ends: see ``host.numerics``.
@@ -72,6 +52,33 @@ class Run:
 
         self.resources.enter_context(exact_arithmetic())
         self.is_exact = True
+
+
+@dataclass(kw_only=True, slots=True)
+class Run(RunContext):
+    """State of one run of a build, shared by its stages, and the figures of the final report."""
+
+    writer: StoreWriter
+    stop: StopSignals
+    meter: MemoryMeter
+    embedded_rows: int = 0
+    reused_rows: int = 0
+    embedded_tokens: int = 0
+    stored_bytes: int = 0
+    worker_peak_bytes: int | None = None
+    prompts_peak_bytes: int | None = None
+    model_peak_bytes: int | None = None
+    engine: Engine = field(default_factory=LocalEngine)
+    engine_folder: Path = Path()  # of a remote engine, in the store: shared by the workers of this run
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure a stage of this run that has other stages in it, or sends its own events."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def log_start(self) -> None:
         """Log when, where and with which model this run started; a later resume finds the model here."""

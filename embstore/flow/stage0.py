@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import os
 import shlex
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from embstore.core.errors import (
     PromptError,
 )
 from embstore.core.events import Notice, stage
-from embstore.core.format import MANIFEST, PROMPTS
+from embstore.core.format import LINE_ROWS, MANIFEST, PROMPTS, QUARANTINE
 from embstore.core.prompts import decode_row
 from embstore.core.records import OriginRecord, PromptsRecord
 from embstore.flow.first_checks import models_of_runs
@@ -38,6 +37,7 @@ from embstore.storage.reader import open_published
 from embstore.storage.verify import check_stage0
 
 _GIVEN = "given"  # in work: stage 0 of the prompts file, to be compared with what was begun
+_OF_LINES = (LINE_ROWS, QUARANTINE)  # the files of stage 0 that depend on more than the rows
 
 _SHOWN_BEFORE, _SHOWN_CHARACTERS = 20, 60  # of two lines that differ
 
@@ -108,6 +108,7 @@ def _commit_given(run: Run, source: PromptSource) -> PromptsRecord:
             fields=config.fields,
             rule=PromptRule(turns=config.turns or (committed.rule.turns if committed is not None else "all")),
             choice=config.dataset,
+            memory_bytes=config.memory_budget_bytes,
             observer=run.observer,
         )
         origin = source.origin if isinstance(source, HubDataset) else None
@@ -171,10 +172,11 @@ def _refuse_lost_journal(run: Run) -> None:
 
 
 def _refuse_other_prompts(run: Run, record: PromptsRecord, source: PromptSource) -> None:
-    """Ingest the given file in a temporary folder and compare; the error names the first row that differs."""
+    """Ingest the given file in a scratch folder and compare; the error names the first row that differs."""
     root, config = run.writer.root, run.config
-    with tempfile.TemporaryDirectory(prefix="embstore-compare-") as scratch:
-        folder = Path(scratch)
+    folder = run.writer.work / _GIVEN
+    make_directory(folder)
+    try:
         given = ingest(
             source,
             folder,
@@ -184,9 +186,10 @@ def _refuse_other_prompts(run: Run, record: PromptsRecord, source: PromptSource)
             fields=config.fields,
             rule=record.rule,
             choice=config.dataset,
+            memory_bytes=config.memory_budget_bytes,
         )
         if given.fingerprint == record.fingerprint:
-            if given.files != record.files:
+            if any(given.files[name] != record.files.get(name) for name in _OF_LINES):
                 run.observer(
                     Notice(message=f"{source} has the rows of {root} on other lines: the store keeps its own line numbers")
                 )
@@ -200,6 +203,8 @@ def _refuse_other_prompts(run: Run, record: PromptsRecord, source: PromptSource)
                     stored_text, given_text = _where_they_differ(left, right)
                     mismatches.append(FieldMismatch(field=f"row {row}", stored=stored_text, given=given_text))
                     break
+    finally:
+        remove_folder(folder)
     raise IdentityMismatchError(mismatches, hint=_with_other_prompts(run, source))
 
 

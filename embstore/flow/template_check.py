@@ -13,7 +13,7 @@ import itertools
 import json
 import queue
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 
 from embstore.core.errors import RowError
 from embstore.core.events import Notice, stage
-from embstore.core.format import PROMPTS, REFUSED, canonical_json
+from embstore.core.format import PROMPTS, QUARANTINE, REFUSED, canonical_json
 from embstore.core.interfaces import ChatTemplate, EmbedderSource
-from embstore.core.prompts import decode_row
+from embstore.core.prompts import Prompt, decode_row
 from embstore.core.records import REFUSED_BY_TEMPLATE, FailedRow, TemplateRecord
 from embstore.core.rows import RowRange
 from embstore.flow.pool_summary import judge_quarantined
 from embstore.flow.reuse import Reuse
-from embstore.flow.run import Run
+from embstore.flow.run import Run, RunContext
 from embstore.flow.template_worker import TemplateWorker, WorkerLostError
 from embstore.storage.atomic import DurableFile
 from embstore.storage.prompt_table import PromptTable
@@ -39,6 +39,7 @@ _BLOCK_ROWS = 1024
 _WORTH_SECONDS = 20.0  # of rendering that is left: below, starting processes takes longer than they save
 _SHOWN = 3
 _MOST_PROCESSES, _PROCESS_BYTES = 16, 512 << 20  # each has Python, transformers and a tokenizer in memory
+_OR_KEEP = "or add --on-error quarantine to keep their rows without vectors"
 _CHAT = b'"messages": ['  # in every canonical line of a chat, and hardly in another
 
 
@@ -214,6 +215,27 @@ def _result(path: Path, template: ChatTemplate, block: Block, rendered: Future[R
     return len(block.offsets) - 1, rendered.result() or render_block(path, block, template)
 
 
+def try_template(context: RunContext, template: ChatTemplate, prompts: Sequence[tuple[int, Prompt]], num_rows: int) -> None:
+    """Render some chats of a pool of ``num_rows``, given with their rows, for a dry run.
+
+    Raises
+    ------
+    RowError
+        The template refuses one, and failed rows are not quarantined.
+    """
+    chats = [(row, prompt) for row, prompt in prompts if prompt.messages is not None]
+    refused = [(row, prompt, reason) for row, prompt in chats if (reason := template.refusal(prompt)) is not None]
+    if not refused:
+        return
+    first = [_refusal(prompt.id or prompt.derived_id, row, reason) for row, prompt, reason in refused[:_SHOWN]]
+    of = f"{len(chats):,} chats" + (" that were tried" if len(prompts) < num_rows else "")
+    text, wrong = _refusals(first, len(refused), of), _wrong(len(refused), len(chats))
+    if context.config.on_error == "quarantine":
+        context.observer(Notice(message=f"{text}; they keep their row numbers without vectors"))
+        return
+    raise RowError(text, hint=f"correct {wrong} and run the command again, {_OR_KEEP}")
+
+
 def _say(run: Run, record: TemplateRecord) -> None:
     """Stop at refused chats that are still to come, or say that they keep their numbers."""
     state = run.writer.state
@@ -222,21 +244,35 @@ def _say(run: Run, record: TemplateRecord) -> None:
         return
     root = run.writer.root
     table = PromptTable(root / PROMPTS, _num_rows(run))
-    first = []
-    for failed in record.first:
-        prompt_id = table.sample([failed.row])[0].id
-        first.append(f"{prompt_id!r} (row {failed.row}): {failed.reason.removeprefix(f'{REFUSED_BY_TEMPLATE}: ')}")
-    more = f"; and {record.refused - len(first):,} more" if record.refused > len(first) else ""
-    refused = f"the chat template refuses {record.refused:,} of {record.chats:,} chats: {'; '.join(first)}{more}"
+    first = [_refusal(table.sample([failed.row])[0].id, failed.row, failed.reason) for failed in record.first]
+    refused = _refusals(first, record.refused, f"{record.chats:,} chats")
     if run.config.on_error == "quarantine":
         run.observer(Notice(message=f"{refused}; they keep their row numbers without vectors"))
         if state.prompts is not None:
-            judge_quarantined(run, state.prompts, refused=record.refused - settled)
+            judge_quarantined(
+                run,
+                state.prompts,
+                lists=f"{root}/{QUARANTINE} and {root}/{REFUSED} list them",
+                refused=record.refused - settled,
+                has_rows=not run.writer.may_begin_again,
+            )
         return
-    wrong = "the prompts" if record.refused < record.chats else "the prompts, or the chat template of the model,"
+    wrong = _wrong(record.refused, record.chats)
     if run.writer.may_begin_again:
         way = f"correct {wrong} and run the command again"
     else:
         way = f"correct {wrong} and build into another --out with --reuse {root}"
-    lists = "" if run.is_dry else f"{root}/{REFUSED} lists them; "
-    raise RowError(refused, hint=f"{lists}{way}, or add --on-error quarantine to keep their rows without vectors")
+    raise RowError(refused, hint=f"{root}/{REFUSED} lists them; {way}, {_OR_KEEP}")
+
+
+def _refusal(prompt_id: str | None, row: int, reason: str) -> str:
+    return f"{prompt_id!r} (row {row}): {reason.removeprefix(f'{REFUSED_BY_TEMPLATE}: ')}"
+
+
+def _refusals(first: Sequence[str], count: int, of: str) -> str:
+    more = f"; and {count - len(first):,} more" if count > len(first) else ""
+    return f"the chat template refuses {count:,} of {of}: {'; '.join(first)}{more}"
+
+
+def _wrong(refused: int, chats: int) -> str:
+    return "the prompts" if refused < chats else "the prompts, or the chat template of the model,"

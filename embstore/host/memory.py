@@ -1,4 +1,4 @@
-"""How much anonymous memory a build takes above the loaded model: the figure that ``--memory-budget`` bounds.
+"""How much anonymous memory a build takes besides the loaded model: the figure that ``--memory-budget`` bounds.
 
 Anonymous memory is VmRSS - RssFile. Mapped file pages are reported separately, because the kernel can drop them at any time;
 ru_maxrss includes them and is therefore not used. Memory is sampled 20 times a second, so a shorter peak can be missed.
@@ -55,9 +55,11 @@ class MemoryMeter:
         if self._thread.is_alive():
             self._thread.join()
 
-    def set_baseline(self) -> None:
-        """Measure from here: memory of the imports and the model does not count towards the build."""
+    def set_baseline(self) -> int | None:
+        """Measure from here, and return the peak until now: what is in memory already, such as imports, no longer counts."""
+        peak_bytes = self.peak_anonymous_bytes
         self._peak = self._baseline = read_memory()
+        return peak_bytes
 
     @property
     def peak_anonymous_bytes(self) -> int | None:

@@ -87,7 +87,7 @@ class ArraySource:
         return {"device": "cpu", "capability": capability, "threads": threads, "versions": library_versions()}
 
     def create(
-        self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path, observer: Observer
+        self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path | None, observer: Observer
     ) -> ArrayEmbedder:
         """Find the basis.
 
@@ -96,6 +96,8 @@ class ArraySource:
         ArrayError, BudgetError, RowError
             The array has fewer rows than there are names or needs more memory than the budget, or no sampled row is usable.
         """
+        if work is None:
+            raise AssertionError("an import has no dry run")
         rows = self._rows
         if len(prompts) > rows.num_rows:
             raise ArrayError(

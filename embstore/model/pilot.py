@@ -40,10 +40,8 @@ _DTYPE_PROBE_K = 10
 _TAIL = 1e-4
 
 
-def find_basis(
-    parts: ModelParts, settings: Settings, prompts: PromptReader, work: Path, *, memory_bytes: int
-) -> NDArray[np.float32]:
-    """What makes coordinates of all rows, as the store keeps it: a map of an affine head's inputs [M, R], or a basis [V, R].
+def find_basis(parts: ModelParts, settings: Settings, *, memory_bytes: int) -> NDArray[np.float32]:
+    """What makes coordinates of all rows where no sample is needed for it: a map of an affine head's inputs [M, R], or I.
 
     Raises
     ------
@@ -52,9 +50,7 @@ def find_basis(
     """
     spec = settings.spec
     if not isinstance(parts.head, AffineHead):
-        if not spec.head.pools_logits:
-            return np.eye(spec.dimension, dtype=np.float32)
-        return _basis_of_sample(parts, settings, prompts, work, memory_bytes)
+        return np.eye(spec.dimension, dtype=np.float32)
     read_block, width = spanning_columns(parts.head, spec.dimension)
     free_bytes = free_device_bytes(parts.device)
     if free_bytes is None and factor_bytes(width) > memory_bytes:
@@ -118,12 +114,17 @@ def _timed_rate(model: SplitModel) -> float:
     return 2 * given.numel() * model.inner_width / min(seconds)
 
 
-def _basis_of_sample(
-    parts: ModelParts, settings: Settings, prompts: PromptReader, work: Path, memory_bytes: int
+def largest_rank(parts: ModelParts, dimension: int) -> int:
+    """Most directions of a basis that is made from a sample of rows."""
+    return min(parts.model.width + 1, dimension)
+
+
+def basis_of_sample(
+    parts: ModelParts, settings: Settings, prompts: PromptReader, work: Path, *, memory_bytes: int
 ) -> NDArray[np.float32]:
-    """The basis of a sample of embedded prompts, at most four for each direction; its scratch files are gone afterwards."""
+    """The basis [V, R] of a sample of embedded prompts, at most four for each direction; its scratch files are gone then."""
     spec = settings.spec
-    max_rank = min(parts.model.width + 1, spec.dimension)
+    max_rank = largest_rank(parts, spec.dimension)
     affordable = memory_bytes * 3 // 4 if (free := free_device_bytes(parts.device)) is None else free // 2
     limit = min(len(prompts), 4 * max_rank, largest_width(affordable))
     order = seeded_draw(len(prompts), limit, 0)

@@ -39,7 +39,7 @@ from embstore.model.finish import AffineFinisher, Finisher, make_finisher
 from embstore.model.formats import Checkpoint, LoadedCheckpoint
 from embstore.model.heads import AffineHead, stays_float32
 from embstore.model.packed import can_pack
-from embstore.model.pilot import find_basis, note_plan
+from embstore.model.pilot import basis_of_sample, find_basis, largest_rank, note_plan
 from embstore.model.positions import usable_positions
 from embstore.model.probe import examine, open_head, packable_layers, probe_tokens
 from embstore.model.settings import (
@@ -128,9 +128,11 @@ class TorchSource:
         return template_reads_clock(self._files.load_tokenizer())
 
     def create(
-        self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path, observer: Observer
+        self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path | None, observer: Observer
     ) -> LogitEmbedder:
         """Load the model, probe it on a seeded sample, resolve every setting, and make the basis.
+
+        Without ``work``, a basis that needs a sample of rows is not made.
 
         Raises
         ------
@@ -178,14 +180,18 @@ class TorchSource:
         basis_VR = None
         if not head.pools_logits:
             with stage(observer, "basis"):
-                basis_VR = find_basis(parts, settings, prompts, work, memory_bytes=memory_bytes)
+                basis_VR = find_basis(parts, settings, memory_bytes=memory_bytes)
             settings = settings.changed(rank=basis_VR.shape[1])
         finisher = make_finisher(settings.spec, parts.head, _empty(spec) if basis_VR is None else basis_VR, device)
         settings = self._with_dtype(parts, settings, finisher, config, sample, len(prompts), memory_bytes, observer)
         if basis_VR is None:  # of embedded rows, so it is found by the dtype that makes them
-            with stage(observer, "basis"):
-                basis_VR = find_basis(parts, settings, prompts, work, memory_bytes=memory_bytes)
-            settings = settings.changed(rank=basis_VR.shape[1])
+            if work is None:
+                basis_VR, rank = _empty(spec), largest_rank(parts, spec.dimension)
+            else:
+                with stage(observer, "basis"):
+                    basis_VR = basis_of_sample(parts, settings, prompts, work, memory_bytes=memory_bytes)
+                rank = basis_VR.shape[1]
+            settings = settings.changed(rank=rank)
             finisher = make_finisher(settings.spec, parts.head, basis_VR, device)
         with stage(observer, "pilot"):
             packed = settings.changed(packed_layers=True)

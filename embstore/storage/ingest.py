@@ -1,22 +1,34 @@
 """Stage 0: the prompts file becomes canonical rows, ids, a line map and a fingerprint, durable before any row is computed.
 
-Invariant: every input line is a row (its first occurrence), a repeat of a row, or quarantined with a reason. Rows are
-numbered after quarantine, so a bad line never shifts a number. Price: one pass over the source and one over a spool of the
-distinct rows (derived ids must avoid the explicit ids, which are known only at the end). Memory is about 250 bytes a row;
-texts are not held, and lines that are not a new row cost nothing: a small gzip file can hold billions of them.
+``storage.placing`` says which row each line is. Price: one pass over the source and one over a spool of the distinct rows
+(derived ids must avoid the explicit ids, which are known only at the end). Nothing in memory grows with the number of rows:
+indexes that outgrow their share of the memory budget go on in files, everything else is written as it comes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from embstore.core.config import CURRENT_RULE, USUAL_FIELDS, WHOLE, DatasetChoice, PromptFields, PromptRule
+from embstore.core.config import (
+    CURRENT_RULE,
+    DEFAULT_MEMORY_BYTES,
+    USUAL_FIELDS,
+    WHOLE,
+    DatasetChoice,
+    PromptFields,
+    PromptRule,
+)
 from embstore.core.errors import PromptError
 from embstore.core.events import Notice, Observer, ignore
 from embstore.core.files import array_header, fsync_directory, storage_errors
@@ -32,33 +44,42 @@ from embstore.core.format import (
     FileDigest,
     canonical_json,
 )
-from embstore.core.prompts import Prompt, Rejected, decode_row, encode_row
-from embstore.core.reasons import count_reason
+from embstore.core.prompts import Prompt, decode_row, encode_row
 from embstore.core.records import PromptsRecord
+from embstore.host.scratch import large_array
 from embstore.storage.atomic import DurableFile, save_array
-from embstore.storage.hub_dataset import HubDataset
-from embstore.storage.prompt_source import Prompts, PromptSource, open_source
+from embstore.storage.key_index import KeyIndex, text_keys
+from embstore.storage.placing import Counts, Placing
+from embstore.storage.prompt_source import PromptSource, open_source
 
-_SPOOL = "rows.spool"
-_LINES_SPOOL = "lines.spool"  # the row of each line, 8 bytes little endian
 _READ_BYTES = 1 << 20
+_BATCH_ROWS, _BATCH_BYTES = 1024, 4 << 20
 
 
-@dataclass(kw_only=True, slots=True)
-class _Rows:
-    """What one pass over the source collects; lists are indexed by row."""
+@dataclass(frozen=True, slots=True)
+class _Spools:
+    """Scratch files of one ingest, written in the first pass and read in the second.
 
-    digests: dict[bytes, int] = field(default_factory=dict)
-    explicit: dict[str, int] = field(default_factory=dict)  # explicit id -> row
-    explicit_line: dict[str, int] = field(default_factory=dict)
-    row_ids: list[str | None] = field(default_factory=list)
-    multiplicity: list[int] = field(default_factory=list)
-    lines: int = 0
-    quarantined: int = 0
-    answered: int = 0
-    undecoded: int = 0  # rows that are JSON text of a prompt
-    reasons: dict[str, int] = field(default_factory=dict)  # quarantined lines by kind of reason
-    first_quarantined: list[tuple[str, str]] = field(default_factory=list)  # where, and the reason
+    ``rows``: the distinct prompts. ``aliases``: ids that are not their row's own, as JSON pairs. ``lines``: the row of each
+    line, int64. ``keys``: the first 8 bytes of each row's digest.
+    """
+
+    rows: BinaryIO
+    aliases: BinaryIO
+    lines: BinaryIO
+    keys: BinaryIO
+
+
+@contextlib.contextmanager
+def _spools(folder: Path) -> Iterator[_Spools]:
+    paths = [folder / f"{field.name}.spool" for field in dataclasses.fields(_Spools)]
+    try:
+        with storage_errors("writing to", folder), contextlib.ExitStack() as closing:
+            yield _Spools(*(closing.enter_context(path.open("wb+")) for path in paths))
+    finally:
+        for path in paths:
+            with storage_errors("removing", path):
+                path.unlink(missing_ok=True)
 
 
 def ingest(
@@ -71,6 +92,7 @@ def ingest(
     fields: PromptFields = USUAL_FIELDS,
     rule: PromptRule = CURRENT_RULE,
     choice: DatasetChoice = WHOLE,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
     observer: Observer = ignore,
 ) -> PromptsRecord:
     """Write stage 0 of ``source`` into ``folder``; durable, but committed only by the record the caller journals.
@@ -89,6 +111,8 @@ def ingest(
         Names of the prompt fields, if they are not the usual ones.
     rule
         How lines become prompts; a store keeps the rule that it began with.
+    memory_bytes
+        The memory budget; indexes take up to a quarter of it.
     choice, observer
         As for ``prompt_source.open_records``.
 
@@ -97,88 +121,35 @@ def ingest(
     PromptError
         The file is unreadable or has no prompts, a line is bad under ``strict``, or one explicit id has two texts.
     """
-    spools = spool_folder / _SPOOL, spool_folder / _LINES_SPOOL
-    rows = _Rows()
-    try:
-        with DurableFile(folder / QUARANTINE, sync_directory=False) as quarantine:
-            with (
-                storage_errors("writing to", spool_folder),
-                spools[0].open("wb") as row_spool,
-                spools[1].open("wb") as line_spool,
-                open_source(source, fields, rule, choice, scratch=spool_folder, observer=observer) as prompts,
-            ):
-                for prompt in prompts:
-                    rows.lines += 1
-                    row, is_new = -1, False
-                    if isinstance(prompt, Rejected):
-                        _quarantine(rows, prompt.reason, quarantine, prompts)
-                    elif isinstance(source, str | Path | HubDataset):
-                        row, is_new = _place(rows, prompt, prompt.digest, prompts)
-                    else:
-                        row, is_new = _place_named(rows, prompt, source.name, prompts)
-                    line_spool.write(row.to_bytes(8, "little", signed=True))
-                    rows.answered += isinstance(prompt, Prompt) and prompt.is_answered
-                    if is_new and isinstance(prompt, Prompt):
-                        row_spool.write(encode_row(prompt))
-                        rows.undecoded += prompt.undecoded() is not None
-                        if limit is not None and len(rows.row_ids) >= limit:
-                            break
-            name = str(source) if isinstance(source, str | Path) else source.name
-            _refuse_unusable(rows, name, strict=strict)
-            if 2 * rows.undecoded > len(rows.row_ids):
-                observer(
-                    Notice(
-                        message=f"{rows.undecoded:,} of {len(rows.row_ids):,} prompts of {name} {_UNDECODED}",
-                        is_warning=True,
-                    )
-                )
-        return replace(_write_files(rows, spools, folder, quarantine.digest, rule), fields=fields)
-    finally:
-        for spool in spools:
-            with storage_errors("removing", spool):
-                spool.unlink(missing_ok=True)
-
-
-def _quarantine(rows: _Rows, reason: str, file: DurableFile, prompts: Prompts) -> None:
-    file.write(json.dumps({"line": rows.lines, "reason": reason}).encode() + b"\n")
-    rows.quarantined += 1
-    count_reason(rows.reasons, reason)
-    if len(rows.first_quarantined) < 3:
-        rows.first_quarantined.append((prompts.where(rows.lines), reason))
-
-
-def _place_named(rows: _Rows, prompt: Prompt, name: str, prompts: Prompts) -> tuple[int, bool]:
-    """Place a named row of an array: always a new row, even if its text occurred before."""
-    if prompt.id is None or prompt.id in rows.explicit:
-        raise PromptError(
-            f"{name}: id {prompt.id!r} names two rows, {rows.explicit[prompt.id or '']} and {len(rows.row_ids)}",
-            hint="give each row of the array a different id",
-        )
-    return _place(rows, prompt, prompt.id_digest, prompts)
-
-
-def _place(rows: _Rows, prompt: Prompt, digest: bytes, prompts: Prompts) -> tuple[int, bool]:
-    """Row number of a prompt, new or repeated, and whether it is new."""
-    line_number = rows.lines
-    row = rows.digests.setdefault(digest, len(rows.row_ids))
-    is_new = row == len(rows.row_ids)
-    if is_new:
-        rows.row_ids.append(prompt.id)
-        rows.multiplicity.append(0)
-    rows.multiplicity[row] += 1
-    if prompt.id is not None:
-        known = rows.explicit.setdefault(prompt.id, row)
-        rows.explicit_line.setdefault(prompt.id, line_number)
-        if known != row:
-            raise PromptError(
-                f"id {prompt.id!r} names two different prompts: {prompts.where(rows.explicit_line[prompt.id])} and "
-                f"{prompts.where(line_number)}",
-                hint="give one of them another id; where ids are numbered per source, name a field that is unique with "
-                "--id-field FIELD (a FIELD that no line has: ids are derived from the texts)",
+    with _spools(spool_folder) as spools:
+        with (
+            DurableFile(folder / QUARANTINE, sync_directory=False) as quarantine,
+            open_source(source, fields, rule, choice, scratch=spool_folder, observer=observer) as prompts,
+        ):
+            placing = Placing(
+                source, prompts, limit=limit, folder=spool_folder, memory_bytes=memory_bytes, observer=observer
             )
-    return row, is_new
+            _write_spools(placing, spools, quarantine)
+            refuse_unusable(placing.counts, source, strict=strict)
+            tell_undecoded(placing.counts, source, observer)
+        record = _write_files(placing, spools, folder, spool_folder, rule)
+    record.files[QUARANTINE] = quarantine.digest
+    return replace(record, fields=fields)
 
 
+def _write_spools(placing: Placing, spools: _Spools, quarantine: DurableFile) -> None:
+    for number, line in enumerate(placing, start=1):
+        spools.lines.write(line.row.to_bytes(8, "little", signed=True))
+        if line.reason is not None:
+            quarantine.write(json.dumps({"line": number, "reason": line.reason}).encode() + b"\n")
+        elif line.is_new:
+            spools.rows.write(line.encoded)
+            spools.keys.write(line.digest[:8])
+        elif line.names:
+            spools.aliases.write(_pair(str(line.id), line.row) + b"\n")
+
+
+_NAMED = 3
 _LINES = """write one JSON object per line, such as {"prompt": "..."}"""
 _UNDECODED = (
     "are JSON text in quotation marks, and are embedded with them: a column of a JSON type seems to have been written as "
@@ -195,84 +166,168 @@ _HINTS = {  # by the beginning of the first reason
 }
 
 
-def _refuse_unusable(rows: _Rows, source: str, *, strict: bool) -> None:
-    first = "; ".join(f"{where.removesuffix(f' of {source}')}: {reason}" for where, reason in rows.first_quarantined)
-    if not rows.row_ids:
-        seen = f"none of its {rows.lines} lines is usable ({first})" if rows.lines else "the file is empty"
-        raise PromptError(f"no prompts in {source}: {seen}", hint=_first_hint(rows))
-    if strict and rows.quarantined:
+def refuse_unusable(counts: Counts, source: PromptSource, *, strict: bool) -> None:
+    """Refuse a source without a prompt, or with a line without one under ``strict``."""
+    name = name_of(source)
+    first = "; ".join(
+        f"{where.removesuffix(f' of {name}')}: {reason}" for where, reason in counts.first_quarantined[:_NAMED]
+    )
+    if not counts.rows:
+        seen = f"none of its {counts.lines} lines is usable ({first})" if counts.lines else "the file is empty"
+        raise PromptError(f"no prompts in {name}: {seen}", hint=_first_hint(counts))
+    if strict and counts.quarantined:
         raise PromptError(
-            f"{rows.quarantined} of {rows.lines} lines of {source} have no prompt ({first})",
+            f"{counts.quarantined} of {counts.lines} lines of {name} have no prompt ({first})",
             hint="correct them, or build without --strict: they are then listed in quarantine.jsonl and skipped",
         )
 
 
-def _first_hint(rows: _Rows) -> str:
-    reason = rows.first_quarantined[0][1] if rows.first_quarantined else ""
+def tell_undecoded(counts: Counts, source: PromptSource, observer: Observer) -> None:
+    """Warn where most prompts seem to be JSON that was not decoded."""
+    if 2 * counts.undecoded > counts.rows:
+        message = f"{counts.undecoded:,} of {counts.rows:,} prompts of {name_of(source)} {_UNDECODED}"
+        observer(Notice(message=message, is_warning=True))
+
+
+def name_of(source: PromptSource) -> str:
+    """What the source is called in messages."""
+    return str(source) if isinstance(source, str | Path) else source.name
+
+
+def _first_hint(counts: Counts) -> str:
+    reason = counts.first_quarantined[0][1] if counts.first_quarantined else ""
     hint = next((hint for beginning, hint in _HINTS.items() if reason.startswith(beginning)), _LINES)
-    if rows.lines == 1 and hint is _OTHER_FIELDS:
+    if counts.lines == 1 and hint is _OTHER_FIELDS:
         hint += "; if NAME is a list of them, jq -c '.NAME[]' FILE makes lines"
     return hint
 
 
-def _write_files(
-    rows: _Rows, spools: tuple[Path, Path], folder: Path, quarantine: FileDigest, rule: PromptRule
-) -> PromptsRecord:
-    row_spool_path, line_spool_path = spools
-    num_rows = len(rows.row_ids)
-    taken = set(rows.explicit)
-    aliases = dict(rows.explicit)
+def _write_files(placing: Placing, spools: _Spools, folder: Path, work: Path, rule: PromptRule) -> PromptsRecord:
+    """The second pass: every row gets its id, and all files but the list of quarantined lines are written."""
+    counts = placing.counts
     fingerprint = hashlib.sha256()
-    files: dict[str, FileDigest] = {QUARANTINE: quarantine}
-    ids: list[str] = []
-    next_suffix: dict[str, int] = {}
     with (
-        storage_errors("reading", row_spool_path),
-        row_spool_path.open("rb") as spool,
         DurableFile(folder / PROMPTS, sync_directory=False) as prompts_file,
         DurableFile(folder / PROMPTS_LIST, sync_directory=False) as texts_file,
+        DurableFile(folder / IDS, sync_directory=False) as ids_file,
+        DurableFile(folder / ALIASES, sync_directory=False) as aliases_file,
     ):
-        texts_file.write(b"[")
-        for row, line in enumerate(spool):
-            prompt = decode_row(line)
-            row_id = prompt.id or _unique_id(prompt.derived_id, taken, next_suffix)
-            aliases.setdefault(row_id, row)
-            ids.append(row_id)
-            canonical = encode_row(replace(prompt, id=row_id))
-            prompts_file.write(canonical)
-            texts_file.write((",\n" if row else "\n").encode() + json.dumps(prompt.rendered, ensure_ascii=False).encode())
-            _update_fingerprint(fingerprint, replace(prompt, id=row_id))
-        texts_file.write(b"\n]\n")
-    files[PROMPTS], files[PROMPTS_LIST] = prompts_file.digest, texts_file.digest
-    files[IDS] = _publish(folder / IDS, [_json_lines("[", (json.dumps(item, ensure_ascii=False) for item in ids), "]")])
-    pairs = (f"{json.dumps(name, ensure_ascii=False)}: {row}" for name, row in sorted(aliases.items()))
-    files[ALIASES] = _publish(folder / ALIASES, [_json_lines("{", pairs, "}")])
-    keys = np.frombuffer(b"".join(digest[:8] for digest in rows.digests), dtype="<u8")
-    files[LINE_ROWS] = _save_line_rows(line_spool_path, rows.lines, folder / LINE_ROWS)
-    for name, array in ((MULTIPLICITY, np.asarray(rows.multiplicity, dtype="<i4")), (KEYS, keys)):
-        files[name] = save_array(folder / name, array, sync_directory=False)
-    fsync_directory(folder)
-    return PromptsRecord(
-        rows=num_rows,
-        lines=rows.lines,
-        quarantined=rows.quarantined,
-        repeats=rows.lines - rows.quarantined - num_rows,
-        fingerprint=fingerprint.hexdigest(),
-        files=files,
-        rule=rule,
-        answered=rows.answered,
-        reasons=rows.reasons,
+        texts, ids, aliases = _Items(texts_file, b"[]"), _Items(ids_file, b"[]"), _Items(aliases_file, b"{}")
+        spools.rows.seek(0)
+        for row, (prompt, line) in enumerate(_with_ids(spools.rows, placing.ids)):
+            prompts_file.write(line)
+            texts.add(_json(prompt.rendered))
+            ids.add(_json(str(prompt.id)))
+            aliases.add(_pair(str(prompt.id), row))
+            _update_fingerprint(fingerprint, prompt)
+        spools.aliases.seek(0)
+        for pair in spools.aliases:
+            aliases.add(pair.rstrip(b"\n"))
+        for items in (texts, ids, aliases):
+            items.close()
+    written = {PROMPTS: prompts_file, PROMPTS_LIST: texts_file, IDS: ids_file, ALIASES: aliases_file}
+    files = {name: file.digest for name, file in written.items()}
+    files[LINE_ROWS] = _publish_spool(spools.lines, array_header(np.dtype("<i8"), (counts.lines,)), folder / LINE_ROWS)
+    files[KEYS] = _publish_spool(spools.keys, array_header(np.dtype("<u8"), (counts.rows,)), folder / KEYS)
+    files[MULTIPLICITY] = save_array(
+        folder / MULTIPLICITY, _lines_of_rows(spools.lines, counts.rows, work), sync_directory=False
     )
+    fsync_directory(folder)
+    return counts.record(rule, fingerprint=fingerprint.hexdigest(), files=files)
 
 
-def _unique_id(base: str, taken: set[str], next_suffix: dict[str, int]) -> str:
-    """``base``, or the first free one of ``base-2``, ``base-3``, ...; linear in the number of rows that share ``base``."""
-    candidate = base
-    while candidate in taken:
-        next_suffix[base] = next_suffix.get(base, 1) + 1
-        candidate = f"{base}-{next_suffix[base]}"
-    taken.add(candidate)
-    return candidate
+class _Items:
+    """A JSON array or object that is written item by item; it has at least one."""
+
+    def __init__(self, file: DurableFile, brackets: bytes) -> None:
+        self._file, self._closing = file, brackets[1:]
+        self._before = brackets[:1] + b"\n"
+
+    def add(self, item: bytes) -> None:
+        """Append an item, as JSON."""
+        self._file.write(self._before + item)
+        self._before = b",\n"
+
+    def close(self) -> None:
+        """Write the closing bracket."""
+        self._file.write(b"\n" + self._closing + b"\n")
+
+
+def _with_ids(lines: BinaryIO, ids: KeyIndex) -> Iterator[tuple[Prompt, bytes]]:
+    """Every row with its id, and its canonical line: the id that was given, else one derived from the text.
+
+    A derived id that is taken gets the first free one of the endings -2, -3, ... ``ids`` has all given ids, and from here on
+    the last ending of each id as its second number.
+    """
+    ids.fill(1)
+    while batch := _next_rows(lines):
+        bases = [prompt.derived_id for prompt, _ in batch if prompt.id is None]
+        derived = iter(_unique_ids(bases, ids))
+        for prompt, line in batch:
+            if prompt.id is not None:
+                yield prompt, line
+                continue
+            named = replace(prompt, id=next(derived))
+            yield named, encode_row(named)
+
+
+def _next_rows(lines: BinaryIO) -> list[tuple[Prompt, bytes]]:
+    batch: list[tuple[Prompt, bytes]] = []
+    num_bytes = 0
+    while len(batch) < _BATCH_ROWS and num_bytes < _BATCH_BYTES and (line := lines.readline()):
+        batch.append((decode_row(line), line))
+        num_bytes += len(line)
+    return batch
+
+
+def _unique_ids(bases: Sequence[str], ids: KeyIndex) -> list[str]:
+    """For each base the first of ``base``, ``base-2``, ``base-3``, ... that no row has, in order; they are taken then."""
+    counts = Counter(bases)
+    keys_B2 = text_keys(list(counts))
+    known = dict(zip(counts, ids.find(keys_B2)[:, 0].tolist(), strict=True))
+    ending = {base: max(0, number) for base, number in known.items()}
+    free: dict[str, list[str]] = {base: [] for base in counts}
+    short = list(counts)
+    while short:
+        tried = [
+            (base, number)
+            for base in short
+            for number in range(ending[base] + 1, ending[base] + 1 + counts[base] - len(free[base]))
+        ]
+        names = [base if number == 1 else f"{base}-{number}" for base, number in tried]
+        numbers = ids.find(text_keys(names))[:, 0].tolist()
+        for (base, number), name, found in zip(tried, names, numbers, strict=True):
+            ending[base] = number
+            if found < 0:
+                free[base].append(name)
+        short = [base for base in short if len(free[base]) < counts[base]]
+    added = [name for names in free.values() for name in names]
+    if added:
+        ids.add(text_keys(added), np.array([(ending.get(name, 1), 0) for name in added], dtype=np.int64))
+    ids.change(keys_B2, np.array([(ending[base], 0) for base in counts], dtype=np.int64).reshape(-1, 2))
+    unused = {base: iter(names) for base, names in free.items()}
+    return [next(unused[base]) for base in bases]
+
+
+def _lines_of_rows(lines: BinaryIO, num_rows: int, work: Path) -> NDArray[np.int32]:
+    """How many lines each row has."""
+    path = work / "multiplicity.scratch"
+    multiplicity_N = large_array(path, (num_rows,), np.int32)
+    with storage_errors("removing", path):
+        path.unlink(missing_ok=True)  # the map keeps the file
+    lines.seek(0)
+    while block := lines.read(_READ_BYTES):
+        rows = np.frombuffer(block, dtype="<i8")
+        np.add.at(multiplicity_N, rows[rows >= 0], 1)
+    return multiplicity_N
+
+
+def _json(value: str) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+def _pair(name: str, row: int) -> bytes:
+    return _json(name) + b": %d" % row
 
 
 def _update_fingerprint(fingerprint: hashlib._Hash, prompt: Prompt) -> None:
@@ -282,25 +337,10 @@ def _update_fingerprint(fingerprint: hashlib._Hash, prompt: Prompt) -> None:
         fingerprint.update(len(data).to_bytes(8, "little") + data)
 
 
-def _json_lines(opening: str, items: Iterable[str], closing: str) -> bytes:
-    body = ",\n".join(items)
-    return f"{opening}\n{body}\n{closing}\n".encode()
-
-
-def _publish(path: Path, parts: Iterable[bytes]) -> FileDigest:
+def _publish_spool(spool: BinaryIO, header: bytes, path: Path) -> FileDigest:
+    spool.seek(0)
     with DurableFile(path, sync_directory=False) as file:
-        for part in parts:
-            file.write(part)
-    return file.digest
-
-
-def _save_line_rows(spool_path: Path, lines: int, path: Path) -> FileDigest:
-    with (
-        storage_errors("reading", spool_path),
-        spool_path.open("rb") as spool,
-        DurableFile(path, sync_directory=False) as file,
-    ):
-        file.write(array_header(np.dtype("<i8"), (lines,)))
+        file.write(header)
         while block := spool.read(_READ_BYTES):
             file.write(block)
     return file.digest

@@ -57,9 +57,8 @@ def print_report(console: Console, report: BuildReport, info: StoreInfo) -> None
         )
     if report.peak_anonymous_bytes is not None:
         workers = f", {format_bytes(report.worker_peak_bytes)} in a worker" if report.worker_peak_bytes else ""
-        console.print(
-            f"  peak memory {format_bytes(report.peak_anonymous_bytes)} above the baseline{workers}", highlight=False
-        )
+        model = f", and {format_bytes(report.model_peak_bytes)} to load the model" if report.model_peak_bytes else ""
+        console.print(f"  peak memory {format_bytes(report.peak_anonymous_bytes)}{model}{workers}", highlight=False)
     _print_density(console, report.metadata)
     _print_prompts(console, "rarest", info.rarest)
     _print_prompts(console, "most crowded", info.most_crowded)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.stage0 import measured
+from embstore.flow.stage0 import commit_prompts
 from embstore.host.memory import read_memory
 from embstore.model.packed import can_pack
 from tests.support.models import make_model, make_tokenizer, save_model
+from tests.support.stores import build_small, write_small_prompts
 
 pytestmark = pytest.mark.skipif(read_memory() is None, reason="the kernel does not tell anonymous memory (not Linux)")
 
@@ -120,6 +125,36 @@ def test_copying_rows_stays_under_the_budget(tmp_path: Path) -> None:
     report = json.loads(result.stdout)
     assert report["reused_rows"] == 1400
     assert 0 < report["peak_anonymous_bytes"] <= 270 << 20
+
+
+@pytest.mark.parametrize(
+    ("lines", "budget"), [(300_000, 64 << 20), pytest.param(10_000_000, 1 << 30, marks=pytest.mark.slow)]
+)
+def test_prompts_are_numbered_under_the_budget(lines: int, budget: int, tmp_path: Path) -> None:
+    """Ids, repeats, line numbers and counts of any number of lines; the slow case takes ten minutes."""
+    found = measured(lines, budget, tmp_path)
+    assert found["rows"] == lines
+    assert 0 < found["peak_anonymous_bytes"] <= budget
+    assert found["table_peak_bytes"] <= budget
+
+
+def test_what_stage_0_takes_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget is for everything besides imports and the model; the report was blind before the rows."""
+    size = 96 << 20
+
+    def greedy(*given: Any, **options: Any) -> Any:
+        held = np.ones(size // 8)
+        time.sleep(0.5)  # ten samples of the meter
+        assert held[0] == 1
+        return commit_prompts(*given, **options)
+
+    monkeypatch.setattr("embstore.flow.build.commit_prompts", greedy)
+    prompts = write_small_prompts(tmp_path / "prompts.jsonl")
+    report = build_small(prompts, tmp_path / "store")
+    assert report.peak_anonymous_bytes is not None
+    assert report.peak_anonymous_bytes > 0.9 * size
+    assert report.model_peak_bytes is not None
+    assert report.model_peak_bytes < size / 2
 
 
 _SEARCH = """

@@ -72,7 +72,7 @@ class FakeSource:
         return self.prints_date
 
     def create(
-        self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path, observer: Observer
+        self, prompts: PromptReader, config: EmbeddingConfig, *, memory_bytes: int, work: Path | None, observer: Observer
     ) -> FakeEmbedder:
         self.creations += 1
         self.devices.append(config.device)

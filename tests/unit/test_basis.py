@@ -70,9 +70,8 @@ def test_a_factorisation_that_the_budget_does_not_allow_is_refused_with_what_it_
     head = AffineHead(weight_VD=torch.empty((10, 3000), device="meta"), bias_V=None, scale=1.0)
     parts: Any = SimpleNamespace(head=head, device=torch.device("cpu"))
     settings: Any = SimpleNamespace(spec=SimpleNamespace(dimension=10))
-    prompts: Any = None
     with pytest.raises(BudgetError, match="coordinates of 3000 inputs need 387") as caught:
-        find_basis(parts, settings, prompts, Path(), memory_bytes=200 << 20)
+        find_basis(parts, settings, memory_bytes=200 << 20)
     least = int(str(caught.value.hint).split()[2].removesuffix("MiB")) << 20
     assert factor_bytes(3000) <= least < factor_bytes(3000) + (1 << 20)
 

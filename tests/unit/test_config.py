@@ -75,7 +75,7 @@ EVERY_FIELD = BuildConfig(
 def config_of(*words: str, monkeypatch: pytest.MonkeyPatch) -> BuildConfig:
     """The config that the command line hands to the library."""
     found: list[BuildConfig] = []
-    monkeypatch.setattr("embstore.flow.build.preflight", lambda prompts, *, config, **others: found.append(config))
+    monkeypatch.setattr("embstore.flow.dry_run.preflight", lambda prompts, *, config, **others: found.append(config))
     result = CliRunner().invoke(app, ["build", "prompts.jsonl", "--out", "STORE", "--dry-run", "--json", *words])
     assert result.exit_code == 0, result.stderr
     (config,) = found
@@ -87,7 +87,7 @@ def test_every_option_of_a_build_reaches_its_field(monkeypatch: pytest.MonkeyPat
     assert config_of("--devices", "cuda:0, cuda:1", monkeypatch=monkeypatch).engine.devices == ("cuda:0", "cuda:1")
     assert config_of("--target-ess", "0.5", monkeypatch=monkeypatch).weighting.target_ess == 0.5
     listed = set(re.findall(r"^  (--[a-z-]+)", CliRunner().invoke(app, ["build", "--help-all"]).stdout, re.MULTILINE))
-    own = {"--out", "--resume", "--dry-run", "--json", "--help", "--help-all", "--devices", "--target-ess"}
+    own = {"--out", "--resume", "--dry-run", "--scratch", "--json", "--help", "--help-all", "--devices", "--target-ess"}
     assert listed - own == {word for word in EVERY_OPTION if word.startswith("--")}
 
 

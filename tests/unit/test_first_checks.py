@@ -18,7 +18,7 @@ from embstore.core.errors import BudgetError, ConfigError, EmbstoreError, ModelE
 from embstore.flow import build as build_flow
 from embstore.flow import first_checks
 from embstore.flow.array_import import import_array
-from embstore.flow.build import preflight
+from embstore.flow.dry_run import preflight
 from embstore.storage.prompt_source import check_source
 from tests.support.build_fake import CONFIG
 from tests.support.fake import FakeSource

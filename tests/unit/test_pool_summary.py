@@ -21,7 +21,7 @@ from embstore.core.errors import ConfigError, IdentityMismatchError, PromptError
 from embstore.core.events import Event, Notice
 from embstore.core.reasons import MAX_KINDS, OTHER_KIND, by_kind, counted, reason_kind
 from embstore.core.records import PromptsRecord, decode_journal, encode_journal_header, encode_journal_record
-from embstore.flow.build import preflight
+from embstore.flow.dry_run import preflight
 from embstore.flow.pool_summary import _is_cut_alike
 from embstore.storage.journal import read_journal
 from embstore.views import info, terminal

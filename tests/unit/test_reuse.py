@@ -23,10 +23,11 @@ from embstore.core.errors import (
     RowError,
     StoreNotFoundError,
 )
-from embstore.core.events import Event, Notice, Preflight, RowsCommitted
+from embstore.core.events import Event, Notice, Preflight, RowsCommitted, ignore
 from embstore.core.records import DriftRecord, ReuseRecord, ReusingWindowRecord
 from embstore.flow.artifact import recompute_weights
-from embstore.flow.build import build, preflight
+from embstore.flow.build import build
+from embstore.flow.dry_run import preflight
 from embstore.flow.reuse import match_rows, open_reused, rows_digest
 from embstore.storage.journal import read_journal
 from embstore.storage.prompt_table import PromptTable
@@ -386,7 +387,7 @@ def test_rows_that_a_store_gains_after_it_was_opened_are_not_named(small_prompts
     digest = rows_digest(opened)
     build_small(None, part)
     table = PromptTable(part / "prompts.jsonl", 70)
-    (record,) = match_rows(table, [opened]).record.stores
+    (record,) = match_rows(table, [opened], folder=tmp_path, memory_bytes=1 << 20, observer=ignore).record.stores
     assert (record.digest, record.rows) == (digest, 32)
 
 

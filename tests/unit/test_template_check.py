@@ -18,7 +18,8 @@ from embstore.core.errors import RowError
 from embstore.core.events import Event, Notice, StageAdvanced, StageStarted
 from embstore.core.records import TemplateRecord
 from embstore.flow import template_check
-from embstore.flow.build import build, preflight
+from embstore.flow.build import build
+from embstore.flow.dry_run import preflight
 from embstore.flow.template_worker import TemplateWorker
 from embstore.storage.journal import read_journal
 from embstore.storage.reader import open_store
