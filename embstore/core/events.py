@@ -17,7 +17,8 @@ from embstore.core.config import Turns
 Preparation = Literal[
     "imports",  # torch and transformers
     "fetch",  # a model of the hub, from its cache or by a download
-    "prompts",  # stage 0 of a new store
+    "prompts",  # stage 0 of a new store: lines are read
+    "rows",  # and distinct ones named and written
     "check",  # on a resume: stage 0 is read back, and the given prompts are compared with it
     "hash",  # the model's files, for its identity
     "reuse",  # prompts are looked up in the stores of --reuse

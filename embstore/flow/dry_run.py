@@ -109,8 +109,7 @@ def _planned(context: RunContext, prompts: PromptSource, root: Path, scratch: Pa
     if stores:
         memory_bytes = config.memory_budget_bytes
         matcher = RowMatcher(stores, folder=scratch, memory_bytes=memory_bytes, observer=observer)
-    with stage(observer, "prompts"):
-        record, sample = _read(context, prompts, matcher, scratch)
+    record, sample = _read(context, prompts, matcher, scratch)
     if matcher is None:
         if source is None:
             raise ConfigError("no model was given", hint="add --model")
@@ -130,7 +129,10 @@ def _read(
     """Read all prompts: what became of the lines, and a sample of the rows that are not copied."""
     config, observer, sample = context.config, context.observer, _Sample()
     rule = PromptRule(turns=config.turns or "all")
-    with open_source(prompts, config.fields, rule, config.dataset, scratch=scratch, observer=observer) as opened:
+    with (
+        stage(observer, "prompts", unit="lines") as advance,
+        open_source(prompts, config.fields, rule, config.dataset, scratch=scratch, observer=observer) as opened,
+    ):
         placing = Placing(
             prompts,
             opened,
@@ -138,6 +140,7 @@ def _read(
             folder=scratch,
             memory_bytes=config.memory_budget_bytes,
             observer=observer,
+            advance=advance,
         )
         new = (line for line in placing if line.is_new)
         while batch := list(itertools.islice(new, _BATCH_ROWS)):

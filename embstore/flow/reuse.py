@@ -262,8 +262,12 @@ class SavedReuse:
 
 def nothing_reused(num_rows: int) -> Reuse:
     """No row is reused: all are computed."""
-    unknown_N = np.full(num_rows, -1, dtype=np.int64)
-    return Reuse(stores=(), record=ReuseRecord(stores=[]), store_N=unknown_N.astype(np.int16), row_N=unknown_N)
+    return Reuse(
+        stores=(),
+        record=ReuseRecord(stores=[]),
+        store_N=np.broadcast_to(np.int16(-1), num_rows),  # one value, whatever N is
+        row_N=np.broadcast_to(np.int64(-1), num_rows),
+    )
 
 
 def open_again(paths: Sequence[str | Path], root: Path, record: ReuseRecord) -> list[EmbeddingStore]:

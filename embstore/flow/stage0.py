@@ -97,34 +97,33 @@ def _commit_given(run: Run, source: PromptSource) -> PromptsRecord:
     if committed is None and writer.state.origin is not None:
         writer.begin_again()  # killed between the two lines; other prompts may not come from there
     folder = writer.root if committed is None else writer.work / _GIVEN
-    with stage(run.observer, "prompts"):
-        make_directory(folder)
-        given = ingest(
-            source,
-            folder,
-            writer.work,
-            strict=config.strict,
-            limit=config.limit,
-            fields=config.fields,
-            rule=PromptRule(turns=config.turns or (committed.rule.turns if committed is not None else "all")),
-            choice=config.dataset,
-            memory_bytes=config.memory_budget_bytes,
-            observer=run.observer,
-        )
-        origin = source.origin if isinstance(source, HubDataset) else None
-        if committed is None:
-            if origin is not None:
-                writer.commit(origin)
-            writer.commit(given)
-            return given
-        problem = _stage0_problem(writer.root, committed)
-        # not the fingerprint alone: lines without a prompt, and repeats, have no rows, and may have been corrected
-        if problem is None and (given, origin) == (committed, writer.state.origin):
-            remove_folder(folder)
-            return committed
-        begin_again(run, problem or "the prompts differ")
-        writer.adopt_prompts(folder, given, origin)
+    make_directory(folder)
+    given = ingest(
+        source,
+        folder,
+        writer.work,
+        strict=config.strict,
+        limit=config.limit,
+        fields=config.fields,
+        rule=PromptRule(turns=config.turns or (committed.rule.turns if committed is not None else "all")),
+        choice=config.dataset,
+        memory_bytes=config.memory_budget_bytes,
+        observer=run.observer,
+    )
+    origin = source.origin if isinstance(source, HubDataset) else None
+    if committed is None:
+        if origin is not None:
+            writer.commit(origin)
+        writer.commit(given)
         return given
+    problem = _stage0_problem(writer.root, committed)
+    # not the fingerprint alone: lines without a prompt, and repeats, have no rows, and may have been corrected
+    if problem is None and (given, origin) == (committed, writer.state.origin):
+        remove_folder(folder)
+        return committed
+    begin_again(run, problem or "the prompts differ")
+    writer.adopt_prompts(folder, given, origin)
+    return given
 
 
 def _stage0_problem(root: Path, record: PromptsRecord) -> str | None:

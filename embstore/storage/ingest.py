@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -30,7 +30,7 @@ from embstore.core.config import (
     PromptRule,
 )
 from embstore.core.errors import PromptError
-from embstore.core.events import Notice, Observer, ignore
+from embstore.core.events import Notice, Observer, ignore, stage
 from embstore.core.files import array_header, fsync_directory, storage_errors
 from embstore.core.format import (
     ALIASES,
@@ -123,16 +123,24 @@ def ingest(
     """
     with _spools(spool_folder) as spools:
         with (
+            stage(observer, "prompts", unit="lines") as advance,
             DurableFile(folder / QUARANTINE, sync_directory=False) as quarantine,
             open_source(source, fields, rule, choice, scratch=spool_folder, observer=observer) as prompts,
         ):
             placing = Placing(
-                source, prompts, limit=limit, folder=spool_folder, memory_bytes=memory_bytes, observer=observer
+                source,
+                prompts,
+                limit=limit,
+                folder=spool_folder,
+                memory_bytes=memory_bytes,
+                observer=observer,
+                advance=advance,
             )
             _write_spools(placing, spools, quarantine)
             refuse_unusable(placing.counts, source, strict=strict)
             tell_undecoded(placing.counts, source, observer)
-        record = _write_files(placing, spools, folder, spool_folder, rule)
+        with stage(observer, "rows", placing.counts.rows, "rows") as advance:
+            record = _write_files(placing, spools, folder, spool_folder, rule, advance)
     record.files[QUARANTINE] = quarantine.digest
     return replace(record, fields=fields)
 
@@ -202,7 +210,9 @@ def _first_hint(counts: Counts) -> str:
     return hint
 
 
-def _write_files(placing: Placing, spools: _Spools, folder: Path, work: Path, rule: PromptRule) -> PromptsRecord:
+def _write_files(
+    placing: Placing, spools: _Spools, folder: Path, work: Path, rule: PromptRule, advance: Callable[[int], None]
+) -> PromptsRecord:
     """The second pass: every row gets its id, and all files but the list of quarantined lines are written."""
     counts = placing.counts
     fingerprint = hashlib.sha256()
@@ -220,6 +230,8 @@ def _write_files(placing: Placing, spools: _Spools, folder: Path, work: Path, ru
             ids.add(_json(str(prompt.id)))
             aliases.add(_pair(str(prompt.id), row))
             _update_fingerprint(fingerprint, prompt)
+            if (row + 1) % _BATCH_ROWS == 0:
+                advance(_BATCH_ROWS)
         spools.aliases.seek(0)
         for pair in spools.aliases:
             aliases.add(pair.rstrip(b"\n"))

@@ -7,7 +7,7 @@ a time would cost more than reading them. Memory is that of a batch and of two `
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -95,6 +95,8 @@ class Placing:
         Stop after this many rows; None reads everything.
     folder, memory_bytes
         Where an index goes that outgrows its share of the memory budget.
+    advance
+        Called with the number of lines of each batch.
 
     Attributes
     ----------
@@ -113,8 +115,10 @@ class Placing:
         folder: Path,
         memory_bytes: int,
         observer: Observer,
+        advance: Callable[[int], None],
     ) -> None:
         self.counts = Counts()
+        self._advance = advance
         self._prompts, self._limit = prompts, limit
         # rows of an array are told apart by their ids
         self._array = None if isinstance(source, str | Path | HubDataset) else source.name
@@ -133,6 +137,7 @@ class Placing:
         unread = iter(self._prompts)
         while batch := self._batch(unread):
             yield from self._placed(batch)
+            self._advance(len(batch))
 
     def _batch(self, unread: Iterator[Prompt | Rejected]) -> list[_Read]:
         """The next lines: no more than rows are left to the limit, so that nothing behind its last row is read."""

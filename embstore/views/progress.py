@@ -32,6 +32,7 @@ from embstore.views.terminal import plain
 _TITLES = {
     "imports": "loading torch and transformers",
     "prompts": "reading prompts",
+    "rows": "writing prompts",
     "fetch": "fetching the model from the hub or its cache",
     "check": "comparing the prompts with the store's",
     "hash": "hashing the model's files",
@@ -63,9 +64,9 @@ class _Count(ProgressColumn):
     """Items done, of all if their number is known."""
 
     def render(self, task: Task) -> Text:
-        if task.total is None:
-            return Text("")
         unit = str(task.fields["unit"])
+        if task.total is None:
+            return Text(f"{_amount(task.completed, unit)} {unit}" if task.completed else "", justify="right")
         return Text(f"{_amount(task.completed, unit)}/{_amount(task.total, unit)}", justify="right")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from embstore.core.errors import ExitCode, PromptError
-from embstore.core.events import Event, Notice
+from embstore.core.events import Event, Notice, StageAdvanced
 from embstore.core.rows import RowRange
 from embstore.storage.ingest import ingest
 from embstore.storage.prompt_table import PromptTable
@@ -282,3 +282,15 @@ def test_texts_of_a_json_column_that_was_not_decoded_are_warned_of(
     ingest(source, folder, folder, strict=False, limit=None, observer=notices.append)
     messages = [each.message for each in notices if isinstance(each, Notice) and each.is_warning]
     assert ["2 of" in message and "json.loads" in message for message in messages] == [True] * warned
+
+
+def test_lines_and_rows_are_counted_as_they_are_read_and_written(source: Path) -> None:
+    write_lines(source, [{"prompt": f"{line // 2}"} for line in range(5000)])
+    folder = source.parent / "out"
+    folder.mkdir()
+    events: list[Event] = []
+    ingest(source, folder, folder, strict=False, limit=None, observer=events.append)
+    advanced = [event for event in events if isinstance(event, StageAdvanced)]
+    assert sum(event.count for event in advanced if event.stage == "prompts") == 5000
+    assert len(advanced) >= 6
+    assert 2000 <= sum(event.count for event in advanced if event.stage == "rows") <= 2500
