@@ -49,6 +49,7 @@ NEIGHBORS = "neighbors"
 WEIGHTS = "weights"
 WEIGHTS_LINK = "density_weights.npy"
 METADATA_LINK = "embeddings_metadata.json"
+ROWS_COPY = "embeddings.npy"  # not of the store: see storage.rows_copy
 
 STAGE0_FILES = (PROMPTS, IDS, ALIASES, PROMPTS_LIST, QUARANTINE, LINE_ROWS, MULTIPLICITY, KEYS)
 

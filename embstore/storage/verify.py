@@ -30,6 +30,7 @@ from embstore.core.format import (
     METADATA_LINK,
     NEIGHBORS,
     REFUSED,
+    ROWS_COPY,
     RUNS,
     SPEC,
     STAGE0_FILES,
@@ -52,12 +53,14 @@ from embstore.core.spec import StoreSpec, array_metadata, decode_spec
 from embstore.storage.chunks import decode_chunk, read_chunk
 from embstore.storage.journal import journal_bytes
 from embstore.storage.row_files import ROW_FILES, RowFileCheck, header_problem, row_files
+from embstore.storage.rows_copy import CopyCheck, has_copy, is_description
 
 NORM_TOLERANCE = 2e-3  # float16 rounding moves the norm of a unit row by about 2e-4
 # every row depends on these files, and nothing else records what they contained
 ONLY_A_NEW_BUILD = frozenset({*STAGE0_FILES, SPEC, BASIS, COORDINATE_MAP})
 _ONLY_ANEW = "; it cannot be recomputed: restore it from a copy of the store, or build into another --out"
 _NO_FILE = "is not a file of this store"
+_NOT_NEEDED = "; the store does not need this copy of its rows: delete it, or make it again"
 _NOT_COMMITTED = "is not committed: it is never read, and a resume recomputes it"
 _NORM_VALUES = 4 << 20
 _MOST_STRAYS = 1000
@@ -158,6 +161,7 @@ def verify_store(root: Path) -> VerifyReport:
             findings.append(Finding(path=name, message=f"{problem}{_ONLY_ANEW if name in ONLY_A_NEW_BUILD else ''}"))
     spec = _read_spec(root, state, findings)
     num_chunks = 0
+    copy = None
     if spec is not None:
         findings += [
             Finding(path=name, message=problem)
@@ -166,19 +170,23 @@ def verify_store(root: Path) -> VerifyReport:
         ]
         listed = manifest.files if manifest is not None else {}
         checks = [RowFileCheck(root, spec, name, listed.get(name)) for name in row_files(spec)]
+        shape = (spec.rows, spec.embedding.dimension)
+        copy = CopyCheck(root, shape) if has_copy(root, shape) else None
         for window in state.windows.values():
-            findings += _window_findings(root, spec, window, checks, decode=True)
+            findings += _window_findings(root, spec, window, checks, decode=True, copy=copy)
             num_chunks += len(window.chunks)
             total_bytes += sum(chunk.bytes for chunk in window.chunks)
         for file in checks:
             if (problem := file.problem()) is not None:
                 findings.append(Finding(path=file.name, message=problem))
+        if copy is not None and copy.problem is not None:
+            notes.append(f"{ROWS_COPY} {copy.problem}{_NOT_NEEDED}")
         if manifest is not None:
             findings += _published_findings(root, spec, state, manifest)
             astray, copied = _look_at_links(root, manifest)
             findings += astray
             notes += copied
-    notes += _strays(root, spec, state, manifest)
+    notes += _strays(root, spec, state, manifest, {ROWS_COPY} if copy is not None else set())
     return VerifyReport(
         is_complete=is_complete,
         committed_rows=state.committed_rows,
@@ -242,7 +250,13 @@ def _read_spec(root: Path, state: JournalState, findings: list[Finding]) -> Stor
 
 
 def _window_findings(
-    root: Path, spec: StoreSpec, record: WindowRecord, checks: Sequence[RowFileCheck], *, decode: bool
+    root: Path,
+    spec: StoreSpec,
+    record: WindowRecord,
+    checks: Sequence[RowFileCheck],
+    *,
+    decode: bool,
+    copy: CopyCheck | None = None,
 ) -> Iterator[Finding]:
     grid = grid_of(spec)
     if misfit(grid, record):
@@ -255,7 +269,7 @@ def _window_findings(
         path = chunk_name(chunk.index)
         try:
             data = read_chunk(root, spec, chunk)
-            problem = _row_problem(data, spec, chunk.index, failed) if decode else None
+            problem = _row_problem(data, spec, chunk.index, failed, copy) if decode else None
         except CorruptStoreError as error:
             problem = str(error)
         except StorageError as error:
@@ -268,9 +282,11 @@ def _window_findings(
             yield Finding(path=file.name, message=problem, window=record.window)
 
 
-def _row_problem(data: bytes, spec: StoreSpec, index: int, failed: NDArray[np.int64]) -> str | None:
+def _row_problem(data: bytes, spec: StoreSpec, index: int, failed: NDArray[np.int64], copy: CopyCheck | None) -> str | None:
     rows = grid_of(spec).chunk(index)
     emb_BV = decode_chunk(data, spec, index)
+    if copy is not None:
+        copy.compare(rows.start, emb_BV[: rows.num_rows])
     is_failed = np.isin(np.arange(rows.start, rows.stop), failed)
     step = max(1, _NORM_VALUES // spec.embedding.dimension)  # rows whose norms are taken at a time
     for part in slices(0, rows.num_rows, step):
@@ -314,7 +330,8 @@ def _published_findings(root: Path, spec: StoreSpec, state: JournalState, manife
 def _look_at_links(root: Path, manifest: Manifest) -> tuple[list[Finding], list[str]]:
     """Links that lead elsewhere, and still do after a moment: a writer refreshes them right after it publishes.
 
-    A copy in place of a link, or none, is only a note: not every file system or program that copies stores has links.
+    A copy in place of a link, or none, is only a note: not every file system or program that copies stores has links. The
+    description of a copy of the rows may be there whether the copy still is or not.
     """
     links = dict(zip((WEIGHTS_LINK, METADATA_LINK), weights_paths(manifest.names["default"]), strict=True))
     astray, notes = dict(links), []
@@ -324,6 +341,8 @@ def _look_at_links(root: Path, manifest: Manifest) -> tuple[list[Finding], list[
         for link, target in list(astray.items()):
             if file_problem(root, link, manifest.files[target]) is None:
                 notes.append(f"{link} is a copy of {target}, not a link to it")
+                del astray[link]
+            elif link == METADATA_LINK and is_description(root, target):
                 del astray[link]
         if not astray:
             break
@@ -355,9 +374,11 @@ def _differs(root: Path, name: str, expected: bytes) -> bool:
     return False
 
 
-def _strays(root: Path, spec: StoreSpec | None, state: JournalState, manifest: Manifest | None) -> list[str]:
-    """Notes on files in the folder that are not files of the store; links are not followed, and there is no recursion."""
-    known = {SPEC, MANIFEST, JOURNAL, RUNS, LOCK, REFUSED, CHUNKS, ARRAY_METADATA, *STAGE0_FILES}
+def _strays(
+    root: Path, spec: StoreSpec | None, state: JournalState, manifest: Manifest | None, others: set[str]
+) -> list[str]:
+    """Notes on files that are neither the store's nor in ``others``; links are not followed, and there is no recursion."""
+    known = others | {SPEC, MANIFEST, JOURNAL, RUNS, LOCK, REFUSED, CHUNKS, ARRAY_METADATA, *STAGE0_FILES}
     of_spec = {BASIS, COORDINATE_MAP, *ROW_FILES}
     known |= of_spec if spec is None else {basis_file(spec.embedding.basis), *row_files(spec)}
     known |= {WITHDRAWN, WEIGHTS_LINK, METADATA_LINK, *(manifest.files if manifest else ())}

@@ -73,6 +73,7 @@ from embstore.storage.atomic import (
 from embstore.storage.chunk_writer import WORKER_FOLDERS, WrittenWindow
 from embstore.storage.journal import SYNCS_FOLDERS, Journal
 from embstore.storage.row_files import ROW_FILES, check_rows, header, map_basis, preallocate, repair, row_bytes, row_files
+from embstore.storage.rows_copy import describe_copy, has_copy, is_description
 from embstore.storage.search_blocks import KEPT_BLOCKS
 
 _OWN_DIGEST = re.compile(r"[0-9a-f]{16}")
@@ -360,13 +361,22 @@ class StoreWriter:
                 if [name for name in row_files(spec) if repair(self.root, spec, name)]:
                     fsync_directory(self.root)
 
-    def _settle(self, manifest: Manifest) -> None:
-        """Point the links at what ``manifest`` publishes, and delete what it does not list."""
+    def refresh_links(self, manifest: Manifest) -> None:
+        """Point the links at what ``manifest`` publishes; where there is a copy of the rows, the metadata describe it."""
         array, sidecar = weights_paths(manifest.names["default"])
         links = {self.root / WEIGHTS_LINK: array, self.root / METADATA_LINK: sidecar}
+        if has_copy(self.root, (manifest.rows, manifest.dimension)):
+            del links[self.root / METADATA_LINK]
+            with contextlib.suppress(CorruptStoreError):  # a damaged sidecar is for verify to name
+                if not is_description(self.root, sidecar):
+                    write_durable(self.root / METADATA_LINK, describe_copy(self.root, sidecar))
         replaced = [link for link, target in links.items() if replace_link(link, target)]
         if replaced:
             fsync_directory(self.root)
+
+    def _settle(self, manifest: Manifest) -> None:
+        """Refresh the links, and delete what ``manifest`` does not list."""
+        self.refresh_links(manifest)
         with storage_errors("cleaning", self.root):
             remove_folder(self.root / WORK, missing_ok=True)
             (self.root / WITHDRAWN).unlink(missing_ok=True)

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from embstore.core.density import NOISE_FLOOR, mean_distance
 from embstore.core.errors import ConfigError, StoreExistsError
 from embstore.core.files import Buffer, array_header
-from embstore.core.format import WEIGHTS_LINK, document
+from embstore.core.format import IDS, METADATA_LINK, PROMPTS_LIST, ROWS_COPY, WEIGHTS_LINK, document
 from embstore.core.rows import RowRange
 from embstore.storage.atomic import DurableFile, make_directory, save_array, write_durable
 from embstore.storage.reader import EmbeddingStore, open_store
+from embstore.storage.rows_copy import in_original_words
 
 ExportFormat = Literal["npy", "kat", "parquet"]
 
@@ -60,28 +61,29 @@ def export_store(path: str | Path, out: str | Path, *, format: ExportFormat = "n
     folder = Path(out)
     line_rows = np.asarray(store.line_rows)
     rows_L = line_rows[line_rows >= 0]
-    names = ["embeddings.npy", "ids.json"]
+    names = [ROWS_COPY, IDS]
     if format == "kat":
-        names += [WEIGHTS_LINK, "prompts_list.json", "embeddings_metadata.json"]
+        names += [WEIGHTS_LINK, PROMPTS_LIST, METADATA_LINK]
     for name in names:
         if (folder / name).exists():
             raise StoreExistsError(f"{folder / name} exists already", hint="choose another --out")
     make_directory(folder)
-    _write_rows(store, folder / "embeddings.npy", rows_L)
-    write_durable(folder / "ids.json", document([store.ids[row] for row in rows_L]))
+    _write_rows(store, folder / ROWS_COPY, rows_L)
+    write_durable(folder / IDS, document([store.ids[row] for row in rows_L]))
     if format == "kat":
         weights_L = store.weights[rows_L].astype(np.float64) / store.multiplicity[rows_L]
         save_array(folder / WEIGHTS_LINK, weights_L.astype(np.float32))
         texts = [prompt.rendered for prompt in store.prompts.sample([int(row) for row in rows_L])]
-        write_durable(folder / "prompts_list.json", document(texts))
-        counts = {"n_prompts": len(rows_L), "n_items": len(rows_L), "embedding_dtype": "float32"}
+        write_durable(folder / PROMPTS_LIST, document(texts))
+        counts = {"n_prompts": len(rows_L), "n_items": len(rows_L)}
         statistics = {
             "weights_min": float(weights_L.min()),
             "weights_max": float(weights_L.max()),
             "weights_mean": float(weights_L.mean()),
             "weights_std": float(weights_L.std()),
         }
-        write_durable(folder / "embeddings_metadata.json", document({**store.metadata, **counts, **statistics}))
+        metadata = {**in_original_words(store.metadata), **counts, **statistics}
+        write_durable(folder / METADATA_LINK, document(metadata))
     return [folder / name for name in names]
 
 
