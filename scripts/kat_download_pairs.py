@@ -22,6 +22,7 @@ from embstore.core.prompts import Prompt, collapse_whitespace
 from embstore.storage.atomic import DurableFile
 from embstore.storage.prompt_source import open_records
 from scripts.kat_files import PAIRS, data_folder, run
+from scripts.kat_hints import own_hints
 
 Record = Mapping[str, Any]
 Pair = tuple[list[dict[str, str]], str, str]  # messages that end with the user, chosen answer, rejected answer
@@ -55,8 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="local .jsonl or .jsonl.gz files in the format of hh-rlhf; nothing is downloaded",
     )
     parser.add_argument("--out", type=Path, default=data_folder() / PAIRS, help="default: %(default)s")
-    options = parser.parse_args(arguments)
+    with own_hints(parser):
+        _download(parser.parse_args(arguments))
 
+
+def _download(options: argparse.Namespace) -> None:
     found: tuple[tuple[_Source, Iterator[Record]], ...]
     if options.from_files:
         found = ((SOURCES["hh"], _from_files(options.from_files)),)
@@ -86,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if total < _FEW:
         print(f"warning: only {total} pairs; the full data sets have tens of thousands")
     print(f"written: {options.out}, {total:,} pairs; skipped {skipped:,} records without a usable pair")
-    print(f"next: python -m scripts.kat_make_prefixes --pairs_path {options.out}")
+    print(f"next: python -m scripts.kat_make_prefixes --pairs_path {options.out} (or kat_make_prompts, for plain texts)")
 
 
 def _line(messages: list[dict[str, str]], chosen: str, rejected: str, *, source: str, number: int) -> bytes:

@@ -17,6 +17,7 @@ from embstore.core.decode import printable
 from embstore.core.errors import PromptError
 from embstore.storage.atomic import DurableFile
 from scripts.kat_files import PAIRS, PREFIX_MAP, PREFIXES, STATS, PromptLine, data_folder, read_lines, require, run
+from scripts.kat_hints import own_hints
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,7 +49,13 @@ def write_unique(
     """
     parser.add_argument("--pairs_path", type=Path, default=data_folder() / PAIRS, help="default: %(default)s")
     parser.add_argument("--output_dir", type=Path, help="default: the folder of the pairs")
-    options = parser.parse_args(arguments)
+    with own_hints(parser):
+        _write(parser.parse_args(arguments), prompts, id_map, content)
+
+
+def _write(
+    options: argparse.Namespace, prompts: str, id_map: str, content: Callable[[PromptLine], dict[str, object]]
+) -> None:
     pairs = require(options.pairs_path, command="python -m scripts.kat_download_pairs")
     folder: Path = options.output_dir or pairs.parent
     folder.mkdir(parents=True, exist_ok=True)
