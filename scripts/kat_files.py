@@ -58,10 +58,23 @@ class PromptLine:
         return "chosen" in self.prompt.fields and "rejected" in self.prompt.fields
 
     @property
+    def given_id(self) -> str | None:
+        """The prompt's id as the line gives it, None if it does not."""
+        given = self.prompt.fields.get("prefix_id") if self.is_pair else self.prompt.id
+        return given if isinstance(given, str) and given else None
+
+    @property
     def prompt_id(self) -> str:
         """The prompt's given id, or one derived from its first user message, which other prompts may share."""
-        given = self.prompt.fields.get("prefix_id") if self.is_pair else self.prompt.id
-        return given if isinstance(given, str) and given else self.prompt.derived_id
+        return self.given_id or self.prompt.derived_id
+
+    @property
+    def joined_id(self) -> str | None:
+        """The id by which a prompt of another text may be joined: the given one, or a pair's derived one.
+
+        The prompts of pairs are made by that id: the first conversation of each first user message is kept.
+        """
+        return self.prompt_id if self.is_pair else self.given_id
 
     @property
     def content_id(self) -> str:

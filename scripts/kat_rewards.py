@@ -17,6 +17,7 @@ from embstore.core.errors import ConfigError
 Reward = Callable[..., list[float]]
 
 EXACT_ANSWER, FORMAT = "exact-answer", "format"
+FORMAT_IN_WORDS = "the share of a completion's words that consist of letters"
 
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?")  # a minus after a digit is a subtraction
 _ANSWER_MARK = "####"

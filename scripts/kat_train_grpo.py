@@ -1,15 +1,16 @@
 """GRPO on prompts drawn by density: ``python -m scripts.kat_train_grpo --model MODEL --reward REWARD``.
 
 TRL trains, on one process or under ``torchrun --nproc_per_node=N -m scripts.kat_train_grpo``. Prompts come from a file of
-pairs or of prompts. Their weights come from a store (``--use_precomputed_embeddings``), else from an online pass, else they
-are equal; each fallback prints a warning, and ``--require_density`` forbids it. Weights are joined by prompt id, and pairs
-with one prompt share its weight.
+pairs or of prompts. Their weights come from a store or from a folder of the original script
+(``--use_precomputed_embeddings``), else from an online pass, else they are equal; each fallback prints a warning, and
+``--require_density`` forbids it. Weights are joined by what the prompts contain, and pairs with one prompt share its weight.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,17 +30,22 @@ from scripts.kat_files import (
     require,
     run,
 )
-from scripts.kat_rewards import EXACT_ANSWER, FORMAT, Reward, find_reward
+from scripts.kat_hints import COMPUTE, own_hints
+from scripts.kat_rewards import EXACT_ANSWER, FORMAT, FORMAT_IN_WORDS, Reward, find_reward, format_reward
 
 if TYPE_CHECKING:
     from scripts.kat_trainer import Training
 
-_COMPUTE = "scripts.kat_compute_embeddings_offline"
+_RM = "rm"
 
 
 def main(arguments: Sequence[str] | None = None) -> Training:
     """Train, print loss, reward and prompts during training, and save the model."""
-    options = parse(arguments)
+    with own_hints(_parser()):
+        return _train(parse(arguments))
+
+
+def _train(options: argparse.Namespace) -> Training:
     seconds: dict[str, float] = {}
     with _timed(seconds, "data"):
         lines = list(read_lines(_training_data(options), report=_warn))
@@ -76,8 +82,7 @@ def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
     seconds[part] = time.perf_counter() - started
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; raises if the folder of precomputed weights is missing."""
+def _parser() -> argparse.ArgumentParser:
     data = data_folder()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
@@ -87,11 +92,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--prompts_path", type=Path, help="prompts instead of pairs; with --pairs_path, the prompts of the online pass")
     add("--out_dir", type=Path, default=base_folder() / "grpo_checkpoints" / "d20", help="default: %(default)s")
     add("--reward", help=f"{EXACT_ANSWER}, {FORMAT}, module:function, or a reward model's folder")
-    add("--rm_source", default="rm", help="without --reward, a reward model: its folder, or NAME for NAME_checkpoints")
+    add(
+        "--rm_source",
+        help=f"without --reward, a reward model: its folder, or NAME for NAME_checkpoints; default: {_RM}, or the reward "
+        f"{FORMAT} if there is none",
+    )
     add("--density_aware", type=_boolean, default=True, nargs="?", const=True, help="False: all lines are equally likely")
     add("--density_k", type=int, default=10, help="nearest neighbours of the online pass")
-    add("--use_precomputed_embeddings", action="store_true", help="map the weights of a store")
-    add("--embeddings_dir", type=Path, default=data / STORE, help="the store; default: %(default)s")
+    add("--use_precomputed_embeddings", action="store_true", help="use weights that were computed before")
+    add(
+        "--embeddings_dir",
+        type=Path,
+        default=data / STORE,
+        help="their store, or a folder of the original script; default: %(default)s",
+    )
     add("--require_density", action="store_true", help="fail instead of falling back to other weights")
     add("--max_steps", type=int, default=5000, help="optimizer steps")
     add("--learning_rate", "--lr", type=float, default=1e-5)
@@ -106,9 +120,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="continue from the last checkpoint in --out_dir, if there is one")
     add("--seed", type=int, default=0, help="seed of the order of prompts and of generation")
     add("--trust_tokenizer_pickle", action="store_true", help="open nanochat's tokenizer.pkl: it can run code")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; raises if the folder of precomputed weights is missing."""
+    options = _parser().parse_args(arguments)
     if options.use_precomputed_embeddings and options.density_aware:
-        require(options.embeddings_dir, command=f"python -m {_COMPUTE} --output_dir {options.embeddings_dir}")
+        require(options.embeddings_dir, command=f"{COMPUTE} --output_dir {options.embeddings_dir}")
     if options.require_density and not options.density_aware:
         raise ConfigError("--require_density contradicts --density_aware False", hint="drop one of them")
     return options
@@ -135,18 +154,22 @@ def _find_reward(options: argparse.Namespace, lines: Sequence[PromptLine]) -> Re
         raise PromptError("no line of the data contains a prompt", hint="run python -m scripts.kat_make_prefixes")
     if options.reward:
         return find_reward(options.reward, list(lines[0].prompt.fields))
-    folders = [Path(options.rm_source), base_folder() / f"{options.rm_source}_checkpoints"]
+    source = options.rm_source or _RM
+    folders = [Path(source), base_folder() / f"{source}_checkpoints"]
     found = next((folder for folder in folders if (folder / "config.json").is_file()), None)
-    if found is None:
-        raise ConfigError(
-            f"no reward was given, and there is no Hugging Face reward model in {folders[0]} or {folders[1]}",
-            hint=f"add --reward with {EXACT_ANSWER}, {FORMAT}, module:function or a folder",
-        )
-    return str(found)
+    if found is not None:
+        return str(found)
+    missing = f"no reward was given, and there is no Hugging Face reward model in {folders[0]} or {folders[1]}"
+    missing += " (nanochat's own cannot be read)" if folders[1].exists() else ""
+    if options.rm_source:
+        raise ConfigError(missing, hint=f"add --reward with {EXACT_ANSWER}, {FORMAT}, module:function or a folder")
+    _warn(f"note: {missing}. The reward is therefore {FORMAT}: {FORMAT_IN_WORDS}, for a first test. --reward names another")
+    return format_reward
 
 
 def _warn(message: str) -> None:
-    print(message, file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun: torch is not imported yet
+        print(message, file=sys.stderr)
 
 
 if __name__ == "__main__":

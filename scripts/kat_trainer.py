@@ -33,7 +33,9 @@ from scripts.kat_rewards import Reward
 
 _MOST_GENERATIONS = 8
 _SHOWN_PROMPTS, _SHOWN_CHARACTERS = 2, 60
-_NOT_FOR_REWARDS = frozenset({"prompt", "prompt_id", "completion", "completion_ids", "image", "images", "environment"})
+_NOT_FOR_REWARDS = frozenset(
+    {"prompt", "prompt_id", "content_id", "completion", "completion_ids", "image", "images", "environment"}
+)
 # nanochat's answer begins with the first of these tokens and ends with the second
 _ANSWER_STARTS, _ANSWER_ENDS = "<|assistant_start|>", "<|assistant_end|>"
 
@@ -169,6 +171,7 @@ def make_trainer(
         num_generations=options.num_generations or num_generations(options.device_batch_size * world_size),
         max_completion_length=options.max_completion_tokens,
         reward_weights=[1.0, 0.0],
+        logging_first_step=True,  # so that a short run shows where it began
         logging_steps=min(options.log_interval, options.max_steps),
         save_strategy="steps" if options.save_steps else "no",
         save_steps=options.save_steps or options.max_steps,
@@ -187,20 +190,21 @@ def make_trainer(
         args=config,
         train_dataset=as_dataset(lines, policy),
         density_sampler=DensitySampler(training.weights_N, seed=options.seed),
-        callbacks=[_Log(training, drawn, lines if policy.is_first_process else None)],
+        callbacks=[_Log(training, drawn, lines, prints=policy.is_first_process)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 def as_dataset(lines: Sequence[PromptLine], policy: Policy) -> datasets.Dataset:
-    """One row per line: prompt, prompt_id, and all text fields, which rewards can read."""
+    """One row per line: prompt, prompt_id, content_id, and all text fields, which rewards can read."""
     names = {name for line in lines for name, value in line.prompt.fields.items() if isinstance(value, str)}
     fields = sorted(names - _NOT_FOR_REWARDS)
     rows = (
         {
             "prompt": policy.prompt_of(line),
             "prompt_id": line.prompt_id,
+            "content_id": line.content_id,
             **{name: value if isinstance(value := line.prompt.fields.get(name), str) else None for name in fields},
         }
         for line in lines
@@ -233,33 +237,39 @@ def checkpoint_of(options: argparse.Namespace) -> str | None:
 
 
 def _recording(drawn: list[str]) -> Callable[..., list[float]]:
-    """A reward of weight 0 that records the prompts of the completions."""
+    """A reward of weight 0 that records the prompts of the completions, by what tells them from others."""
 
-    def prompts_drawn(completions: Sequence[object], prompt_id: Sequence[str], **_: object) -> list[float]:
-        drawn.extend(dict.fromkeys(prompt_id))
+    def prompts_drawn(completions: Sequence[object], content_id: Sequence[str], **_: object) -> list[float]:
+        drawn.extend(dict.fromkeys(content_id))
         return [0.0] * len(completions)
 
     return prompts_drawn
 
 
 class _Log(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Records every logged step; if ``lines`` are given, prints its loss, reward and prompts."""
+    """Records every logged step; if it ``prints``, shows its loss, reward and prompts."""
 
-    def __init__(self, training: Training, drawn: list[str], lines: Sequence[PromptLine] | None) -> None:
+    def __init__(self, training: Training, drawn: list[str], lines: Sequence[PromptLine], *, prints: bool) -> None:
         self._training = training
         self._drawn = drawn
-        self._texts = {line.prompt_id: line.prompt.rendered for line in lines} if lines is not None else None
+        self._prints = prints
+        self._lines = {line.content_id: line for line in lines}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **_: object) -> None:  # noqa: ANN401
         if "loss" not in logs:
             return  # the summary at the end
-        drawn = list(self._drawn)
+        drawn = [self._lines[content_id] for content_id in self._drawn]
         self._drawn.clear()
-        step = Step(number=state.global_step, loss=float(logs["loss"]), reward=float(logs["reward"]), drawn=drawn)
+        step = Step(
+            number=state.global_step,
+            loss=float(logs["loss"]),
+            reward=float(logs["reward"]),
+            drawn=[line.prompt_id for line in drawn],
+        )
         self._training.steps.append(step)
-        if self._texts is None:
+        if not self._prints:
             return
-        texts = [printable(collapse_whitespace(self._texts[prompt_id])) for prompt_id in drawn[:_SHOWN_PROMPTS]]
+        texts = [printable(collapse_whitespace(line.prompt.rendered)) for line in drawn[:_SHOWN_PROMPTS]]
         shown = ", ".join(repr(text[:_SHOWN_CHARACTERS]) for text in texts)
         more = f" and {len(drawn) - len(texts)} more" if len(drawn) > len(texts) else ""
         print(

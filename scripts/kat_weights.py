@@ -1,6 +1,7 @@
 """The weights of ``kat_train_grpo``: precomputed, else online, else uniform. Each fallback prints a prominent warning.
 
-All processes of a run use the same weights: if one process cannot read them, none uses them.
+A line gets the weight of its prompt: found by content, or, where the prompt was embedded with another text, by an id that
+belongs to one prompt only. All processes of a run use the same weights: if one process cannot read them, none uses them.
 
 Shapes: N lines of the training data.
 """
@@ -8,11 +9,11 @@ Shapes: N lines of the training data.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import sys
-import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,15 +22,27 @@ from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 
 import embstore
+from embstore.core.config import USUAL_FIELDS
 from embstore.core.decode import printable
 from embstore.core.errors import EmbstoreError, KeyMismatchError, WeightsError
+from embstore.core.format import decode_manifest
 from embstore.training import load_weights
+from embstore.training.join import Join, StoredKeys, align_weights, join_dataset, notices
+from embstore.training.published import read_aliases, read_keys, read_manifest
+from embstore.training.reading import key_of, other_form
 from scripts.kat_files import PromptLine, read_lines, require
+from scripts.kat_hints import COMPUTE, spelled
+from scripts.kat_original import is_original, read_original
 from scripts.kat_trainer import Policy
 
 Found = NDArray[np.float64]
 
 PRECOMPUTED, ONLINE, UNIFORM = "precomputed", "online", "uniform"
+
+_SHOWN_CHARACTERS = 160
+_OTHER_PROMPTS = (
+    f"make the prompts from these pairs (python -m scripts.kat_make_prefixes), and then their weights ({COMPUTE})"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,9 +65,16 @@ def find_weights(
     """
     if not options.density_aware:
         return np.ones(len(lines)), UNIFORM
+
+    def say(message: str) -> None:
+        if policy.is_first_process:
+            print(printable(message), file=sys.stderr, flush=True)
+
     kinds: list[tuple[str, Callable[[], NDArray[np.float64]], str]] = []
     if options.use_precomputed_embeddings:
-        kinds.append((PRECOMPUTED, lambda: _precomputed(options, lines), "the online pass over all prompts, which is slow"))
+        kinds.append(
+            (PRECOMPUTED, lambda: _precomputed(options, lines, say), "the online pass over all prompts, which is slow")
+        )
     kinds.append((ONLINE, lambda: _online(options, lines, policy), "uniform sampling, without density"))
     for kind, compute, instead in kinds:
         found = _agreed(compute, policy.processes, is_shared=kind == ONLINE)
@@ -63,24 +83,59 @@ def find_weights(
         if options.require_density:
             raise WeightsError(f"{kind} weights are not available: {found.message}", hint=found.hint)
         if policy.is_first_process:
-            _announce(kind, found, instead)
+            _announce(kind, found, instead, {f"--{name}" for name in vars(options)})
     return np.ones(len(lines)), UNIFORM
 
 
-def _precomputed(options: argparse.Namespace, lines: Sequence[PromptLine]) -> Found:
-    """The store's weights, joined by content, or where the store has other texts for these prompts, by prompt id."""
-    weights = load_weights(options.embeddings_dir)
+def _precomputed(options: argparse.Namespace, lines: Sequence[PromptLine], say: Callable[[str], None]) -> Found:
+    """The weights of a store, or of a folder that the original script wrote."""
+    if is_original(options.embeddings_dir):
+        original = read_original(options.embeddings_dir)
+        say(original.notice)
+        return shared(lines, [original.name_of(line) for line in lines], original.weight_of)
+    store = options.embeddings_dir
+    weights = load_weights(store)
+    manifest = decode_manifest(read_manifest(store))
+    reading = dataclasses.replace(weights.reading(), fields=USUAL_FIELDS)  # of the records below
+    keys_N = read_keys(store, manifest, full=True)
+    join = join_dataset(keys_N, [line.record for line in lines], reading)
+    for notice in notices(dataclasses.replace(join, form=""), manifest.rule, str(store)):
+        say(f"note: {notice}")  # that prompts_all.jsonl has the texts of chats is by design of these scripts
+    if (join.rows_M < 0).any():
+        join = _with_other_texts(join, lines, StoredKeys(keys_N), read_aliases(store, manifest), say)
     try:
-        with warnings.catch_warnings():
-            # by design of these scripts, prompts_all.jsonl has the texts of chats
-            warnings.filterwarnings("ignore", message=".* contains plain texts")
-            joined = weights.for_dataset([line.record for line in lines], duplicates="divide")
-    except KeyMismatchError as without_row:  # which shows the text of a missing prompt
-        try:
-            joined = weights.align([line.prompt_id for line in lines], duplicates="divide")
-        except KeyMismatchError:
-            raise without_row from None
-    return joined.array.astype(np.float64)
+        joined_N = align_weights(weights.array, join, store=str(store), on_missing="error", duplicates="divide")
+    except KeyMismatchError as error:
+        error.hint = _OTHER_PROMPTS
+        raise
+    return joined_N.astype(np.float64)
+
+
+def _with_other_texts(
+    join: Join, lines: Sequence[PromptLine], stored: StoredKeys, aliases: Mapping[str, int], say: Callable[[str], None]
+) -> Join:
+    """The join with rows for lines whose prompts the store has with another text: as text or chat, or by their id."""
+    rows_N = join.rows_M.copy()
+    num_by_id = 0
+    for position in np.flatnonzero(rows_N < 0).tolist():
+        other = other_form(lines[position].prompt)
+        if other is not None:
+            rows_N[position] = stored.rows(np.array([key_of(other)], dtype=np.uint64))[0]
+        if rows_N[position] < 0:
+            rows_N[position] = _row_by_id(lines[position], aliases)
+            num_by_id += int(rows_N[position] >= 0)
+    if num_by_id:
+        say(f"note: {num_by_id:,} of {len(lines):,} lines are joined by the ids of their prompts, not by their texts")
+    first = next((f"item {position}, {_shown(lines[position])}" for position in np.flatnonzero(rows_N < 0).tolist()), "")
+    return dataclasses.replace(join, rows_M=rows_N, unknown=first)
+
+
+def _row_by_id(line: PromptLine, aliases: Mapping[str, int]) -> int:
+    """The row with the line's prompt id; -1 where there is none, or where several rows were derived from its message."""
+    name = line.joined_id
+    if name is None or (name == line.prompt.derived_id and f"{name}-2" in aliases):
+        return -1
+    return aliases.get(name, -1)
 
 
 def _online(options: argparse.Namespace, lines: Sequence[PromptLine], policy: Policy) -> Found:
@@ -90,38 +145,53 @@ def _online(options: argparse.Namespace, lines: Sequence[PromptLine], policy: Po
         path = require(options.prompts_path, command="python -m scripts.kat_make_prefixes")
         embedded = list(read_lines(path, report=lambda message: print(message, file=sys.stderr)))
     texts: dict[str, str] = {}
-    known_as: dict[str, str] = {}
+    contents: dict[str, set[str]] = {}
     for line in embedded:
         texts.setdefault(line.content_id, line.prompt.rendered)
-        known_as.setdefault(line.prompt_id, line.content_id)
+        if line.joined_id is not None:
+            contents.setdefault(line.joined_id, set()).add(line.content_id)
     sampler = embstore.DensityAwareSampler(
         list(texts.values()), policy.model, policy.tokenizer, policy.processes.device, k=options.density_k
     )
     weight_of = dict(zip(texts, sampler.density_weights.tolist(), strict=True))
-    return join(lines, weight_of, known_as)
+    return join(lines, weight_of, {name: min(found) for name, found in contents.items() if len(found) == 1})
 
 
 def join(lines: Sequence[PromptLine], weight_of: Mapping[str, float], known_as: Mapping[str, str]) -> Found:
     """Weights float64 [N]: for each line the weight of its prompt, divided by the number of lines with that prompt.
 
-    ``weight_of`` maps content ids; ``known_as`` gives those of prompt ids, for lines with another text than was embedded.
+    ``weight_of`` maps content ids; ``known_as`` gives those of ids that one prompt has, for lines with another text.
 
     Raises
     ------
     KeyMismatchError
         A line's prompt has no weight.
     """
-    ids = [line.content_id if line.content_id in weight_of else known_as.get(line.prompt_id, "") for line in lines]
-    missing = [position for position, content_id in enumerate(ids) if content_id not in weight_of]
+
+    def name_of(line: PromptLine) -> str:
+        other = other_form(line.prompt)
+        names = [line.content_id, other.digest.hex() if other is not None else "", known_as.get(line.joined_id or "", "")]
+        return next((name for name in names if name in weight_of), "")
+
+    return shared(lines, [name_of(line) for line in lines], weight_of)
+
+
+def shared(lines: Sequence[PromptLine], names: Sequence[str], weight_of: Mapping[str, float]) -> Found:
+    """Weights float64 [N] of the prompts with these names; lines of one prompt get equal parts of its weight."""
+    missing = [position for position, name in enumerate(names) if name not in weight_of]
     if missing:
         first = lines[missing[0]]
         raise KeyMismatchError(
             f"the prompts of {len(missing)} of {len(lines)} lines were not embedded; the first is line {first.number}, "
-            f"prompt id {first.prompt_id!r}",
-            hint="make the prompts from these pairs: python -m scripts.kat_make_prefixes",
+            f"prompt id {first.prompt_id!r}, {_shown(first)}",
+            hint=_OTHER_PROMPTS,
         )
-    counts = Counter(ids)
-    return np.array([weight_of[content_id] / counts[content_id] for content_id in ids])
+    counts = Counter(names)
+    return np.array([weight_of[name] / counts[name] for name in names])
+
+
+def _shown(line: PromptLine) -> str:
+    return printable(repr(line.prompt.rendered[:_SHOWN_CHARACTERS]))
 
 
 def _agreed(compute: Callable[[], Found], processes: PartialState, *, is_shared: bool) -> Found | _Failed:
@@ -149,9 +219,9 @@ def _agreed(compute: Callable[[], Found], processes: PartialState, *, is_shared:
     return found
 
 
-def _announce(kind: str, failed: _Failed, instead: str) -> None:
+def _announce(kind: str, failed: _Failed, instead: str, flags: Set[str]) -> None:
     bar = "!" * 100
     lines = [bar, f"{kind} weights are not available: {printable(failed.message)}"]
-    lines += [f"hint: {printable(failed.hint)}"] if failed.hint else []
+    lines += [f"hint: {printable(spelled(failed.hint, flags))}"] if failed.hint else []
     lines += [f"FALLING BACK to {instead}. --require_density makes this an error.", bar]
     print("\n".join(lines), file=sys.stderr, flush=True)
