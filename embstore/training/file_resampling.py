@@ -1,20 +1,26 @@
 """A density-resampled copy of a prompts file, for trainers that take a file and no sampler. JSONL, and Parquet with pyarrow.
 
-Items are joined to the store by content or id. Memory is a few words per item, plus one block of rows at a time. The dataset
-is opened once and mapped; what comes compressed or through a pipe is mapped in a scratch file. The copy appears under its
-name when it is complete and on the disk.
+Items are joined to the store by content or id. The dataset is opened once and mapped; what comes compressed or through a
+pipe is mapped in a scratch file. The copy appears under its name when it is complete and on the disk.
+
+Draws have a random order. Lines are found by offset, but a row group of Parquet can only be read as a whole, so its rows are
+sorted outside of memory: each row group is read once, in file order, drawn rows go to a scratch file, and from there to the
+copy. Memory is a few words per item and per draw, plus blocks of rows of a fixed size.
+
+Shapes: n draws, B draws or rows of a block.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import tempfile
 from array import array
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +38,8 @@ from embstore.training.reading import PromptReading
 from embstore.training.resample import DRAW_COLUMN, resample_indices
 from embstore.training.weights import Weights, load_weights
 
+_BATCH_ROWS = 1024  # of Parquet that are decoded at a time
+_BLOCK_BYTES = 32 << 20  # of rows of Arrow in memory at a time
 _BLOCK_DRAWS = 1 << 16
 
 
@@ -201,7 +209,7 @@ class _Lines:
     def write(self, out: Path, rows_n: NDArray[np.int64]) -> None:
         """Write the lines of these items, verbatim, with one more field at the end."""
         with out.open("wb") as copy:
-            for number, row in enumerate(rows_n.tolist()):
+            for number, row in enumerate(rows_n):
                 self.content.seek(self.offsets[row])
                 body = self.content.readline().rstrip()[:-1].rstrip()
                 comma = b"" if body.endswith(b"{") else b", "
@@ -242,19 +250,83 @@ class _Parquet:
             yield from records(batch, to_decode, frozenset(wanted))
 
     def write(self, out: Path, rows_n: NDArray[np.int64]) -> None:
-        """Write the rows of these items with their numbers; each block of draws reads the row groups that it needs."""
+        """Write the rows of these items with their numbers.
+
+        Price: each row group with a drawn row is read once, and all drawn rows are written to a scratch file, uncompressed.
+        """
+        schema = self.file.schema_arrow.append(self.arrow.field(DRAW_COLUMN, self.arrow.int64()))
+        with tempfile.TemporaryFile(dir=out.parent) as scratch, self.parquet.ParquetWriter(out, schema) as writer:
+            draw_n, ends = self._write_runs(scratch, rows_n)
+            for first, table in self._merged(scratch, draw_n, ends):
+                numbers = self.arrow.array(np.arange(first, first + len(table)))
+                writer.write_table(table.append_column(schema.field(DRAW_COLUMN), numbers).cast(schema))
+
+    def _write_runs(self, scratch: BinaryIO, rows_n: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[int]]:
+        """Write the drawn rows in runs of a few MiB: near each other in the dataset, and among themselves in drawn order.
+
+        Returns the numbers of the draws, int64 [n], as they were written, and where each run ends among them.
+        """
+        draw_n = np.argsort(rows_n, kind="stable")
+        ends = [0]
+        with self.arrow.ipc.new_stream(scratch, self._schema_to_take()) as runs:
+            for row_B, table in self._blocks(rows_n, draw_n):
+                stop = int(np.searchsorted(rows_n, row_B[-1], side="right", sorter=draw_n))
+                step = max(1, _BLOCK_BYTES * len(table) // max(1, table.nbytes))  # a row may be drawn any number of times
+                for part in slices(ends[-1], stop, step):
+                    draw_B = draw_n[part]
+                    draw_B.sort()  # in place; the rows after this part stay sorted, and only those are searched
+                    for batch in table.take(np.searchsorted(row_B, rows_n[draw_B])).to_batches():
+                        runs.write_batch(batch)
+                        ends.append(ends[-1] + len(batch))
+        scratch.flush()
+        return draw_n, ends
+
+    def _blocks(self, rows_n: NDArray[np.int64], draw_n: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Any]]:
+        """Tables of a few MiB, and the numbers of their rows, of the row groups with a row that is drawn."""
         sizes = [self.file.metadata.row_group(group).num_rows for group in range(self.file.num_row_groups)]
         starts = np.concatenate([[0], np.cumsum(sizes)])
-        schema = self.file.schema_arrow.append(self.arrow.field(DRAW_COLUMN, self.arrow.int64()))
-        with self.parquet.ParquetWriter(out, schema) as writer:
-            for block in slices(0, len(rows_n), _BLOCK_DRAWS):
-                rows_B = rows_n[block]
-                group_B = np.searchsorted(starts, rows_B, side="right") - 1
-                by_group = np.argsort(group_B, kind="stable")
-                taken = [
-                    self.file.read_row_group(int(group)).take(rows_B[by_group[group_B[by_group] == group]] - starts[group])
-                    for group in np.unique(group_B)
-                ]
-                table = self.arrow.concat_tables(taken).take(np.argsort(by_group, kind="stable"))
-                numbers = self.arrow.array(np.arange(block.start, block.stop))
-                writer.write_table(table.append_column(schema.field(DRAW_COLUMN), numbers).cast(schema))
+        is_drawn = np.diff(np.searchsorted(rows_n, starts, sorter=draw_n)) > 0
+        numbers: list[NDArray[np.int64]] = []
+        batches: list[Any] = []
+        size = 0
+        for group in np.flatnonzero(is_drawn):
+            row = int(starts[group])
+            for batch in self.file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[int(group)]):
+                numbers.append(np.arange(row, row + len(batch)))
+                batches.append(batch)
+                row, size = row + len(batch), size + batch.nbytes
+                if size >= _BLOCK_BYTES:
+                    yield np.concatenate(numbers), self._table(batches)
+                    numbers, batches, size = [], [], 0
+        if batches:
+            yield np.concatenate(numbers), self._table(batches)
+
+    def _table(self, batches: list[Any]) -> Any:  # noqa: ANN401 - pyarrow's
+        table, schema = self.arrow.Table.from_batches(batches), self._schema_to_take()
+        return table if table.schema == schema else table.cast(schema)
+
+    def _schema_to_take(self) -> Any:  # noqa: ANN401 - pyarrow's
+        """The schema with plain columns in place of views, of which pyarrow 26 cannot take rows."""
+        plain = {
+            self.arrow.string_view(): self.arrow.large_string(),
+            self.arrow.binary_view(): self.arrow.large_binary(),
+        }
+        schema = self.file.schema_arrow
+        fields = [field.with_type(plain.get(field.type, field.type)) for field in schema]
+        return self.arrow.schema(fields, metadata=schema.metadata)
+
+    def _merged(self, scratch: BinaryIO, draw_n: NDArray[np.int64], ends: list[int]) -> Iterator[tuple[int, Any]]:
+        """Tables of a few MiB in drawn order, and the number of their first draw."""
+        mapped = mmap.mmap(scratch.fileno(), 0, access=mmap.ACCESS_READ)
+        runs = list(self.arrow.ipc.open_stream(self.arrow.py_buffer(mapped)))  # rows stay in the file until they are copied
+        at = np.array(ends[:-1])
+        step = min(_BLOCK_DRAWS, max(1, _BLOCK_BYTES * len(draw_n) // len(mapped)))
+        for block in slices(0, len(draw_n), step):
+            parts, numbers = [], []
+            for index, run in enumerate(runs):
+                start = int(at[index])
+                count = int(np.searchsorted(draw_n[start : ends[index + 1]], block.stop))
+                parts.append(run.slice(start - ends[index], count))
+                numbers.append(draw_n[start : start + count])
+                at[index] += count
+            yield block.start, self.arrow.Table.from_batches(parts).take(np.argsort(np.concatenate(numbers)))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import gzip
 import io
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from typer.testing import CliRunner
 
 from embstore.cli import app
 from embstore.core.errors import ConfigError, KeyMismatchError, PromptError, StorageError, StoreExistsError
+from embstore.host.memory import read_memory
 from embstore.training import file_resampling, load_weights, resample_file, resample_indices
 from tests.support.stores import small_lines, write_lines
 from tests.unit.test_prompt_inputs import pipe, zstd
@@ -79,23 +83,151 @@ def test_a_copy_is_on_the_disk_before_it_has_its_name(
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
-def test_parquet_rows_are_drawn_by_blocks_of_draws_and_row_groups(
-    finished_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("block_bytes", [1, 3000, 64 << 20])
+def test_parquet_rows_of_every_type_are_those_of_the_plan(
+    block_bytes: int, finished_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """However many runs and blocks there are, and where each row group has another dictionary."""
     monkeypatch.setattr(file_resampling, "_BLOCK_DRAWS", 64)
+    monkeypatch.setattr(file_resampling, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(file_resampling, "_BATCH_ROWS", 4)
+    ids = store_ids(finished_store)
+    rows = [
+        {
+            "uid": name,
+            "extra": {"ground_truth": number, "style": None if number % 3 else "rule"},
+            "chat": [{"role": "user", "content": "é" * (number % 5)}] * (number % 4) if number % 7 else None,
+            "score": number / 3 if number % 2 else None,
+            "when": datetime.datetime(2026, 12, 1) + datetime.timedelta(hours=number),
+        }
+        for number, name in enumerate(ids)
+    ]
+    table = pa.Table.from_pylist(rows)
+    kinds = [pa.array([f"kind {number // 9}-{number % 2}"]).dictionary_encode() for number in range(70)]
+    table = table.append_column("kind", pa.chunked_array(kinds))
+    table = table.append_column("data", pa.array([json.dumps({"n": n}) for n in range(70)]).cast(pa.json_(pa.string())))
+    table = table.append_column("vector", pa.array([[n, n + 1.5] for n in range(70)], pa.list_(pa.float32(), 2)))
+    table = table.append_column("view", pa.array([f"a text that is kept apart {n}" for n in range(70)], pa.string_view()))
+    table = table.replace_schema_metadata({"written by": "a test"})
+    pq.write_table(table, tmp_path / "data.parquet", row_group_size=9)
+    resample_file(
+        finished_store, tmp_path / "data.parquet", tmp_path / "out.parquet", num_samples=200, seed=2, id_column="uid"
+    )
+    plan = resample_indices(load_weights(finished_store).for_dataset(rows, id_column="uid"), 200, seed=2)
+    found = pq.read_table(tmp_path / "out.parquet")
+    assert found["embstore_draw"].to_pylist() == list(range(200))
+    expected = table.to_pylist()
+    assert found.drop_columns("embstore_draw").to_pylist() == [expected[row] for row in plan]
+    written = pq.read_schema(tmp_path / "data.parquet")
+    assert found.schema.equals(written.append(pa.field("embstore_draw", pa.int64())), check_metadata=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.parquet", "out.parquet"]
+
+
+def test_a_table_with_chats_is_joined_by_content(finished_store: Path, tmp_path: Path) -> None:
     chats = [
         {"prompt": line.get("messages") or [{"role": "user", "content": line["prompt"]}], "uid": f"u{number}"}
         for number, line in enumerate(small_lines())
         if "messages" in line
     ]
-    ids = [{"uid": name, "extra": {"ground_truth": number}} for number, name in enumerate(store_ids(finished_store))]
-    for name, rows, join in (("chats", chats, {}), ("ids", ids, {"id_column": "uid"})):
-        source, out = tmp_path / f"{name}.parquet", tmp_path / f"{name}-out.parquet"
-        pq.write_table(pa.Table.from_pylist(rows), source, row_group_size=9)
-        resample_file(finished_store, source, out, num_samples=150, seed=2, **join)  # type: ignore[arg-type]
-        weights = load_weights(finished_store).for_dataset(rows, **join)  # type: ignore[arg-type]
-        plan = resample_indices(weights, 150, seed=2)
-        assert pq.read_table(out).to_pylist() == [{**rows[row], "embstore_draw": number} for number, row in enumerate(plan)]
+    pq.write_table(pa.Table.from_pylist(chats), tmp_path / "data.parquet", row_group_size=2)
+    resample_file(finished_store, tmp_path / "data.parquet", tmp_path / "out.parquet", num_samples=150, seed=2)
+    plan = resample_indices(load_weights(finished_store).for_dataset(chats), 150, seed=2)
+    expected = [{**chats[row], "embstore_draw": number} for number, row in enumerate(plan)]
+    assert pq.read_table(tmp_path / "out.parquet").to_pylist() == expected
+
+
+class CountedBytes(io.RawIOBase):
+    """A file in memory that counts what is read of it."""
+
+    total = 0
+
+    def __init__(self, content: pa.Buffer) -> None:
+        super().__init__()
+        self._file = pa.PythonFile(io.BytesIO(content.to_pybytes()), "r")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        found: int = self._file.seek(offset, whence)
+        return found
+
+    def tell(self) -> int:
+        found: int = self._file.tell()
+        return found
+
+    def read(self, size: int = -1) -> bytes:
+        found: bytes = self._file.read(None if size < 0 else size)
+        CountedBytes.total += len(found)
+        return found
+
+
+def test_each_row_group_is_read_once_however_many_rows_are_drawn(
+    finished_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten million draws of a file of 10 GB read it 153 times."""
+    monkeypatch.setattr(file_resampling, "_BLOCK_DRAWS", 100)
+    texts = np.random.default_rng(0).bytes(70 * 4000)  # does not compress
+    rows = [
+        {"uid": name, "text": texts[4000 * number : 4000 * (number + 1)].hex()}
+        for number, name in enumerate(store_ids(finished_store))
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet", row_group_size=5)
+    size = (tmp_path / "data.parquet").stat().st_size
+    monkeypatch.setattr(pa, "BufferReader", lambda content: pa.PythonFile(CountedBytes(content), "r"))
+    seen = {}
+    for draws in (1, 700, 5000):
+        CountedBytes.total = 0
+        out = tmp_path / f"{draws}.parquet"
+        resample_file(finished_store, tmp_path / "data.parquet", out, num_samples=draws, seed=1, id_column="uid")
+        assert pq.read_metadata(out).num_rows == draws
+        seen[draws] = CountedBytes.total
+    assert size <= seen[700] == seen[5000] <= 1.2 * size
+    assert seen[1] <= 0.2 * size  # row groups of which nothing is drawn are not read
+
+
+_RESAMPLE = """
+import sys
+import pyarrow.parquet
+from embstore.host.memory import MemoryMeter
+from embstore.training import file_resampling
+
+file_resampling._BLOCK_BYTES = 4 << 20
+with MemoryMeter() as meter:
+    meter.set_baseline()
+    file_resampling.resample_file(*sys.argv[1:4], num_samples=int(sys.argv[4]), id_column="uid")
+    print(meter.peak_anonymous_bytes)
+"""
+
+
+@pytest.mark.skipif(read_memory() is None, reason="the kernel does not tell anonymous memory (not Linux)")
+def test_the_rows_in_memory_are_few_however_many_are_drawn(finished_store: Path, tmp_path: Path) -> None:
+    rows = [{"uid": name, "text": f"{number} " * 2000} for number, name in enumerate(store_ids(finished_store))]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet", row_group_size=10)
+    arguments = [finished_store, tmp_path / "data.parquet", tmp_path / "out.parquet", 32_000]
+    command = [sys.executable, "-c", _RESAMPLE, *map(str, arguments)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 140 << 20  # the drawn rows are 190 MB; pyarrow takes 70 at its first use
+
+
+def test_a_disk_that_is_full_of_scratch_is_an_expected_error(
+    finished_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    ids = store_ids(finished_store)
+    pq.write_table(pa.Table.from_pylist([{"uid": name} for name in ids]), tmp_path / "data.parquet")
+    monkeypatch.setattr(file_resampling.tempfile, "TemporaryFile", lambda dir: Full())
+    with pytest.raises(StorageError, match="No space left on device") as caught:
+        resample_file(finished_store, tmp_path / "data.parquet", tmp_path / "out.parquet", id_column="uid")
+    assert str(caught.value.hint).startswith("free some space")
+    assert [path.name for path in tmp_path.iterdir()] == ["data.parquet"]
 
 
 def store_ids(store: Path) -> list[str]:
@@ -243,9 +375,11 @@ def test_items_that_cannot_be_read_keep_their_places_in_a_join_by_ids(finished_s
 
 
 def test_a_copy_that_cannot_be_written_is_an_expected_error(finished_store: Path, tmp_path: Path) -> None:
-    source = write_lines(tmp_path / "data.jsonl", items()[:9])
-    with pytest.raises(StorageError, match=r"writing .*nowhere.* failed"):
-        resample_file(finished_store, source, tmp_path / "nowhere" / "out.jsonl")
+    write_lines(tmp_path / "data.jsonl", items()[:9])
+    pq.write_table(pa.Table.from_pylist([{"prompt": line["prompt"]} for line in items()[10:]]), tmp_path / "data.parquet")
+    for kind in ("jsonl", "parquet"):
+        with pytest.raises(StorageError, match=r"writing .*nowhere.* failed"):
+            resample_file(finished_store, tmp_path / f"data.{kind}", tmp_path / "nowhere" / f"out.{kind}")
 
 
 def test_the_command_notes_in_which_form_prompts_were_found(finished_store: Path, tmp_path: Path) -> None:
