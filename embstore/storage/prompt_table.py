@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,10 @@ from embstore.core.prompts import Prompt, decode_row
 from embstore.core.rows import RowRange
 
 _SHORTEST_ROW_BYTES = len(b'{"id": "", "prompt": ""}\n')
+_BLOCK_BYTES = 1 << 20
+_BLOCK_ROWS = 4096
+# how ``encode_row`` begins a line whose id needs no escapes
+_PLAIN_ID = re.compile(rb'\{"id": "([^"\\\x00-\x1f]*)", ')
 
 
 class PromptTable:
@@ -41,10 +46,34 @@ class PromptTable:
         return len(self.offsets) - 1
 
     def __iter__(self) -> Iterator[Prompt]:
-        """All prompts in row order, one in memory at a time."""
+        """All prompts in row order, one in memory at a time, and the lines of a MiB."""
+        for line in self._all_lines():
+            yield decode_row(line)
+
+    def ids(self) -> Iterator[str]:
+        """Ids of all rows, in row order. Price: under a microsecond each, because the rest of a line is not decoded."""
+        for line in self._all_lines():
+            found = _PLAIN_ID.match(line)
+            try:
+                plain = found[1].decode() if found is not None else None
+            except UnicodeDecodeError:
+                plain = None  # decode_row says what is wrong with the line
+            yield plain if plain is not None else str(decode_row(line).id)
+
+    def each(self, rows: Iterable[int]) -> Iterator[Prompt]:
+        """Prompts of single rows, in the order given, one in memory at a time."""
         with self._opened() as handle:
-            for row in range(len(self)):
+            for row in rows:
                 yield decode_row(self._bytes(handle, RowRange(row, row + 1)))
+
+    def blocks(self, max_bytes: int = _BLOCK_BYTES, max_rows: int = _BLOCK_ROWS) -> Iterator[RowRange]:
+        """All rows, in ranges whose lines take at most ``max_bytes``; a longer line is a range alone."""
+        start = 0
+        while start < len(self):
+            fitting = int(np.searchsorted(self.offsets, self.offsets[start] + max_bytes, side="right")) - 1
+            stop = min(max(fitting, start + 1), start + max_rows)
+            yield RowRange(start, stop)
+            start = stop
 
     def read(self, rows: RowRange) -> list[Prompt]:
         """Prompts of a row range, in order."""
@@ -58,7 +87,12 @@ class PromptTable:
 
     def sample(self, rows: Sequence[int]) -> list[Prompt]:
         """Prompts of single rows, in the order given."""
-        return [self.read(RowRange(row, row + 1))[0] for row in rows]
+        return list(self.each(rows))
+
+    def _all_lines(self) -> Iterator[bytes]:
+        with self._opened() as handle:
+            for rows in self.blocks():
+                yield from self._bytes(handle, rows).splitlines(keepends=True)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:
