@@ -16,7 +16,10 @@ from embstore.core.config import format_bytes
 def inspect(
     store: Store,
     neighbors: Annotated[str | None, typer.Option(help="Show the prompts nearest to the one with this id.")] = None,
-    by: Annotated[str | None, typer.Option(help="Show the share of weight for each value of this input field.")] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(help="Show the share of weight for each value of this input field, or for its 1,000 heaviest."),
+    ] = None,
     name: Annotated[str, typer.Option(help="Name of the weights to show.")] = "default",
     html: Annotated[
         Path | None, typer.Option(help="Write a report as one self-contained page. Needs embstore[report].")
@@ -26,7 +29,7 @@ def inspect(
 ) -> None:
     """Show what a store contains and what its weights say.
 
-    Reads metadata only: instant, also while the store is being built.
+    Reads no rows: fast, also while the store is being built. --by and the reports read every prompt.
     """
     from embstore.views import info, terminal  # noqa: PLC0415
 

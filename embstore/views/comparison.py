@@ -1,20 +1,28 @@
 """Compares two weightings, of one store or of two: how far apart they are, and which prompts moved most. No torch.
 
 Prompts are joined by row id. The weights of each side are scaled to sum 1 over the common prompts, so that stores of
-different size are comparable; the weight of the other prompts is reported.
+different size are comparable; the weight of the other prompts is reported. In memory are a few numbers a row, never ids.
+
+Shapes: N rows of a side, C prompts that both sides have, B rows of a block.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.core.density import effective_sample_size, total_variation
+from embstore.core.density import effective_sample_size
 from embstore.core.errors import ConfigError
+from embstore.core.rows import slices
+from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import EmbeddingStore, open_store
+
+_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,54 +85,112 @@ def compare(left: str | Path, right: str | Path, *, count: int = 5) -> Compariso
         A store or name does not exist, a store is unfinished or damaged, or the stores have no id in common.
     """
     (left_store, left_name), (right_store, right_name) = _opened(left), _opened(right)
-    right_rows = {row_id: row for row, row_id in enumerate(right_store.ids)}
-    pairs = [(row, right_rows[row_id]) for row, row_id in enumerate(left_store.ids) if row_id in right_rows]
-    if not pairs:
+    left_rows_C, right_rows_C = _common_rows(left_store.prompts, right_store.prompts)
+    if not len(left_rows_C):
         raise ConfigError(f"{left} and {right} have no id in common", hint="compare stores of the same prompts")
-    rows_CP = np.array(pairs, dtype=np.int64)
-    left_C, left_side = _side(left_store, left_name, rows_CP[:, 0])
-    right_C, right_side = _side(right_store, right_name, rows_CP[:, 1])
-    change_C = right_C - left_C
+    left_C, left_side = _side(left_store, left_name, left_rows_C)
+    right_C, right_side = _side(right_store, right_name, right_rows_C)
+    correlation = spearman(left_C, right_C)
+    left_mean, right_mean = left_C.mean(dtype=np.float64), right_C.mean(dtype=np.float64)
+    change_C = right_C / right_mean
+    change_C -= left_C / left_mean
+    moved_weight = float(np.abs(change_C).sum())
     order = np.argsort(change_C, kind="stable")
 
     def moved(positions: NDArray[np.int64]) -> list[Moved]:
-        chosen = [int(position) for position in positions]
-        texts = [prompt.rendered for prompt in left_store.prompts.sample([int(rows_CP[at, 0]) for at in chosen])]
+        prompts = left_store.prompts.sample([int(row) for row in left_rows_C[positions]])
         return [
             Moved(
-                id=left_store.ids[rows_CP[at, 0]],
-                left=float(left_C[at] * len(pairs)),
-                right=float(right_C[at] * len(pairs)),
-                text=" ".join(text[:400].split())[:100],
+                id=str(prompt.id),
+                left=float(left_C[at] / left_mean),
+                right=float(right_C[at] / right_mean),
+                text=" ".join(prompt.rendered[:400].split())[:100],
             )
-            for at, text in zip(chosen, texts, strict=True)
+            for at, prompt in zip(positions, prompts, strict=True)
         ]
 
+    rising, falling = order[::-1][:count], order[:count]
     return Comparison(
         left=left_side,
         right=right_side,
-        common=len(pairs),
-        differing_texts=int(np.count_nonzero(left_store.keys[rows_CP[:, 0]] != right_store.keys[rows_CP[:, 1]])),
-        tv=total_variation(left_C, right_C),
-        spearman=spearman(left_C, right_C),
-        rose=moved(order[change_C[order] > 0][::-1][:count]),
-        fell=moved(order[change_C[order] < 0][:count]),
+        common=len(left_rows_C),
+        differing_texts=_differing(left_store.keys, left_rows_C, right_store.keys, right_rows_C),
+        tv=moved_weight / 2 / len(change_C),
+        spearman=correlation,
+        rose=moved(rising[change_C[rising] > 0]),
+        fell=moved(falling[change_C[falling] < 0]),
     )
 
 
-def spearman(left_C: NDArray[np.float64], right_C: NDArray[np.float64]) -> float | None:
+def _common_rows(left: PromptTable, right: PromptTable) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Rows of the prompts whose ids both sides have, in the order of the left side: int32 [C] each.
+
+    Ids are compared by 64-bit hashes with a key of this process, so nobody can choose two that are equal; by chance, two of
+    10 million ids in each store are with probability 5e-6.
+    """
+    right_hash_N = np.empty(len(right), dtype=np.int64)
+    filled = 0
+    for hash_B in _hashes(right):
+        right_hash_N[filled : filled + len(hash_B)] = hash_B
+        filled += len(hash_B)
+    order_N = np.argsort(right_hash_N, kind="stable")
+    right_hash_N = right_hash_N[order_N]
+    order_N = order_N.astype(np.int32)
+    last = len(right_hash_N) - 1
+    found_N = np.empty(len(left), dtype=np.int32)
+    filled = 0
+    for hash_B in _hashes(left):
+        slot_B = np.minimum(np.searchsorted(right_hash_N, hash_B), last)
+        found_N[filled : filled + len(hash_B)] = np.where(right_hash_N[slot_B] == hash_B, order_N[slot_B], -1)
+        filled += len(hash_B)
+    left_rows_C = np.flatnonzero(found_N >= 0).astype(np.int32)
+    return left_rows_C, found_N[left_rows_C]
+
+
+def _hashes(table: PromptTable) -> Iterator[NDArray[np.int64]]:
+    hashes = map(hash, table.ids())
+    while len(hash_B := np.fromiter(itertools.islice(hashes, _BLOCK), dtype=np.int64)):
+        yield hash_B
+
+
+def _differing(
+    left_N: NDArray[np.uint64], left_C: NDArray[np.int32], right_N: NDArray[np.uint64], right_C: NDArray[np.int32]
+) -> int:
+    return sum(
+        int(np.count_nonzero(left_N[left_C[block]] != right_N[right_C[block]])) for block in slices(0, len(left_C), _BLOCK)
+    )
+
+
+def spearman(left_C: NDArray[np.floating], right_C: NDArray[np.floating]) -> float | None:
     """Rank correlation, ties at their mean rank (Spearman 1904); None if all values of a side are equal."""
-    ranks = [_mean_ranks(values) for values in (left_C, right_C)]
-    centred = [rank - rank.mean() for rank in ranks]
-    norms = [float(np.linalg.norm(rank)) for rank in centred]
-    return float(centred[0] @ centred[1] / (norms[0] * norms[1])) if all(norms) else None
+    left_rank_C, right_rank_C = _twice_the_ranks(left_C), _twice_the_ranks(right_C)
+    middle = len(left_C) + 1.0  # twice the mean rank, whatever the ties
+    product = left_square = right_square = 0.0
+    for block in slices(0, len(left_C), _BLOCK):
+        left_B, right_B = left_rank_C[block] - middle, right_rank_C[block] - middle
+        product += float(left_B @ right_B)
+        left_square += float(left_B @ left_B)
+        right_square += float(right_B @ right_B)
+    return product / float(np.sqrt(left_square) * np.sqrt(right_square)) if left_square and right_square else None
 
 
-def _mean_ranks(values_C: NDArray[np.float64]) -> NDArray[np.float64]:
-    _, inverse, counts = np.unique(values_C, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    mean_ranks: NDArray[np.float64] = (last - (counts - 1) / 2)[inverse]
-    return mean_ranks
+def _twice_the_ranks(values_C: NDArray[np.floating]) -> NDArray[np.uint32]:
+    """Twice the rank of each value, from 1, ties at their mean rank: a whole number, and uint32 holds that of every row."""
+    order_C = np.argsort(values_C, kind="stable")
+    sorted_C = values_C[order_C]
+    order_C = order_C.astype(np.uint32)
+    is_first_C = np.ones(len(sorted_C), dtype=np.bool_)
+    np.not_equal(sorted_C[1:], sorted_C[:-1], out=is_first_C[1:])
+    del sorted_C
+    starts = np.flatnonzero(is_first_C).astype(np.uint32)
+    sizes = np.diff(starts, append=np.uint32(len(values_C)))
+    starts *= 2
+    starts += sizes + np.uint32(1)
+    group_C = np.cumsum(is_first_C, dtype=np.uint32)
+    ranks_C = np.empty(len(values_C), dtype=np.uint32)
+    for block in slices(0, len(values_C), _BLOCK):  # an index of uint32 is copied as int64
+        ranks_C[order_C[block]] = starts[group_C[block] - 1]
+    return ranks_C
 
 
 def _opened(place: str | Path) -> tuple[EmbeddingStore, str]:
@@ -134,19 +200,19 @@ def _opened(place: str | Path) -> tuple[EmbeddingStore, str]:
     return open_store(place), "default"
 
 
-def _side(store: EmbeddingStore, name: str, rows_C: NDArray[np.int64]) -> tuple[NDArray[np.float64], Side]:
-    """Weights of the common prompts, scaled to sum 1, and a summary of this side."""
-    weights_N = store.named_weights(name).astype(np.float64)
+def _side(store: EmbeddingStore, name: str, rows_C: NDArray[np.int32]) -> tuple[NDArray[np.float32], Side]:
+    """Weights of the common prompts as stored, and a summary of this side."""
+    weights_N = store.named_weights(name)
     common_C = weights_N[rows_C]
-    total = float(common_C.sum())
+    total = float(common_C.sum(dtype=np.float64))
     if total <= 0:
         raise ConfigError(f"the common prompts have no weight in {store.root}:{name}")
-    return common_C / total, Side(
+    return common_C, Side(
         store=str(store.root),
         name=name,
         rows=store.num_rows,
         alone=store.num_rows - len(rows_C),
-        alone_weight=max(0.0, 1.0 - total / float(weights_N.sum())),
+        alone_weight=max(0.0, 1.0 - total / float(weights_N.sum(dtype=np.float64))),
         ess_share=effective_sample_size(common_C) / len(rows_C),
         weighting=store.named_metadata(name)["weighting"],
     )

@@ -1,22 +1,31 @@
 """A finished store in other formats: float32 rows for numpy users, the files of the original kat scripts, a Parquet table.
 
-One chunk is in memory at a time. ``npy`` and ``kat`` have one entry per input *line* with a row, in line order, as readers
-of the original files expect; the weight of a line is its row's weight divided by the row's multiplicity, so the sum stays 1.
-``parquet`` has one row per distinct prompt, for joins by id.
+``npy`` and ``kat`` have one entry per input *line* with a row, in line order, as readers of the original files expect; the
+weight of a line is its row's weight divided by the row's multiplicity, so the sum stays 1. ``parquet`` has one row per
+distinct prompt, for joins by id.
+
+In memory are one chunk, or the texts of one row group, and a few numbers a row or line. The ids that ``parquet`` has for
+neighbours are in a scratch file next to the table.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
+import mmap
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.density import NOISE_FLOOR, mean_distance
 from embstore.core.errors import ConfigError, StoreExistsError
-from embstore.core.files import Buffer, array_header
+from embstore.core.files import Buffer, array_header, storage_errors
 from embstore.core.format import IDS, METADATA_LINK, PROMPTS_LIST, ROWS_COPY, WEIGHTS_LINK, document
 from embstore.core.rows import RowRange
 from embstore.storage.atomic import DurableFile, make_directory, save_array, write_durable
@@ -27,6 +36,7 @@ ExportFormat = Literal["npy", "kat", "parquet"]
 
 _PARQUET = "prompts.parquet"
 _GROUP_ROWS = 4096
+_GROUP_BYTES = 32 << 20  # of lines: long prompts make smaller row groups
 
 
 def export_store(path: str | Path, out: str | Path, *, format: ExportFormat = "npy") -> list[Path]:
@@ -69,12 +79,11 @@ def export_store(path: str | Path, out: str | Path, *, format: ExportFormat = "n
             raise StoreExistsError(f"{folder / name} exists already", hint="choose another --out")
     make_directory(folder)
     _write_rows(store, folder / ROWS_COPY, rows_L)
-    write_durable(folder / IDS, document([store.ids[row] for row in rows_L]))
+    _write_texts(folder / IDS, (str(prompt.id) for prompt in store.prompts.each(rows_L)))
     if format == "kat":
-        weights_L = store.weights[rows_L].astype(np.float64) / store.multiplicity[rows_L]
+        _write_texts(folder / PROMPTS_LIST, (prompt.rendered for prompt in store.prompts.each(rows_L)))
+        weights_L = store.weights[rows_L] / store.multiplicity[rows_L].astype(np.float64)
         save_array(folder / WEIGHTS_LINK, weights_L.astype(np.float32))
-        texts = [prompt.rendered for prompt in store.prompts.sample([int(row) for row in rows_L])]
-        write_durable(folder / PROMPTS_LIST, document(texts))
         counts = {"n_prompts": len(rows_L), "n_items": len(rows_L)}
         statistics = {
             "weights_min": float(weights_L.min()),
@@ -101,6 +110,16 @@ def _write_rows(store: EmbeddingStore, path: Path, rows_L: NDArray[np.int64]) ->
             file.write(held[int(row) - index * chunk_rows].astype("<f4").data.cast("B"))
 
 
+def _write_texts(path: Path, texts: Iterable[str]) -> None:
+    """A list of texts as ``document`` writes it, one text in memory at a time."""
+    with DurableFile(path, sha256=False) as file:
+        before = "[\n  "
+        for text in texts:
+            file.write(f"{before}{json.dumps(text, ensure_ascii=False)}".encode())
+            before = ",\n  "
+        file.write(b"\n]\n")
+
+
 def _write_parquet(store: EmbeddingStore, folder: Path) -> Path:
     try:
         import pyarrow as pa  # noqa: PLC0415 - an extra
@@ -123,32 +142,51 @@ def _write_parquet(store: EmbeddingStore, folder: Path) -> Path:
         ]
     )
     make_directory(folder)
-    with DurableFile(path, sha256=False) as file, pq.ParquetWriter(_Sink(file), schema, compression="zstd") as writer:
-        for rows in RowRange(0, store.num_rows).split(_GROUP_ROWS):
-            writer.write_table(pa.Table.from_pydict(_columns(store, rows), schema=schema))
+    with (
+        _all_ids(store, folder, pa) as ids_N,
+        DurableFile(path, sha256=False) as file,
+        pq.ParquetWriter(_Sink(file), schema, compression="zstd") as writer,
+    ):
+        for rows in store.prompts.blocks(_GROUP_BYTES, _GROUP_ROWS):
+            writer.write_table(pa.Table.from_arrays(_columns(store, rows, ids_N, pa), schema=schema))
     return path
 
 
-def _columns(store: EmbeddingStore, rows: RowRange) -> dict[str, list[object]]:
+@contextlib.contextmanager
+def _all_ids(store: EmbeddingStore, folder: Path, pa: ModuleType) -> Iterator[Any]:
+    """Ids of all rows as a column of Arrow, over a file without a name: 8 bytes a row in memory."""
+    with storage_errors("writing to", folder), tempfile.TemporaryFile(dir=folder) as scratch:
+        ends_N = np.zeros(store.num_rows + 1, dtype=np.int64)
+        end = 0
+        for row, row_id in enumerate(store.prompts.ids(), start=1):
+            end += scratch.write(row_id.encode())
+            ends_N[row] = end
+        scratch.write(b"\0")  # an empty file cannot be mapped
+        scratch.flush()
+        mapped = mmap.mmap(scratch.fileno(), 0, access=mmap.ACCESS_READ)
+        yield pa.LargeStringArray.from_buffers(store.num_rows, pa.py_buffer(ends_N), pa.py_buffer(mapped))
+
+
+def _columns(store: EmbeddingStore, rows: RowRange, ids_N: Any, pa: ModuleType) -> list[Any]:  # noqa: ANN401 - pyarrow's
+    """Arrays of one row group, in the order of the columns."""
     part = rows.as_slice()
     mean_B = mean_distance(store.neighbor_distances[part], store.metadata["weighting"]["k"])
-    has_vector_B = np.isfinite(mean_B)
-    neighbors = [
-        [{"id": store.ids[row], "distance": float(far)} for row, far in zip(near, distances, strict=True) if row >= 0]
-        for near, distances in zip(store.neighbor_ids[part], store.neighbor_distances[part], strict=True)
+    lacks_vector_B = ~np.isfinite(mean_B)
+    near_BK, far_BK = store.neighbor_ids[part], store.neighbor_distances[part]
+    is_found_BK = near_BK >= 0
+    ends_B = np.cumsum(is_found_BK.sum(axis=1), dtype=np.int32)
+    near = [ids_N.take(pa.array(near_BK[is_found_BK])).cast(pa.string()), pa.array(far_BK[is_found_BK])]
+    return [
+        ids_N[part].cast(pa.string()),
+        pa.array((prompt.rendered for prompt in store.prompts.read(rows)), pa.string()),
+        pa.array(store.weights[part]),
+        pa.array(mean_B, mask=lacks_vector_B),
+        pa.array(1.0 / np.maximum(mean_B, NOISE_FLOOR), mask=lacks_vector_B),
+        pa.array(store.multiplicity[part]),
+        pa.ListArray.from_arrays(
+            np.concatenate([[0], ends_B]).astype(np.int32), pa.StructArray.from_arrays(near, ["id", "distance"])
+        ),
     ]
-    prompts = store.prompts.read(rows)
-    return {
-        "id": [prompt.id for prompt in prompts],
-        "text": [prompt.rendered for prompt in prompts],
-        "weight": list(store.weights[part]),
-        "mean_distance": [float(r) if known else None for r, known in zip(mean_B, has_vector_B, strict=True)],
-        "density": [
-            1.0 / max(float(r), NOISE_FLOOR) if known else None for r, known in zip(mean_B, has_vector_B, strict=True)
-        ],
-        "multiplicity": list(store.multiplicity[part]),
-        "neighbors": list(neighbors),
-    }
 
 
 class _Sink(io.RawIOBase):

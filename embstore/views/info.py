@@ -1,22 +1,20 @@
 """``inspect`` and ``verify`` as values: what a store is, how far it is, what its weights say. No torch, no search.
 
-``inspect`` reads metadata, ids, distances and weights, never rows: well under a second, also on an unfinished store.
+``inspect`` reads metadata, prompts, distances and weights, never rows: well under a second, also on an unfinished store. In
+memory are a few numbers a row (docs/limits.md), also with ``by``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.core.decode import printable
 from embstore.core.density import mean_distance
 from embstore.core.errors import EmbstoreError
 from embstore.core.files import read_committed
@@ -37,11 +35,10 @@ from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.storage.verify import ONLY_A_NEW_BUILD, VerifyReport, verify_store
 from embstore.storage.writer import StoreWriter, lock_store
+from embstore.views.field_values import FieldValues, OtherValues, Share
 
 _EXCERPT_CHARACTERS = 100
 _HISTOGRAM_BINS = 16
-NO_VALUE = "(none)"  # of a field that a prompt does not have
-_NAMED_FIELDS = 64
 # findings that leave the manifest in place: a resume cannot recompute these, or opening a writer repairs them
 _NOT_BY_A_RESUME = ONLY_A_NEW_BUILD | {JOURNAL, WEIGHTS_LINK, METADATA_LINK}
 
@@ -59,27 +56,12 @@ class PromptInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
-    """One value of a field: its rows, their share of the rows, and their share of the weight."""
-
-    value: str
-    rows: int
-    row_share: float
-    weight_share: float
-
-    @property
-    def ratio(self) -> float:
-        """How often a prompt with this value is drawn, in units of the mean."""
-        return self.weight_share / self.row_share
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class StoreInfo:
     """What ``embstore inspect`` prints; ``--json`` prints the same fields.
 
     ``weights_histogram`` counts rows between ``histogram_edges``, which are weights in units of the mean weight; the last
-    bin also counts everything above it. ``survives_power_cuts`` is false if the store was written on a file system that
-    cannot sync folders.
+    bin also counts everything above it. ``shares`` are those of the field's 1,000 heaviest values, ``other_values`` those of
+    the rest together. ``survives_power_cuts`` is false if the store was written on a file system that cannot sync folders.
     """
 
     path: str
@@ -104,6 +86,7 @@ class StoreInfo:
     rarest: list[PromptInfo] = dataclasses.field(default_factory=list)
     most_crowded: list[PromptInfo] = dataclasses.field(default_factory=list)
     shares: list[Share] = dataclasses.field(default_factory=list)
+    other_values: OtherValues | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +107,8 @@ def inspect(path: str | Path, *, by: str | None = None, name: str = "default", c
     path
         The store's folder.
     by
-        A field of the input lines (such as ``src``): adds the share of rows and of weight for each of its values.
+        A field of the input lines (such as ``src``): adds the share of rows and of weight for each of its values, or for the
+        1,000 heaviest and all others together. Reads every prompt.
     name
         Which weighting to describe.
     count
@@ -163,11 +147,10 @@ def inspect(path: str | Path, *, by: str | None = None, name: str = "default", c
     table = store.prompts
     metadata = store.named_metadata(name)
     weights_N = store.named_weights(name)
+    spread = FieldValues.read(by, table).spread(table, weights_N) if by is not None else None
+    num_vectors = int(np.count_nonzero(store.groups >= 0))
+    counts, edges = _histogram(weights_N, num_vectors)
     distance_N = mean_distance(store.neighbor_distances, metadata["weighting"]["k"])
-    relative_N = weights_N.astype(np.float64) * np.count_nonzero(store.groups >= 0)
-    # the last bin holds everything above it, so that a few outliers do not squeeze the rest
-    top = max(2.0, float(np.quantile(relative_N, 0.999)))
-    counts, edges = np.histogram(np.minimum(relative_N, top), bins=_HISTOGRAM_BINS, range=(0, top))
     rarest, most_crowded = extremes(distance_N, count)
     return dataclasses.replace(
         info,
@@ -175,9 +158,10 @@ def inspect(path: str | Path, *, by: str | None = None, name: str = "default", c
         names=store.manifest.names,
         weights_histogram=[int(value) for value in counts],
         histogram_edges=[float(value) for value in edges],
-        rarest=_describe(store, table, rarest, distance_N, relative_N),
-        most_crowded=_describe(store, table, most_crowded, distance_N, relative_N),
-        shares=_shares(table, by, weights_N) if by is not None else [],
+        rarest=_describe(store, table, rarest, distance_N, weights_N, num_vectors),
+        most_crowded=_describe(store, table, most_crowded, distance_N, weights_N, num_vectors),
+        shares=spread.shares if spread is not None else [],
+        other_values=spread.others if spread is not None else None,
     )
 
 
@@ -261,46 +245,35 @@ def _stage(store: EmbeddingStore | None, has_prompts: bool) -> str:
     return "rows committed, weights missing" if store.journal.committed_rows == store.num_rows else "embedding"
 
 
+def _histogram(weights_N: NDArray[np.float32], num_vectors: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Counts and edges, in units of the mean weight."""
+    relative_N = weights_N.astype(np.float64)
+    relative_N *= num_vectors
+    # the last bin holds everything above it, so that a few outliers do not squeeze the rest
+    top = max(2.0, float(np.quantile(relative_N, 0.999)))
+    np.minimum(relative_N, top, out=relative_N)
+    return np.histogram(relative_N, bins=_HISTOGRAM_BINS, range=(0, top))
+
+
 def _describe(
     store: EmbeddingStore,
     table: PromptTable,
     rows: list[int],
     distance_N: NDArray[np.float64],
-    relative_N: NDArray[np.float64],
+    weights_N: NDArray[np.float32],
+    num_vectors: int,
 ) -> list[PromptInfo]:
     return [
         PromptInfo(
             row=row,
             id=str(prompt.id),
             mean_distance=float(distance_N[row]),
-            weight=float(relative_N[row]),
+            weight=float(weights_N[row]) * num_vectors,
             multiplicity=int(store.multiplicity[row]),
             text=_excerpt(prompt.rendered),
         )
         for row, prompt in zip(rows, table.sample(rows), strict=True)
     ]
-
-
-def _shares(table: PromptTable, by: str, weights_N: NDArray[np.float32]) -> list[Share]:
-    """Share of weight by value of a field, largest first; rows without the field count under NO_VALUE."""
-    rows: dict[str, int] = {}
-    weights: dict[str, float] = {}
-    for row, prompt in enumerate(table):
-        value = str(prompt.fields.get(by, NO_VALUE))
-        rows[value] = rows.get(value, 0) + 1
-        weights[value] = weights.get(value, 0.0) + float(weights_N[row])
-    if set(rows) == {NO_VALUE}:
-        raise missing_field(by, {name: None for prompt in table for name in prompt.fields})
-    return [
-        Share(value=value, rows=rows[value], row_share=rows[value] / len(table), weight_share=weight)
-        for value, weight in sorted(weights.items(), key=lambda item: (-item[1], item[0]))
-    ]
-
-
-def missing_field(name: str, known: Iterable[str]) -> EmbstoreError:
-    """The refusal of a field that no prompt has; ``known``: the fields that prompts have."""
-    named = ", ".join(printable(each) for each in itertools.islice(known, _NAMED_FIELDS))
-    return EmbstoreError(f"no prompt has a field {name!r}", hint=f"the input lines have {named or 'only prompts'}")
 
 
 def _excerpt(text: str) -> str:

@@ -17,6 +17,7 @@ from embstore.flow.build import BuildReport
 from embstore.storage.journal import NO_FOLDER_SYNC
 from embstore.storage.verify import ONLY_A_NEW_BUILD, VerifyReport
 from embstore.views.comparison import Comparison
+from embstore.views.field_values import OtherValues, Share
 from embstore.views.info import NeighborInfo, PromptInfo, StoreInfo
 
 _BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -97,11 +98,15 @@ def print_info(console: Console, info: StoreInfo) -> None:
     if info.shares:
         table = Table("value", "rows", "share of rows", "share of weight", "ratio", box=None, pad_edge=False)
         for share in info.shares:
-            ratio = share.weight_share / share.row_share
-            table.add_row(
-                plain(share.value), f"{share.rows:,}", f"{share.row_share:.2%}", f"{share.weight_share:.2%}", f"{ratio:.2f}"
-            )
+            _add_share(table, plain(share.value), share)
+        if info.other_values is not None:
+            _add_share(table, f"and {info.other_values.values:,} other values", info.other_values)
         console.print(table)
+
+
+def _add_share(table: Table, title: str, share: Share | OtherValues) -> None:
+    ratio = share.weight_share / share.row_share
+    table.add_row(title, f"{share.rows:,}", f"{share.row_share:.2%}", f"{share.weight_share:.2%}", f"{ratio:.2f}")
 
 
 def print_neighbors(console: Console, prompt_id: str, neighbors: Sequence[NeighborInfo]) -> None:

@@ -64,7 +64,7 @@ def enlarged(data: ReportData, rows: int, *, with_umap: bool = False) -> ReportD
         data,
         weight=weight_M / weight_M.mean(),
         mean_distance=weight_M / 30,
-        length=np.array([len(text) for text in texts]),
-        source=random.integers(0, len(data.source_values), rows).astype(np.int32),
+        length=np.array([len(text) for text in texts], dtype=np.int32),
+        source=random.integers(0, len(data.source_values), rows).astype(np.int16),
         map=shown,
     )

@@ -26,8 +26,8 @@ from embstore.core.density import mean_distance
 from embstore.core.errors import ConfigError, CorruptStoreError, EmbstoreError, IncompleteStoreError, StoreExistsError
 from embstore.core.prompts import parse_line
 from embstore.storage.reader import open_store
-from embstore.views.info import NO_VALUE
-from embstore.views.report import layout
+from embstore.views.field_values import NO_VALUE
+from embstore.views.report import clusters, layout
 from embstore.views.report.charts import charts_of
 from embstore.views.report.clusters import components, crowded_neighbourhoods, near_distance, near_duplicates
 from embstore.views.report.data import one_line, read_report
@@ -49,14 +49,14 @@ def partition(label_N: np.ndarray) -> set[frozenset[int]]:
 def test_components_are_those_of_scipy(num_rows: int, edges: list[tuple[int, int]]) -> None:
     first, second = np.array([(a % num_rows, b % num_rows) for a, b in edges], dtype=np.int64).reshape(-1, 2).T
     graph = coo_array((np.ones(len(first)), (first, second)), shape=(num_rows, num_rows))
-    found = components(num_rows, first, second)
+    found = components(num_rows, lambda: [(first[:20], second[:20]), (first[20:], second[20:])])
     assert partition(found) == partition(connected_components(graph, directed=False)[1])
     assert all(found[row] == min(np.flatnonzero(found == found[row])) for row in range(num_rows))
 
 
 def test_a_long_chain_is_one_part() -> None:
     order = np.random.default_rng(1).permutation(5000)
-    assert set(components(5000, order[:-1], order[1:]).tolist()) == {0}
+    assert set(components(5000, lambda: [(order[:-1], order[1:])]).tolist()) == {0}
 
 
 @pytest.mark.parametrize("rank", [1, 2, 7])
@@ -85,45 +85,54 @@ def test_a_coordinate_that_no_unit_row_has_is_damage(value: float) -> None:
     layout.principal_axes(coordinates, np.arange(8, 30), 2)  # rows that are not shown are not read
 
 
-def test_groups_are_those_of_all_pairs() -> None:
+@pytest.mark.parametrize("block_rows", [32, 1000])
+def test_groups_are_those_of_all_pairs(block_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clusters of known size among far points, neighbours by brute force."""
+    monkeypatch.setattr(clusters, "_BLOCK_ROWS", block_rows)
     random = np.random.default_rng(3)
     centres = random.standard_normal((3, 8)) * 3
     spread = random.standard_normal((200, 8)) * 3
-    clusters = [centre + random.standard_normal((size, 8)) * 0.01 for centre, size in zip(centres, (9, 5, 4), strict=True)]
-    points = np.concatenate([spread, *clusters])
+    near = [centre + random.standard_normal((size, 8)) * 0.01 for centre, size in zip(centres, (9, 5, 4), strict=True)]
+    points = np.concatenate([spread, *near])
     distances = np.linalg.norm(points[:, None] - points[None], axis=2)
     np.fill_diagonal(distances, np.inf)
     ids = np.argsort(distances, axis=1)[:, :32].astype(np.int32)
     nearest = np.take_along_axis(distances, ids, axis=1).astype(np.float32)
     own = np.arange(len(points), dtype=np.int32)
 
-    near = near_distance(nearest)
-    assert near == pytest.approx(0.1 * np.median(distances.min(axis=1)), rel=1e-6)
-    graph = coo_array(distances <= near)
+    limit = near_distance(nearest)
+    assert limit == pytest.approx(0.1 * np.median(distances.min(axis=1)), rel=1e-6)
+    graph = coo_array(distances <= limit)
     label = connected_components(graph, directed=False)[1]
     expected = {part for part in partition(label) if len(part) > 1}
-    found = near_duplicates(ids, nearest, own, near)
-    assert {frozenset(part.tolist()) for part in found} == expected
-    assert [len(part) for part in found] == sorted((len(part) for part in expected), reverse=True)
+    found = near_duplicates(ids, nearest, own, limit, most=100)
+    assert {frozenset(part.tolist()) for part in found.largest} == expected
+    assert (found.count, found.rows) == (len(expected), sum(map(len, expected)))
+    assert [len(part) for part in found.largest] == sorted((len(part) for part in expected), reverse=True)
     assert frozenset(range(200, 209)) in expected
+    fewer = near_duplicates(ids, nearest, own, limit, most=2)
+    assert (fewer.count, fewer.rows) == (found.count, found.rows)
+    assert [part.tolist() for part in fewer.largest] == [part.tolist() for part in found.largest[:2]]
 
     mean = mean_distance(nearest, 3)
-    crowded = crowded_neighbourhoods(ids, own, mean, 3)
+    crowded = crowded_neighbourhoods(ids, own, mean, 3, most=100)
     few = np.flatnonzero(mean <= np.quantile(mean, 0.05))
     among = np.isin(own, few)
     rows, columns = np.repeat(few, 3), ids[few, :3].ravel()
     stays = among[columns]
     linked = coo_array((stays[stays], (rows[stays], columns[stays])), shape=distances.shape)
     label = connected_components(linked, directed=False)[1]
-    assert {frozenset(part.tolist()) for part in crowded} == {part for part in partition(label) if len(part) > 1}
+    parts = {part for part in partition(label) if len(part) > 1}
+    assert {frozenset(part.tolist()) for part in crowded.largest} == parts
+    assert (crowded.count, crowded.rows) == (len(parts), sum(map(len, parts)))
 
 
 def test_rows_with_one_vector_are_near_duplicates_and_failed_rows_are_not() -> None:
     ids = np.array([[1], [0], [0], [-1]], dtype=np.int32)
     distances = np.array([[1.0], [1.0], [1.0], [np.inf]], dtype=np.float32)
     groups = np.array([0, 1, 0, -1], dtype=np.int32)
-    assert [part.tolist() for part in near_duplicates(ids, distances, groups, 0.1)] == [[0, 2]]
+    found = near_duplicates(ids, distances, groups, 0.1, most=5)
+    assert ([part.tolist() for part in found.largest], found.count, found.rows) == ([[0, 2]], 1, 2)
 
 
 def test_data_are_what_the_store_holds(finished_store: Path) -> None:

@@ -1,13 +1,15 @@
-"""Everything a report shows, as values: read in one pass over the prompts, without torch.
+"""Everything a report shows, as values: read in one pass over the prompts, or two to find their source. No torch.
 
-Texts are kept for the prompts on the map only, and only as far as they are shown. Shapes: N rows, M rows on the map.
+Texts and ids are kept for the prompts on the map only, and only as far as they are shown; of the others, a few numbers each.
+Shapes: N rows, M rows on the map.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,10 @@ from embstore.core.format import JsonObject, chunk_name
 from embstore.core.prompts import Prompt
 from embstore.core.sampling import seeded_sample
 from embstore.flow.artifact import extremes
+from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import EmbeddingStore, open_store
-from embstore.views.info import NO_VALUE, Share, StoreInfo, inspect, missing_field
+from embstore.views.field_values import NAMED_VALUES, FieldValues, Share, Spread, missing_field
+from embstore.views.info import StoreInfo, inspect
 from embstore.views.report import clusters, layout
 
 MAP_ROWS = 100_000  # a browser draws more, but its file would no longer be one to send around
@@ -32,9 +36,8 @@ _EXAMPLE_CHARACTERS = 400
 _GROUPS = 12
 _EXAMPLES = 3
 _RAREST = 15
-# a field of the input lines is taken for the prompts' source by itself if it has this many values at most
-_SOURCE_VALUES = 1000
 _FIELDS = 64
+_FIRST_ROWS = 4096  # by these the source is guessed, so that one pass is enough where they are like the others
 _LIKELY_SOURCES = ("src", "source", "dataset", "task", "domain", "category", "subset")
 
 
@@ -85,7 +88,9 @@ class PromptMap:
 class ReportData:
     """What a report shows. Arrays are [N]; ``weight`` is in units of the mean, NaN for a row without a vector.
 
-    ``problems`` says what of the store is missing; ``source_field`` is None where no field tells the prompts' source.
+    ``problems`` says what of the store is missing. ``source_field`` is None where no field tells the prompts' source;
+    ``source`` has a row's position in ``source_values``, whose last entry may stand for all values without an entry:
+    ``num_sources`` counts every value, ``sources`` has those with an entry.
     """
 
     name: str
@@ -96,10 +101,11 @@ class ReportData:
     chunks: int
     weight: NDArray[np.float64]
     mean_distance: NDArray[np.float64]
-    length: NDArray[np.int64]
-    source: NDArray[np.int32]
+    length: NDArray[np.int32]
+    source: NDArray[np.int16]
     source_values: list[str]
     source_field: str | None
+    num_sources: int
     sources: list[Share]
     map: PromptMap
     rarest: list[Example]
@@ -138,25 +144,29 @@ def read_report(path: str | Path, *, by: str | None = None, name: str = "default
     metadata = store.named_metadata(name)
     weights_N = store.named_weights(name)
     groups_N = np.asarray(store.groups)
-    k = metadata["weighting"]["k"]
-    distance_N = mean_distance(store.neighbor_distances, k)
     has_vector_N = groups_N >= 0
-    if not has_vector_N.any():
+    num_vectors = int(np.count_nonzero(has_vector_N))
+    if not num_vectors:
         raise CorruptStoreError("no row of the store has a vector", hint=f"run embstore verify {path}")
-    weight_N = np.where(has_vector_N, weights_N.astype(np.float64) * np.count_nonzero(has_vector_N), np.nan)
     shown = _rows_on_map(np.flatnonzero(has_vector_N), map_rows)
-    shown = shown[np.argsort(weight_N[shown], kind="stable")]
+    shown = shown[np.argsort(weights_N[shown], kind="stable")]
     characters = int(np.clip(_TEXT_BYTES // max(1, len(shown)), 60, _TEXT_CHARACTERS))
     texts = _Texts(store.num_rows, shown, characters)
-    for row, prompt in enumerate(store.prompts):
-        texts.add(row, prompt)
-    source_field, source_N, values = texts.source(by)
-    view = _View(store, weight_N, distance_N, source_N, values)
-    crowded = clusters.crowded_neighbourhoods(store.neighbor_ids, groups_N, distance_N, k)
-    near = clusters.near_distance(store.neighbor_distances)
-    duplicates = clusters.near_duplicates(store.neighbor_ids, store.neighbor_distances, groups_N, near)
+    source_field, spread = _read_prompts(store.prompts, texts, weights_N, by)
+    k = metadata["weighting"]["k"]
+    distance_N = mean_distance(store.neighbor_distances, k)
+    weight_N = weights_N.astype(np.float64)
+    weight_N *= num_vectors
+    weight_N[~has_vector_N] = np.nan
+    values = _values(spread)
+    view = _View(store, weight_N, distance_N, spread.code, values)
+    rarest = view.examples(extremes(distance_N, _RAREST)[0])
     repeats = np.flatnonzero(np.asarray(store.multiplicity) > 1)
-    most_repeated = repeats[np.argsort(-np.asarray(store.multiplicity)[repeats], kind="stable")][:_GROUPS]
+    most_repeated = repeats[np.argsort(-np.asarray(store.multiplicity)[repeats], kind="stable")][:_GROUPS].tolist()
+    del repeats
+    crowded = clusters.crowded_neighbourhoods(store.neighbor_ids, groups_N, distance_N, k, most=_GROUPS)
+    near = clusters.near_distance(store.neighbor_distances)
+    duplicates = clusters.near_duplicates(store.neighbor_ids, store.neighbor_distances, groups_N, near, most=_GROUPS)
     axes = layout.principal_axes(store.coordinates, shown, 2)
     return ReportData(
         name=printable(Path(path).resolve().name),
@@ -168,28 +178,29 @@ def read_report(path: str | Path, *, by: str | None = None, name: str = "default
         weight=weight_N,
         mean_distance=distance_N,
         length=texts.length,
-        source=source_N,
+        source=spread.code,
         source_values=values,
         source_field=source_field,
-        sources=_shares(weights_N, source_N, values) if source_field is not None else [],
+        num_sources=len(spread.shares) + (spread.others.values if spread.others is not None else 0),
+        sources=sorted(spread.shares, key=lambda share: (-share.ratio, share.value)),
         map=PromptMap(
             rows=shown,
             pca=layout.plane(layout.project(store.coordinates, shown, axes)),
             pca_share=axes.share,
             umap=layout.umap_plane(store.coordinates, shown),
-            ids=[printable(store.ids[row]) for row in shown],
+            ids=texts.ids,
             text=texts.on_map(),
             characters=characters,
-            is_sample=len(shown) < int(np.count_nonzero(has_vector_N)),
+            is_sample=len(shown) < num_vectors,
         ),
-        rarest=view.examples(extremes(distance_N, _RAREST)[0]),
-        crowded=[view.group(part) for part in crowded[:_GROUPS]],
-        crowded_rows=sum(len(part) for part in crowded),
+        rarest=rarest,
+        crowded=[view.group(part) for part in crowded.largest],
+        crowded_rows=crowded.rows,
         near_distance=near,
-        duplicates=[view.group(part) for part in duplicates[:_GROUPS]],
-        duplicate_groups=len(duplicates),
-        duplicate_rows=sum(len(part) for part in duplicates),
-        repeated=view.examples([int(row) for row in most_repeated]),
+        duplicates=[view.group(part) for part in duplicates.largest],
+        duplicate_groups=duplicates.count,
+        duplicate_rows=duplicates.rows,
+        repeated=view.examples(most_repeated),
     )
 
 
@@ -213,41 +224,54 @@ def _rows_on_map(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     return rows[seeded_sample(len(rows), most, 0)]
 
 
-@dataclass(slots=True)
-class _Field:
-    """Values of one field over all rows: a code a row, -1 where a line lacks it."""
+class _Fields:
+    """The fields that prompts have, as far as it takes to tell which of them may name their source."""
 
-    code: NDArray[np.int32]
-    codes: dict[str, int] = field(default_factory=dict)
-    rows: int = 0
+    def __init__(self) -> None:
+        self.rows: dict[str, int] = {}  # that have the field
+        self._hashes: dict[str, set[int]] = {}  # of its values, until there are too many for a source
 
-    def add(self, row: int, value: object) -> None:
-        text = printable(str(value))[:200]
-        self.code[row] = self.codes.setdefault(text, len(self.codes))
-        self.rows += 1
+    def add(self, fields: Mapping[str, object]) -> None:
+        for name, value in fields.items():
+            if value is None:  # only rule 1 of prompts keeps nulls
+                continue
+            if name not in self.rows:
+                if len(self.rows) == _FIELDS:
+                    continue
+                self.rows[name], self._hashes[name] = 0, set()
+            self.rows[name] += 1
+            if (seen := self._hashes.get(name)) is not None:
+                seen.add(hash(str(value)))
+                if len(seen) > NAMED_VALUES:
+                    del self._hashes[name]
+
+    def likely_source(self, num_rows: int) -> str | None:
+        """The field that is taken for the source of ``num_rows`` prompts by itself."""
+        fitting = [
+            name
+            for name, seen in self._hashes.items()
+            if 2 <= len(seen) <= num_rows // 4 and self.rows[name] >= num_rows / 2
+        ]
+        named = [name for name in _LIKELY_SOURCES if name in fitting]
+        return next(iter(named + fitting), None)
 
 
 class _Texts:
-    """What one pass over the prompts keeps."""
+    """What a pass over the prompts keeps: lengths of all texts, and ids and beginnings of those on the map."""
 
     def __init__(self, num_rows: int, shown: NDArray[np.int64], characters: int) -> None:
-        self.length = np.zeros(num_rows, dtype=np.int64)
+        self.length = np.zeros(num_rows, dtype=np.int32)
+        self.ids = [""] * len(shown)
         self._characters = characters
         self._place = {int(row): place for place, row in enumerate(shown)}
         self._text = [""] * len(shown)
-        self._fields: dict[str, _Field] = {}
 
     def add(self, row: int, prompt: Prompt) -> None:
         text = prompt.rendered
         self.length[row] = len(text)
         if (place := self._place.get(row)) is not None:
+            self.ids[place] = printable(str(prompt.id))
             self._text[place] = one_line(text, self._characters)
-        for name, value in prompt.fields.items():
-            known = self._fields.get(name)
-            if known is None and len(self._fields) < _FIELDS:
-                known = self._fields[name] = _Field(np.full(len(self.length), -1, dtype=np.int32))
-            if known is not None and value is not None:
-                known.add(row, value)
 
     def on_map(self) -> list[str]:
         """Texts in the map's order, cut further where letters of several bytes would make the page too large."""
@@ -259,29 +283,44 @@ class _Texts:
             texts = [one_line(text, characters) for text in texts]
         return texts
 
-    def source(self, by: str | None) -> tuple[str | None, NDArray[np.int32], list[str]]:
-        """The source field, a code for each row and the values of the codes; rows without the field count under (none)."""
-        if by is not None and not (by in self._fields and self._fields[by].rows):
-            raise missing_field(by, self._fields)
-        name = by if by is not None else self._likely_source()
-        if name is None:
-            return None, np.zeros(len(self.length), dtype=np.int32), [""]
-        found = self._fields[name]
-        values = list(found.codes)
-        if (found.code < 0).any():
-            found.code[found.code < 0] = len(values)
-            values.append(NO_VALUE)
-        return name, found.code, values
 
-    def _likely_source(self) -> str | None:
-        num_rows = len(self.length)
-        fitting = {
-            name: each
-            for name, each in self._fields.items()
-            if 2 <= len(each.codes) <= min(_SOURCE_VALUES, num_rows // 4) and each.rows >= num_rows / 2
-        }
-        named = [name for name in _LIKELY_SOURCES if name in fitting]
-        return named[0] if named else next(iter(fitting), None)
+def _read_prompts(
+    table: PromptTable, texts: _Texts, weights_N: NDArray[np.float32], by: str | None
+) -> tuple[str | None, Spread]:
+    """Read every prompt; the source field and the shares of its values, none of either where no field tells it.
+
+    Raises
+    ------
+    EmbstoreError
+        No prompt has the field ``by``.
+    """
+    num_rows = len(table)
+    first, fields = _Fields(), _Fields()
+    for prompt in itertools.islice(table, _FIRST_ROWS):
+        first.add(prompt.fields)
+    guess = by if by is not None else first.likely_source(min(num_rows, _FIRST_ROWS))
+    values = FieldValues(guess, num_rows) if guess is not None else None
+    for row, prompt in enumerate(table):
+        texts.add(row, prompt)
+        fields.add(prompt.fields)
+        if values is not None:
+            values.add(row, prompt.fields)
+    name = by if by is not None else fields.likely_source(num_rows)
+    if name is None:
+        return None, Spread(shares=[], others=None, code=np.zeros(num_rows, dtype=np.int16))
+    if values is None or name != guess:
+        values = FieldValues.read(name, table)
+    if not values.is_present:
+        raise missing_field(name, fields.rows)
+    return name, values.spread(table, weights_N)
+
+
+def _values(spread: Spread) -> list[str]:
+    """What each code of the spread stands for, as it is shown."""
+    if not spread.shares:
+        return [""]
+    others = [f"(one of {spread.others.values:,} other values)"] if spread.others is not None else []
+    return [printable(share.value) for share in spread.shares] + others
 
 
 class _View:
@@ -292,7 +331,7 @@ class _View:
         store: EmbeddingStore,
         weight_N: NDArray[np.float64],
         distance_N: NDArray[np.float64],
-        source_N: NDArray[np.int32],
+        source_N: NDArray[np.int16],
         values: Sequence[str],
     ) -> None:
         self._store = store
@@ -316,9 +355,9 @@ class _View:
             for row, prompt in zip(rows, self._store.prompts.sample(rows), strict=True)
         ]
 
-    def group(self, part: NDArray[np.int64]) -> Group:
+    def group(self, part: NDArray[np.int32]) -> Group:
         """A group with the prompts nearest its middle as examples: the most crowded ones."""
-        order = part[np.argsort(self._distance_N[part], kind="stable")]
+        nearest = part[np.argsort(self._distance_N[part], kind="stable")[:_EXAMPLES]]
         counts = np.bincount(self._source_N[part], minlength=len(self._values))
         return Group(
             rows=len(part),
@@ -327,19 +366,8 @@ class _View:
             source=self._values[int(counts.argmax())],
             source_share=float(counts.max() / len(part)),
             median_distance=float(np.median(self._distance_N[part])),
-            examples=self.examples(int(row) for row in order[:_EXAMPLES]),
+            examples=self.examples(nearest.tolist()),
         )
-
-
-def _shares(weights_N: NDArray[np.float32], source_N: NDArray[np.int32], values: Sequence[str]) -> list[Share]:
-    """Shares of every value, those that gain most first."""
-    rows = np.bincount(source_N, minlength=len(values))
-    weight = np.bincount(source_N, weights=weights_N.astype(np.float64), minlength=len(values))
-    found = [
-        Share(value=value, rows=int(rows[code]), row_share=rows[code] / len(source_N), weight_share=float(weight[code]))
-        for code, value in enumerate(values)
-    ]
-    return sorted(found, key=lambda share: (-share.ratio, share.value))
 
 
 def _problems(store: EmbeddingStore) -> list[str]:

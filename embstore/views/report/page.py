@@ -136,8 +136,9 @@ def _lost_lines(data: ReportData) -> list[str]:
 
 def _heaviest_tenth(weight_N: NDArray[np.float64]) -> float:
     """Share of the draws that goes to the heaviest tenth of the prompts."""
-    sorted_N = np.sort(weight_N[np.isfinite(weight_N)])[::-1]
-    return float(sorted_N[: max(1, len(sorted_N) // 10)].sum() / (sorted_N.sum() or 1.0))
+    known_N = weight_N[np.isfinite(weight_N)]
+    known_N.sort()
+    return float(known_N[-max(1, len(known_N) // 10) :].sum() / (known_N.sum() or 1.0))
 
 
 def _listed_sources(data: ReportData) -> dict[str, object]:
