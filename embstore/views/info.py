@@ -169,12 +169,12 @@ def neighbors_of(path: str | Path, prompt_id: str, *, count: int = 10) -> list[N
     """Nearest distinct prompts of one prompt, nearest first (``embstore inspect --neighbors ID``)."""
     store = open_store(path)
     table = store.prompts  # before any array, as in inspect
-    found = store.neighbors(prompt_id)
-    rows = [int(row) for row in found.rows[:count]]
-    texts = [_excerpt(prompt.rendered) for prompt in table.sample(rows)]
+    row = store.row_of(prompt_id)
+    rows, distances = store.neighbor_ids[row][:count], store.neighbor_distances[row][:count]
+    found = [(int(near), float(far)) for near, far in zip(rows, distances, strict=True) if near >= 0]
     return [
-        NeighborInfo(id=found.ids[position], row=row, distance=float(found.distances[position]), text=texts[position])
-        for position, row in enumerate(rows)
+        NeighborInfo(id=str(prompt.id), row=near, distance=far, text=_excerpt(prompt.rendered))
+        for (near, far), prompt in zip(found, table.sample([near for near, _ in found]), strict=True)
     ]
 
 
