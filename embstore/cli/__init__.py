@@ -7,7 +7,7 @@ command has its file; the import below lists them in the order of ``--help``.
 import signal
 
 from embstore.cli import build, import_array, inspect, verify, weights, compare, resample, export  # isort: skip
-from embstore.cli.frame import app, stop
+from embstore.cli.frame import app, replace_unencodable, stop
 from embstore.host.signals import STOP_SIGNALS
 
 __all__ = ["app", "build", "compare", "export", "import_array", "inspect", "main", "resample", "verify", "weights"]
@@ -17,4 +17,5 @@ def main() -> None:
     """Entry point of the ``embstore`` command."""
     for number in STOP_SIGNALS:
         signal.signal(number, stop)
+    replace_unencodable()
     app()

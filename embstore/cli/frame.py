@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import io
 import json
 import signal
 import sys
@@ -18,7 +20,7 @@ from rich.markup import escape
 
 from embstore import __version__
 from embstore.core.decode import printable, printable_json
-from embstore.core.errors import EmbstoreError, ExitCode
+from embstore.core.errors import EmbstoreError, ExitCode, StorageError
 from embstore.core.events import Preflight
 from embstore.host.signals import STOP_SIGNALS
 
@@ -62,11 +64,12 @@ def _ignore_signals() -> None:
 
 def reporting(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
     """Print an expected error as two lines and exit with its code; anything else is a bug and keeps its traceback."""
+    resumes = "resume" in inspect.signature(command).parameters
 
     @functools.wraps(command)
     def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
         try:
-            _report(lambda: command(*args, **kwargs))
+            _report(lambda: command(*args, **kwargs), resumes=resumes and not kwargs.get("dry_run"))
         except KeyboardInterrupt:
             _ignore_signals()
             raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
@@ -74,16 +77,23 @@ def reporting(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]
     return run
 
 
-def _report(command: Callable[[], None]) -> None:
+def _report(command: Callable[[], None], *, resumes: bool) -> None:
+    """``resumes``: a store is being made, which the same command continues after a failure of the file system."""
     try:
         command()
     except EmbstoreError as error:
         _ignore_signals()
+        code, hint = error.exit_code, error.hint
+        if isinstance(error, StorageError) and code == ExitCode.INCOMPLETE:
+            if not resumes:
+                code = ExitCode.ERROR
+            elif hint and "--resume" not in hint:
+                hint += ": with --resume it continues where it stopped"
         console = Console(stderr=True, soft_wrap=True, emoji=False)
         console.print(f"[bold red]error[/bold red]: {escape(printable(str(error)))}", highlight=False)
-        if error.hint:
-            console.print(f"[bold]hint[/bold]: {escape(printable(error.hint))}", highlight=False)
-        raise typer.Exit(int(error.exit_code)) from None
+        if hint:
+            console.print(f"[bold]hint[/bold]: {escape(printable(hint))}", highlight=False)
+        raise typer.Exit(int(code)) from None
 
 
 def _print_version(value: bool) -> None:
@@ -107,7 +117,7 @@ def run_and_print(work: Callable[..., BuildReport | Preflight], out: Path, *, as
     sys.stderr.flush()
     from embstore.views import info, progress, terminal  # noqa: PLC0415 - other commands start without them
 
-    with progress.TerminalObserver(Console(stderr=True, soft_wrap=not sys.stderr.isatty())) as observer:
+    with progress.on_stderr() as observer:
         result = work(observer=observer)
     if as_json:
         print_json(result)
@@ -115,12 +125,24 @@ def run_and_print(work: Callable[..., BuildReport | Preflight], out: Path, *, as
         terminal.print_report(terminal.results(), result, info.inspect(out))
 
 
+def replace_unencodable() -> None:
+    """From here on, what stdout or stderr cannot encode is printed in another way; it would be a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors not in ("replace", "backslashreplace"):
+            stream.reconfigure(errors="replace")
+
+
 def print_json(value: object) -> None:
-    """Print a result on stdout, for programs."""
+    """Print a result on stdout, for programs; in ASCII where stdout cannot encode it, so that it stays the same value."""
 
     def plain(item: object) -> object:
         if dataclasses.is_dataclass(item) and not isinstance(item, type):
             return dataclasses.asdict(item)
         return str(item)
 
-    sys.stdout.write(printable_json(json.dumps(value, default=plain, indent=2, ensure_ascii=False)) + "\n")
+    text = printable_json(json.dumps(value, default=plain, indent=2, ensure_ascii=False))
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, default=plain, indent=2)
+    sys.stdout.write(text + "\n")

@@ -24,9 +24,10 @@ def verify(
     Reads everything back: checksums, finite values, norms, stray files. Exits with 3 if the store is damaged,
     with 6 if it is unfinished.
     """
-    from embstore.views import info, terminal  # noqa: PLC0415
+    from embstore.views import info, progress, terminal  # noqa: PLC0415
 
-    report = info.verify(store, repair=repair)
+    with progress.on_stderr() as observer:
+        report = info.verify(store, repair=repair, observer=observer)
     if as_json:
         print_json(report)
     else:

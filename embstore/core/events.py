@@ -30,7 +30,7 @@ Preparation = Literal[
     "pilot",  # a few rows are timed
     "readback",  # on a resume: committed windows are read back
 ]
-Stage = Literal[Preparation, "embed", "knn", "audit", "rerank", "publish"]
+Stage = Literal[Preparation, "embed", "knn", "audit", "rerank", "publish", "verify"]
 PREPARATIONS: tuple[Preparation, ...] = get_args(Preparation)
 
 

@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -41,7 +41,8 @@ _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _WRONG_PLACE = (*_NOT_ALLOWED, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
-_AGAIN = "then run the command again (a build: with --resume)"
+_TAKEN = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.ELOOP)
+_AGAIN = "then run the command again"
 
 
 @contextlib.contextmanager
@@ -58,7 +59,7 @@ def storage_errors(doing: str, path: Path, *, opening: bool = False) -> Iterator
         if isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(path):
             path = Path(error.filename)  # a file below the folder that is being worked on
         failure = StorageError(
-            f"{doing} {path} failed: {error.strerror or error}", hint=_next_step(doing, error.errno, opening=opening)
+            f"{doing} {path} failed: {error.strerror or error}", hint=_next_step(doing, path, error.errno, opening=opening)
         )
         failure.errno = error.errno
         if opening and error.errno in _WRONG_PLACE:
@@ -66,15 +67,26 @@ def storage_errors(doing: str, path: Path, *, opening: bool = False) -> Iterator
         raise failure from error
 
 
-def _next_step(doing: str, code: int | None, *, opening: bool) -> str:
+def _next_step(doing: str, path: Path, code: int | None, *, opening: bool) -> str:  # noqa: PLR0911 - one return per kind
     if code in _FULL:
         return f"free some space, {_AGAIN}"
     if code in _TOO_MANY_OPEN:
         return f"close some files or raise the limit (ulimit -n), {_AGAIN}"
+    if code == errno.ENOMEM:
+        return f"free some memory, {_AGAIN}"
     if code in _NOT_ALLOWED and doing == "reading":
         return f"make the file readable, {_AGAIN}"
+    if code in _NOT_ALLOWED and doing == "creating":  # also files that are not of a store
+        return f"make the folder {path.parent} writable, or choose another place"
     if code in _NOT_ALLOWED or (opening and code in _WRONG_PLACE):
         return "make the folder writable, or choose another --out"
+    if code == errno.ENAMETOOLONG:
+        return "choose a shorter name"
+    if code in _TAKEN and doing != "reading":
+        return "something else has this name: remove it, or choose another name"
+    if code == errno.ENOENT or code in _TAKEN:
+        missing = next((folder for folder in reversed(path.parents) if not folder.exists()), None)
+        return f"create the folder {missing}, {_AGAIN}" if missing is not None else f"check the path, {_AGAIN}"
     return f"fix the file system, {_AGAIN}"
 
 
@@ -230,8 +242,12 @@ def digest_problem(pieces: Iterable[Buffer], digest: FileDigest) -> str | None:
     return f"has sha256 {found[:width]}, but committed was {digest.sha256[:width]}"
 
 
-def file_problem(root: Path, name: str, digest: FileDigest) -> str | None:
+def file_problem(
+    root: Path, name: str, digest: FileDigest, *, seen: Callable[[bytes], object] = lambda block: None
+) -> str | None:
     """How a file of a store differs from its digest, or None; it is read once, or not at all if its size differs.
+
+    ``seen`` is called with each block that was read, in order.
 
     Raises
     ------
@@ -244,7 +260,7 @@ def file_problem(root: Path, name: str, digest: FileDigest) -> str | None:
             size = os.fstat(handle).st_size
             if size != digest.bytes:
                 return f"has {size} bytes, but {digest.bytes} were committed"
-            return digest_problem(_blocks(handle), digest)
+            return digest_problem(_shown_to(seen, _blocks(handle)), digest)
         finally:
             os.close(handle)
     except CorruptStoreError as error:
@@ -333,6 +349,12 @@ def map_file(
         return np.memmap(file, dtype=header.descr, mode=mode, offset=header.offset, shape=header.shape, order=order)
     except (ValueError, OverflowError) as error:  # an empty array of more than numpy's dimensions or lengths
         raise CorruptStoreError(f"{name} cannot be mapped ({error})", hint=hint) from error
+
+
+def _shown_to(seen: Callable[[bytes], object], blocks: Iterable[bytes]) -> Iterator[bytes]:
+    for block in blocks:
+        seen(block)
+        yield block
 
 
 def _blocks(handle: int) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from embstore.core.config import CURRENT_RULE, FIRST_RULE, USUAL_FIELDS, PromptFields, PromptRule
 from embstore.core.decode import Sha256, from_json, parse_json, printable, shown
-from embstore.core.errors import CorruptStoreError, FieldMismatch, IdentityMismatchError
+from embstore.core.errors import ConfigError, CorruptStoreError, FieldMismatch, IdentityMismatchError
 
 FORMAT_VERSION = 1
 
@@ -66,10 +66,16 @@ JOURNAL_BYTES = 256 << 20
 JOURNAL_LINE_BYTES = 16 << 20
 WEIGHTS_TOLERANCE = 1e-6  # of their float64 sum
 
+DEFAULT_WEIGHTS = "default"  # the weighting that training maps
+
 JsonObject = dict[str, Any]
 # names files that were made from the same content; in a path it is always one plain word
 Digest = Annotated[str, re.compile(r"[0-9a-f]{16}")]
 _Result = TypeVar("_Result")
+
+_NAME_CHARACTERS = 200
+_WITH_DIGEST = re.compile(r"(.+)@([0-9a-f]{16})")
+_NAMES_SHOWN = 32
 
 
 def basis_file(basis: str) -> str:
@@ -176,7 +182,8 @@ class Manifest:
     """``manifest.json``: its rename publishes everything at once, and readers follow nothing else.
 
     ``files`` has the digest of every listed file; ``neighbors`` is the digest that names the folder of the neighbour graph;
-    ``names`` maps the name of a weighting to its digest (``density_weights.npy`` links to "default"). ``rule`` says how
+    ``names`` maps the name of a weighting to its digest (``density_weights.npy`` links to "default"); one that was replaced
+    stays as ``NAME@DIGEST``. ``rule`` says how
     lines became prompts, and items of a dataset do, ``fields`` in which fields they were; the first stores of version 1
     record neither.
     """
@@ -189,6 +196,21 @@ class Manifest:
     files: dict[str, FileDigest]
     rule: PromptRule = FIRST_RULE
     fields: PromptFields = USUAL_FIELDS
+
+    def weighting(self, name: str, *, store: object) -> Digest:
+        """Digest of the weights called ``name``, which may be ``NAME@DIGEST`` before NAME gets other weights, too.
+
+        Raises
+        ------
+        ConfigError
+            ``store`` has no such weights.
+        """
+        if name in self.names:
+            return self.names[name]
+        pinned = _WITH_DIGEST.fullmatch(name)
+        if pinned is not None and self.names.get(pinned[1]) == pinned[2]:
+            return pinned[2]
+        raise unknown_weights(name, self.names, store=store)
 
     def encode(self) -> bytes:
         """The file's bytes, with names in sorted order; rule 1 is not written, as before there were others."""
@@ -222,7 +244,7 @@ def _manifest_problem(manifest: Manifest) -> str | None:
     published |= {SEQUENCES} & set(manifest.files)  # stores from before December 2026 have none
     published |= set(dataclasses.asdict(neighbors_paths(manifest.neighbors)).values())
     published |= {path for digest in manifest.names.values() for path in weights_paths(digest)}
-    missing = sorted(published - set(manifest.files)) + ["default weights"] * ("default" not in manifest.names)
+    missing = sorted(published - set(manifest.files)) + ["default weights"] * (DEFAULT_WEIGHTS not in manifest.names)
     if missing:
         return f"does not list {', '.join(missing[:10])}"
     unlike = sorted(set(manifest.files) - published)
@@ -231,7 +253,33 @@ def _manifest_problem(manifest: Manifest) -> str | None:
 
 def is_weights_name(name: str) -> bool:
     """Whether a weighting may have this name: one line, without a slash."""
-    return 0 < len(name) <= 200 and "/" not in name and printable(name) == name
+    return 0 < len(name) <= _NAME_CHARACTERS and "/" not in name and printable(name) == name
+
+
+def superseded_name(name: str, digest: Digest) -> str:
+    """Under which name weights stay listed once ``name`` has others: ``NAME@DIGEST``, where a long name is cut.
+
+    Examples
+    --------
+    >>> superseded_name("default", "0123456789abcdef")
+    'default@0123456789abcdef'
+    """
+    return f"{name[: _NAME_CHARACTERS - len(digest) - 1]}@{digest}"
+
+
+def is_superseded_name(name: str) -> bool:
+    """Whether a name is of the form that only ``superseded_name`` gives."""
+    return _WITH_DIGEST.fullmatch(name) is not None
+
+
+def unknown_weights(name: str, known: Iterable[str], *, store: object) -> ConfigError:
+    """The refusal of a name that no weighting of a store has, with those that there are: given names first."""
+    names = sorted(known, key=lambda each: (is_superseded_name(each), each))
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ConfigError(
+        f"{store} has no weights called {shown(name)}; it has {', '.join(names[:_NAMES_SHOWN])}{more}",
+        hint=f"embstore weights {store} --list describes them; embstore weights {store} --name NAME makes new ones",
+    )
 
 
 def follow_manifest(read: Callable[[], bytes], use: Callable[[Manifest], _Result]) -> _Result:
@@ -323,7 +371,11 @@ def _check_shape(value: object, shape: Mapping[str, Any], name: str) -> None:
 def weights_problem(weights_N: NDArray[np.float32]) -> str | None:
     """Why an array cannot be weights, or None; makes no copy."""
     with np.errstate(invalid="ignore"):
-        low, high, total = weights_N.min(), weights_N.max(), weights_N.sum(dtype=np.float64)
+        return range_problem(float(weights_N.min()), float(weights_N.max()), float(weights_N.sum(dtype=np.float64)))
+
+
+def range_problem(low: float, high: float, total: float) -> str | None:
+    """Why values of this range and sum cannot be weights, or None."""
     if low >= 0 and np.isfinite(high) and abs(total - 1) <= WEIGHTS_TOLERANCE:  # NaN is never >= 0
         return None
     return f"has values from {low} to {high} with sum {total}, expected finite values >= 0 with sum 1"

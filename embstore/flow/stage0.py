@@ -76,9 +76,10 @@ def commit_prompts(run: Run, source: PromptSource | None, *, resume: bool) -> Pr
         _refuse_other_rule(committed, config)
         _refuse_other_origin(writer.state.origin, source)
         if not config.trust_journal or source is not None:
-            with stage(run.observer, "check", record.rows, "prompts"):
+            size = None if config.trust_journal else sum(digest.bytes for digest in record.files.values())
+            with stage(run.observer, "check", size, "bytes") as advance:
                 if not config.trust_journal:
-                    check_stage0(writer.root, record)
+                    check_stage0(writer.root, record, advance)
                 if source is not None:
                     _refuse_other_prompts(run, record, source)
     return record

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.config import K_MAX
-from embstore.core.decode import parse_json, shown
+from embstore.core.decode import parse_json, printable, shown
 from embstore.core.errors import ConfigError, CorruptStoreError, IncompleteStoreError, StoreNotFoundError
 from embstore.core.files import check_array, check_content, file_size, map_array, read_committed
 from embstore.core.format import (
@@ -25,6 +25,7 @@ from embstore.core.format import (
     ARRAY_METADATA,
     CHUNKS,
     COORDINATES,
+    DEFAULT_WEIGHTS,
     DOCUMENT_BYTES,
     EMBEDDINGS,
     IDS,
@@ -63,6 +64,8 @@ from embstore.storage.row_files import check_rows, header_problem, row_files
 
 if TYPE_CHECKING:
     import zarr
+
+_IDS_SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,7 +164,7 @@ class EmbeddingStore:
     def line_rows(self) -> NDArray[np.int64]:
         """int64 [lines]: the row of each input line, -1 for none."""
         lines = map_array(self.root, LINE_ROWS, "<i8", (None,))
-        if not len(self.prompts) <= len(lines) <= MAX_ROWS:
+        if not self.num_rows <= len(lines) <= MAX_ROWS:
             raise CorruptStoreError(f"{LINE_ROWS} has {len(lines)} lines for {self.num_rows} rows", hint=self._hint)
         return self._checked(LINE_ROWS, lines, low=-1, high=self.num_rows - 1)
 
@@ -198,7 +201,7 @@ class EmbeddingStore:
     @property
     def weights(self) -> NDArray[np.float32]:
         """float32 [N], read-only memory map of the current weights."""
-        return self.named_weights("default")
+        return self.named_weights(DEFAULT_WEIGHTS)
 
     def named_weights(self, name: str) -> NDArray[np.float32]:
         """float32 [N], read-only memory map of the weighting called ``name``."""
@@ -210,7 +213,7 @@ class EmbeddingStore:
     @property
     def metadata(self) -> JsonObject:
         """Metadata of the current weights: settings, statistics, audit."""
-        return self.named_metadata("default")
+        return self.named_metadata(DEFAULT_WEIGHTS)
 
     def named_metadata(self, name: str) -> JsonObject:
         """Metadata of the weighting called ``name``."""
@@ -243,7 +246,12 @@ class EmbeddingStore:
         """Row of an input id or row id; an unknown id is a ConfigError."""
         row = self.aliases.get(prompt_id)
         if row is None:
-            raise ConfigError(f"no prompt has the id {prompt_id!r}", hint="ids are in ids.json and aliases.json")
+            like = [name for name in self.aliases if prompt_id and prompt_id.lower() in name.lower()]
+            some = ", ".join(map(printable, (like or list(self.aliases))[:_IDS_SHOWN]))
+            raise ConfigError(
+                f"no prompt has the id {shown(prompt_id)}; the store has {len(self.aliases):,} ids, such as {some}",
+                hint=f"all ids are in {self.root / ALIASES}",
+            )
         return row
 
     def neighbors(self, prompt_id: str) -> Neighbors:
@@ -304,10 +312,7 @@ class EmbeddingStore:
         return self.manifest
 
     def _weights_digest(self, name: str) -> str:
-        names = self.published.names
-        if name not in names:
-            raise ConfigError(f"{self.root} has no weights called {name!r}; it has {', '.join(sorted(names))}")
-        return names[name]
+        return self.published.weighting(name, store=self.root)
 
     def _map_replaceable(self, name: str) -> NDArray[Any]:
         """An array of the neighbour graph or of weights; it has one possible shape."""
@@ -386,6 +391,18 @@ def open_store(path: str | Path, *, partial: bool = False) -> EmbeddingStore:
         refuse_misfits(spec, state)
         return EmbeddingStore(root, None, state, spec)
     return follow_manifest(lambda: read_committed(root, MANIFEST), lambda manifest: _open(root, manifest, state))
+
+
+def require_published(root: Path) -> None:
+    """Refuse what is not a finished store.
+
+    Raises
+    ------
+    StoreNotFoundError, IncompleteStoreError
+    """
+    require_store(root)
+    if not os.path.lexists(root / MANIFEST):
+        raise _incomplete(root, read_journal(root))
 
 
 def open_published(root: Path) -> EmbeddingStore | None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from numpy.typing import NDArray
 
 from embstore.core.decode import printable
 from embstore.core.errors import CorruptStoreError, EmbstoreError, StorageError
-from embstore.core.files import file_problem, file_size, map_array, read_committed, reading_problem
+from embstore.core.events import Observer, ignore, stage
+from embstore.core.files import file_problem, read_committed, reading_problem
 from embstore.core.format import (
     ARRAY_METADATA,
     BASIS,
     CHUNKS,
     COORDINATE_MAP,
+    DEFAULT_WEIGHTS,
     JOURNAL,
     LOCK,
     MANIFEST,
@@ -44,7 +47,6 @@ from embstore.core.format import (
     chunk_name,
     decode_manifest,
     weights_paths,
-    weights_problem,
 )
 from embstore.core.plan import grid_of, misfit
 from embstore.core.records import JournalState, PromptsRecord, WindowRecord, chunk_table, decode_journal, replay
@@ -52,7 +54,8 @@ from embstore.core.rows import slices
 from embstore.core.spec import StoreSpec, array_metadata, decode_spec
 from embstore.storage.chunks import decode_chunk, read_chunk
 from embstore.storage.journal import journal_bytes
-from embstore.storage.row_files import ROW_FILES, RowFileCheck, header_problem, row_files
+from embstore.storage.listed_files import ListedFiles
+from embstore.storage.row_files import ROW_FILES, RowFileCheck, header, header_problem, row_bytes, row_files
 from embstore.storage.rows_copy import CopyCheck, has_copy, is_description
 
 NORM_TOLERANCE = 2e-3  # float16 rounding moves the norm of a unit row by about 2e-4
@@ -94,10 +97,13 @@ class VerifyReport:
     reused: list[tuple[int, int]]
 
 
-def check_stage0(root: Path, record: PromptsRecord) -> None:
-    """Compare the stage-0 files with their commit; the first that differs is a CorruptStoreError."""
+def check_stage0(root: Path, record: PromptsRecord, advance: Callable[[int], None] = lambda count: None) -> None:
+    """Compare the stage-0 files with their commit; the first that differs is a CorruptStoreError.
+
+    ``advance`` is called with the number of bytes read since the last call.
+    """
     for name, digest in record.files.items():
-        problem = file_problem(root, name, digest)
+        problem = file_problem(root, name, digest, seen=lambda block: advance(len(block)))
         if problem is not None:
             raise CorruptStoreError(f"{name} {problem}", hint=f"run embstore verify {root}; stage 0 cannot be recomputed")
 
@@ -129,8 +135,8 @@ def damaged_windows(
             yield record.window, f"{finding.path}: {finding.message}"
 
 
-def verify_store(root: Path) -> VerifyReport:
-    """Check every checksum, and rows for finiteness and norm. Memory: one chunk.
+def verify_store(root: Path, observer: Observer = ignore) -> VerifyReport:
+    """Check every checksum, and rows for finiteness and norm; each file is read once. Memory: one chunk.
 
     Raises
     ------
@@ -153,36 +159,26 @@ def verify_store(root: Path) -> VerifyReport:
         else:
             notes.append(f"{JOURNAL} {torn}, which was never acknowledged; a resume removes it")
     digests = _expected_digests(state, manifest, findings)
-    total_bytes = 0
-    for name, digest in digests.items():
-        total_bytes += digest.bytes
-        # row files are read window by window below
-        if name not in ROW_FILES and (problem := file_problem(root, name, digest)) is not None:
-            findings.append(Finding(path=name, message=f"{problem}{_ONLY_ANEW if name in ONLY_A_NEW_BUILD else ''}"))
-    spec = _read_spec(root, state, findings)
-    num_chunks = 0
-    copy = None
-    if spec is not None:
+    sizes = [digest.bytes for digest in digests.values()]
+    chunk_sizes = [chunk.bytes for window in state.windows.values() for chunk in window.chunks]
+    with stage(observer, "verify", sum(sizes) + sum(chunk_sizes), "bytes") as advance:
+        owners = _owners(manifest)
+        plain = {name: digest for name, digest in digests.items() if name not in ROW_FILES}  # others: window by window
+        read = ListedFiles(root, plain, [name for name in owners if name.endswith(".npy")], advance)
         findings += [
-            Finding(path=name, message=problem)
-            for name in row_files(spec)
-            if (problem := header_problem(root, spec, name)) is not None
+            Finding(path=name, message=problem + _what_helps(root, name, owners.get(name, ())))
+            for name, problem in read.problems.items()
         ]
-        listed = manifest.files if manifest is not None else {}
-        checks = [RowFileCheck(root, spec, name, listed.get(name)) for name in row_files(spec)]
-        shape = (spec.rows, spec.embedding.dimension)
-        copy = CopyCheck(root, shape) if has_copy(root, shape) else None
-        for window in state.windows.values():
-            findings += _window_findings(root, spec, window, checks, decode=True, copy=copy)
-            num_chunks += len(window.chunks)
-            total_bytes += sum(chunk.bytes for chunk in window.chunks)
-        for file in checks:
-            if (problem := file.problem()) is not None:
-                findings.append(Finding(path=file.name, message=problem))
+        copy, spec = None, _read_spec(root, state, read, findings)
+        if spec is not None:
+            sizes += chunk_sizes
+            shape = (spec.rows, spec.embedding.dimension)
+            copy = CopyCheck(root, shape) if has_copy(root, shape) else None
+            findings += _row_findings(root, spec, state, manifest, copy, advance)
         if copy is not None and copy.problem is not None:
             notes.append(f"{ROWS_COPY} {copy.problem}{_NOT_NEEDED}")
-        if manifest is not None:
-            findings += _published_findings(root, spec, state, manifest)
+        if spec is not None and manifest is not None:
+            findings += _published_findings(spec, state, manifest, read)
             astray, copied = _look_at_links(root, manifest)
             findings += astray
             notes += copied
@@ -191,8 +187,8 @@ def verify_store(root: Path) -> VerifyReport:
         is_complete=is_complete,
         committed_rows=state.committed_rows,
         total_rows=state.prompts.rows if state.prompts else 0,
-        files=len(digests) + num_chunks,
-        bytes=total_bytes,
+        files=len(sizes),
+        bytes=sum(sizes),
         findings=findings,
         notes=notes,
         reused=[(rows.start, rows.stop) for rows in state.reused],
@@ -214,6 +210,25 @@ def _expected_digests(state: JournalState, manifest: Manifest | None, findings: 
     return {**manifest.files, **digests}
 
 
+def _owners(manifest: Manifest | None) -> dict[str, list[str]]:
+    """Names of the weightings that have a file, by its path."""
+    owners: dict[str, list[str]] = {}
+    for name, digest in sorted(manifest.names.items()) if manifest is not None else ():
+        for path in weights_paths(digest):
+            owners.setdefault(path, []).append(name)
+    return owners
+
+
+def _what_helps(root: Path, name: str, owners: Sequence[str]) -> str:
+    """What to do about a damaged file, where it is not ``--repair``."""
+    if name in ONLY_A_NEW_BUILD:
+        return _ONLY_ANEW
+    if owners and DEFAULT_WEIGHTS not in owners:
+        drop = shlex.join(["embstore", "weights", str(root), *(f"--drop={owner}" for owner in owners)])
+        return f"; to do without these weights: {drop}"
+    return ""
+
+
 def _read_manifest(root: Path, findings: list[Finding]) -> Manifest | None:
     if not os.path.lexists(root / MANIFEST):
         return None
@@ -229,24 +244,48 @@ def _read_manifest(root: Path, findings: list[Finding]) -> Manifest | None:
     return manifest
 
 
-def _read_spec(root: Path, state: JournalState, findings: list[Finding]) -> StoreSpec | None:
+def _read_spec(root: Path, state: JournalState, read: ListedFiles, findings: list[Finding]) -> StoreSpec | None:
     if state.spec is None:
         if state.windows or os.path.lexists(root / MANIFEST):
             findings.append(Finding(path=JOURNAL, message="does not commit a spec, but there are rows or a manifest"))
         return None
-    if file_problem(root, SPEC, state.spec.files[SPEC]) is not None:
+    if SPEC not in read.contents:
         return None  # reported with the other digests
     try:
-        spec = decode_spec(read_committed(root, SPEC))
+        spec = decode_spec(read.contents[SPEC])
     except EmbstoreError as error:
-        problem = reading_problem(root, SPEC, error) if isinstance(error, StorageError) else str(error)
-        findings.append(Finding(path=SPEC, message=problem))
+        findings.append(Finding(path=SPEC, message=str(error)))
         return None
-    if _differs(root, ARRAY_METADATA, array_metadata(spec)):
+    if read.differs(ARRAY_METADATA, array_metadata(spec)):
         findings.append(Finding(path=ARRAY_METADATA, message="does not match the array in spec.json"))
     if state.prompts is None or state.prompts.rows != spec.rows:
         findings.append(Finding(path=JOURNAL, message=f"does not commit the prompts of the {spec.rows} rows of {SPEC}"))
     return spec
+
+
+def _row_findings(
+    root: Path,
+    spec: StoreSpec,
+    state: JournalState,
+    manifest: Manifest | None,
+    copy: CopyCheck | None,
+    advance: Callable[[int], None],
+) -> Iterator[Finding]:
+    """What is wrong with chunks and row files; ``copy`` is compared with the rows meanwhile."""
+    for name in row_files(spec):
+        if (problem := header_problem(root, spec, name)) is not None:
+            yield Finding(path=name, message=problem)
+    listed = manifest.files if manifest is not None else {}
+    checks = [RowFileCheck(root, spec, name, listed.get(name)) for name in row_files(spec)]
+    sealed = [name for name in row_files(spec) if name in listed]
+    advance(sum(len(header(spec, name)) for name in sealed))
+    row_width = sum(row_bytes(spec, name) for name in sealed)
+    for window in state.windows.values():
+        yield from _window_findings(root, spec, window, checks, decode=True, copy=copy, advance=advance)
+        advance((window.stop - window.start) * row_width)
+    for file in checks:
+        if (problem := file.problem()) is not None:
+            yield Finding(path=file.name, message=problem)
 
 
 def _window_findings(
@@ -257,6 +296,7 @@ def _window_findings(
     *,
     decode: bool,
     copy: CopyCheck | None = None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Finding]:
     grid = grid_of(spec)
     if misfit(grid, record):
@@ -274,6 +314,7 @@ def _window_findings(
             problem = str(error)
         except StorageError as error:
             problem = reading_problem(root, path, error)
+        advance(chunk.bytes)
         if problem is not None:
             yield Finding(path=path, message=problem, window=record.window)
     for file in checks:
@@ -301,7 +342,7 @@ def _row_problem(data: bytes, spec: StoreSpec, index: int, failed: NDArray[np.in
     return None
 
 
-def _published_findings(root: Path, spec: StoreSpec, state: JournalState, manifest: Manifest) -> Iterator[Finding]:
+def _published_findings(spec: StoreSpec, state: JournalState, manifest: Manifest, read: ListedFiles) -> Iterator[Finding]:
     """What the manifest promises beyond bytes: every row is committed, weights are valid."""
     if (manifest.rows, manifest.dimension) != (spec.rows, spec.embedding.dimension) or state.committed_rows != spec.rows:
         message = (
@@ -313,17 +354,10 @@ def _published_findings(root: Path, spec: StoreSpec, state: JournalState, manife
         if name not in manifest.files:
             yield Finding(path=MANIFEST, message=f"does not list {name}, which {SPEC} asks for")
     chunks = [chunk for window in state.windows.values() for chunk in window.chunks]
-    if _differs(root, CHUNKS, chunk_table(chunks)):
+    if read.differs(CHUNKS, chunk_table(chunks)):
         yield Finding(path=CHUNKS, message="differs from the chunks in the journal")
-    for digest in sorted(set(manifest.names.values())):
-        name = weights_paths(digest)[0]
-        try:
-            problem = weights_problem(map_array(root, name, "<f4", (spec.rows,)))
-        except CorruptStoreError as error:
-            problem = str(error)
-        except StorageError as error:
-            problem = reading_problem(root, name, error)
-        if problem is not None:
+    for name, values in sorted(read.values.items()):
+        if (problem := values.problem(spec.rows)) is not None:
             yield Finding(path=name, message=problem)
 
 
@@ -333,7 +367,7 @@ def _look_at_links(root: Path, manifest: Manifest) -> tuple[list[Finding], list[
     A copy in place of a link, or none, is only a note: not every file system or program that copies stores has links. The
     description of a copy of the rows may be there whether the copy still is or not.
     """
-    links = dict(zip((WEIGHTS_LINK, METADATA_LINK), weights_paths(manifest.names["default"]), strict=True))
+    links = dict(zip((WEIGHTS_LINK, METADATA_LINK), weights_paths(manifest.names[DEFAULT_WEIGHTS]), strict=True))
     astray, notes = dict(links), []
     for look in range(_LINK_LOOKS):
         time.sleep(_LINK_SECONDS if look else 0)
@@ -363,17 +397,6 @@ def _leads_to(link: Path, target: str) -> bool:
         return False
 
 
-def _differs(root: Path, name: str, expected: bytes) -> bool:
-    """Whether a file differs from the bytes that follow from the rest of the store; unreadable is not reported twice."""
-    try:
-        return file_size(root, name) != len(expected) or read_committed(root, name, limit=len(expected)) != expected
-    except StorageError as error:
-        reading_problem(root, name, error)
-    except CorruptStoreError:
-        pass
-    return False
-
-
 def _strays(
     root: Path, spec: StoreSpec | None, state: JournalState, manifest: Manifest | None, others: set[str]
 ) -> list[str]:
@@ -387,22 +410,28 @@ def _strays(
     scratch = {WORK} if manifest is not None else {WORK, NEIGHBORS, WEIGHTS}
     strays: list[str] = []
     folders = [""]
-    while folders and len(strays) < _MOST_STRAYS:
+    while folders and len(strays) <= _MOST_STRAYS:
         folder = folders.pop()
         try:
-            with os.scandir(root / folder) as entries:
-                listed = [(f"{folder}{entry.name}", entry.is_dir(follow_symlinks=False)) for entry in entries]
+            with os.scandir(root / folder) as entries:  # one entry at a time: there may be a million chunks
+                for entry in entries:
+                    name = f"{folder}{entry.name}"
+                    if entry.is_dir(follow_symlinks=False):
+                        folders += [f"{name}/"] if name not in scratch else []
+                    elif name not in known and (note := _stray(name, num_chunks, committed)) is not None:
+                        strays.append(note)
+                        if len(strays) > _MOST_STRAYS:
+                            break
         except OSError as error:  # a path can be longer than the kernel accepts
             strays.append(f"{printable(folder)[:200]} cannot be read ({error.strerror})")
-            continue
-        folders += [f"{name}/" for name, is_folder in listed if is_folder and name not in scratch]
-        files = [name for name, is_folder in listed if not is_folder and name not in known]
-        chunks = {name: _CHUNK_NAME.fullmatch(name) for name in files}
-        strays += [
-            f"{printable(name)} {_NO_FILE if chunk is None or int(chunk[1]) >= num_chunks else _NOT_COMMITTED}"
-            for name, chunk in chunks.items()
-            if chunk is None or int(chunk[1]) not in committed
-        ]
     if len(strays) > _MOST_STRAYS:
         return [*sorted(strays)[:_MOST_STRAYS], f"more than {_MOST_STRAYS} files do not belong to this store"]
     return sorted(strays)
+
+
+def _stray(name: str, num_chunks: int, committed: Container[int]) -> str | None:
+    """The note on a file that no record names, None for a committed chunk."""
+    chunk = _CHUNK_NAME.fullmatch(name)
+    if chunk is not None and int(chunk[1]) in committed:
+        return None
+    return f"{printable(name)} {_NO_FILE if chunk is None or int(chunk[1]) >= num_chunks else _NOT_COMMITTED}"

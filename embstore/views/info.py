@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from embstore.core.density import mean_distance
 from embstore.core.errors import EmbstoreError
+from embstore.core.events import Observer, ignore
 from embstore.core.files import read_committed
 from embstore.core.format import (
     ARRAY_METADATA,
@@ -178,7 +179,7 @@ def neighbors_of(path: str | Path, prompt_id: str, *, count: int = 10) -> list[N
     ]
 
 
-def verify(path: str | Path, *, repair: bool = False) -> VerifyReport:
+def verify(path: str | Path, *, repair: bool = False, observer: Observer = ignore) -> VerifyReport:
     """Check every checksum, finiteness, norms and strays.
 
     Parameters
@@ -188,7 +189,9 @@ def verify(path: str | Path, *, repair: bool = False) -> VerifyReport:
     repair
         Unpublish a damaged store and demote its damaged windows, so that ``build --resume`` recomputes the damage: those
         windows only, neighbours, weights, small files. Prompts, spec and basis, which only a new build could make, are not
-        touched. Sound weightings with names other than ``default`` are published again.
+        touched. Sound weightings are published again, the default as ``default@DIGEST`` if the resume makes another.
+    observer
+        Called with the progress, ``core.events``; must return quickly.
 
     Returns
     -------
@@ -202,10 +205,10 @@ def verify(path: str | Path, *, repair: bool = False) -> VerifyReport:
     root = Path(path)
     require_store(root)
     if not repair:
-        return _verify_standing(root)
+        return _verify_standing(root, observer)
     lock = lock_store(root)
     try:
-        report = verify_store(root)  # before the writer cleans up after a dead one
+        report = verify_store(root, observer)  # before the writer cleans up after a dead one
         lacks_commits = report.is_complete and not 0 < report.total_rows == report.committed_rows
         unpublishes = lacks_commits or any(finding.path not in _NOT_BY_A_RESUME for finding in report.findings)
     except BaseException:
@@ -222,11 +225,11 @@ def verify(path: str | Path, *, repair: bool = False) -> VerifyReport:
     return report
 
 
-def _verify_standing(root: Path) -> VerifyReport:
+def _verify_standing(root: Path, observer: Observer) -> VerifyReport:
     """A report on one published version: read again if a writer published another meanwhile."""
     while True:
         before = _manifest_bytes(root)
-        report = verify_store(root)
+        report = verify_store(root, observer)
         if not report.findings or _manifest_bytes(root) == before:
             return report
 

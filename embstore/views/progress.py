@@ -5,6 +5,7 @@ Progress counts committed rows only: it never shows work that a crash would lose
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 from typing import Self
@@ -49,6 +50,7 @@ _TITLES = {
     "audit": "audit",
     "rerank": "re-ranking",
     "publish": "publishing",
+    "verify": "checking every byte",
 }
 
 
@@ -202,6 +204,11 @@ class TerminalObserver:
         self._progress.stop_task(task)
         if self._plain and (event.stage in _COUNTED or event.seconds >= _QUIET_SECONDS):
             self._console.print(f"{_TITLES[event.stage]}: done in {event.seconds:.1f} s", highlight=False)
+
+
+def on_stderr() -> TerminalObserver:
+    """An observer on stderr, whose lines are whole where it is not a terminal."""
+    return TerminalObserver(Console(stderr=True, soft_wrap=not sys.stderr.isatty()))
 
 
 def preflight_line(event: Preflight) -> str:

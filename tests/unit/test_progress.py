@@ -25,6 +25,7 @@ from embstore.core.events import (
     StageStarted,
     stage,
 )
+from embstore.core.format import STAGE0_FILES
 from embstore.flow.array_import import import_array
 from embstore.flow.build import build
 from embstore.flow.dry_run import preflight
@@ -86,6 +87,10 @@ def test_every_part_of_a_build_and_of_a_resume_is_a_stage(prompts: Path, config:
     assert sorted(_finished(resumed)) == sorted(event.stage for event in resumed if isinstance(event, StageStarted))
     readback = [event for event in resumed if isinstance(event, StageStarted | StageAdvanced) and event.stage == "readback"]
     assert readback == [StageStarted(stage="readback", total=1, unit="windows"), StageAdvanced(stage="readback", count=1)]
+    check = [event for event in resumed if isinstance(event, StageStarted | StageAdvanced) and event.stage == "check"]
+    read = sum((tmp_path / "store" / name).stat().st_size for name in STAGE0_FILES)
+    assert check[0] == StageStarted(stage="check", total=read, unit="bytes")
+    assert sum(event.count for event in check if isinstance(event, StageAdvanced)) == read
     assert set(RESUMED[:5]) <= report.seconds.keys(), "the report says what each took"
 
 

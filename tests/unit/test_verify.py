@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from typer.testing import CliRunner
 from embstore.cli import app
 from embstore.core.config import WeightingConfig
 from embstore.core.errors import CorruptStoreError, ExitCode, IdentityMismatchError, StoreLockedError
+from embstore.core.events import Event, StageAdvanced, StageFinished, StageStarted
 from embstore.core.format import STAGE0_FILES, FileDigest, chunk_name, decode_manifest
 from embstore.core.records import (
     DemotedRecord,
@@ -28,6 +33,7 @@ from embstore.core.records import (
 from embstore.flow.artifact import recompute_weights
 from embstore.storage.chunks import encode_chunk
 from embstore.storage.reader import open_store
+from embstore.storage.row_files import ROW_FILES
 from embstore.storage.writer import StoreWriter
 from embstore.views.info import inspect, verify
 from tests.support.build_fake import CONFIG
@@ -129,20 +135,99 @@ def test_a_damaged_row_is_never_sealed_even_when_the_journal_is_trusted(unfinish
     assert not (unfinished / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("name", ["coordinates.npy", "residuals.npy", "sequences.npy"])
-def test_a_sound_row_file_is_read_once(name: str, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, read = os.pread, 0
+def _counting_reads(monkeypatch: pytest.MonkeyPatch, root: Path) -> Counter[str]:
+    """Bytes read of each file of a store from here on. Nothing may be mapped: that cannot be counted."""
+    real, read = os.pread, Counter[str]()
 
     def counted(handle: int, size: int, offset: int) -> bytes:
-        nonlocal read
         data = real(handle, size, offset)
-        read += len(data) * (Path(f"/proc/self/fd/{handle}").readlink().name == name)
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        if path.is_relative_to(root):
+            read[path.relative_to(root).as_posix()] += len(data)
+        return data
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("a file is mapped")
+
+    monkeypatch.setattr(os, "pread", counted)
+    monkeypatch.setattr(np, "memmap", refused)
+    return read
+
+
+@pytest.mark.parametrize("fixture", ["store", "unfinished"])
+def test_every_file_is_read_once_and_its_bytes_are_the_progress(
+    fixture: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store: Path = request.getfixturevalue(fixture)
+    if fixture == "store":
+        recompute_weights(store, WeightingConfig(gamma=2))
+        recompute_weights(store, WeightingConfig(gamma=4), name="sharp")
+    events: list[Event] = []
+    with monkeypatch.context() as patch:
+        read = _counting_reads(patch, store)
+        report = verify(store, observer=events.append)
+    assert report.findings == []
+    sizes = {
+        path.relative_to(store).as_posix(): path for path in store.rglob("*") if path.is_file() and not path.is_symlink()
+    }
+    sizes = {name: path for name, path in sizes.items() if name not in ("runs.jsonl", ".lock")}
+    assert read.keys() == sizes.keys()
+    for name, path in sizes.items():
+        size, times = path.stat().st_size, 2 if name == "manifest.json" else 1  # is it still the same manifest?
+        if fixture == "unfinished" and name in ROW_FILES:
+            assert read[name] <= size + 1024
+        else:
+            assert times * size <= read[name] <= times * size + 1024, f"{name}: every byte, and a look at the header"
+    (started,) = [event for event in events if isinstance(event, StageStarted)]
+    assert (started.stage, started.unit) == ("verify", "bytes")
+    assert started.total == report.bytes == sum(event.count for event in events if isinstance(event, StageAdvanced))
+    assert isinstance(events[-1], StageFinished)
+
+
+def test_the_line_map_is_read_without_the_prompts(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_store(store)
+    real, read = os.pread, Counter[str]()
+
+    def counted(handle: int, size: int, offset: int) -> bytes:
+        data = real(handle, size, offset)
+        read[Path(f"/proc/self/fd/{handle}").readlink().name] += len(data)
         return data
 
     monkeypatch.setattr(os, "pread", counted)
-    assert verify(store).findings == []
-    size = (store / name).stat().st_size
-    assert size <= read < size + 1024, "every byte, and a few looks at the header"
+    assert len(opened.line_rows) == 73
+    assert read["prompts.jsonl"] == 0
+
+
+def test_a_folder_of_any_length_is_looked_through_in_little_memory(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store may have a million chunk files: their names are looked at one by one."""
+
+    class Entry:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def is_dir(self, *, follow_symlinks: bool) -> bool:
+            return False
+
+    real, count = os.scandir, 50_000
+
+    @contextlib.contextmanager
+    def many(folder: Path) -> Iterator[Iterator[Any]]:
+        if Path(folder).name == "embeddings.zarr":
+            yield (Entry(f"c.{number % NUM_CHUNKS}.0") for number in range(count))
+        else:
+            with real(folder) as found:
+                yield found
+
+    assert verify(store).notes == []  # what is loaded on first use is loaded
+    monkeypatch.setattr(os, "scandir", many)
+    monkeypatch.setattr("embstore.core.files._READ_BYTES", 1 << 16)
+    tracemalloc.start()
+    try:
+        assert verify(store).notes == []
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 50 * count, "a list would take 150 bytes a name"
 
 
 @pytest.mark.parametrize("name", ["coordinates.npy", "residuals.npy", "sequences.npy"])
