@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from embstore.flow.array_import import import_array
-    from embstore.flow.artifact import recompute_weights
+    from embstore.flow.artifact import drop_weights, list_weights, recompute_weights
     from embstore.flow.build import BuildReport, build
     from embstore.flow.online import DensityAwareSampler
     from embstore.storage.reader import EmbeddingStore, open_store
@@ -26,9 +26,11 @@ _HOMES = {
     "EmbeddingStore": "embstore.storage.reader",
     "build": "embstore.flow.build",
     "compare": "embstore.views.comparison",
+    "drop_weights": "embstore.flow.artifact",
     "export_store": "embstore.views.export",
     "import_array": "embstore.flow.array_import",
     "inspect": "embstore.views.info",
+    "list_weights": "embstore.flow.artifact",
     "open_store": "embstore.storage.reader",
     "recompute_weights": "embstore.flow.artifact",
     "verify": "embstore.views.info",
@@ -41,9 +43,11 @@ __all__ = [
     "__version__",
     "build",
     "compare",
+    "drop_weights",
     "export_store",
     "import_array",
     "inspect",
+    "list_weights",
     "open_store",
     "recompute_weights",
     "verify",

@@ -1,4 +1,4 @@
-"""``embstore weights``: new weights, no search."""
+"""``embstore weights``: new weights, no search; and the list of those that a store has."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import typer
 from embstore.cli.frame import AsJson, Store, app, print_json, reporting
 from embstore.cli.options import takes
 from embstore.core.config import WeightingConfig
+from embstore.core.errors import ConfigError
+from embstore.core.format import DEFAULT_WEIGHTS
 
 
 @app.command()
@@ -18,13 +20,37 @@ def weights(
     store: Store,
     *,
     config: WeightingConfig,
-    name: Annotated[str, typer.Option(help="Store the weights under this name; other names are kept.")] = "default",
+    name: Annotated[
+        str, typer.Option(help="Store the weights under this name. Those that had it stay, as NAME@DIGEST.")
+    ] = DEFAULT_WEIGHTS,
+    listed: Annotated[bool, typer.Option("--list", help="List the weights of the store, and compute none.")] = False,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(help="Delete these weights, and compute none. Runs that began with them cannot be resumed."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compute new weights without a new search, in seconds."""
+    """Compute new weights without a new search, in seconds.
+
+    Weights that were replaced stay, 4 bytes a prompt, because training runs may use them.
+    """
     from embstore.flow import artifact  # noqa: PLC0415
     from embstore.views import info, terminal  # noqa: PLC0415
 
+    if listed or drop:
+        if config != WeightingConfig() or name != DEFAULT_WEIGHTS:
+            raise ConfigError(
+                "--list and --drop compute no weights, so they take no options of weights",
+                hint="leave out all options but --list, --drop and --json",
+            )
+        if drop:
+            artifact.drop_weights(store, drop)
+        found = artifact.list_weights(store)
+        if as_json:
+            print_json(found)
+        else:
+            terminal.print_weightings(terminal.results(), found)
+        return
     metadata = artifact.recompute_weights(store, config, name=name)
     if as_json:
         print_json(metadata)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,30 +27,35 @@ from embstore.core.density import (
 )
 from embstore.core.diagnostics import concerns, hubness, rank_correlation
 from embstore.core.errors import ConfigError, CorruptStoreError
-from embstore.core.files import file_problem
+from embstore.core.files import check_content, file_problem, read_committed
 from embstore.core.format import (
     CHUNKS,
     COORDINATES,
+    DEFAULT_WEIGHTS,
     FORMAT_VERSION,
+    MANIFEST,
     NEIGHBORS,
     WEIGHTS,
     FileDigest,
     JsonObject,
     Manifest,
     canonical_json,
+    decode_manifest,
+    decode_metadata,
     document,
+    follow_manifest,
+    is_superseded_name,
     is_weights_name,
     neighbors_paths,
+    superseded_name,
     weights_paths,
 )
 from embstore.core.records import JournalState, chunk_table
 from embstore.core.spec import StoreSpec
 from embstore.storage.atomic import make_directory, save_array, write_durable
-from embstore.storage.reader import EmbeddingStore, open_store
+from embstore.storage.reader import EmbeddingStore, open_store, require_published
 from embstore.storage.row_files import row_files
 from embstore.storage.writer import StoreWriter
-
-DEFAULT_NAME = "default"
 
 
 def short_digest(value: object) -> str:
@@ -150,16 +155,21 @@ def publish(
 ) -> Manifest:
     """Seal the row files, write the chunk table, and publish the manifest.
 
-    ``kept`` is the current manifest, None if there is none (a repair takes it back). Its other named weights stay listed;
-    files that only it lists are deleted.
+    ``kept`` is the current manifest, None if there is none (a repair takes it back). All its weights stay listed, because
+    training runs may use them; those that ``name`` had are called by name and digest from now on. Other files that only it
+    lists are deleted.
     """
     state = writer.state
     if state.prompts is None or state.spec is None:
         raise CorruptStoreError(
             "journal.jsonl does not commit the prompts and the spec that a manifest lists", hint="run embstore verify STORE"
         )
-    others = _other_weightings(writer, kept, name)
-    names = {DEFAULT_NAME: weights.digest, **{other: digest for other, (digest, _) in others.items()}, name: weights.digest}
+    others = _other_weightings(writer, kept, name, weights.digest)
+    names = {
+        DEFAULT_WEIGHTS: weights.digest,
+        **{other: digest for other, (digest, _) in others.items()},
+        name: weights.digest,
+    }
     files = {path: digest for _, listed in others.values() for path, digest in listed.items()}
     files |= state.prompts.files | state.spec.files | neighbors.files | weights.files
     if kept is None:
@@ -182,20 +192,27 @@ def publish(
     return manifest
 
 
-def _other_weightings(writer: StoreWriter, kept: Manifest | None, name: str) -> dict[str, tuple[str, dict[str, FileDigest]]]:
-    """Weightings that stay: digest and files by name. After a repair, only those with sound files."""
+def _other_weightings(
+    writer: StoreWriter, kept: Manifest | None, name: str, digest: str
+) -> dict[str, tuple[str, dict[str, FileDigest]]]:
+    """Weightings that stay when ``name`` gets ``digest``: digest and files by name. After a repair, only sound ones."""
     before = kept or writer.withdrawn()
     if before is None:
         return {}
     found = {}
-    for other, digest in before.names.items():
-        files = {path: before.files[path] for path in weights_paths(digest)}
-        if other != name and (kept or all(file_problem(writer.root, path, files[path]) is None for path in files)):
-            found[other] = digest, files
+    for other, own in before.names.items():
+        files = {path: before.files[path] for path in weights_paths(own)}
+        if (other, own) == (name, digest) or not (kept or _are_sound(writer.root, files)):
+            continue
+        found[superseded_name(name, own) if other == name else other] = own, files
     return found
 
 
-def recompute_weights(path: str | Path, config: WeightingConfig, *, name: str = DEFAULT_NAME) -> JsonObject:
+def _are_sound(root: Path, files: Mapping[str, FileDigest]) -> bool:
+    return all(file_problem(root, path, digest) is None for path, digest in files.items())
+
+
+def recompute_weights(path: str | Path, config: WeightingConfig, *, name: str = DEFAULT_WEIGHTS) -> JsonObject:
     """New weights from the neighbours that a store already has, in seconds and without a search.
 
     Parameters
@@ -205,7 +222,8 @@ def recompute_weights(path: str | Path, config: WeightingConfig, *, name: str = 
     config
         Method, k (at most the neighbours kept), gamma or target_ess, uniform_mix, max_ratio, duplicates.
     name
-        ``default`` replaces the weights that training uses; weights of another name are kept in addition.
+        ``default`` replaces the weights that training uses; weights of another name are kept in addition. What had this name
+        stays as ``NAME@DIGEST``, until ``drop_weights``.
 
     Returns
     -------
@@ -221,6 +239,11 @@ def recompute_weights(path: str | Path, config: WeightingConfig, *, name: str = 
             f"the name of weights must be one line of 1 to 200 characters without a slash, got {shown(name)}",
             hint="give another --name",
         )
+    if is_superseded_name(name):
+        raise ConfigError(
+            f"{name} is a name for weights that were replaced, which embstore gives",
+            hint="give another --name",
+        )
     store = open_store(path)
     with StoreWriter(store.root, resume=True) as writer:
         store = open_store(path)  # again: under the lock it cannot be replaced
@@ -230,6 +253,94 @@ def recompute_weights(path: str | Path, config: WeightingConfig, *, name: str = 
         weights = write_weights(store.root, store.spec, writer.state, neighbors, store.residuals, config)
         publish(writer, store.spec, neighbors, weights, name=name, kept=store.manifest)
     return weights.metadata
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weighting:
+    """One weighting of a store. Names of one ``digest`` share its files, of ``bytes`` in all."""
+
+    name: str
+    digest: str
+    weighting: str
+    k: int
+    gamma: float
+    ess_share: float
+    bytes: int
+
+
+def list_weights(path: str | Path) -> list[Weighting]:
+    """The weightings of a finished store: the default, other names, and then those that were replaced.
+
+    Raises
+    ------
+    StoreNotFoundError, IncompleteStoreError, CorruptStoreError
+        There is no finished store, or the metadata of a weighting is damaged.
+    """
+    root = Path(path)
+    require_published(root)
+    return follow_manifest(lambda: read_committed(root, MANIFEST), lambda manifest: _weightings(root, manifest))
+
+
+def _weightings(root: Path, manifest: Manifest) -> list[Weighting]:
+    found = []
+    for name in sorted(manifest.names, key=lambda name: (is_superseded_name(name), name != DEFAULT_WEIGHTS, name)):
+        paths = weights_paths(manifest.names[name])
+        content = read_committed(root, paths[1])
+        check_content(root, paths[1], [content], manifest.files[paths[1]])
+        metadata = decode_metadata(content, name=paths[1])
+        found.append(
+            Weighting(
+                name=name,
+                digest=manifest.names[name],
+                weighting=metadata["weighting"]["weighting"],
+                k=metadata["weighting"]["k"],
+                gamma=metadata["weighting"]["gamma"],
+                ess_share=metadata["ess_share"],
+                bytes=sum(manifest.files[each].bytes for each in paths),
+            )
+        )
+    return found
+
+
+def drop_weights(path: str | Path, names: Sequence[str]) -> None:
+    """Take weightings out of a finished store, all of ``names`` or none; files without another name are deleted.
+
+    Runs that were begun with them cannot be resumed any more. Damaged ones can be dropped, too.
+
+    Raises
+    ------
+    ConfigError
+        A name is unknown, or is that of the default, which training maps.
+    StoreNotFoundError, IncompleteStoreError, StoreLockedError, CorruptStoreError
+        There is no finished store, it is being written, or its manifest is damaged.
+    """
+    root = Path(path)
+    require_published(root)
+    with StoreWriter(root, resume=True) as writer:
+        require_published(root)  # again: under the lock nobody takes it back
+        manifest = decode_manifest(read_committed(root, MANIFEST))
+        for name in names:
+            _refuse_to_drop(root, manifest, name)
+        kept = {name: digest for name, digest in manifest.names.items() if name not in names}
+        gone = {path for name in names for path in weights_paths(manifest.names[name])}
+        gone -= {path for digest in kept.values() for path in weights_paths(digest)}
+        files = {path: digest for path, digest in manifest.files.items() if path not in gone}
+        writer.publish(dataclasses.replace(manifest, names=kept, files=files))
+
+
+def _refuse_to_drop(root: Path, manifest: Manifest, name: str) -> None:
+    digest = manifest.weighting(name, store=root)
+    owner = name if name in manifest.names else name.removesuffix(f"@{digest}")
+    if owner == DEFAULT_WEIGHTS:
+        raise ConfigError(
+            f"{name} cannot be dropped: training maps these weights, and a store without them is not finished",
+            hint=f"embstore weights {root} makes new ones; the old ones can be dropped then, as {DEFAULT_WEIGHTS}@{digest}",
+        )
+    if owner != name:
+        raise ConfigError(
+            f"{name} are the weights that {owner} has now",
+            hint=f"by that name they can be dropped: embstore weights {root} --drop {owner}",
+        )
 
 
 def read_neighbors(store: EmbeddingStore) -> NeighborFiles:

@@ -27,7 +27,7 @@ from embstore.core.events import (
     ignore,
 )
 from embstore.core.files import map_array, storage_errors
-from embstore.core.format import QUARANTINE, RESIDUALS, JsonObject
+from embstore.core.format import DEFAULT_WEIGHTS, QUARANTINE, RESIDUALS, JsonObject
 from embstore.core.interfaces import Embedder, EmbedderSource, Job
 from embstore.core.plan import plan
 from embstore.core.records import REFUSED_BY_TEMPLATE, WindowRecord
@@ -35,7 +35,6 @@ from embstore.core.spec import StoreSpec
 from embstore.engines.ray import refuse_missing
 from embstore.flow.admission import commit_spec, warn_of_place
 from embstore.flow.artifact import (
-    DEFAULT_NAME,
     NeighborFiles,
     WeightFiles,
     extremes,
@@ -340,9 +339,9 @@ def _publish_weights(run: Run, spec: StoreSpec, neighbors: NeighborFiles, finish
         )
         weights = write_weights(run.writer.root, spec, run.writer.state, neighbors, residual_N, run.config.weighting)
         kept = finished.manifest if finished is not None else None
-        if kept is None or kept.names.get(DEFAULT_NAME) != weights.digest or kept.neighbors != neighbors.digest:
+        if kept is None or kept.names.get(DEFAULT_WEIGHTS) != weights.digest or kept.neighbors != neighbors.digest:
             with run.stop.deferred("publishing"):  # the flip and the links that follow it
-                publish(run.writer, spec, neighbors, weights, name=DEFAULT_NAME, kept=kept)
+                publish(run.writer, spec, neighbors, weights, name=DEFAULT_WEIGHTS, kept=kept)
     run.observer(StageFinished(stage="publish", seconds=time.perf_counter() - started))
     for warning in weights.metadata["warnings"]:
         run.observer(Notice(message=warning))

@@ -29,6 +29,8 @@ from embstore.core.format import (
     BASIS,
     COORDINATE_MAP,
     COORDINATES,
+    DEFAULT_WEIGHTS,
+    DOCUMENT_BYTES,
     EMBEDDINGS,
     JOURNAL,
     LOCK,
@@ -313,8 +315,21 @@ class StoreWriter:
         return digests
 
     def publish(self, manifest: Manifest) -> None:
-        """Publish ``manifest``; then refresh the links and delete files that no manifest lists."""
-        write_durable(self.root / MANIFEST, manifest.encode())
+        """Publish ``manifest``; then refresh the links and delete files that no manifest lists.
+
+        Raises
+        ------
+        ConfigError
+            It lists so many weightings that no reader would take it.
+        """
+        content = manifest.encode()
+        if len(content) > DOCUMENT_BYTES:
+            raise ConfigError(
+                f"{self.root} would keep {len(manifest.names)} weightings, and its manifest {len(content)} bytes of at most "
+                f"{DOCUMENT_BYTES}",
+                hint=f"drop those that no run uses: embstore weights {self.root} --drop NAME",
+            )
+        write_durable(self.root / MANIFEST, content)
         self._settle(manifest)
 
     def withdraw(self) -> None:
@@ -363,7 +378,7 @@ class StoreWriter:
 
     def refresh_links(self, manifest: Manifest) -> None:
         """Point the links at what ``manifest`` publishes; where there is a copy of the rows, the metadata describe it."""
-        array, sidecar = weights_paths(manifest.names["default"])
+        array, sidecar = weights_paths(manifest.names[DEFAULT_WEIGHTS])
         links = {self.root / WEIGHTS_LINK: array, self.root / METADATA_LINK: sidecar}
         if has_copy(self.root, (manifest.rows, manifest.dimension)):
             del links[self.root / METADATA_LINK]

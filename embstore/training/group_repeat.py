@@ -7,6 +7,7 @@ generations; a plain weighted sampler would mix different prompts within a group
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +63,11 @@ class GroupRepeat(Resumable):
         """Ranks that share the draws of an epoch, as in the sampler."""
         return self._sampler.num_replicas
 
+    @property
+    def weights_file(self) -> Path | None:
+        """The file of a store that the sampler's weights come from; None if they come from elsewhere."""
+        return self._sampler.weights_file
+
     def set_epoch(self, epoch: int) -> None:
         """Announce the epoch, here and in the sampler."""
         super().set_epoch(epoch)
@@ -85,6 +91,8 @@ class GroupRepeat(Resumable):
             "prompts_per_batch": self._prompts,
             "repeat_count": self._repeats,
             "sampler": {
-                name: value for name, value in self._sampler.state_dict().items() if name not in ("epoch", "position")
+                name: value
+                for name, value in self._sampler.state_dict().items()
+                if name not in ("weighting", "epoch", "position")
             },
         }

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from operator import length_hint
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,11 @@ class Resumable(ABC):
     @abstractmethod
     def num_replicas(self) -> int:
         """Ranks that share the draws of an epoch."""
+
+    @property
+    @abstractmethod
+    def weights_file(self) -> Path | None:
+        """The file of a store that the weights come from; None if they come from elsewhere."""
 
     @property
     def epoch(self) -> int:
@@ -135,7 +141,9 @@ class Resumable(ABC):
     def state_dict(self) -> dict[str, object]:
         """Position of the next draw as plain values that any checkpoint can store; ``position`` counts over all ranks."""
         epoch, position = self._place()
-        return {**self._identity(), "epoch": epoch, "position": position * self.num_replicas}
+        # not compared: it tells a sampler of other weights where these are
+        source = {} if self.weights_file is None else {"weighting": self.weights_file.stem}
+        return {**self._identity(), **source, "epoch": epoch, "position": position * self.num_replicas}
 
     def load_state_dict(self, state: Mapping[str, object], *, strict: bool = True) -> None:
         """Continue exactly where ``state_dict`` was taken, on the same or another number of processes.
@@ -155,7 +163,7 @@ class Resumable(ABC):
         """
         epoch, position = state.get("epoch"), state.get("position")
         if strict and (found := _difference(self._identity(), state)):
-            raise differs("sampler state", *found, epoch=epoch)
+            raise differs("sampler state", *found, epoch=epoch, hint=self._other_weights(state, *found))
         if type(epoch) is not int or type(position) is not int or not 0 <= epoch < _EPOCHS:
             raise WeightsError(
                 f"this is not a sampler state: epoch {epoch!r}, position {position!r}", hint="pass state_dict()"
@@ -169,6 +177,14 @@ class Resumable(ABC):
             # announced before the state came: a loader loads it. torchdata 0.11 then begins an iteration that it throws
             # away, if it has workers and the state says that the loader was finished.
             self._empty_iterations = 2 if announced == self._finished else 0
+
+    def _other_weights(self, state: Mapping[str, object], field: str, saved: object, own: object) -> str | None:
+        """How to load the weights of a state, if they are what differs."""
+        if field.rpartition(".")[2] != "fingerprint" or self.weights_file is None:
+            return None
+        from embstore.training.weights import where_saved_weights_are  # noqa: PLC0415 - only for this message
+
+        return where_saved_weights_are(self.weights_file, state.get("weighting"), saved)
 
     def __getstate__(self) -> dict[str, Any]:
         """A pickled or copied sampler goes on at the next draw."""
@@ -200,9 +216,9 @@ class Resumable(ABC):
         return position // self.num_replicas
 
 
-def differs(what: str, field: str, saved: object, own: object, *, epoch: object) -> WeightsError:
+def differs(what: str, field: str, saved: object, own: object, *, epoch: object, hint: str | None = None) -> WeightsError:
     """The error for a state or pickle that another sampler saved, in this epoch."""
-    hint = "make the sampler from the same store and settings as the saved run, or load with strict=False"
+    hint = hint or "make the sampler from the same store and settings as the saved run, or load with strict=False"
     if _stem(own) is not None and _stem(saved) == _stem(own):
         hint = (
             "another version of embstore saved it, and its draws are different: finish the run with that version, or start "

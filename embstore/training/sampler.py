@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -89,6 +90,7 @@ class DensitySampler(Resumable):
             raise ConfigError(
                 f"no_repeat_within must be 0, or used with method='systematic'; got {no_repeat_within} with {method}"
             )
+        self._weights_file = weights.path if isinstance(weights, Weights) and weights.weighting is not None else None
         self._weights_N = array
         self._method = method
         self._algorithm = _ALGORITHMS[method]
@@ -128,8 +130,14 @@ class DensitySampler(Resumable):
         """The rank of this process."""
         return self._rank
 
+    @property
+    def weights_file(self) -> Path | None:
+        """The file of a store that the weights come from; None if they come from elsewhere."""
+        return self._weights_file
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         own = _ALGORITHMS[state["_method"]]
+        state.setdefault("_weights_file", None)
         saved = state.setdefault("_algorithm", _UNNAMED[state["_method"]])
         if saved != own:
             raise differs("pickled sampler", "method", saved, own, epoch=state["_epoch"])

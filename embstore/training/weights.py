@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from embstore.core.config import CURRENT_RULE, PromptRule
+from embstore.core.decode import shown
 from embstore.core.errors import (
     ConfigError,
     CorruptStoreError,
+    EmbstoreError,
     InvalidWeightsError,
     KeyMismatchError,
     LengthMismatchError,
@@ -30,6 +33,7 @@ from embstore.core.errors import (
 from embstore.core.files import check_array, map_array, map_file, storage_errors
 from embstore.core.format import (
     KEYS,
+    WEIGHTS,
     WEIGHTS_TOLERANCE,
     Manifest,
     decode_manifest,
@@ -44,6 +48,8 @@ if TYPE_CHECKING:
 
 Verify = Literal["full", "shape", "off"]
 
+_FILE_OF_STORE = re.compile(rf"{WEIGHTS}/([0-9a-f]{{16}})\.npy")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
@@ -52,7 +58,8 @@ class Weights:
     ``array`` is float32 [N], finite, >= 0, with sum 1 (less is checked if ``verify`` was not "full"). As loaded it is a
     read-only memory map and is pickled as its path, so that a spawned worker maps the file again. ``store`` is the folder to
     join with, None for a bare file and after a join. ``steps`` lists what was done to the published weights, in order.
-    ``order_checked``: the dataset's keys were compared with the store's (``expect_keys``).
+    ``order_checked``: the dataset's keys were compared with the store's (``expect_keys``). Paths are absolute, so that they
+    hold in another working folder, too.
     """
 
     path: Path
@@ -63,6 +70,11 @@ class Weights:
     digest: str | None = None
     order_checked: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("path", "store"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(path).absolute())
+
     def __len__(self) -> int:
         return len(self.array)
 
@@ -70,6 +82,15 @@ class Weights:
     def fingerprint(self) -> str:
         """sha256 of the published file; for a bare file or derived weights, of the values, which are then read once."""
         return self.digest or sha256_of(self.array)
+
+    @property
+    def weighting(self) -> str | None:
+        """Digest that names the weighting in its store, also after a join; None for weights that no store names.
+
+        ``load_weights(STORE, name="default@DIGEST")`` maps it as long as the store keeps it.
+        """
+        named = _FILE_OF_STORE.fullmatch("/".join(self.path.parts[-2:]))
+        return named[1] if named else None
 
     def ess(self) -> float:
         """Kish's effective sample size, in rows."""
@@ -289,6 +310,39 @@ def _restore(fields: dict[str, Any]) -> Weights:
     return Weights(**{"array": _map_bare(fields["path"]), **fields} if "array" not in fields else fields)
 
 
+def where_saved_weights_are(own: Path, weighting: object, fingerprint: object) -> str | None:
+    """How to load the weights of a saved run: of those in the store of the file ``own``, by digest or by their bytes.
+
+    None if that store cannot be read.
+    """
+    root = own.parents[1]
+    try:
+        manifest = decode_manifest(read_manifest(root))
+    except (EmbstoreError, OSError):
+        return None
+    listed = {digest: manifest.files[weights_paths(digest)[0]].sha256 for digest in manifest.names.values()}
+    digest = weighting if weighting is not None else next((each for each in listed if listed[each] == fingerprint), None)
+    if digest is None:
+        return (
+            f"embstore weights {root} --list shows the weights that the store has: if the saved run had one of them, it is "
+            f"loaded by load_weights({str(root)!r}, name=NAME)"
+        )
+    if digest == own.stem:
+        return (
+            "the saved run had the same weights of the store: join them to the same dataset in the same order, and temper "
+            "them in the same way"
+        )
+    name = next((name for name, each in manifest.names.items() if each == digest), None)
+    if name is None:
+        return (
+            f"the saved run had the weights {shown(digest)}, which {root} does not have: they were dropped, or belong to "
+            "another store"
+        )
+    return (
+        f"the saved run had other weights of the store: load_weights({str(root)!r}, name={name!r}), then join them as before"
+    )
+
+
 def load_weights(
     path: str | Path,
     *,
@@ -304,7 +358,7 @@ def load_weights(
     path
         A store's folder, or a ``.npy`` file of weights (of unknown provenance, which gives a warning).
     name
-        Name of the weighting in the store.
+        Name of the weighting in the store. ``NAME@DIGEST`` stays the same weighting when NAME gets another one.
     expect_len
         Length of the dataset these weights are for; equal lengths say nothing of the order.
     expect_keys
@@ -365,12 +419,7 @@ def _load(
     verify: Verify,
 ) -> Weights:
     """The weights called ``name`` as published by ``manifest``."""
-    if name not in manifest.names:
-        raise ConfigError(
-            f"{root} has no weights called {name!r}; it has {', '.join(sorted(manifest.names))}",
-            hint=f"run embstore weights {root} --name {name}",
-        )
-    array_name, sidecar = weights_paths(manifest.names[name])
+    array_name, sidecar = weights_paths(manifest.weighting(name, store=root))
     metadata = read_metadata(root, sidecar, manifest)
     file, digest = root / array_name, manifest.files[array_name]
     array = map_array(root, array_name)
@@ -406,7 +455,8 @@ def _map_bare(path: Path) -> NDArray[Any]:
             file = path.open("rb")
         except FileNotFoundError:
             raise StoreNotFoundError(
-                f"{path} does not exist", hint="load the weights again: newer ones may have replaced this file"
+                f"{path} does not exist",
+                hint="load the weights again: the store was moved or made again, or this weighting was dropped",
             ) from None
         with file:
             return map_file(file, str(path), hint="numpy.save(FILE, weights) writes such a file")

@@ -12,7 +12,8 @@ from rich.table import Table
 from embstore.core.config import format_bytes
 from embstore.core.decode import printable
 from embstore.core.diagnostics import MILD_ESS_SHARE
-from embstore.core.format import JsonObject
+from embstore.core.format import JsonObject, is_superseded_name
+from embstore.flow.artifact import Weighting
 from embstore.flow.build import BuildReport
 from embstore.storage.journal import NO_FOLDER_SYNC
 from embstore.storage.verify import ONLY_A_NEW_BUILD, VerifyReport
@@ -92,6 +93,7 @@ def print_info(console: Console, info: StoreInfo) -> None:
             console.print("  no weights yet: run [bold]embstore build --resume[/bold]", highlight=False)
         return
     _print_density(console, info.metadata)
+    _print_names(console, info)
     _print_histogram(console, info.weights_histogram, info.histogram_edges)
     _print_prompts(console, "rarest", info.rarest)
     _print_prompts(console, "most crowded", info.most_crowded)
@@ -107,6 +109,17 @@ def print_info(console: Console, info: StoreInfo) -> None:
 def _add_share(table: Table, title: str, share: Share | OtherValues) -> None:
     ratio = share.weight_share / share.row_share
     table.add_row(title, f"{share.rows:,}", f"{share.row_share:.2%}", f"{share.weight_share:.2%}", f"{ratio:.2f}")
+
+
+def print_weightings(console: Console, weightings: Sequence[Weighting]) -> None:
+    """The weights of a store, as ``embstore weights --list`` shows them."""
+    width = max(len(plain(each.name)) for each in weightings)
+    for each in weightings:
+        console.print(
+            f"{plain(each.name):<{width}}  {each.digest}  {plain(each.weighting)}, k {each.k}, gamma {each.gamma:.3g}, "
+            f"effective sample size {each.ess_share:.1%}, {format_bytes(each.bytes)}",
+            highlight=False,
+        )
 
 
 def print_neighbors(console: Console, prompt_id: str, neighbors: Sequence[NeighborInfo]) -> None:
@@ -247,6 +260,15 @@ def _print_density(console: Console, metadata: JsonObject) -> None:
         console.print(f"  [yellow]note[/yellow]: {plain(warning)}", highlight=False)
 
 
+def _print_names(console: Console, info: StoreInfo) -> None:
+    """Which weights the store has, if it has more than one weighting."""
+    given = [name for name in sorted(info.names) if not is_superseded_name(name)]
+    replaced = len(info.names) - len(given)
+    if len(info.names) > 1:
+        more = f"; {replaced} that were replaced, see embstore weights {plain(info.path)} --list" if replaced else ""
+        console.print(f"  weights in this store: {plain(', '.join(given))}{more}", highlight=False)
+
+
 def _print_rerank(console: Console, rerank: JsonObject | None) -> None:
     """How many rows were ranked by stored rows, where coordinates are not the whole row; stores before this do not say."""
     if rerank is None or not rerank["off_basis_rows"]:
@@ -263,9 +285,10 @@ def _print_histogram(console: Console, counts: Sequence[int], edges: Sequence[fl
     if not most:
         return
     console.print("  weight, in units of the mean:", highlight=False)
+    full = "█" if console.encoding.startswith("utf") else "#"
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         eighths = round(count / most * _HISTOGRAM_WIDTH * 8)
-        bar = "█" * (eighths // 8) + _BLOCKS[eighths % 8].strip()
+        bar = full * (eighths // 8) + (_BLOCKS[eighths % 8].strip() if full == "█" else "")
         console.print(f"  {low:5.2f} to {high:5.2f} {count:>9,} [cyan]{bar}[/cyan]", highlight=False)
 
 

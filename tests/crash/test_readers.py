@@ -13,7 +13,7 @@ import pytest
 
 from embstore.core.config import WeightingConfig
 from embstore.core.errors import CorruptStoreError, IncompleteStoreError
-from embstore.flow.artifact import recompute_weights
+from embstore.flow.artifact import drop_weights, list_weights, recompute_weights
 from embstore.storage.reader import open_store
 from embstore.training import load_weights
 from embstore.views.info import verify
@@ -35,6 +35,8 @@ def test_readers_see_the_old_set_or_the_new_while_it_is_replaced(
                 break
             if turn % 5 == 4:  # another graph now and then, the weights with it
                 build_small(None, store, config=with_density(seed=turn))
+            elif turn % 10 == 8:  # what was replaced stays until it is dropped
+                drop_weights(store, [each.name for each in list_weights(store) if each.name != "default"])
             else:
                 recompute_weights(store, WeightingConfig(gamma=1 + turn % 7))
         output, _ = reader.communicate()
@@ -55,6 +57,7 @@ def test_an_open_store_serves_its_own_set_after_it_was_replaced(store: Path) -> 
     weights, metadata, neighbors = np.array(opened.weights), opened.metadata, np.array(opened.neighbor_ids)
     recompute_weights(store, WeightingConfig(gamma=5))
     build_small(None, store, config=with_density(seed=9))
+    drop_weights(store, [each.name for each in list_weights(store) if each.name != "default"])
     assert not loaded.path.exists(), "what nothing lists is deleted"
     assert np.array_equal(opened.weights, weights)
     assert np.array_equal(loaded.array, weights)

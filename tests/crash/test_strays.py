@@ -17,7 +17,7 @@ import pytest
 
 from embstore.core.config import BuildConfig, WeightingConfig
 from embstore.core.errors import CorruptStoreError, ExitCode, IncompleteStoreError, StorageError
-from embstore.flow.artifact import recompute_weights
+from embstore.flow.artifact import drop_weights, list_weights, recompute_weights
 from embstore.storage.reader import open_store
 from embstore.storage.row_files import ROW_FILES
 from embstore.training import load_weights
@@ -136,7 +136,10 @@ def test_strays_beside_what_is_removed_when_it_is_outdated_are_never_removed(nam
     assert _kept(store, names) == names
     build_small(None, store, config=with_density(seed=7))
     assert _kept(store, names) == names
-    assert len(list((store / "weights").glob("*.json"))) == 1, "what is outdated is removed all the same"
+    drop_weights(store, [each.name for each in list_weights(store) if each.name != "default"])
+    assert _kept(store, names) == names
+    assert len(list((store / "weights").glob("*.json"))) == 1, "what is dropped is removed all the same"
+    assert len([path for path in (store / "neighbors").iterdir() if len(path.name) == 16]) == 1, "and what is outdated"
     assert _noted(store) == set(names)
 
 

@@ -8,6 +8,8 @@ was not acknowledged may be there or not.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +46,21 @@ class Lost(AssertionError):
     """A promise is broken."""
 
 
+def without_replaced(store: Path) -> tuple[bytes, dict[str, str]]:
+    """The manifest as it would be had no weights been replaced, and the snapshot of such a store.
+
+    Which weights stay from before depends on a store's history; ``Machine`` holds them against what was promised.
+    """
+    manifest = json.loads((store / "manifest.json").read_bytes())
+    replaced = {digest for name, digest in manifest["names"].items() if "@" in name}
+    manifest["names"] = {name: digest for name, digest in manifest["names"].items() if "@" not in name}
+    gone = {f"weights/{digest}{end}" for digest in replaced - {*manifest["names"].values()} for end in (".npy", ".json")}
+    manifest["files"] = {name: digest for name, digest in manifest["files"].items() if name not in gone}
+    content = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+    found = {name: digest for name, digest in snapshot(store).items() if name not in gone}
+    return content, found | {"manifest.json": hashlib.sha256(content).hexdigest()}
+
+
 class Oracle:
     """Every variant, built without a fault."""
 
@@ -52,6 +69,7 @@ class Oracle:
         self.snapshots: dict[Variant, dict[str, str]] = {}
         self.manifests: dict[bytes, Variant] = {}
         self.weights: dict[Variant, bytes] = {}
+        self.digests: dict[Variant, str] = {}
         for density, config in CONFIGS.items():
             store = folder / density
             build_small(prompts, store, config=config)
@@ -64,9 +82,10 @@ class Oracle:
             self.sequences = np.array(whole.sequences)
 
     def _keep(self, variant: Variant, store: Path) -> None:
-        self.snapshots[variant] = snapshot(store)
-        self.manifests[(store / "manifest.json").read_bytes()] = variant
-        self.weights[variant] = load_weights(store).array.tobytes()
+        content, self.snapshots[variant] = without_replaced(store)
+        self.manifests[content] = variant
+        weights = load_weights(store)
+        self.weights[variant], self.digests[variant] = weights.array.tobytes(), str(weights.weighting)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,15 +93,18 @@ class Promise:
     """What must be found: windows, and one of the artefacts (None: an unfinished store).
 
     ``rotten``: files that were damaged and are not made again yet; ``is_repaired``: a repair took note of them.
+    ``done``: the last artefact whose writer came to its end; ``kept``: those that it replaced, whose weights stay.
     """
 
     acknowledged: frozenset[tuple[int, int]] = frozenset()
     allowed: frozenset[Variant | None] = frozenset({None})
     rotten: frozenset[str] = frozenset()
     is_repaired: bool = False
+    done: Variant | None = None
+    kept: frozenset[Variant] = frozenset()
 
 
-FINISHED = Promise(acknowledged=frozenset(WINDOWS), allowed=frozenset({("first", "plain")}))
+FINISHED = Promise(acknowledged=frozenset(WINDOWS), allowed=frozenset({("first", "plain")}), done=("first", "plain"))
 
 
 def _windows(state: JournalState) -> frozenset[tuple[int, int]]:
@@ -169,12 +191,12 @@ class Machine:
     @property
     def current(self) -> Variant | None:
         """The artefact that a reader finds."""
-        path = self.store / "manifest.json"
-        if not path.exists():
+        if not (self.store / "manifest.json").exists():
             return None
-        if path.read_bytes() not in self.oracle.manifests:
-            raise Lost("a manifest that nobody wrote")
-        return self.oracle.manifests[path.read_bytes()]
+        try:
+            return self.oracle.manifests[without_replaced(self.store)[0]]
+        except (ValueError, LookupError):  # not JSON, or other fields or values
+            raise Lost("a manifest that nobody wrote") from None
 
     def check(self) -> None:
         """Hold what lies on the disk now against the promise, through the package's own readers; writes nothing."""
@@ -200,6 +222,8 @@ class Machine:
                     raise Lost(f"what is there cannot be read: {error!r}") from error
             if current is not None and load_weights(self.store).array.tobytes() != self.oracle.weights[current]:
                 raise Lost("the weights are not those of the manifest")
+            if current is not None:
+                self._check_replaced(current)
         if calls:
             raise Lost(f"a reader wrote: {calls}")
 
@@ -209,7 +233,8 @@ class Machine:
             self.repair()
         if not self.build():
             raise Lost("a resume did not finish")
-        found, expected = snapshot(self.store), self.oracle.snapshots["first", "plain"]
+        self._check_replaced(("first", "plain"))
+        found, expected = without_replaced(self.store)[1], self.oracle.snapshots["first", "plain"]
         if found != expected:
             unlike = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
             raise Lost(f"other bytes in {unlike}")
@@ -238,7 +263,10 @@ class Machine:
                 return False
             except Exception as error:
                 raise Lost(f"a writer was refused: {error!r}") from error
-        self._promise(allowed=frozenset({result}))
+        done = self.promise.done
+        if result is not None and done is not None and result != done:
+            self._promise(kept=self.promise.kept | {done})
+        self._promise(allowed=frozenset({result}), done=result or done)
         return True
 
     def _second_writer_is_refused(self) -> None:
@@ -250,6 +278,22 @@ class Machine:
                 raise Lost(f"a second writer was told {error!r}") from error
             return
         raise Lost("a second writer was let in")
+
+    def _check_replaced(self, current: Variant) -> None:
+        """Weights that a finished writer published are there to this day, and what else is named is of some writer."""
+        done = self.promise.done
+        promised = self.promise.kept | ({done} if done is not None and done != current else set())
+        names = set(json.loads((self.store / "manifest.json").read_bytes())["names"]) - {"default"}
+        if names - {f"default@{digest}" for digest in self.oracle.digests.values()}:
+            raise Lost(f"weights that nobody made: {names}")
+        for variant in promised:
+            name = f"default@{self.oracle.digests[variant]}"
+            if name not in names:
+                raise Lost(f"the weights {variant} were replaced, and are gone")
+        for name in names:
+            variant = next(each for each, digest in self.oracle.digests.items() if name.endswith(digest))
+            if load_weights(self.store, name=name).array.tobytes() != self.oracle.weights[variant]:
+                raise Lost(f"the replaced weights {variant} have other values")
 
     def _check_findings(self) -> None:
         findings = verify(self.store).findings
