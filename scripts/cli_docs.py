@@ -28,12 +28,12 @@ Results go to stdout, progress and messages to stderr. `--json` prints results f
 """
 _MEANINGS = {
     ExitCode.OK: "done",
-    ExitCode.ERROR: "an expected error, such as unusable prompts, an unknown model, too little memory or a missing store",
-    ExitCode.USAGE: "wrong use of the command line",
+    ExitCode.ERROR: "an expected error, such as unusable prompts, an unknown model, too little memory or a failed export",
+    ExitCode.USAGE: "wrong use of the command line, or an unknown name, field or id",
     ExitCode.CORRUPT: "the store is damaged: bytes differ from what was committed",
     ExitCode.IDENTITY: "the store was made from a different input, or has another format version",
     ExitCode.LOCKED: "another process is writing the store",
-    ExitCode.INCOMPLETE: "the store is unfinished; `embstore build --resume` continues it",
+    ExitCode.INCOMPLETE: "the store is unfinished, or the disk failed in a build; `embstore build --resume` continues it",
     ExitCode.INTERRUPTED: "stopped by a signal, after a clean commit",
 }
 

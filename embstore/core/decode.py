@@ -64,6 +64,23 @@ def shown(value: object) -> str:
     return printable(text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}...")
 
 
+def words_of(error: object, characters: int = 300) -> str:
+    r"""What an error of another library says, on one line: as many whole sentences as fit, or one that is visibly cut.
+
+    Examples
+    --------
+    >>> words_of(ValueError("Not found. Set 'OFFLINE=0'.\nTry again."), 30)
+    "Not found. Set 'OFFLINE=0'."
+    >>> words_of(KeyError()), words_of("a very long sentence", 12)
+    ('KeyError', 'a very long...')
+    """
+    text = printable(" ".join(str(error).split())) or type(error).__name__
+    if len(text) <= characters:
+        return text
+    end = text.rfind(". ", 0, characters)
+    return text[: end + 1] if end > 0 else text[: characters + 1].rsplit(" ", 1)[0][:characters] + "..."
+
+
 def parse_json(content: bytes, *, name: str, levels: int = MAX_NESTING) -> Any:  # noqa: ANN401 - JSON
     """JSON of a store file: UTF-8, finite numbers, unique keys, no lone surrogates, at most ``levels`` deep.
 

@@ -19,9 +19,11 @@
     ├── IdentityMismatchError        also ValueError        the input differs from the store's                4
     ├── StoreLockedError                                    another writer is alive: wait                     5
     ├── IncompleteStoreError                                unfinished: build --resume                        6
-    ├── StorageError                 also OSError           the file system failed: free space, --resume      6
+    ├── StorageError                 also OSError           the file system failed: free space, --resume     6(*)
     ├── EngineError                                         workers are lost, or one task fails: --resume     6
     └── BuildInterruptedError                               stopped after a clean commit: --resume          130
+
+(*) 1 in a command that makes no store: there is nothing to resume.
 
 Programs may compare ``kind``: values are added, never changed. A message says what happened, where, and both values; the
 hint is the next command.

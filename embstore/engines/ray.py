@@ -20,6 +20,7 @@ from typing import Any
 
 import embstore
 from embstore.core.config import EngineConfig
+from embstore.core.decode import words_of
 from embstore.core.errors import ConfigError, EngineError
 from embstore.core.events import Observer
 from embstore.core.interfaces import Check, Job, Needs, Result, Task
@@ -296,5 +297,4 @@ def _free_resources() -> str:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'without a message'}"
+    return f"{type(error).__name__}: {words_of(error) if str(error).strip() else 'without a message'}"

@@ -12,14 +12,19 @@ from collections.abc import Callable
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT_BYTES = 1 << 28
+_LARGEST_OF_OLD_GLIBC_BYTES = 1 << 25  # before 2.35, mallopt takes no threshold above this
 _RETURNED_BYTES = 4 << 20
 
 
 def keep_large_blocks() -> None:
-    """Keep freed blocks of up to 256 MiB for later allocations. This is a setting of the whole process."""
+    """Keep freed blocks of up to 256 MiB for later allocations, with an old glibc of up to 32 MiB.
+
+    This is a setting of the whole process.
+    """
     mallopt = _glibc("mallopt")
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
+        if not mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES):
+            mallopt(_M_MMAP_THRESHOLD, _LARGEST_OF_OLD_GLIBC_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _LARGEST_KEPT_BYTES)
 
 

@@ -57,7 +57,7 @@ def map_scratch(path: Path, shape: tuple[int, ...], dtype: type[Scalar]) -> NDAr
     except OSError as error:
         failure = StorageError(
             f"reserving {format_bytes(size)} in {path} failed: {error.strerror}",
-            hint="free some space, then run the command again (a build: with --resume)",
+            hint="free some space, then run the command again",
         )
         failure.errno = error.errno
         raise failure from error

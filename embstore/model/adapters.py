@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from embstore.core.decode import words_of
 from embstore.core.errors import EmbstoreError, ModelError
 from embstore.model.formats import Merge
 from embstore.model.weight_files import mapped_tensors
@@ -57,9 +58,8 @@ def with_adapter(model: Any, adapter: Path) -> tuple[Any, dict[nn.Module, Merge]
     except EmbstoreError:
         raise
     except Exception as error:  # peft raises whatever its layers raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"{adapter} does not fit its base model: {reason[0][:300]}", hint="was it trained on this base model?"
+            f"{adapter} does not fit its base model: {words_of(error)}", hint="was it trained on this base model?"
         ) from error
     _take_whole_tensors(plain, adapter)
     plain.requires_grad_(False)

@@ -23,6 +23,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from embstore.core.decode import words_of
 from embstore.core.errors import ModelError
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -149,9 +150,8 @@ def _twin(model: transformers.PreTrainedModel, dtype: torch.dtype) -> Any:  # no
                 stack.enter_context(context)
             return kind(config).eval()
     except Exception as error:  # any class's constructor runs here
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"{kind.__name__} cannot be constructed from its own configuration: {reason[0][:200]}",
+            f"{kind.__name__} cannot be constructed from its own configuration: {words_of(error)}",
             hint="this model class is not supported; please report it",
         ) from error
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 
+from embstore.core.decode import words_of
 from embstore.core.errors import ModelError
 
 _SETTINGS = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "vocab.bpe", "adapter_model.safetensors")
@@ -69,7 +70,6 @@ def _snapshot(model: str, revision: str | None, patterns: tuple[str, ...] | list
             )
         )
     except Exception as error:  # the hub client raises errors of three libraries
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"{model} is not a local folder, and the hub answered: {reason[0][:200]}", hint="check the path or the id"
+            f"{model} is not a local folder, and the hub answered: {words_of(error)}", hint="check the path or the id"
         ) from error

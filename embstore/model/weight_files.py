@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from embstore.core.decode import words_of
 from embstore.core.errors import ModelError
 
 _POINTER = b"version https://git-lfs.github.com"
@@ -90,8 +91,7 @@ def mapped_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
                 f"{path} contains more than tensors, which could run code", hint="save the model with safetensors"
             ) from error
         except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise ModelError(f"{path} cannot be read: {reason[0][:200]}", hint=_HINT) from error
+            raise ModelError(f"{path} cannot be read: {words_of(error)}", hint=_HINT) from error
         if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
             raise ModelError(f"{path} is not a dictionary of tensors", hint="save the model with safetensors")
         tensors |= state

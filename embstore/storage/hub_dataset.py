@@ -13,7 +13,7 @@ from typing import Any
 
 from embstore.core.arrow_values import kept_columns
 from embstore.core.config import DatasetChoice, PromptFields
-from embstore.core.decode import printable
+from embstore.core.decode import words_of
 from embstore.core.errors import PromptError
 from embstore.core.prompts import prompt_fields
 from embstore.core.records import OriginRecord
@@ -64,7 +64,7 @@ def find_hub_dataset(source: str | Path, choice: DatasetChoice) -> HubDataset | 
     except Exception as error:  # the hub client raises errors of three libraries
         if type(error).__name__ in _NOT_THERE:
             raise PromptError(
-                f"{source} is neither a file or folder here nor a dataset on the hub: {_first_line(error)}",
+                f"{source} is neither a file or folder here nor a dataset on the hub: {words_of(error)}",
                 hint="check the path or the id; for a private or gated dataset run hf auth login",
             ) from error
         folder = _cached(name, revision, error)
@@ -80,7 +80,7 @@ def _cached(name: str, revision: str | None, unreachable: Exception) -> Path:
         return Path(huggingface_hub.snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
     except Exception as error:  # as above
         raise PromptError(
-            f"{name} is not a file or folder here, the hub cannot be reached ({_first_line(unreachable)}), and the hub's "
+            f"{name} is not a file or folder here, the hub cannot be reached ({words_of(unreachable)}), and the hub's "
             "cache does not contain the whole dataset",
             hint=f"check the path or the network; with a network, hf download --repo-type dataset {name} fills the cache",
         ) from error
@@ -115,7 +115,7 @@ def _rows(part: Any, dataset: HubDataset) -> Iterator[dict[str, object]]:  # noq
         download = f"hf download --repo-type dataset {dataset.origin.dataset} --revision {dataset.origin.revision}"
         is_value = isinstance(error, ArithmeticError | ValueError)  # that Python does not have, such as a date out of range
         raise PromptError(
-            f"reading {dataset.name} from the hub failed: {_first_line(error)}",
+            f"reading {dataset.name} from the hub failed: {words_of(error)}",
             hint=f"read its files instead, where a bad value costs only itself: {download}, then give the folder"
             if is_value
             else "nothing is committed yet: run the command again",
@@ -152,11 +152,6 @@ def _refusal(datasets: Any, dataset: HubDataset, error: Exception) -> PromptErro
         except Exception as again:  # noqa: BLE001 - the first error says more
             error.add_note(str(again))
     return PromptError(
-        f"{dataset.name} cannot be read from the hub: {_first_line(error)}",
+        f"{dataset.name} cannot be read from the hub: {words_of(error)}",
         hint="does datasets.load_dataset(..., streaming=True) read it? If not, download its files and give the folder",
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return printable(lines[0][:200]) if lines else type(error).__name__

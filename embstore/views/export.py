@@ -11,20 +11,24 @@ neighbours are in a scratch file next to the table.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import mmap
+import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from embstore.core.config import format_bytes
 from embstore.core.density import NOISE_FLOOR, mean_distance
-from embstore.core.errors import ConfigError, StoreExistsError
+from embstore.core.errors import BudgetError, ConfigError, StoreExistsError
 from embstore.core.files import Buffer, array_header, storage_errors
 from embstore.core.format import IDS, METADATA_LINK, PROMPTS_LIST, ROWS_COPY, WEIGHTS_LINK, document
 from embstore.core.rows import RowRange
@@ -37,8 +41,35 @@ ExportFormat = Literal["npy", "kat", "parquet"]
 _PARQUET = "prompts.parquet"
 _GROUP_ROWS = 4096
 _GROUP_BYTES = 32 << 20  # of lines: long prompts make smaller row groups
+_FILES = (ROWS_COPY, IDS, WEIGHTS_LINK, PROMPTS_LIST, METADATA_LINK, _PARQUET)
 
 
+class _Export(Protocol):
+    def __call__(self, path: str | Path, out: str | Path, *, format: ExportFormat = ...) -> list[Path]: ...
+
+
+def _whole_or_nothing(export: _Export) -> _Export:
+    """Where an export fails, delete what it has written: complete files would be in the way of the next one."""
+
+    @functools.wraps(export)
+    def run(path: str | Path, out: str | Path, *, format: ExportFormat = "npy") -> list[Path]:
+        folder = Path(out)
+        made = [each for each in (folder, *folder.parents) if not each.exists()]
+        files = [folder / name for name in _FILES if not os.path.lexists(folder / name)]
+        try:
+            return export(path, out, format=format)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                for file in files:
+                    file.unlink(missing_ok=True)
+                for each in made:
+                    each.rmdir()
+            raise
+
+    return run
+
+
+@_whole_or_nothing
 def export_store(path: str | Path, out: str | Path, *, format: ExportFormat = "npy") -> list[Path]:
     """Write a store in another format.
 
@@ -62,6 +93,9 @@ def export_store(path: str | Path, out: str | Path, *, format: ExportFormat = "n
     Raises
     ------
     IncompleteStoreError, CorruptStoreError, StoreExistsError, StorageError
+        No file is left then.
+    BudgetError
+        The rows do not fit on the disk.
     ConfigError
         ``parquet`` without pyarrow.
     """
@@ -99,6 +133,12 @@ def export_store(path: str | Path, out: str | Path, *, format: ExportFormat = "n
 def _write_rows(store: EmbeddingStore, path: Path, rows_L: NDArray[np.int64]) -> None:
     """Write float32 [L, V] in line order; consecutive lines of one chunk share a read, other repeats read it again."""
     chunk_rows = store.spec.chunk_rows
+    needed, free = 4 * len(rows_L) * store.spec.embedding.dimension, shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise BudgetError(
+            f"{path} would have {format_bytes(needed)}, {path.parent} has {format_bytes(free)} free",
+            hint="choose another --out, or read the rows from the store: its array is Zarr, in float16",
+        )
     header = array_header(np.dtype("<f4"), (len(rows_L), store.spec.embedding.dimension))
     held, held_index = np.empty((0, 0), dtype=np.float16), -1
     with DurableFile(path, sha256=False) as file:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.decode import printable
-from embstore.core.errors import EmbstoreError
+from embstore.core.errors import ConfigError
 from embstore.storage.prompt_table import PromptTable
 
 NO_VALUE = "(none)"  # of a field that a prompt does not have
@@ -155,10 +155,10 @@ def _heaviest(
     return first[chosen], likely[chosen]
 
 
-def missing_field(name: str, known: Iterable[str]) -> EmbstoreError:
+def missing_field(name: str, known: Iterable[str]) -> ConfigError:
     """The refusal of a field that no prompt has; ``known``: fields that prompts have."""
     named = ", ".join(printable(each) for each in known)
-    return EmbstoreError(f"no prompt has a field {name!r}", hint=f"the input lines have {named or 'only prompts'}")
+    return ConfigError(f"no prompt has a field {name!r}", hint=f"the input lines have {named or 'only prompts'}")
 
 
 def _field_names(table: PromptTable) -> list[str]:

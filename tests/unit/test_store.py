@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +18,11 @@ from numpy.typing import NDArray
 
 from embstore.core.config import WeightingConfig
 from embstore.core.errors import (
+    BudgetError,
     ConfigError,
     CorruptStoreError,
     IncompleteStoreError,
+    StorageError,
     StoreExistsError,
     StoreNotFoundError,
 )
@@ -31,6 +35,7 @@ from embstore.views.export import export_store
 from embstore.views.info import inspect, neighbors_of, verify
 from tests.support.build_fake import CONFIG
 from tests.support.fake import DIMENSION, FakeSource
+from tests.support.faults import SystemCalls
 from tests.support.stores import (
     NUM_CHUNKS,
     NUM_ROWS,
@@ -285,28 +290,31 @@ def test_weights_can_be_made_again_from_what_is_stored(k: int, gamma: float, sto
     assert verify(store).findings == []
 
 
-def test_new_default_weights_replace_the_old_and_leave_no_file_behind(store: Path) -> None:
+def test_new_default_weights_replace_the_old_which_stay_by_name(store: Path) -> None:
     mapped = open_store(store).weights
     old = np.array(mapped)
+    (old_name,) = {path.stem for path in (store / "weights").iterdir()}
     recompute_weights(store, WeightingConfig(gamma=3))
     after = open_store(store)
     assert not np.array_equal(after.weights, old)
     assert np.array_equal(np.load(store / "density_weights.npy"), after.weights)
     assert json.loads((store / "embeddings_metadata.json").read_bytes()) == after.metadata
-    assert len(list((store / "weights").iterdir())) == 2
+    assert len(list((store / "weights").iterdir())) == 4
     assert np.array_equal(mapped, old), "who mapped the old weights keeps them"
+    assert np.array_equal(after.named_weights(f"default@{old_name}"), old)
     recompute_weights(store, CONFIG.weighting)
     assert np.array_equal(open_store(store).weights, old)
 
 
-def test_names_are_kept_until_they_are_replaced(store: Path) -> None:
+def test_names_are_kept_also_when_they_are_replaced(store: Path) -> None:
     recompute_weights(store, WeightingConfig(gamma=2), name="sharp")
     recompute_weights(store, WeightingConfig(weighting="uniform"), name="flat")
+    replaced = f"sharp@{inspect(store).names['sharp']}"
     recompute_weights(store, WeightingConfig(gamma=4), name="sharp")
     opened = open_store(store)
-    assert set(inspect(store).names) == {"default", "sharp", "flat"}
-    assert opened.named_metadata("sharp")["weighting"]["gamma"] == 4
-    assert len(list((store / "weights").iterdir())) == 6
+    assert set(inspect(store).names) == {"default", "sharp", "flat", replaced}
+    assert [opened.named_metadata(name)["weighting"]["gamma"] for name in ("sharp", replaced)] == [4, 2]
+    assert len(list((store / "weights").iterdir())) == 8
     with pytest.raises(ConfigError, match="default, flat, sharp"):
         opened.named_weights("none")
     for name in ("", "a/b"):
@@ -392,3 +400,40 @@ def test_a_failed_row_keeps_its_number_without_a_vector(tmp_path: Path) -> None:
     assert not (np.asarray(store.neighbor_ids) == 20).any(), "it is nobody's neighbour"
     assert store.metadata["failed_rows"] == inspect(tmp_path / "store").failed_rows == 1
     assert verify(tmp_path / "store").findings == []
+
+
+@pytest.mark.parametrize("format", ["npy", "kat", "parquet"])
+def test_an_export_that_fails_at_any_file_can_be_run_again(format: Any, store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    with SystemCalls(root=tmp_path / "new").watching() as seen:
+        files = export_store(store, out, format=format)
+    shutil.rmtree(tmp_path / "new")
+    points = [at for at, call in enumerate(seen.calls, start=1) if call.name == "rename"]
+    assert len(points) == len(files)
+    for point in points:
+        with (
+            SystemCalls(root=tmp_path / "new", fail_at=point, error=errno.ENOSPC).watching(),
+            pytest.raises(StorageError, match=os.strerror(errno.ENOSPC)),
+        ):
+            export_store(store, out, format=format)
+        assert not (tmp_path / "new").exists()
+    out.mkdir(parents=True)
+    (out / "notes.txt").write_text("mine")
+    with SystemCalls(root=out, fail_at=2, error=errno.EIO).watching(), pytest.raises(StorageError):
+        export_store(store, out, format=format)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    assert export_store(store, out, format=format) == files
+
+
+def test_an_export_larger_than_the_disk_is_refused_before_a_byte_is_written(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = 4 * 72 * DIMENSION
+    for free in (needed - 1, needed):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(free, 0, free))  # type: ignore[attr-defined]
+        if free < needed:
+            with pytest.raises(BudgetError, match="would have"):
+                export_store(store, tmp_path / "out")
+            assert not (tmp_path / "out").exists()
+        else:
+            export_store(store, tmp_path / "out")

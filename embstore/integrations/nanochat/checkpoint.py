@@ -29,6 +29,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from embstore.core.config import Space
+from embstore.core.decode import words_of
 from embstore.core.errors import ModelError
 from embstore.core.format import canonical_json
 from embstore.core.spec import ModelIdentity
@@ -141,7 +142,9 @@ class NanochatFiles:
         try:
             model.load_state_dict(weights, strict=True, assign=True)
         except RuntimeError as error:
-            raise ModelError(f"{self.weights} does not fit {self.meta.name}: {str(error).splitlines()[-1][:200]}") from error
+            raise ModelError(
+                f"{self.weights} does not fit {self.meta.name}: {words_of(str(error).splitlines()[-1])}"
+            ) from error
         # the rotary frequencies are not among the weights: they were made on the meta device
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
         return model
@@ -169,8 +172,7 @@ class NanochatFiles:
                 hint="save its state dict alone, where you trust it",
             ) from error
         except (OSError, RuntimeError, EOFError, ValueError) as error:
-            lines = str(error).splitlines() or [type(error).__name__]
-            raise ModelError(f"{self.weights} cannot be read: {lines[0][:200]}", hint="is the copy complete?") from error
+            raise ModelError(f"{self.weights} cannot be read: {words_of(error)}", hint="is the copy complete?") from error
         if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
             raise ModelError(f"{self.weights} is not a state dict", hint="give the folder that nanochat wrote")
         return {name.removeprefix(_COMPILED): tensor for name, tensor in state.items()}

@@ -98,7 +98,7 @@ def plan_on_device(
     raise BudgetError(
         f"the exact search needs {format_bytes(plan.memory_bytes + _DEVICE_RESERVE_BYTES)} on {device}, "
         f"which has {format_bytes(free_bytes)} free",
-        hint="free some of the device's memory, then run the command again (a build: with --resume)",
+        hint="free some of the device's memory, then run the command again with --resume",
     )
 
 
