@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -211,6 +211,14 @@ class Manifest:
         if pinned is not None and self.names.get(pinned[1]) == pinned[2]:
             return pinned[2]
         raise unknown_weights(name, self.names, store=store)
+
+    def without(self, names: Collection[str]) -> Manifest:
+        """The manifest without these weights, and without the files that no other name has."""
+        kept = {name: digest for name, digest in self.names.items() if name not in names}
+        gone = {path for name in names for path in weights_paths(self.names[name])}
+        gone -= {path for digest in kept.values() for path in weights_paths(digest)}
+        files = {path: digest for path, digest in self.files.items() if path not in gone}
+        return dataclasses.replace(self, names=kept, files=files)
 
     def encode(self) -> bytes:
         """The file's bytes, with names in sorted order; rule 1 is not written, as before there were others."""

@@ -321,11 +321,7 @@ def drop_weights(path: str | Path, names: Sequence[str]) -> None:
         manifest = decode_manifest(read_committed(root, MANIFEST))
         for name in names:
             _refuse_to_drop(root, manifest, name)
-        kept = {name: digest for name, digest in manifest.names.items() if name not in names}
-        gone = {path for name in names for path in weights_paths(manifest.names[name])}
-        gone -= {path for digest in kept.values() for path in weights_paths(digest)}
-        files = {path: digest for path, digest in manifest.files.items() if path not in gone}
-        writer.publish(dataclasses.replace(manifest, names=kept, files=files))
+        writer.publish(manifest.without(names))
 
 
 def _refuse_to_drop(root: Path, manifest: Manifest, name: str) -> None:

@@ -11,7 +11,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +84,8 @@ class Finding:
 class VerifyReport:
     """What ``verify`` read and found. ``findings`` is damage; ``notes`` is not (a torn journal tail, stray files).
 
-    ``reused`` are the rows that were copied from other stores, as ranges [start, stop) in row order.
+    ``reused`` are the rows that were copied from other stores, as ranges [start, stop) in row order. ``dropped`` names the
+    weights that a repair took out.
     """
 
     is_complete: bool
@@ -95,6 +96,7 @@ class VerifyReport:
     findings: list[Finding]
     notes: list[str]
     reused: list[tuple[int, int]]
+    dropped: list[str] = field(default_factory=list)
 
 
 def check_stage0(root: Path, record: PromptsRecord, advance: Callable[[int], None] = lambda count: None) -> None:

@@ -21,12 +21,16 @@ from embstore.core.events import Observer, ignore
 from embstore.core.files import read_committed
 from embstore.core.format import (
     ARRAY_METADATA,
+    DEFAULT_WEIGHTS,
     JOURNAL,
     MANIFEST,
     METADATA_LINK,
     SPEC,
+    WEIGHTS,
     WEIGHTS_LINK,
     JsonObject,
+    decode_manifest,
+    weights_paths,
 )
 from embstore.core.plan import grid_of
 from embstore.core.records import DemotedRecord
@@ -189,7 +193,8 @@ def verify(path: str | Path, *, repair: bool = False, observer: Observer = ignor
     repair
         Unpublish a damaged store and demote its damaged windows, so that ``build --resume`` recomputes the damage: those
         windows only, neighbours, weights, small files. Prompts, spec and basis, which only a new build could make, are not
-        touched. Sound weightings are published again, the default as ``default@DIGEST`` if the resume makes another.
+        touched. Sound weightings are published again, the default as ``default@DIGEST`` if the resume makes another. If
+        only other weights than the default are damaged, they are dropped and the store stays finished.
     observer
         Called with the progress, ``core.events``; must return quickly.
 
@@ -210,12 +215,16 @@ def verify(path: str | Path, *, repair: bool = False, observer: Observer = ignor
     try:
         report = verify_store(root, observer)  # before the writer cleans up after a dead one
         lacks_commits = report.is_complete and not 0 < report.total_rows == report.committed_rows
-        unpublishes = lacks_commits or any(finding.path not in _NOT_BY_A_RESUME for finding in report.findings)
+        resumed = {finding.path for finding in report.findings} - _NOT_BY_A_RESUME
+        lost = [] if lacks_commits else _lost_weights(root, resumed)
     except BaseException:
         lock.release()
         raise
     with StoreWriter(root, resume=True, lock=lock) as writer:
-        if unpublishes:
+        if lost:
+            writer.publish(decode_manifest(read_committed(root, MANIFEST)).without(lost))
+            return dataclasses.replace(report, dropped=lost)
+        if lacks_commits or resumed:
             writer.withdraw()
         damaged = {finding.window: finding for finding in report.findings if finding.window is not None}
         for window, finding in sorted(damaged.items()):
@@ -223,6 +232,15 @@ def verify(path: str | Path, *, repair: bool = False, observer: Observer = ignor
         if {ARRAY_METADATA, SPEC} & {finding.path for finding in report.findings} == {ARRAY_METADATA}:
             writer.restore_array_metadata()
     return report
+
+
+def _lost_weights(root: Path, damaged: set[str]) -> list[str]:
+    """Names of the weights to which all damaged files belong; none if the default or anything else is damaged, too."""
+    if not damaged or not all(path.startswith(f"{WEIGHTS}/") for path in damaged):
+        return []
+    names = decode_manifest(read_committed(root, MANIFEST)).names
+    lost = sorted(name for name, digest in names.items() if damaged & {*weights_paths(digest)})
+    return [] if DEFAULT_WEIGHTS in lost else lost
 
 
 def _verify_standing(root: Path, observer: Observer) -> VerifyReport:

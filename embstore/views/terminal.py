@@ -176,6 +176,10 @@ def print_verify(console: Console, report: VerifyReport, *, repaired: bool) -> N
         console.print(f"[red]damaged[/red]: {len(report.findings)} findings in {checked}", highlight=False)
         if repaired and all(finding.path in ONLY_A_NEW_BUILD for finding in report.findings):
             console.print("  nothing was changed: these files need a new build into another --out", highlight=False)
+        elif report.dropped:
+            console.print(
+                f"  dropped weights: {plain(', '.join(report.dropped))}; nothing else was damaged", highlight=False
+            )
         elif repaired:
             console.print(
                 f"  {len(windows)} windows demoted: run embstore build --resume to compute them again", highlight=False

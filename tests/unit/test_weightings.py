@@ -109,9 +109,38 @@ def test_a_repair_leaves_out_what_is_damaged(store: Path) -> None:
     recompute_weights(store, STEEP)
     path = store / "weights" / f"{first}.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-    assert [finding.path for finding in verify(store, repair=True).findings] == [f"weights/{first}.npy"]
-    build_small(None, store, config=with_weighting(gamma=3))
+    report = verify(store, repair=True)
+    assert [finding.path for finding in report.findings] == [f"weights/{first}.npy"]
+    assert report.dropped == [f"default@{first}"]
+    before = snapshot(store)
     assert set(names_of(store)) == {"default"}
+    assert verify(store).findings == [], "and the store stays finished"
+    build_small(None, store, config=with_weighting(gamma=3))
+    assert snapshot(store) == before
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
+def test_a_repair_of_other_damage_leaves_out_what_is_damaged(suffix: str, store: Path) -> None:
+    first = names_of(store)["default"]
+    recompute_weights(store, STEEP)
+    recompute_weights(store, FLAT, name="flat")
+    (store / "weights" / f"{first}{suffix}").write_bytes(b"{")
+    (store / "chunks.json").write_bytes(b"{}")
+    report = verify(store, repair=True)
+    assert report.dropped == []
+    assert not verify(store).is_complete
+    build_small(None, store, config=with_weighting(gamma=3))
+    assert set(names_of(store)) == {"default", "flat"}
+    assert (verify(store).findings, verify(store).notes) == ([], [])
+
+
+def test_a_repair_never_drops_the_default(store: Path) -> None:
+    recompute_weights(store, WeightingConfig(), name="twin")  # the same files
+    (store / "weights" / f"{names_of(store)['twin']}.npy").write_bytes(b"{")
+    assert verify(store, repair=True).dropped == []
+    assert not verify(store).is_complete
+    build_small(None, store)
+    assert set(names_of(store)) == {"default", "twin"}, "the files are made again"
     assert verify(store).findings == []
 
 
