@@ -24,7 +24,7 @@ from embstore.core.errors import (
     PromptError,
 )
 from embstore.core.events import Notice, stage
-from embstore.core.format import LINE_ROWS, MANIFEST, PROMPTS, QUARANTINE
+from embstore.core.format import LINE_ROWS, MANIFEST, PROMPTS, QUARANTINE, WORK
 from embstore.core.prompts import decode_row
 from embstore.core.records import OriginRecord, PromptsRecord
 from embstore.flow.first_checks import models_of_runs
@@ -174,6 +174,7 @@ def _refuse_lost_journal(run: Run) -> None:
 def _refuse_other_prompts(run: Run, record: PromptsRecord, source: PromptSource) -> None:
     """Ingest the given file in a scratch folder and compare; the error names the first row that differs."""
     root, config = run.writer.root, run.config
+    had_work = (root / WORK).is_dir()
     folder = run.writer.work / _GIVEN
     make_directory(folder)
     try:
@@ -204,7 +205,7 @@ def _refuse_other_prompts(run: Run, record: PromptsRecord, source: PromptSource)
                     mismatches.append(FieldMismatch(field=f"row {row}", stored=stored_text, given=given_text))
                     break
     finally:
-        remove_folder(folder)
+        remove_folder(folder if had_work else run.writer.work)  # a resume that is refused changes nothing
     raise IdentityMismatchError(mismatches, hint=_with_other_prompts(run, source))
 
 
