@@ -227,6 +227,15 @@ def read_committed(root: Path, name: str, *, limit: int | None = DOCUMENT_BYTES)
     return content
 
 
+def committed_blocks(root: Path, name: str) -> Iterator[bytes]:
+    """As ``read_blocks``, for a file that a commit promised: if it is missing, that is damage (CorruptStoreError)."""
+    with storage_errors("reading", root / name):
+        try:
+            yield from read_blocks(root, name)
+        except FileNotFoundError:
+            raise CorruptStoreError(f"{name} is missing", hint=f"run embstore verify {root}") from None
+
+
 def digest_problem(pieces: Iterable[Buffer], digest: FileDigest) -> str | None:
     """How bytes differ from the digest that was made when they were written, or None."""
     total, size = hashlib.sha256(), 0

@@ -16,6 +16,7 @@ import tensorstore
 import zarr
 from numpy.typing import NDArray
 
+from embstore.core import files
 from embstore.core.config import WeightingConfig
 from embstore.core.errors import (
     BudgetError,
@@ -244,6 +245,16 @@ def test_ids_aliases_and_multiplicity_are_those_of_the_lines(finished_store: Pat
     assert np.flatnonzero(np.asarray(store.line_rows) == 3).tolist() == [3, 10, 42]
     with pytest.raises(ConfigError, match="no prompt has the id 'nobody'"):
         store.row_of("nobody")
+
+
+@pytest.mark.parametrize("block_bytes", [1, 7, 1 << 20])
+def test_an_id_is_found_wherever_its_line_is_cut(
+    block_bytes: int, finished_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_READ_BYTES", block_bytes)
+    store = open_store(finished_store)
+    known = json.loads((finished_store / "aliases.json").read_bytes())
+    assert {name: store.row_of(name) for name in known} == known == store.aliases
 
 
 def test_neighbours_are_the_nearest_distinct_vectors(finished_store: Path) -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from embstore.core import files
+from embstore.core.errors import ConfigError
 from embstore.storage import atomic
+from embstore.storage.reader import open_store
 from embstore.views import comparison, export, info
 from embstore.views.report import charts, clusters, data, page
 from tests.support.large import large_store, unlike_lines
@@ -41,6 +43,11 @@ def _report(store: Path, out: Path) -> None:
     page._heaviest_tenth(found.weight)
 
 
+def _unknown(store: Path, out: Path) -> None:
+    with pytest.raises(ConfigError, match="no prompt has the id 'nobody'"):
+        info.neighbors_of(store, "nobody")
+
+
 # "inspect" without a field is a part of that with one, and the files of the format "npy" are among those of "kat"
 VIEWS: dict[str, Callable[[Path, Path], object]] = {
     "inspect": lambda store, out: info.inspect(store, by="uuid"),
@@ -48,6 +55,8 @@ VIEWS: dict[str, Callable[[Path, Path], object]] = {
     "kat": lambda store, out: export.export_store(store, out, format="kat"),
     "parquet": lambda store, out: export.export_store(store, out, format="parquet"),
     "compare": lambda store, out: comparison.compare(store, store),
+    "neighbours": lambda store, out: info.neighbors_of(store, str(next(open_store(store).prompts.ids()))),
+    "an unknown id": _unknown,
 }
 
 
