@@ -23,7 +23,7 @@ from embstore.core.errors import (
 )
 from embstore.core.events import Notice, Preflight, stage
 from embstore.core.files import file_problem
-from embstore.core.format import FORMAT_VERSION, PROMPTS, basis_file
+from embstore.core.format import FORMAT_VERSION, basis_file
 from embstore.core.interfaces import Embedder, EmbedderSource, PromptReader
 from embstore.core.plan import as_stored, grid_of, plan, refuse_drift, refuse_other_input
 from embstore.core.prompts import Prompt
@@ -37,7 +37,6 @@ from embstore.flow.stage0 import begin_again
 from embstore.flow.template_check import check_templates
 from embstore.storage.filesystem import caveat
 from embstore.storage.journal import NO_FOLDER_SYNC, run_entries
-from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import EmbeddingStore, open_published
 from embstore.storage.row_files import map_basis
 from embstore.storage.verify import damaged_windows
@@ -101,7 +100,7 @@ def _continue_spec(run: Run) -> tuple[StoreSpec, Embedder | None, Reuse]:
             writer.commit(DriftRecord(fields=fields))
         # only in this run: the stored spec still describes the first rows
         spec = dataclasses.replace(spec, embedding=dataclasses.replace(spec.embedding, **hardware))  # type: ignore[arg-type]
-    _refuse_unrecorded_date(run, spec.embedding, _prompts_of(writer.root, spec, remaining))
+    _refuse_unrecorded_date(run, spec.embedding, _prompts_of(run, spec, remaining))
     reuse = _open_reused_again(run, spec) if remaining else None
     run.log_start()
     _demote_damaged(run, spec)
@@ -116,8 +115,8 @@ def _continue_spec(run: Run) -> tuple[StoreSpec, Embedder | None, Reuse]:
         run.compute_exactly(needs_torch=False)
     if run.source is None:
         raise ConfigError("rows must be computed, but no model was given", hint="add --model, a folder or a hub id")
-    _refuse_unrecorded_date(run, spec.embedding, _prompts_of(writer.root, spec, todo.windows))
-    check_templates(run, run.source, PromptTable(writer.root / PROMPTS, spec.rows), reuse, spec.embedding.chat_date)
+    _refuse_unrecorded_date(run, spec.embedding, _prompts_of(run, spec, todo.windows))
+    check_templates(run, run.source, run.prompts, reuse, spec.embedding.chat_date)
     if config.engine.is_remote:
         return spec, None, reuse  # workers load it
     embedder = run.source.reopen(
@@ -146,15 +145,15 @@ def _refuse_unrecorded_date(
         )
 
 
-def _prompts_of(root: Path, spec: StoreSpec, windows: Sequence[int]) -> Iterator[Prompt]:
-    grid, prompts = grid_of(spec), PromptTable(root / PROMPTS, spec.rows)
+def _prompts_of(run: Run, spec: StoreSpec, windows: Sequence[int]) -> Iterator[Prompt]:
+    grid = grid_of(spec)
     for window in windows:
-        yield from prompts.read(grid.window(window))
+        yield from run.prompts.read(grid.window(window))
 
 
 def _create_spec(run: Run, record: PromptsRecord, source: EmbedderSource) -> tuple[StoreSpec, Embedder | None]:
     writer, config = run.writer, run.config
-    prompts = PromptTable(writer.root / PROMPTS, record.rows)
+    prompts = run.prompts
     choose_device(run, None, computes=True)
     check_templates(run, source, prompts, nothing_reused(record.rows), config.embedding.chat_date or DEFAULT_CHAT_DATE)
     identity = source.identity(run.observer)
@@ -266,7 +265,7 @@ def _shared_cores(config: BuildConfig, source: EmbedderSource) -> EmbeddingConfi
 def _create_reusing(run: Run, record: PromptsRecord, paths: Sequence[str]) -> tuple[StoreSpec, Embedder | None, Reuse]:
     """A new store with the settings of old ones; only the sizes of windows and chunks are chosen again."""
     writer, config = run.writer, run.config
-    prompts = PromptTable(writer.root / PROMPTS, record.rows)
+    prompts = run.prompts
     stores = open_reused(paths, writer.root)
     refuse_other_turns(record, stores)
     with stage(run.observer, "reuse", record.rows, "prompts"):
@@ -398,7 +397,7 @@ def _open_reused_again(run: Run, spec: StoreSpec) -> Reuse:
         return nothing_reused(spec.rows)
     with stage(run.observer, "reuse", spec.rows, "prompts"):
         return match_rows(
-            PromptTable(run.writer.root / PROMPTS, spec.rows),
+            run.prompts,
             stores,
             folder=run.writer.work,
             memory_bytes=run.config.memory_budget_bytes,

@@ -235,6 +235,7 @@ def _window_job(
         return LocalWindowJob(
             root=root,
             spec=spec,
+            prompts=run.prompts,
             embedder=embedder,
             reuse=reuse,
             stops_at_failure=stops,
@@ -246,6 +247,7 @@ def _window_job(
         spec,
         run.source if reuse.num_rows < spec.rows else None,
         reuse,
+        prompts=run.prompts,
         stops_at_failure=stops,
         folder=run.engine_folder,
         memory_bytes=run.config.memory_budget_bytes,
@@ -359,7 +361,7 @@ def _report(run: Run, spec: StoreSpec, neighbors: NeighborFiles, weights: Weight
     return BuildReport(
         store=run.writer.root,
         num_rows=spec.rows,
-        pool=summarize(run.writer.root, spec, run.writer.state, neighbors.groups_N),
+        pool=summarize(run.prompts, spec, run.writer.state, neighbors.groups_N),
         embedded_rows=run.embedded_rows,
         reused_rows=run.reused_rows,
         dropped_rows=dropped,

@@ -150,7 +150,7 @@ def _read(
             for line, is_copied in zip(batch, copied, strict=True):
                 if not is_copied:
                     sample.offer(line.row, line.encoded)
-    refuse_unusable(placing.counts, prompts, strict=config.strict)
+    refuse_unusable(placing.counts, prompts, config.fields, strict=config.strict)
     tell_undecoded(placing.counts, prompts, observer)
     record = placing.counts.record(rule)
     judge_quarantined(context, record, lists=_named(placing.counts))

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.errors import PromptError, RowError
 from embstore.core.events import Notice
-from embstore.core.format import PROMPTS
 from embstore.core.prompts import collapse_whitespace
 from embstore.core.reasons import by_kind, counted
 from embstore.core.records import REFUSED_BY_TEMPLATE, JournalState, PromptsRecord
@@ -69,13 +67,13 @@ def _number(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def summarize(root: Path, spec: StoreSpec, state: JournalState, groups_N: NDArray[np.int32]) -> PoolSummary:
+def summarize(table: PromptTable, spec: StoreSpec, state: JournalState, groups_N: NDArray[np.int32]) -> PoolSummary:
     """What the journal of a finished store says of its pool; a few prompts are read where some were cut."""
     prompts = state.prompts
     if prompts is None:
         raise AssertionError("a finished store has prompts")
     truncated = sum(window.truncated for window in state.windows.values())
-    cut = _cut_alike(root, spec, groups_N) if truncated else (0, 0, (), True)
+    cut = _cut_alike(table, spec, groups_N) if truncated else (0, 0, (), True)
     return PoolSummary(
         lines=prompts.lines,
         repeats=prompts.repeats,
@@ -93,14 +91,13 @@ def summarize(root: Path, spec: StoreSpec, state: JournalState, groups_N: NDArra
     )
 
 
-def _cut_alike(root: Path, spec: StoreSpec, groups_N: NDArray[np.int32]) -> tuple[int, int, tuple[str, ...], bool]:
+def _cut_alike(table: PromptTable, spec: StoreSpec, groups_N: NDArray[np.int32]) -> tuple[int, int, tuple[str, ...], bool]:
     """Rows and groups whose vector is a different prompt's because of the cut, two ids, and whether all groups were read."""
     sizes_N = np.bincount(groups_N[groups_N >= 0], minlength=spec.rows)
     firsts = np.flatnonzero(sizes_N > 1)
     is_whole, firsts = len(firsts) <= _MOST_GROUPS, firsts[:_MOST_GROUPS]
     if not len(firsts):
         return 0, 0, (), True
-    table = PromptTable(root / PROMPTS, spec.rows)
     others = _second_members(groups_N, firsts)
     num_rows = num_groups = 0
     ids: tuple[str, ...] = ()

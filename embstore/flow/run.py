@@ -14,6 +14,7 @@ from pathlib import Path
 
 from embstore.core.config import BuildConfig
 from embstore.core.events import PREPARATIONS, Event, Observer, StageFinished
+from embstore.core.format import PROMPTS
 from embstore.core.interfaces import EmbedderSource, Engine
 from embstore.core.spec import StoreSpec
 from embstore.engines.local import LocalEngine
@@ -22,6 +23,7 @@ from embstore.host.memory import MemoryMeter
 from embstore.host.signals import StopSignals
 from embstore.storage.atomic import make_directory, remove_busy_folder
 from embstore.storage.chunk_writer import WORKER_FOLDERS
+from embstore.storage.prompt_table import PromptTable
 from embstore.storage.writer import StoreWriter
 
 
@@ -70,6 +72,17 @@ class Run(RunContext):
     model_peak_bytes: int | None = None
     engine: Engine = field(default_factory=LocalEngine)
     engine_folder: Path = Path()  # of a remote engine, in the store: shared by the workers of this run
+    read_prompts: PromptTable | None = None  # once their file was read in this run
+
+    @property
+    def prompts(self) -> PromptTable:
+        """The committed prompts."""
+        record = self.writer.state.prompts
+        if record is None:
+            raise AssertionError("no prompts are committed")
+        if self.read_prompts is None:
+            self.read_prompts = PromptTable(self.writer.root / PROMPTS, record.rows)
+        return self.read_prompts
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -33,6 +33,7 @@ from embstore.storage.atomic import make_directory, remove_folder
 from embstore.storage.hub_dataset import HubDataset
 from embstore.storage.ingest import ingest
 from embstore.storage.prompt_source import PromptSource
+from embstore.storage.prompt_table import PromptTable
 from embstore.storage.reader import open_published
 from embstore.storage.verify import check_stage0
 
@@ -79,7 +80,10 @@ def commit_prompts(run: Run, source: PromptSource | None, *, resume: bool) -> Pr
             size = None if config.trust_journal else sum(digest.bytes for digest in record.files.values())
             with stage(run.observer, "check", size, "bytes") as advance:
                 if not config.trust_journal:
-                    check_stage0(writer.root, record, advance)
+                    files = dict(record.files)
+                    digest = files.pop(PROMPTS, None)  # compared by the table, which reads the file anyway
+                    check_stage0(writer.root, files, advance)
+                    run.read_prompts = PromptTable(writer.root / PROMPTS, record.rows, digest, seen=advance)
                 if source is not None:
                     _refuse_other_prompts(run, record, source)
     return record
@@ -129,7 +133,7 @@ def _commit_given(run: Run, source: PromptSource) -> PromptsRecord:
 
 def _stage0_problem(root: Path, record: PromptsRecord) -> str | None:
     try:
-        check_stage0(root, record)
+        check_stage0(root, record.files)
     except CorruptStoreError as error:
         return str(error)
     return None
@@ -139,6 +143,7 @@ def begin_again(run: Run, why: str, *, keeps_prompts: bool = False) -> None:
     """Take back what a store without a committed row has, or all but its prompts, and say why."""
     run.observer(Notice(message=f"{run.writer.root} has no committed rows yet, so it is begun again: {why}"))
     run.writer.begin_again(keeps_prompts=keeps_prompts)
+    run.read_prompts = None
 
 
 def _refuse_other_origin(stored: OriginRecord | None, source: PromptSource | None) -> None:

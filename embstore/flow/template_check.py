@@ -243,8 +243,7 @@ def _say(run: Run, record: TemplateRecord) -> None:
     if record.refused <= settled:
         return
     root = run.writer.root
-    table = PromptTable(root / PROMPTS, _num_rows(run))
-    first = [_refusal(table.sample([failed.row])[0].id, failed.row, failed.reason) for failed in record.first]
+    first = [_refusal(run.prompts.sample([failed.row])[0].id, failed.row, failed.reason) for failed in record.first]
     refused = _refusals(first, record.refused, f"{record.chats:,} chats")
     if run.config.on_error == "quarantine":
         run.observer(Notice(message=f"{refused}; they keep their row numbers without vectors"))

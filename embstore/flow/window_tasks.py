@@ -160,6 +160,7 @@ class LocalWindowJob:
 
     root: Path
     spec: StoreSpec
+    prompts: PromptTable
     embedder: Embedder | None
     reuse: Reuse
     stops_at_failure: bool
@@ -174,7 +175,7 @@ class LocalWindowJob:
             self.spec,
             self.embedder,
             self.reuse,
-            prompts=PromptTable(self.root / PROMPTS, self.spec.rows),
+            prompts=self.prompts,
             stops_at_failure=self.stops_at_failure,
             work=self.work,
             todo=self.todo,
@@ -214,13 +215,14 @@ class RemoteWindowJob:
         source: EmbedderSource | None,
         reuse: Reuse,
         *,
+        prompts: PromptTable,
         stops_at_failure: bool,
         folder: Path,
         memory_bytes: int,
     ) -> RemoteWindowJob:
         """Write the files that workers map: offsets of rows in ``prompts.jsonl``, and origins of copied rows."""
         with storage_errors("writing to", folder):
-            np.save(folder / "offsets.npy", PromptTable(root / PROMPTS, spec.rows).offsets)
+            np.save(folder / "offsets.npy", prompts.offsets)
         saved = SavedReuse.save(reuse, folder) if reuse.stores else None
         return cls(
             root=root,

@@ -29,7 +29,8 @@ from embstore.core.config import (
     PromptFields,
     PromptRule,
 )
-from embstore.core.errors import PromptError
+from embstore.core.decode import shown
+from embstore.core.errors import ConfigError, PromptError
 from embstore.core.events import Notice, Observer, ignore, stage
 from embstore.core.files import array_header, fsync_directory, storage_errors
 from embstore.core.format import (
@@ -137,7 +138,7 @@ def ingest(
                 advance=advance,
             )
             _write_spools(placing, spools, quarantine)
-            refuse_unusable(placing.counts, source, strict=strict)
+            refuse_unusable(placing.counts, source, fields, strict=strict)
             tell_undecoded(placing.counts, source, observer)
         with stage(observer, "rows", placing.counts.rows, "rows") as advance:
             record = _write_files(placing, spools, folder, spool_folder, rule, advance)
@@ -174,9 +175,23 @@ _HINTS = {  # by the beginning of the first reason
 }
 
 
-def refuse_unusable(counts: Counts, source: PromptSource, *, strict: bool) -> None:
-    """Refuse a source without a prompt, or with a line without one under ``strict``."""
+def refuse_unusable(counts: Counts, source: PromptSource, fields: PromptFields, *, strict: bool) -> None:
+    """Refuse a source without a prompt, or with a line without one under ``strict``.
+
+    Raises
+    ------
+    ConfigError
+        No line has one of the fields that were named.
+    PromptError
+    """
     name = name_of(source)
+    named = [each for each in (fields.text, fields.messages) if each is not None]
+    if named and set(counts.reasons) == {"no prompt"} and not counts.rows:
+        there = counts.first_quarantined[0][1].partition("; ")[2]
+        raise ConfigError(
+            f"no line of {name} has a field {' or '.join(map(shown, named))}: {there} in the first one",
+            hint="name one that has prompts: --text-field NAME if they are texts, --messages-field NAME if they are chats",
+        )
     first = "; ".join(
         f"{where.removesuffix(f' of {name}')}: {reason}" for where, reason in counts.first_quarantined[:_NAMED]
     )

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +32,22 @@ class PromptTable:
     """
 
     def __init__(
-        self, path: Path, num_rows: int, digest: FileDigest | None = None, *, offsets: NDArray[np.int64] | None = None
+        self,
+        path: Path,
+        num_rows: int,
+        digest: FileDigest | None = None,
+        *,
+        offsets: NDArray[np.int64] | None = None,
+        seen: Callable[[int], None] = lambda count: None,
     ) -> None:
-        """``offsets`` are those of another table of the same file, which then need not be read."""
+        """``offsets`` are those of another table of the same file, which then need not be read.
+
+        ``seen`` is called with the number of bytes read since the last call.
+        """
         self._path = path
         with storage_errors("reading", path):
             try:
-                self.offsets = _row_offsets(path, num_rows, digest) if offsets is None else offsets
+                self.offsets = _row_offsets(path, num_rows, digest, seen) if offsets is None else offsets
             except FileNotFoundError:
                 raise CorruptStoreError(f"{path} is missing", hint="run embstore verify STORE") from None
 
@@ -109,13 +118,14 @@ class PromptTable:
             return pread_all(handle, stop - start, start)
 
 
-def _row_offsets(path: Path, num_rows: int, digest: FileDigest | None) -> NDArray[np.int64]:
+def _row_offsets(path: Path, num_rows: int, digest: FileDigest | None, seen: Callable[[int], None]) -> NDArray[np.int64]:
     """Start of each row of ``prompts.jsonl``, and the end of the last; the same read compares the digest."""
     total = hashlib.sha256()
     ends: list[NDArray[np.int64]] = []
     found, size, last = 0, 0, 0
     is_sound = True
     for block in read_blocks(path.parent, path.name):
+        seen(len(block))
         characters = np.frombuffer(block, dtype=np.uint8)
         if digest is not None:
             total.update(block)

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,7 +49,7 @@ from embstore.core.format import (
     weights_paths,
 )
 from embstore.core.plan import grid_of, misfit
-from embstore.core.records import JournalState, PromptsRecord, WindowRecord, chunk_table, decode_journal, replay
+from embstore.core.records import JournalState, WindowRecord, chunk_table, decode_journal, replay
 from embstore.core.rows import slices
 from embstore.core.spec import StoreSpec, array_metadata, decode_spec
 from embstore.storage.chunks import decode_chunk, read_chunk
@@ -99,12 +99,12 @@ class VerifyReport:
     dropped: list[str] = field(default_factory=list)
 
 
-def check_stage0(root: Path, record: PromptsRecord, advance: Callable[[int], None] = lambda count: None) -> None:
-    """Compare the stage-0 files with their commit; the first that differs is a CorruptStoreError.
+def check_stage0(root: Path, files: Mapping[str, FileDigest], advance: Callable[[int], None] = lambda count: None) -> None:
+    """Compare files of stage 0 with their commit; the first that differs is a CorruptStoreError.
 
     ``advance`` is called with the number of bytes read since the last call.
     """
-    for name, digest in record.files.items():
+    for name, digest in files.items():
         problem = file_problem(root, name, digest, seen=lambda block: advance(len(block)))
         if problem is not None:
             raise CorruptStoreError(f"{name} {problem}", hint=f"run embstore verify {root}; stage 0 cannot be recomputed")

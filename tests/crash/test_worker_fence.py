@@ -15,6 +15,7 @@ from embstore.flow.reuse import nothing_reused
 from embstore.flow.window_tasks import RemoteWindowJob
 from embstore.storage.atomic import remove_busy_folder
 from embstore.storage.chunk_writer import WORKER_FOLDERS
+from embstore.storage.prompt_table import PromptTable
 from embstore.storage.writer import StoreWriter
 from tests.support.fake import FakeEmbedder, FakeSource
 from tests.support.stores import snapshot
@@ -35,7 +36,16 @@ def job(store: Path) -> RemoteWindowJob:
     folder.mkdir(parents=True)
     spec = decode_spec((store / "spec.json").read_bytes())
     reuse = nothing_reused(spec.rows)
-    return RemoteWindowJob.prepare(store, spec, FakeSource(), reuse, stops_at_failure=True, folder=folder, memory_bytes=0)
+    return RemoteWindowJob.prepare(
+        store,
+        spec,
+        FakeSource(),
+        reuse,
+        prompts=PromptTable(store / "prompts.jsonl", spec.rows),
+        stops_at_failure=True,
+        folder=folder,
+        memory_bytes=0,
+    )
 
 
 def next_writer(job: RemoteWindowJob) -> None:

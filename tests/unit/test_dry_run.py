@@ -7,13 +7,14 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from embstore.core.config import BuildConfig, EmbeddingConfig
-from embstore.core.errors import BudgetError, ConfigError, PromptError
+from embstore.core.config import BuildConfig, EmbeddingConfig, PromptFields
+from embstore.core.errors import BudgetError, ConfigError, ExitCode, PromptError
 from embstore.core.events import Event, Notice, Preflight
 from embstore.flow import dry_run
 from embstore.flow.build import build
@@ -169,3 +170,20 @@ def test_every_row_is_as_likely_in_the_sample(monkeypatch: pytest.MonkeyPatch) -
         drawn.update(row for row, _ in sample.rows)
     expected, deviation = rounds / 4, (rounds * 0.25 * 0.75) ** 0.5
     assert all(abs(drawn[row] - expected) < 5 * deviation for row in range(40))
+
+
+@pytest.mark.parametrize("command", [preflight, build])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("p.jsonl", '{"question": "Why?", "src": "a"}\n' * 2), ("p.csv", "question,src\nWhy?,a\nHow?,b\n")],
+)
+def test_a_field_that_no_line_has_is_a_wrong_option_and_what_there_is_is_listed(
+    command: Callable[..., object], name: str, content: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    config = dataclasses.replace(CONFIG, fields=PromptFields(text="questoin"))
+    with pytest.raises(ConfigError) as caught:
+        command(tmp_path / name, out=tmp_path / "store", config=config, source=FakeSource())
+    expected = f"no line of {tmp_path / name} has a field 'questoin': the fields are question, src in the first one"
+    assert (str(caught.value), caught.value.exit_code) == (expected, ExitCode.USAGE)
+    assert not (tmp_path / "store").exists()

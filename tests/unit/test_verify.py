@@ -184,6 +184,27 @@ def test_every_file_is_read_once_and_its_bytes_are_the_progress(
     assert isinstance(events[-1], StageFinished)
 
 
+def test_a_resume_reads_the_files_of_its_prompts_once(unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, StageStarted) and event.stage == "embed":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        real, read = os.pread, Counter[str]()
+
+        def counted(handle: int, size: int, offset: int) -> bytes:
+            data = real(handle, size, offset)
+            read[Path(f"/proc/self/fd/{handle}").readlink().name] += len(data)
+            return data
+
+        patch.setattr(os, "pread", counted)
+        with pytest.raises(KeyboardInterrupt):
+            build_small(None, unfinished, observer=stop)
+    times = {"prompts.jsonl": 2}  # its rows are also looked through for chats, which the template may refuse
+    sizes = {name: (unfinished / name).stat().st_size for name in STAGE0_FILES}
+    assert {name: read[name] for name in STAGE0_FILES} == {name: times.get(name, 1) * sizes[name] for name in STAGE0_FILES}
+
+
 def test_the_line_map_is_read_without_the_prompts(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_store(store)
     real, read = os.pread, Counter[str]()
