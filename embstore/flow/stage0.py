@@ -124,7 +124,7 @@ def _commit_given(run: Run, source: PromptSource) -> PromptsRecord:
     problem = _stage0_problem(writer.root, committed)
     # not the fingerprint alone: lines without a prompt, and repeats, have no rows, and may have been corrected
     if problem is None and (given, origin) == (committed, writer.state.origin):
-        remove_folder(folder)
+        remove_folder(folder, missing_ok=True)
         return committed
     begin_again(run, problem or "the prompts differ")
     writer.adopt_prompts(folder, given, origin)
@@ -210,7 +210,8 @@ def _refuse_other_prompts(run: Run, record: PromptsRecord, source: PromptSource)
                     mismatches.append(FieldMismatch(field=f"row {row}", stored=stored_text, given=given_text))
                     break
     finally:
-        remove_folder(folder if had_work else run.writer.work)  # a resume that is refused changes nothing
+        # a resume that is refused changes nothing; what cannot be deleted is scratch, which the next writer deletes
+        remove_folder(folder if had_work else run.writer.work, missing_ok=True)
     raise IdentityMismatchError(mismatches, hint=_with_other_prompts(run, source))
 
 
