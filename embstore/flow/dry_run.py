@@ -7,10 +7,9 @@ may take space is the index of prompts, in a file without a name, where it does 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from embstore.core.config import DEFAULT_CHAT_DATE, BuildConfig, PromptRule
@@ -26,31 +25,43 @@ from embstore.flow.reuse import RowMatcher, open_reused
 from embstore.flow.run import RunContext, timed
 from embstore.flow.template_check import try_template
 from embstore.storage.ingest import refuse_unusable, tell_undecoded
-from embstore.storage.placing import Counts, Placing
+from embstore.storage.placing import Counts, Line, Placing
 from embstore.storage.prompt_source import PromptSource, open_source
 
-SAMPLE_ROWS = 1024
-_BATCH_ROWS = 1024
+SAMPLE_ROWS, _LEAST_ROWS = 1024, 32
+_BATCH_ROWS, _BATCH_BYTES = 1024, 4 << 20
+_BUDGET_SHARE = 8  # of --memory-budget, for the sample
 
 
 class _Sample:
     """A seeded sample of rows of a stream (reservoir sampling, Vitter's algorithm R), as a ``PromptReader``.
 
-    Whoever reads single rows of the pool gets rows of the sample, which is one of the pool: the pool is gone.
+    Whoever reads single rows of the pool gets rows of the sample, which is one of the pool: the pool is gone. Where rows are
+    so long that the sample outgrows ``max_bytes``, it becomes smaller: a random half of a sample is one, too.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, max_bytes: int, seed: int = 0) -> None:
         self.rows: list[tuple[int, bytes]] = []
         self._random = random.Random(seed)
-        self._seen = 0
+        self._size, self._max_bytes = SAMPLE_ROWS, max_bytes
+        self._seen = self._bytes = 0
 
     def offer(self, row: int, encoded: bytes) -> None:
         """The next row that the model would compute."""
         self._seen += 1
-        if len(self.rows) < SAMPLE_ROWS:
+        if len(self.rows) < self._size:
             self.rows.append((row, encoded))
-        elif (at := self._random.randrange(self._seen)) < SAMPLE_ROWS:
+        elif (at := self._random.randrange(self._seen)) < self._size:
+            self._bytes -= len(self.rows[at][1])
             self.rows[at] = row, encoded
+        else:
+            return
+        self._bytes += len(encoded)
+        while self._bytes > self._max_bytes and self._size > _LEAST_ROWS:
+            self._size //= 2
+            self._random.shuffle(self.rows)
+            del self.rows[self._size :]
+            self._bytes = sum(len(kept) for _, kept in self.rows)
 
     def __len__(self) -> int:
         return self._seen
@@ -127,7 +138,8 @@ def _read(
     context: RunContext, prompts: PromptSource, matcher: RowMatcher | None, scratch: Path
 ) -> tuple[PromptsRecord, _Sample]:
     """Read all prompts: what became of the lines, and a sample of the rows that are not copied."""
-    config, observer, sample = context.config, context.observer, _Sample()
+    config, observer = context.config, context.observer
+    sample = _Sample(config.memory_budget_bytes // _BUDGET_SHARE)
     rule = PromptRule(turns=config.turns or "all")
     with (
         stage(observer, "prompts", unit="lines") as advance,
@@ -142,8 +154,7 @@ def _read(
             observer=observer,
             advance=advance,
         )
-        new = (line for line in placing if line.is_new)
-        while batch := list(itertools.islice(new, _BATCH_ROWS)):
+        for batch in _batches(placing):
             copied = [False] * len(batch)
             if matcher is not None:
                 copied = matcher.match([decode_row(line.encoded) for line in batch]).tolist()
@@ -155,6 +166,20 @@ def _read(
     record = placing.counts.record(rule)
     judge_quarantined(context, record, lists=_named(placing.counts))
     return record, sample
+
+
+def _batches(lines: Iterable[Line]) -> Iterator[list[Line]]:
+    """Lines with new rows, so many at a time that looking them up pays, and no more than a few MiB."""
+    batch: list[Line] = []
+    num_bytes = 0
+    for line in lines:
+        if line.is_new:
+            batch.append(line)
+            num_bytes += len(line.encoded)
+            if len(batch) >= _BATCH_ROWS or num_bytes >= _BATCH_BYTES:
+                yield batch
+                batch, num_bytes = [], 0
+    yield batch
 
 
 def _named(counts: Counts) -> str:

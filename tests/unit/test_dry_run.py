@@ -159,17 +159,21 @@ def test_probes_get_a_seeded_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(set(seen[0].texts)) == 50
 
 
-def test_every_row_is_as_likely_in_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dry_run, "SAMPLE_ROWS", 10)
+@pytest.mark.parametrize(("max_bytes", "size"), [(1000, 16), (9, 8)])  # a sample that stays, and one that has to shrink
+def test_every_row_is_as_likely_in_the_sample(max_bytes: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "SAMPLE_ROWS", 16)
+    monkeypatch.setattr(dry_run, "_LEAST_ROWS", 2)
     drawn: Counter[int] = Counter()
     rounds = 2000
     for seed in range(rounds):
-        sample = dry_run._Sample(seed)
+        sample = dry_run._Sample(max_bytes, seed)
         for row in range(40):
-            sample.offer(row, b"")
+            sample.offer(row, b"x")
+        assert len(sample.rows) == len({row for row, _ in sample.rows}) == size
         drawn.update(row for row, _ in sample.rows)
-    expected, deviation = rounds / 4, (rounds * 0.25 * 0.75) ** 0.5
-    assert all(abs(drawn[row] - expected) < 5 * deviation for row in range(40))
+    share = size / 40
+    deviation = (rounds * share * (1 - share)) ** 0.5
+    assert all(abs(drawn[row] - rounds * share) < 5 * deviation for row in range(40))
 
 
 @pytest.mark.parametrize("command", [preflight, build])
