@@ -68,23 +68,41 @@ def hubness(ids_NK: NDArray[np.integer], groups_N: NDArray[np.integer], k: int) 
 
 
 def rank_correlation(first_N: NDArray[np.floating], second_N: NDArray[np.floating]) -> float | None:
-    """Spearman's rank correlation, ties at their mean rank; None where either is constant.
+    """Spearman's rank correlation, ties at their mean rank; None where either is constant. Memory: 24 bytes a value.
 
     Examples
     --------
     >>> rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([9.0, 4.0, 1.0]))
     -1.0
     """
-    first_N, second_N = _centred_ranks(first_N), _centred_ranks(second_N)
-    scale = np.sqrt(np.square(first_N).sum() * np.square(second_N).sum())
-    return float(np.clip((first_N * second_N).sum() / scale, -1.0, 1.0)) if scale > 0 else None
+    first_rank_N, second_rank_N = _twice_the_ranks(first_N), _twice_the_ranks(second_N)
+    middle = len(first_N) + 1.0  # twice the mean rank, whatever the ties
+    product = first_square = second_square = 0.0
+    for block in slices(0, len(first_N), _BLOCK_ROWS):
+        first_B, second_B = first_rank_N[block] - middle, second_rank_N[block] - middle
+        product += float(first_B @ second_B)
+        first_square += float(first_B @ first_B)
+        second_square += float(second_B @ second_B)
+    scale = float(np.sqrt(first_square * second_square))
+    return float(np.clip(product / scale, -1.0, 1.0)) if scale > 0 else None
 
 
-def _centred_ranks(values_N: NDArray[np.floating]) -> NDArray[np.float64]:
-    _, inverse_N, counts = np.unique(values_N, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts, dtype=np.float64)
-    ranks_N: NDArray[np.float64] = (ends - (counts - 1) / 2)[inverse_N]
-    ranks_N -= ranks_N.mean()
+def _twice_the_ranks(values_N: NDArray[np.floating]) -> NDArray[np.uint32]:
+    """Twice the rank of each value, from 1, ties at their mean rank: a whole number, and uint32 holds that of every row."""
+    order_N = np.argsort(values_N, kind="stable")
+    sorted_N = values_N[order_N]
+    order_N = order_N.astype(np.uint32)
+    is_first_N = np.ones(len(sorted_N), dtype=np.bool_)
+    np.not_equal(sorted_N[1:], sorted_N[:-1], out=is_first_N[1:])
+    del sorted_N
+    starts = np.flatnonzero(is_first_N).astype(np.uint32)
+    sizes = np.diff(starts, append=np.uint32(len(values_N)))
+    starts *= 2
+    starts += sizes + np.uint32(1)
+    group_N = np.cumsum(is_first_N, dtype=np.uint32)
+    ranks_N = np.empty(len(values_N), dtype=np.uint32)
+    for block in slices(0, len(values_N), _BLOCK_ROWS):  # an index of uint32 is copied as int64
+        ranks_N[order_N[block]] = starts[group_N[block] - 1]
     return ranks_N
 
 

@@ -44,7 +44,6 @@ from embstore.storage.row_files import row_files
 
 # New chunks in memory beyond those of an embedder alone: one being filled, one prepared, one waiting to be written.
 _EXTRA_CHUNKS = 3
-_BATCH_ROWS = 1024
 _BUDGET_SHARE = 8  # of --memory-budget, for the indexes of old rows
 
 
@@ -181,7 +180,7 @@ class RowMatcher:
             is_committed, is_sound = _committed_and_sound(store)
             self._sound.append(is_sound)
             self._committed.append(int(np.count_nonzero(is_committed)))
-            for batch in RowRange(0, store.num_rows).split(_BATCH_ROWS):
+            for batch in store.prompts.blocks():
                 rows_B = batch.start + np.flatnonzero(is_committed[batch.as_slice()])
                 if len(rows_B):
                     prompts = store.prompts.read(batch)
@@ -229,7 +228,7 @@ def match_rows(
 ) -> Reuse:
     """Find each prompt in the stores: see ``RowMatcher``."""
     matcher = RowMatcher(stores, folder=folder, memory_bytes=memory_bytes, observer=observer)
-    for rows in RowRange(0, len(prompts)).split(_BATCH_ROWS):
+    for rows in prompts.blocks():
         matcher.match(prompts.read(rows))
     return matcher.reuse()
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.core.decode import parse_json
-from embstore.core.errors import CorruptStoreError, IncompleteStoreError, StoreNotFoundError
+from embstore.core.decode import parse_json, shown
+from embstore.core.errors import CorruptStoreError, EmbstoreError, IncompleteStoreError, StoreNotFoundError
 from embstore.core.files import check_array, check_content, map_array, read_committed, read_if_present
-from embstore.core.format import ALIASES, JOURNAL, KEYS, MANIFEST, Manifest, parse_document
+from embstore.core.format import ALIASES, JOURNAL, KEYS, MANIFEST, Manifest, decode_manifest, parse_document, weights_paths
 
 
 def read_manifest(root: Path) -> bytes:
@@ -56,3 +56,36 @@ def read_aliases(root: Path, manifest: Manifest) -> dict[str, int]:
             f"{ALIASES} does not map ids to rows below {manifest.rows}", hint=f"run embstore verify {root}"
         )
     return value
+
+
+def where_saved_weights_are(own: Path, weighting: object, fingerprint: object) -> str | None:
+    """How to load the weights of a saved run: of those in the store of the file ``own``, by digest or by their bytes.
+
+    None if that store cannot be read.
+    """
+    root = own.parents[1]
+    try:
+        manifest = decode_manifest(read_manifest(root))
+    except (EmbstoreError, OSError):
+        return None
+    listed = {digest: manifest.files[weights_paths(digest)[0]].sha256 for digest in manifest.names.values()}
+    digest = weighting if weighting is not None else next((each for each in listed if listed[each] == fingerprint), None)
+    if digest is None:
+        return (
+            f"embstore weights {root} --list shows the weights that the store has: if the saved run had one of them, it is "
+            f"loaded by load_weights({str(root)!r}, name=NAME)"
+        )
+    if digest == own.stem:
+        return (
+            "the saved run had the same weights of the store: join them to the same dataset in the same order, and temper "
+            "them in the same way"
+        )
+    name = next((name for name, each in manifest.names.items() if each == digest), None)
+    if name is None:
+        return (
+            f"the saved run had the weights {shown(digest)}, which {root} does not have: they were dropped, or belong to "
+            "another store"
+        )
+    return (
+        f"the saved run had other weights of the store: load_weights({str(root)!r}, name={name!r}), then join them as before"
+    )

@@ -182,7 +182,7 @@ class Resumable(ABC):
         """How to load the weights of a state, if they are what differs."""
         if field.rpartition(".")[2] != "fingerprint" or self.weights_file is None:
             return None
-        from embstore.training.weights import where_saved_weights_are  # noqa: PLC0415 - only for this message
+        from embstore.training.published import where_saved_weights_are  # noqa: PLC0415 - only for this message
 
         return where_saved_weights_are(self.weights_file, state.get("weighting"), saved)
 

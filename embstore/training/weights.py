@@ -19,11 +19,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from embstore.core.config import CURRENT_RULE, PromptRule
-from embstore.core.decode import shown
 from embstore.core.errors import (
     ConfigError,
     CorruptStoreError,
-    EmbstoreError,
     InvalidWeightsError,
     KeyMismatchError,
     LengthMismatchError,
@@ -308,39 +306,6 @@ def sha256_of(array: NDArray[np.generic]) -> str:
 
 def _restore(fields: dict[str, Any]) -> Weights:
     return Weights(**{"array": _map_bare(fields["path"]), **fields} if "array" not in fields else fields)
-
-
-def where_saved_weights_are(own: Path, weighting: object, fingerprint: object) -> str | None:
-    """How to load the weights of a saved run: of those in the store of the file ``own``, by digest or by their bytes.
-
-    None if that store cannot be read.
-    """
-    root = own.parents[1]
-    try:
-        manifest = decode_manifest(read_manifest(root))
-    except (EmbstoreError, OSError):
-        return None
-    listed = {digest: manifest.files[weights_paths(digest)[0]].sha256 for digest in manifest.names.values()}
-    digest = weighting if weighting is not None else next((each for each in listed if listed[each] == fingerprint), None)
-    if digest is None:
-        return (
-            f"embstore weights {root} --list shows the weights that the store has: if the saved run had one of them, it is "
-            f"loaded by load_weights({str(root)!r}, name=NAME)"
-        )
-    if digest == own.stem:
-        return (
-            "the saved run had the same weights of the store: join them to the same dataset in the same order, and temper "
-            "them in the same way"
-        )
-    name = next((name for name, each in manifest.names.items() if each == digest), None)
-    if name is None:
-        return (
-            f"the saved run had the weights {shown(digest)}, which {root} does not have: they were dropped, or belong to "
-            "another store"
-        )
-    return (
-        f"the saved run had other weights of the store: load_weights({str(root)!r}, name={name!r}), then join them as before"
-    )
 
 
 def load_weights(

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.density import effective_sample_size
+from embstore.core.diagnostics import rank_correlation
 from embstore.core.errors import ConfigError
 from embstore.core.rows import slices
 from embstore.storage.prompt_table import PromptTable
@@ -90,7 +91,7 @@ def compare(left: str | Path, right: str | Path, *, count: int = 5) -> Compariso
         raise ConfigError(f"{left} and {right} have no id in common", hint="compare stores of the same prompts")
     left_C, left_side = _side(left_store, left_name, left_rows_C)
     right_C, right_side = _side(right_store, right_name, right_rows_C)
-    correlation = spearman(left_C, right_C)
+    correlation = rank_correlation(left_C, right_C)
     left_mean, right_mean = left_C.mean(dtype=np.float64), right_C.mean(dtype=np.float64)
     change_C = right_C / right_mean
     change_C -= left_C / left_mean
@@ -159,38 +160,6 @@ def _differing(
     return sum(
         int(np.count_nonzero(left_N[left_C[block]] != right_N[right_C[block]])) for block in slices(0, len(left_C), _BLOCK)
     )
-
-
-def spearman(left_C: NDArray[np.floating], right_C: NDArray[np.floating]) -> float | None:
-    """Rank correlation, ties at their mean rank (Spearman 1904); None if all values of a side are equal."""
-    left_rank_C, right_rank_C = _twice_the_ranks(left_C), _twice_the_ranks(right_C)
-    middle = len(left_C) + 1.0  # twice the mean rank, whatever the ties
-    product = left_square = right_square = 0.0
-    for block in slices(0, len(left_C), _BLOCK):
-        left_B, right_B = left_rank_C[block] - middle, right_rank_C[block] - middle
-        product += float(left_B @ right_B)
-        left_square += float(left_B @ left_B)
-        right_square += float(right_B @ right_B)
-    return product / float(np.sqrt(left_square) * np.sqrt(right_square)) if left_square and right_square else None
-
-
-def _twice_the_ranks(values_C: NDArray[np.floating]) -> NDArray[np.uint32]:
-    """Twice the rank of each value, from 1, ties at their mean rank: a whole number, and uint32 holds that of every row."""
-    order_C = np.argsort(values_C, kind="stable")
-    sorted_C = values_C[order_C]
-    order_C = order_C.astype(np.uint32)
-    is_first_C = np.ones(len(sorted_C), dtype=np.bool_)
-    np.not_equal(sorted_C[1:], sorted_C[:-1], out=is_first_C[1:])
-    del sorted_C
-    starts = np.flatnonzero(is_first_C).astype(np.uint32)
-    sizes = np.diff(starts, append=np.uint32(len(values_C)))
-    starts *= 2
-    starts += sizes + np.uint32(1)
-    group_C = np.cumsum(is_first_C, dtype=np.uint32)
-    ranks_C = np.empty(len(values_C), dtype=np.uint32)
-    for block in slices(0, len(values_C), _BLOCK):  # an index of uint32 is copied as int64
-        ranks_C[order_C[block]] = starts[group_C[block] - 1]
-    return ranks_C
 
 
 def _opened(place: str | Path) -> tuple[EmbeddingStore, str]:

@@ -78,7 +78,7 @@ class FieldValues:
 
         Raises
         ------
-        EmbstoreError
+        ConfigError
             No prompt has the field.
         """
         found = cls(name, len(table))

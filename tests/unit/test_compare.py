@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from embstore import compare, open_store
 from embstore.cli import app
 from embstore.core.config import WeightingConfig
+from embstore.core.diagnostics import rank_correlation
 from embstore.core.errors import ConfigError, IncompleteStoreError, StoreNotFoundError
 from embstore.flow.artifact import recompute_weights
-from embstore.views.comparison import spearman
 from tests.support.stores import build_small, small_lines, write_lines
 
 pytestmark = pytest.mark.usefixtures("without_syncs")
@@ -72,7 +72,7 @@ def test_ids_that_name_other_texts_are_counted(store: Path, tmp_path: Path) -> N
 def test_a_side_without_order_has_no_rank_correlation(store: Path) -> None:
     recompute_weights(store, WeightingConfig(weighting="uniform"), name="flat")
     # rows that share a vector share a weight, so uniform over vectors still has an order; one value has none
-    assert spearman(np.ones(5), np.arange(5.0)) is None
+    assert rank_correlation(np.ones(5), np.arange(5.0)) is None
     assert compare(store, f"{store}:flat").tv > 0
 
 

@@ -135,8 +135,8 @@ def test_a_damaged_row_is_never_sealed_even_when_the_journal_is_trusted(unfinish
     assert not (unfinished / "manifest.json").exists()
 
 
-def _counting_reads(monkeypatch: pytest.MonkeyPatch, root: Path) -> Counter[str]:
-    """Bytes read of each file of a store from here on. Nothing may be mapped: that cannot be counted."""
+def _counting_reads(monkeypatch: pytest.MonkeyPatch, root: Path, *, maps: bool = False) -> Counter[str]:
+    """Bytes read of each file of a store from here on. Unless it ``maps``, nothing may be mapped: that is not counted."""
     real, read = os.pread, Counter[str]()
 
     def counted(handle: int, size: int, offset: int) -> bytes:
@@ -150,7 +150,8 @@ def _counting_reads(monkeypatch: pytest.MonkeyPatch, root: Path) -> Counter[str]
         raise AssertionError("a file is mapped")
 
     monkeypatch.setattr(os, "pread", counted)
-    monkeypatch.setattr(np, "memmap", refused)
+    if not maps:
+        monkeypatch.setattr(np, "memmap", refused)
     return read
 
 
@@ -190,14 +191,7 @@ def test_a_resume_reads_the_files_of_its_prompts_once(unfinished: Path, monkeypa
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        real, read = os.pread, Counter[str]()
-
-        def counted(handle: int, size: int, offset: int) -> bytes:
-            data = real(handle, size, offset)
-            read[Path(f"/proc/self/fd/{handle}").readlink().name] += len(data)
-            return data
-
-        patch.setattr(os, "pread", counted)
+        read = _counting_reads(patch, unfinished, maps=True)
         with pytest.raises(KeyboardInterrupt):
             build_small(None, unfinished, observer=stop)
     times = {"prompts.jsonl": 2}  # its rows are also looked through for chats, which the template may refuse
@@ -207,14 +201,7 @@ def test_a_resume_reads_the_files_of_its_prompts_once(unfinished: Path, monkeypa
 
 def test_the_line_map_is_read_without_the_prompts(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_store(store)
-    real, read = os.pread, Counter[str]()
-
-    def counted(handle: int, size: int, offset: int) -> bytes:
-        data = real(handle, size, offset)
-        read[Path(f"/proc/self/fd/{handle}").readlink().name] += len(data)
-        return data
-
-    monkeypatch.setattr(os, "pread", counted)
+    read = _counting_reads(monkeypatch, store, maps=True)
     assert len(opened.line_rows) == 73
     assert read["prompts.jsonl"] == 0
 
