@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from embstore.core.config import DEFAULT_CHAT_DATE, BuildConfig, PromptRule
@@ -25,11 +25,11 @@ from embstore.flow.reuse import RowMatcher, open_reused
 from embstore.flow.run import RunContext, timed
 from embstore.flow.template_check import try_template
 from embstore.storage.ingest import refuse_unusable, tell_undecoded
-from embstore.storage.placing import Counts, Line, Placing
+from embstore.storage.key_index import batches
+from embstore.storage.placing import Counts, Placing
 from embstore.storage.prompt_source import PromptSource, open_source
 
 SAMPLE_ROWS, _LEAST_ROWS = 1024, 32
-_BATCH_ROWS, _BATCH_BYTES = 1024, 4 << 20
 _BUDGET_SHARE = 8  # of --memory-budget, for the sample
 
 
@@ -154,7 +154,7 @@ def _read(
             observer=observer,
             advance=advance,
         )
-        for batch in _batches(placing):
+        for batch in batches((line for line in placing if line.is_new), lambda line: len(line.encoded)):
             copied = [False] * len(batch)
             if matcher is not None:
                 copied = matcher.match([decode_row(line.encoded) for line in batch]).tolist()
@@ -166,20 +166,6 @@ def _read(
     record = placing.counts.record(rule)
     judge_quarantined(context, record, lists=_named(placing.counts))
     return record, sample
-
-
-def _batches(lines: Iterable[Line]) -> Iterator[list[Line]]:
-    """Lines with new rows, so many at a time that looking them up pays, and no more than a few MiB."""
-    batch: list[Line] = []
-    num_bytes = 0
-    for line in lines:
-        if line.is_new:
-            batch.append(line)
-            num_bytes += len(line.encoded)
-            if len(batch) >= _BATCH_ROWS or num_bytes >= _BATCH_BYTES:
-                yield batch
-                batch, num_bytes = [], 0
-    yield batch
 
 
 def _named(counts: Counts) -> str:

@@ -49,12 +49,11 @@ from embstore.core.prompts import Prompt, decode_row, encode_row
 from embstore.core.records import PromptsRecord
 from embstore.host.scratch import large_array
 from embstore.storage.atomic import DurableFile, save_array
-from embstore.storage.key_index import KeyIndex, text_keys
+from embstore.storage.key_index import BATCH_KEYS, KeyIndex, batches, text_keys
 from embstore.storage.placing import Counts, Placing
 from embstore.storage.prompt_source import PromptSource, open_source
 
 _READ_BYTES = 1 << 20
-_BATCH_ROWS, _BATCH_BYTES = 1024, 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,8 +244,8 @@ def _write_files(
             ids.add(_json(str(prompt.id)))
             aliases.add(_pair(str(prompt.id), row))
             _update_fingerprint(fingerprint, prompt)
-            if (row + 1) % _BATCH_ROWS == 0:
-                advance(_BATCH_ROWS)
+            if (row + 1) % BATCH_KEYS == 0:
+                advance(BATCH_KEYS)
         spools.aliases.seek(0)
         for pair in spools.aliases:
             aliases.add(pair.rstrip(b"\n"))
@@ -287,24 +286,15 @@ def _with_ids(lines: BinaryIO, ids: KeyIndex) -> Iterator[tuple[Prompt, bytes]]:
     the last ending of each id as its second number.
     """
     ids.fill(1)
-    while batch := _next_rows(lines):
-        bases = [prompt.derived_id for prompt, _ in batch if prompt.id is None]
-        derived = iter(_unique_ids(bases, ids))
-        for prompt, line in batch:
+    for batch in batches(lines, len):
+        prompts = list(map(decode_row, batch))
+        derived = iter(_unique_ids([prompt.derived_id for prompt in prompts if prompt.id is None], ids))
+        for prompt, line in zip(prompts, batch, strict=True):
             if prompt.id is not None:
                 yield prompt, line
                 continue
             named = replace(prompt, id=next(derived))
             yield named, encode_row(named)
-
-
-def _next_rows(lines: BinaryIO) -> list[tuple[Prompt, bytes]]:
-    batch: list[tuple[Prompt, bytes]] = []
-    num_bytes = 0
-    while len(batch) < _BATCH_ROWS and num_bytes < _BATCH_BYTES and (line := lines.readline()):
-        batch.append((decode_row(line), line))
-        num_bytes += len(line)
-    return batch
 
 
 def _unique_ids(bases: Sequence[str], ids: KeyIndex) -> list[str]:

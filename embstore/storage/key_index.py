@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +23,28 @@ from embstore.core.files import storage_errors
 from embstore.host.scratch import map_scratch
 
 KEY_BYTES = 16
+BATCH_KEYS, BATCH_BYTES = 1024, 4 << 20  # of one batch, with the bytes of what its keys belong to
 _FIRST_SLOTS = 1 << 12
 _MOST_FILLED = 0.75  # of the slots, so that a search rarely takes more than a few steps
 _COPIED_SLOTS = 1 << 16  # at a time, when the table grows
 
 # Shapes: B keys of a batch, S slots, W words of 8 bytes: two of the key, one of each number.
 Keys = NDArray[np.uint64]
+Item = TypeVar("Item")
+
+
+def batches(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Items in lists that are worth looking up together, each of ``BATCH_KEYS`` items or ``BATCH_BYTES`` at most."""
+    batch: list[Item] = []
+    num_bytes = 0
+    for item in items:
+        batch.append(item)
+        num_bytes += size(item)
+        if len(batch) >= BATCH_KEYS or num_bytes >= BATCH_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
 
 
 def keys_of(digests: Sequence[bytes]) -> Keys:

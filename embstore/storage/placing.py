@@ -22,10 +22,9 @@ from embstore.core.prompts import Prompt, Rejected, encode_row
 from embstore.core.reasons import count_reason
 from embstore.core.records import PromptsRecord
 from embstore.storage.hub_dataset import HubDataset
-from embstore.storage.key_index import KeyIndex, keys_of, text_keys
+from embstore.storage.key_index import BATCH_BYTES, BATCH_KEYS, KeyIndex, keys_of, text_keys
 from embstore.storage.prompt_source import Prompts, PromptSource
 
-_BATCH_LINES, _BATCH_BYTES = 1024, 4 << 20
 _BUDGET_SHARE = 8  # of --memory-budget, for each index
 _KEPT_REASONS = 10
 
@@ -141,10 +140,10 @@ class Placing:
 
     def _batch(self, unread: Iterator[Prompt | Rejected]) -> list[_Read]:
         """The next lines: no more than rows are left to the limit, so that nothing behind its last row is read."""
-        most = _BATCH_LINES if self._limit is None else min(_BATCH_LINES, self._limit - self.counts.rows)
+        most = BATCH_KEYS if self._limit is None else min(BATCH_KEYS, self._limit - self.counts.rows)
         batch: list[_Read] = []
         num_bytes = 0
-        while len(batch) < most and num_bytes < _BATCH_BYTES:
+        while len(batch) < most and num_bytes < BATCH_BYTES:
             prompt = next(unread, None)
             if prompt is None:
                 break

@@ -351,7 +351,7 @@ class EmbeddingStore:
     def published(self) -> Manifest:
         """The manifest; an unfinished store raises an IncompleteStoreError."""
         if self.manifest is None:
-            raise _incomplete(self.root, self.journal)
+            raise unfinished(self.root, self.journal)
         return self.manifest
 
     def _weights_digest(self, name: str) -> str:
@@ -425,7 +425,7 @@ def open_store(path: str | Path, *, partial: bool = False) -> EmbeddingStore:
     state = read_journal(root)
     if not os.path.lexists(root / MANIFEST):
         if not partial:
-            raise _incomplete(root, state)
+            raise unfinished(root, state)
         if state.spec is None:
             raise StoreNotFoundError(f"{root} has no spec yet", hint=f"run embstore build --resume --out {root}")
         content = read_committed(root, SPEC)
@@ -445,7 +445,7 @@ def require_published(root: Path) -> None:
     """
     require_store(root)
     if not os.path.lexists(root / MANIFEST):
-        raise _incomplete(root, read_journal(root))
+        raise unfinished(root, read_journal(root))
 
 
 def open_published(root: Path) -> EmbeddingStore | None:
@@ -480,7 +480,8 @@ def _open(root: Path, manifest: Manifest, state: JournalState) -> EmbeddingStore
     return EmbeddingStore(root, manifest, state, spec)
 
 
-def _incomplete(root: Path, state: JournalState) -> IncompleteStoreError:
+def unfinished(root: Path, state: JournalState) -> IncompleteStoreError:
+    """The refusal of what only a finished store has."""
     total = state.prompts.rows if state.prompts else "an unknown number of"
     return IncompleteStoreError(
         f"{root} is not finished: {state.committed_rows} of {total} rows are committed, no weights are published",

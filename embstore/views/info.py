@@ -37,7 +37,7 @@ from embstore.core.records import DemotedRecord
 from embstore.flow.artifact import extremes
 from embstore.storage.journal import SYNCS_FOLDERS, read_journal, require_store, run_entries
 from embstore.storage.prompt_table import PromptTable
-from embstore.storage.reader import EmbeddingStore, open_store
+from embstore.storage.reader import EmbeddingStore, open_store, unfinished
 from embstore.storage.verify import ONLY_A_NEW_BUILD, VerifyReport, verify_store
 from embstore.storage.writer import StoreWriter, lock_store
 from embstore.views.field_values import FieldValues, OtherValues, Share
@@ -123,6 +123,8 @@ def inspect(path: str | Path, *, by: str | None = None, name: str = "default", c
     ------
     StoreNotFoundError, CorruptStoreError, IdentityMismatchError
         There is no store, a file that is read is damaged, or the format version differs.
+    IncompleteStoreError
+        ``by`` or ``name`` was given, and the store has no weights yet.
     """
     root = Path(path)
     require_store(root)
@@ -147,6 +149,8 @@ def inspect(path: str | Path, *, by: str | None = None, name: str = "default", c
         spec=dataclasses.asdict(store.spec) if store else None,
     )
     if store is None or store.manifest is None:
+        if by is not None or name != DEFAULT_WEIGHTS:
+            raise unfinished(root, state)
         return info
     # before any array: it proves that the rows exist, so what follows takes memory in proportion to the disk
     table = store.prompts

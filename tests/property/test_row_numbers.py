@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embstore.core.errors import PromptError
-from embstore.storage import ingest as ingest_module
 from embstore.storage import key_index, placing
 from tests.support.stage0 import Stage0, ingested
 
@@ -90,10 +89,9 @@ def test_rows_and_ids_are_those_of_a_plain_pass(
     source.write_bytes(b"".join(line + b"\n" for line in encoded))
     expected = _expected(lines, limit)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (placing, ingest_module):
-            patch.setattr(module, "_BATCH_BYTES", 1 << 20 if is_large else 100)
-        patch.setattr(placing, "_BATCH_LINES", batch)
-        patch.setattr(ingest_module, "_BATCH_ROWS", batch)
+        for module in (placing, key_index):
+            patch.setattr(module, "BATCH_BYTES", 1 << 20 if is_large else 100)
+            patch.setattr(module, "BATCH_KEYS", batch)
         patch.setattr(key_index, "_FIRST_SLOTS", 2)
         if expected is None or not expected["ids"]:
             with pytest.raises(PromptError):

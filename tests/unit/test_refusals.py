@@ -306,3 +306,11 @@ def test_an_old_c_library_keeps_the_largest_blocks_that_it_can(most: int, monkey
     monkeypatch.setattr(allocator, "_glibc", found)
     allocator.keep_large_blocks()
     assert kept == {-3: min(most, 1 << 28), -1: 1 << 28}
+
+
+@pytest.mark.parametrize("option", [("--by", "src"), ("--name", "flat")])
+def test_weights_of_an_unfinished_store_are_refused_and_not_left_out(option: tuple[str, str], partial_store: Path) -> None:
+    code, out, told = run("inspect", partial_store, *option)
+    assert (code, out) == (6, "")
+    assert "is not finished: 32 of 70 rows are committed" in told
+    assert run("inspect", partial_store)[0] == 0
