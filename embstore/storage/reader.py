@@ -7,8 +7,6 @@ the small files it reads; each read of rows checks the checksums of its chunks; 
 from __future__ import annotations
 
 import functools
-import io
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,12 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embstore.core.config import K_MAX
-from embstore.core.decode import parse_json, printable, shown
-from embstore.core.errors import ConfigError, CorruptStoreError, IncompleteStoreError, StoreNotFoundError
+from embstore.core.decode import parse_json, shown
+from embstore.core.errors import CorruptStoreError, IncompleteStoreError, StoreNotFoundError
 from embstore.core.files import (
     check_array,
     check_content,
-    committed_blocks,
     file_size,
     map_array,
     read_committed,
@@ -66,6 +63,7 @@ from embstore.core.plan import grid_of, refuse_misfits
 from embstore.core.records import ChunkRecord, JournalState, decode_chunk_table
 from embstore.core.rows import RowRange
 from embstore.core.spec import StoreSpec, array_metadata, decode_spec
+from embstore.storage.alias_file import AliasFile
 from embstore.storage.chunks import decode_chunk, prefetch_chunk, read_chunk
 from embstore.storage.journal import read_journal, require_store
 from embstore.storage.prompt_table import PromptTable
@@ -73,8 +71,6 @@ from embstore.storage.row_files import check_rows, header_problem, row_files
 
 if TYPE_CHECKING:
     import zarr
-
-_IDS_SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,6 +199,10 @@ class EmbeddingStore:
         return aliases
 
     @functools.cached_property
+    def _aliases(self) -> AliasFile:
+        return AliasFile(self.root, self.num_rows, self._digests.get(ALIASES))
+
+    @functools.cached_property
     def prompts(self) -> PromptTable:
         """The prompts themselves, by row."""
         return PromptTable(self.root / PROMPTS, self.num_rows, self._digests.get(PROMPTS))
@@ -253,49 +253,7 @@ class EmbeddingStore:
 
     def row_of(self, prompt_id: str) -> int:
         """Row of an input id or row id; an unknown id is a ConfigError. Price: one pass over the ids, which are not kept."""
-        return self._rows_of([prompt_id])[0]
-
-    def _rows_of(self, ids: Sequence[str]) -> list[int]:
-        rows: dict[bytes, int] = {}
-        names = [json.dumps(prompt_id, ensure_ascii=False).encode() for prompt_id in ids]
-        wanted = frozenset(names)
-        for name, row in self._alias_items():
-            if name in wanted:
-                rows[name] = int(row) if row.isdigit() else -1
-        for prompt_id, name in zip(ids, names, strict=True):
-            if name not in rows:
-                raise self._unknown_id(prompt_id)
-            if not 0 <= rows[name] < self.num_rows:
-                raise CorruptStoreError(f"{ALIASES} maps an id to none of {self.num_rows} rows", hint=self._hint)
-        return [rows[name] for name in names]
-
-    def _alias_items(self) -> Iterator[tuple[bytes, bytes]]:
-        """Name and row of every id as JSON, from the lines of aliases.json, once it equals its commit."""
-        if ALIASES in self._digests and ALIASES not in self._sound:
-            check_content(self.root, ALIASES, committed_blocks(self.root, ALIASES), self._digests[ALIASES])
-            self._sound.add(ALIASES)
-        rest = b""
-        for block in committed_blocks(self.root, ALIASES):
-            for line in io.BytesIO(rest + block):
-                rest = b"" if line.endswith(b"\n") else line  # it goes on in the next block
-                name, colon, row = line.rstrip(b",\n").rpartition(b": ")
-                if colon and not rest:
-                    yield name, row
-
-    def _unknown_id(self, prompt_id: str) -> ConfigError:
-        count, some, like = 0, list[bytes](), list[bytes]()
-        within = json.dumps(prompt_id.lower(), ensure_ascii=False).encode()[1:-1]
-        for name, _ in self._alias_items():
-            count += 1
-            if len(some) < _IDS_SHOWN:
-                some.append(name)
-            if within and len(like) < _IDS_SHOWN and within in name.decode(errors="replace").lower().encode():
-                like.append(name)
-        such_as = ", ".join(printable(str(parse_json(name, name=ALIASES))) for name in like or some)
-        return ConfigError(
-            f"no prompt has the id {shown(prompt_id)}; the store has {count:,} ids, such as {such_as}",
-            hint=f"all ids are in {self.root / ALIASES}",
-        )
+        return self._aliases.rows_of([prompt_id])[0]
 
     def neighbors(self, prompt_id: str) -> Neighbors:
         """Nearest distinct vectors of one prompt, nearest first."""
@@ -313,7 +271,7 @@ class EmbeddingStore:
         CorruptStoreError, IncompleteStoreError
             The checksum of a chunk fails, or a row is not computed yet.
         """
-        return self.rows_at(np.array(self._rows_of(ids), dtype=np.int64))
+        return self.rows_at(np.array(self._aliases.rows_of(ids), dtype=np.int64))
 
     def rows_at(self, rows_B: NDArray[np.int64]) -> NDArray[np.float16]:
         """As ``rows``, by row numbers: float16 [B, V]."""
