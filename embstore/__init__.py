@@ -12,9 +12,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from embstore.flow.array_import import import_array
-    from embstore.flow.artifact import drop_weights, list_weights, recompute_weights
+    from embstore.flow.artifact import recompute_weights
     from embstore.flow.build import BuildReport, build
     from embstore.flow.online import DensityAwareSampler
+    from embstore.flow.stored_weights import drop_weights, list_weights
     from embstore.storage.reader import EmbeddingStore, open_store
     from embstore.views.comparison import compare
     from embstore.views.export import export_store
@@ -26,11 +27,11 @@ _HOMES = {
     "EmbeddingStore": "embstore.storage.reader",
     "build": "embstore.flow.build",
     "compare": "embstore.views.comparison",
-    "drop_weights": "embstore.flow.artifact",
+    "drop_weights": "embstore.flow.stored_weights",
     "export_store": "embstore.views.export",
     "import_array": "embstore.flow.array_import",
     "inspect": "embstore.views.info",
-    "list_weights": "embstore.flow.artifact",
+    "list_weights": "embstore.flow.stored_weights",
     "open_store": "embstore.storage.reader",
     "recompute_weights": "embstore.flow.artifact",
     "verify": "embstore.views.info",

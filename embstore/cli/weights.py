@@ -34,7 +34,7 @@ def weights(
 
     Weights that were replaced stay, 4 bytes a prompt, because training runs may use them.
     """
-    from embstore.flow import artifact  # noqa: PLC0415
+    from embstore.flow import artifact, stored_weights  # noqa: PLC0415
     from embstore.views import info, terminal  # noqa: PLC0415
 
     if listed or drop:
@@ -44,8 +44,8 @@ def weights(
                 hint="leave out all options but --list, --drop and --json",
             )
         if drop:
-            artifact.drop_weights(store, drop)
-        found = artifact.list_weights(store)
+            stored_weights.drop_weights(store, drop)
+        found = stored_weights.list_weights(store)
         if as_json:
             print_json(found)
         else:

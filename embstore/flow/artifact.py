@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,23 +27,19 @@ from embstore.core.density import (
 )
 from embstore.core.diagnostics import concerns, hubness, rank_correlation
 from embstore.core.errors import ConfigError, CorruptStoreError
-from embstore.core.files import check_content, file_problem, read_committed
+from embstore.core.files import file_problem
 from embstore.core.format import (
     CHUNKS,
     COORDINATES,
     DEFAULT_WEIGHTS,
     FORMAT_VERSION,
-    MANIFEST,
     NEIGHBORS,
     WEIGHTS,
     FileDigest,
     JsonObject,
     Manifest,
     canonical_json,
-    decode_manifest,
-    decode_metadata,
     document,
-    follow_manifest,
     is_superseded_name,
     is_weights_name,
     neighbors_paths,
@@ -53,7 +49,7 @@ from embstore.core.format import (
 from embstore.core.records import JournalState, chunk_table
 from embstore.core.spec import StoreSpec
 from embstore.storage.atomic import make_directory, save_array, write_durable
-from embstore.storage.reader import EmbeddingStore, open_store, require_published
+from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.storage.row_files import row_files
 from embstore.storage.writer import StoreWriter
 
@@ -253,90 +249,6 @@ def recompute_weights(path: str | Path, config: WeightingConfig, *, name: str = 
         weights = write_weights(store.root, store.spec, writer.state, neighbors, store.residuals, config)
         publish(writer, store.spec, neighbors, weights, name=name, kept=store.manifest)
     return weights.metadata
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Weighting:
-    """One weighting of a store. Names of one ``digest`` share its files, of ``bytes`` in all."""
-
-    name: str
-    digest: str
-    weighting: str
-    k: int
-    gamma: float
-    ess_share: float
-    bytes: int
-
-
-def list_weights(path: str | Path) -> list[Weighting]:
-    """The weightings of a finished store: the default, other names, and then those that were replaced.
-
-    Raises
-    ------
-    StoreNotFoundError, IncompleteStoreError, CorruptStoreError
-        There is no finished store, or the metadata of a weighting is damaged.
-    """
-    root = Path(path)
-    require_published(root)
-    return follow_manifest(lambda: read_committed(root, MANIFEST), lambda manifest: _weightings(root, manifest))
-
-
-def _weightings(root: Path, manifest: Manifest) -> list[Weighting]:
-    found = []
-    for name in sorted(manifest.names, key=lambda name: (is_superseded_name(name), name != DEFAULT_WEIGHTS, name)):
-        paths = weights_paths(manifest.names[name])
-        content = read_committed(root, paths[1])
-        check_content(root, paths[1], [content], manifest.files[paths[1]])
-        metadata = decode_metadata(content, name=paths[1])
-        found.append(
-            Weighting(
-                name=name,
-                digest=manifest.names[name],
-                weighting=metadata["weighting"]["weighting"],
-                k=metadata["weighting"]["k"],
-                gamma=metadata["weighting"]["gamma"],
-                ess_share=metadata["ess_share"],
-                bytes=sum(manifest.files[each].bytes for each in paths),
-            )
-        )
-    return found
-
-
-def drop_weights(path: str | Path, names: Sequence[str]) -> None:
-    """Take weightings out of a finished store, all of ``names`` or none; files without another name are deleted.
-
-    Runs that were begun with them cannot be resumed any more. Damaged ones can be dropped, too.
-
-    Raises
-    ------
-    ConfigError
-        A name is unknown, or is that of the default, which training maps.
-    StoreNotFoundError, IncompleteStoreError, StoreLockedError, CorruptStoreError
-        There is no finished store, it is being written, or its manifest is damaged.
-    """
-    root = Path(path)
-    require_published(root)
-    with StoreWriter(root, resume=True) as writer:
-        require_published(root)  # again: under the lock nobody takes it back
-        manifest = decode_manifest(read_committed(root, MANIFEST))
-        for name in names:
-            _refuse_to_drop(root, manifest, name)
-        writer.publish(manifest.without(names))
-
-
-def _refuse_to_drop(root: Path, manifest: Manifest, name: str) -> None:
-    digest = manifest.weighting(name, store=root)
-    owner = name if name in manifest.names else name.removesuffix(f"@{digest}")
-    if owner == DEFAULT_WEIGHTS:
-        raise ConfigError(
-            f"{name} cannot be dropped: training maps these weights, and a store without them is not finished",
-            hint=f"embstore weights {root} makes new ones; the old ones can be dropped then, as {DEFAULT_WEIGHTS}@{digest}",
-        )
-    if owner != name:
-        raise ConfigError(
-            f"{name} are the weights that {owner} has now",
-            hint=f"by that name they can be dropped: embstore weights {root} --drop {owner}",
-        )
 
 
 def read_neighbors(store: EmbeddingStore) -> NeighborFiles:

@@ -13,8 +13,8 @@ from embstore.core.config import format_bytes
 from embstore.core.decode import printable
 from embstore.core.diagnostics import MILD_ESS_SHARE
 from embstore.core.format import JsonObject, is_superseded_name
-from embstore.flow.artifact import Weighting
 from embstore.flow.build import BuildReport
+from embstore.flow.stored_weights import StoredWeights
 from embstore.storage.journal import NO_FOLDER_SYNC
 from embstore.storage.verify import ONLY_A_NEW_BUILD, VerifyReport
 from embstore.views.comparison import Comparison
@@ -111,7 +111,7 @@ def _add_share(table: Table, title: str, share: Share | OtherValues) -> None:
     table.add_row(title, f"{share.rows:,}", f"{share.row_share:.2%}", f"{share.weight_share:.2%}", f"{ratio:.2f}")
 
 
-def print_weightings(console: Console, weightings: Sequence[Weighting]) -> None:
+def print_weightings(console: Console, weightings: Sequence[StoredWeights]) -> None:
     """The weights of a store, as ``embstore weights --list`` shows them."""
     width = max(len(plain(each.name)) for each in weightings)
     for each in weightings:

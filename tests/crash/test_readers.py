@@ -13,7 +13,8 @@ import pytest
 
 from embstore.core.config import WeightingConfig
 from embstore.core.errors import CorruptStoreError, IncompleteStoreError
-from embstore.flow.artifact import drop_weights, list_weights, recompute_weights
+from embstore.flow.artifact import recompute_weights
+from embstore.flow.stored_weights import drop_weights, list_weights
 from embstore.storage.reader import open_store
 from embstore.training import load_weights
 from embstore.views.info import verify

@@ -17,7 +17,8 @@ import pytest
 
 from embstore.core.config import BuildConfig, WeightingConfig
 from embstore.core.errors import CorruptStoreError, ExitCode, IncompleteStoreError, StorageError
-from embstore.flow.artifact import drop_weights, list_weights, recompute_weights
+from embstore.flow.artifact import recompute_weights
+from embstore.flow.stored_weights import drop_weights, list_weights
 from embstore.storage.reader import open_store
 from embstore.storage.row_files import ROW_FILES
 from embstore.training import load_weights

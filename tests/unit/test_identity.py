@@ -23,8 +23,9 @@ from embstore.core.format import document
 from embstore.core.plan import model_mismatches
 from embstore.core.records import DriftRecord, PromptsRecord, encode_journal_header
 from embstore.core.spec import StoreSpec
-from embstore.flow.artifact import drop_weights, recompute_weights
+from embstore.flow.artifact import recompute_weights
 from embstore.flow.build import build
+from embstore.flow.stored_weights import drop_weights
 from embstore.storage.reader import open_store
 from embstore.storage.writer import StoreWriter
 from embstore.views.info import inspect, verify

@@ -20,7 +20,8 @@ import embstore
 from embstore.cli import app
 from embstore.core.config import WeightingConfig
 from embstore.core.errors import ConfigError, CorruptStoreError, IncompleteStoreError, StoreNotFoundError, WeightsError
-from embstore.flow.artifact import drop_weights, list_weights, recompute_weights
+from embstore.flow.artifact import recompute_weights
+from embstore.flow.stored_weights import drop_weights, list_weights
 from embstore.storage import writer as writer_module
 from embstore.storage.reader import open_store
 from embstore.training import DensitySampler, GroupRepeat, Weights, load_weights
