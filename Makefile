@@ -9,22 +9,25 @@ PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 QUICK_TESTS := embstore/core tests/unit tests/format tests/oracle/test_pairwise.py tests/crash/test_order.py tests/e2e/test_build.py
 FAULT_TESTS := tests/crash tests/property/test_hostile.py tests/property/test_hostile_store.py
 
-.PHONY: demo test test-quick test-slow test-faults lint benchmark clean
+.PHONY: demo test test-quick test-slow test-faults test-trainers lint benchmark clean
 
 demo: $(STAMP)  ## the main job end to end, on input made on the spot
 	@$(BIN)/python -m scripts.demo
 
 test: $(STAMP) lint  ## what CI runs: lint, types, layers, tests; 20 minutes on two old cores, 10 on newer ones
-	@$(BIN)/python -m pytest -m "not faults and not slow" $(PARALLEL)
+	@$(BIN)/python -m pytest -m "not faults and not slow and not trainers" $(PARALLEL)
 
 test-quick: $(STAMP)  ## for the inner loop, a minute: units, the disk format, exact search, order of system calls, a small real build
-	@$(BIN)/python -m pytest -m "not faults and not slow" $(PARALLEL) $(QUICK_TESTS)
+	@$(BIN)/python -m pytest -m "not faults and not slow and not trainers" $(PARALLEL) $(QUICK_TESTS)
 
 test-slow: $(STAMP)  ## what make test leaves out, and a build with the oldest versions (6 GB in .venv-oldest); not test-faults
 	@./scripts/oldest_environment.sh "$(PYTHON)" .venv-oldest || \
 		{ [ $$? -eq 75 ] && echo "the package index cannot be reached: the test of the oldest versions skips"; }
-	@$(BIN)/python -m pytest -m "slow and not faults" $(PARALLEL)
+	@$(BIN)/python -m pytest -m "slow and not faults and not trainers" $(PARALLEL)
 	@echo "the complete fault suite, half an hour as root: make test-faults"
+
+test-trainers: $(STAMP)  ## trainers of other versions and frameworks, each in an environment of its own, .venv-trainers/NAME
+	@$(BIN)/python -m scripts.test_trainers --report benchmarks/results/trainers.json
 
 lint: $(STAMP)
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }
@@ -55,4 +58,4 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-trainers build dist .pytest_cache .mypy_cache .ruff_cache

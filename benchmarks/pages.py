@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import model_tables, plots, speed_tables, tables
+from benchmarks import model_tables, plots, speed_tables, tables, trainer_tables
 from benchmarks.tables import Report
+from embstore.training.trainers import TRAINERS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -60,6 +61,11 @@ BLOCKS = (
     Block("docs/guide.md", "costs", "embedding gpu", tables.costs),
     Block("docs/guide.md", "reuse", "reuse", tables.reuse),
     Block("docs/training.md", "training", "training", tables.training),
+    Block("docs/train/README.md", "trainers", "trainers", trainer_tables.index),
+    *(
+        Block(f"docs/train/{each.name}.md", f"trainer {each.name}", "trainers", functools.partial(trainer_tables.page, each))
+        for each in TRAINERS
+    ),
 )
 PICTURES = {
     "docs/performance.svg": ("embedding", plots.embedding_rates),
@@ -99,6 +105,7 @@ def claims() -> dict[str, bool]:
     return {
         "prompts.json: stage 0 of a million chats takes at most 1.3 times as long": result("prompts")["median_ratio"] <= 1.3
         and result("prompts")["lines"] == 1_000_000,
+        "trainers.json: every test it names exists": all(_exists(row["test"]) for row in result("trainers")["evidence"]),
         "faults.json: the run passed and lost nothing": faults["passed"]
         and not any(row["losses"] for row in faults["faults"]),
         "faults.json: at least 500 kills at random moments": times["process killed at a random moment"] >= 500,

@@ -6,13 +6,14 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
 
+from tests.support.evidence import Evidence, write_evidence
 from tests.support.fork_server import ForkServer
 from tests.support.stores import build_part, build_small, write_small_prompts
 from tests.support.tally import Counter, Row, Tally
@@ -22,6 +23,7 @@ from tests.support.tally import Counter, Row, Tally
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 _TALLY = pytest.StashKey[Tally]()
+_EVIDENCE = pytest.StashKey[list[Evidence]]()
 _STARTED = time.monotonic()
 
 # no test writes into the checkout: a failure prints what repeats it
@@ -31,24 +33,39 @@ hypothesis.settings.load_profile("embstore")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault-report", metavar="FILE", help="write what faults were injected, and what was lost, as JSON")
+    parser.addoption("--trainer-report", metavar="FILE", help="write what was proven of trainers, as JSON")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_TALLY] = Tally()
+    config.stash[_EVIDENCE] = []
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     counted = session.config.stash[_TALLY]
     if hasattr(session.config, "workeroutput"):  # one of several processes: the first of them writes the report
         session.config.workeroutput["faults"] = [dataclasses.asdict(row) for row in counted.rows.values()]
-    elif path := session.config.getoption("--fault-report"):
+        session.config.workeroutput["evidence"] = [dataclasses.asdict(row) for row in session.config.stash[_EVIDENCE]]
+        return
+    if path := session.config.getoption("--fault-report"):
         counted.write(Path(path), seconds=time.monotonic() - _STARTED, passed=exitstatus == 0)
+    if path := session.config.getoption("--trainer-report"):
+        write_evidence(Path(path), session.config.stash[_EVIDENCE])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     for row in getattr(node, "workeroutput", {}).get("faults", []):
         node.config.stash[_TALLY].add(Row(**row))
+    node.config.stash[_EVIDENCE].extend(Evidence(**row) for row in getattr(node, "workeroutput", {}).get("evidence", []))
+
+
+@pytest.fixture
+def evidence(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Notes what a test has proven of a trainer, for the table of docs/train; see tests.support.evidence."""
+    test = request.node.nodeid.split("[")[0]
+    noted = request.config.stash[_EVIDENCE]
+    return lambda **proven: noted.append(Evidence(test=test, **proven))
 
 
 @pytest.fixture

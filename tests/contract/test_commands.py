@@ -38,6 +38,7 @@ ROOT = Path(__file__).parents[2]
 GENERATED = {"cli.md", "performance.md"}
 PAGES = [ROOT / name for name in ("README.md", "SECURITY.md", "CONTRIBUTING.md", "docs/guide.md", "docs/limits.md")]
 PAGES += [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in GENERATED and path not in PAGES]
+PAGES += sorted((ROOT / "docs" / "train").glob("*.md"))
 RUN = ["README.md", "docs/guide.md", "docs/prompts.md"]
 # needs a checkout of somebody else's code, or the network
 NOT_HERE = ("PYTHONPATH=", "pip ", "HNSWLIB_NO_NATIVE=")
