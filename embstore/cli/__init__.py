@@ -6,11 +6,11 @@ command has its file; the import below lists them in the order of ``--help``.
 
 import signal
 
-from embstore.cli import build, import_array, inspect, verify, weights, compare, resample, export  # isort: skip
+from embstore.cli import build, import_array, inspect, verify, weights, compare, resample, doctor, export  # isort: skip
 from embstore.cli.frame import app, replace_unencodable, stop
 from embstore.host.signals import STOP_SIGNALS
 
-__all__ = ["app", "build", "compare", "export", "import_array", "inspect", "main", "resample", "verify", "weights"]
+__all__ = ["app", "build", "compare", "doctor", "export", "import_array", "inspect", "main", "resample", "verify", "weights"]
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from embstore.cli import app
 from embstore.core.errors import ConfigError, KeyMismatchError, PromptError, StorageError, StoreExistsError
 from embstore.host.memory import read_memory
-from embstore.training import file_resampling, load_weights, resample_file, resample_indices
+from embstore.training import dataset_file, file_resampling, load_weights, resample_file, resample_indices
 from tests.support.stores import small_lines, write_lines
 from tests.unit.test_prompt_inputs import pipe, zstd
 
@@ -193,9 +193,9 @@ _RESAMPLE = """
 import sys
 import pyarrow.parquet
 from embstore.host.memory import MemoryMeter
-from embstore.training import file_resampling
+from embstore.training import dataset_file, file_resampling
 
-file_resampling._BLOCK_BYTES = 4 << 20
+dataset_file._BLOCK_BYTES = 4 << 20
 with MemoryMeter() as meter:
     meter.set_baseline()
     file_resampling.resample_file(*sys.argv[1:4], num_samples=int(sys.argv[4]), id_column="uid")
@@ -223,7 +223,7 @@ def test_a_disk_that_is_full_of_scratch_is_an_expected_error(
 
     ids = store_ids(finished_store)
     pq.write_table(pa.Table.from_pylist([{"uid": name} for name in ids]), tmp_path / "data.parquet")
-    monkeypatch.setattr(file_resampling.tempfile, "TemporaryFile", lambda dir: Full())
+    monkeypatch.setattr(dataset_file.tempfile, "TemporaryFile", lambda dir: Full())
     with pytest.raises(StorageError, match="No space left on device") as caught:
         resample_file(finished_store, tmp_path / "data.parquet", tmp_path / "out.parquet", id_column="uid")
     assert str(caught.value.hint).startswith("free some space")
