@@ -19,6 +19,7 @@ from embstore.cli.joining import (
     KeyColumn,
     Missing,
     Name,
+    NoRepeatWithin,
     NumSamples,
     Seed,
     policy_of,
@@ -42,7 +43,7 @@ def doctor(
     num_samples: NumSamples = None,
     seed: Seed = 0,
     epoch: Epoch = 0,
-    no_repeat_within: Annotated[int, typer.Option(help="Minimum distance of repeats of an item, in draws.")] = 0,
+    no_repeat_within: NoRepeatWithin = 0,
     prompts_per_step: Annotated[
         int | None, typer.Option(help="Draws of one step: counts the steps that draw an item twice.")
     ] = None,

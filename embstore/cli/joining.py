@@ -20,6 +20,7 @@ Name = Annotated[str, typer.Option(help="Name of the weights to use.")]
 NumSamples = Annotated[int | None, typer.Option(help="Number of draws. Default: one per item.")]
 Seed = Annotated[int, typer.Option(help="Seed of the draws.")]
 Epoch = Annotated[int, typer.Option(help="Epoch to draw; each epoch has its own draws.")]
+NoRepeatWithin = Annotated[int, typer.Option(help="Minimum distance of repeats of an item, in draws (systematic).")]
 KeyColumn = Annotated[
     str | None, typer.Option(help="Column with prompts. Default: those that the build read, or prompt or messages.")
 ]

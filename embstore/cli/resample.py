@@ -16,6 +16,7 @@ from embstore.cli.joining import (
     KeyColumn,
     Missing,
     Name,
+    NoRepeatWithin,
     NumSamples,
     Seed,
     policy_of,
@@ -31,12 +32,16 @@ def resample(
     out: Annotated[Path, typer.Option(help="File to write, .jsonl or .parquet as the dataset is. Must not exist.")],
     name: Name = "default",
     num_samples: NumSamples = None,
+    over: Annotated[
+        int, typer.Option(help="Spare draws behind these, for a trainer that drops some. They change no draw before them.")
+    ] = 0,
     seed: Seed = 0,
     epoch: Epoch = 0,
     method: Annotated[
         Literal["systematic", "without_replacement", "iid"],
         typer.Option(help="systematic: draw each item as often as its quota says, rounded down or up."),
     ] = "systematic",
+    no_repeat_within: NoRepeatWithin = 0,
     key_column: KeyColumn = None,
     id_column: IdColumn = None,
     on_missing: Missing = "error",
@@ -56,9 +61,11 @@ def resample(
             out,
             name=name,
             num_samples=num_samples,
+            over=over,
             seed=seed,
             epoch=epoch,
             method=method,
+            no_repeat_within=no_repeat_within,
             key_column=key_column,
             id_column=id_column,
             on_missing=policy_of(on_missing),
@@ -67,8 +74,9 @@ def resample(
     if as_json:
         print_json(report)
     else:
+        draws = f"{report.num_samples:,} draws" + f" and {report.num_spare:,} to spare" * bool(report.num_spare)
         Console().print(
-            f"{report.out}: {report.num_samples:,} draws of {report.distinct_items:,} among {report.num_items:,} items "
+            f"{report.out}: {draws} of {report.distinct_items:,} among {report.num_items:,} items "
             f"(effective sample size {report.ess:,.0f})",
             highlight=False,
             soft_wrap=True,

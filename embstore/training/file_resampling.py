@@ -28,11 +28,12 @@ _BLOCK_DRAWS = 1 << 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResampleReport:
-    """What was written: items of the dataset, draws, distinct drawn items, and the effective sample size in items."""
+    """What was written: items of the dataset, draws, spare ones behind them, distinct items, and ESS in items."""
 
     out: Path
     num_items: int
     num_samples: int
+    num_spare: int
     distinct_items: int
     ess: float
 
@@ -44,9 +45,11 @@ def resample_file(
     *,
     name: str = "default",
     num_samples: int | None = None,
+    over: int = 0,
     seed: int = 0,
     epoch: int = 0,
     method: Method = "systematic",
+    no_repeat_within: int = 0,
     key_column: str | None = None,
     id_column: str | None = None,
     on_missing: OnMissing = "error",
@@ -61,8 +64,8 @@ def resample_file(
     dataset, out
         JSONL (also compressed, a pipe, or ``-`` for standard input) or Parquet, by content; ``out``, which must not exist,
         has the format's suffix: ``.jsonl`` or ``.parquet``.
-    num_samples, seed, epoch, method
-        See ``DensitySampler``; default: one draw per item.
+    num_samples, over, seed, epoch, method, no_repeat_within
+        See ``resample_indices``; default: one draw per item, none to spare.
     key_column, id_column, on_missing, duplicates
         See ``Weights.for_dataset``.
 
@@ -86,9 +89,11 @@ def resample_file(
             load_weights(store, name=name),
             target,
             num_samples=num_samples,
+            over=over,
             seed=seed,
             epoch=epoch,
             method=method,
+            no_repeat_within=no_repeat_within,
             key_column=key_column,
             id_column=id_column,
             on_missing=on_missing,
@@ -102,9 +107,11 @@ def _resampled(
     target: Path,
     *,
     num_samples: int | None,
+    over: int,
     seed: int,
     epoch: int,
     method: Method,
+    no_repeat_within: int,
     key_column: str | None,
     id_column: str | None,
     on_missing: OnMissing,
@@ -121,7 +128,9 @@ def _resampled(
         raise PromptError(
             f"{table.unreadable}: such a line cannot be drawn", hint="correct it, or leave it out with --on-missing drop"
         )
-    rows_n = resample_indices(weights, num_samples, seed=seed, epoch=epoch, method=method)
+    rows_n = resample_indices(
+        weights, num_samples, over=over, seed=seed, epoch=epoch, method=method, no_repeat_within=no_repeat_within
+    )
     unfinished = temp_path(target)
     with storage_errors("writing", target, opening=True):
         try:
@@ -135,7 +144,8 @@ def _resampled(
     return ResampleReport(
         out=target,
         num_items=len(weights),
-        num_samples=len(rows_n),
+        num_samples=len(rows_n) - over,
+        num_spare=over,
         distinct_items=len(np.unique(rows_n)),
         ess=weights.ess(),
     )

@@ -17,6 +17,7 @@ from embstore.training.sampler import DensitySampler
 from embstore.training.weights import Weights, check_vector, vector_of
 
 DRAW_COLUMN = "embstore_draw"
+LAST_EPOCH = (1 << 64) - 1
 
 _Item_co = TypeVar("_Item_co", covariant=True)
 
@@ -59,18 +60,54 @@ def resample_indices(
     epoch: int = 0,
     method: Method = "systematic",
     no_repeat_within: int = 0,
+    over: int = 0,
     positional: bool = False,
 ) -> NDArray[np.int64]:
-    """The indices of one epoch of ``DensitySampler``, int64 [n], in order."""
-    sampler = DensitySampler(
-        weights,
-        num_samples=num_samples,
-        method=method,
-        seed=seed,
-        no_repeat_within=no_repeat_within,
-        positional=positional,
-    )
-    return sampler.plan(epoch)
+    """The indices of one epoch of ``DensitySampler``, in order, and ``over`` spare ones behind them.
+
+    Spare draws are for trainers that drop items afterwards and train on the first ``num_samples`` that are left. They are
+    another plan of the same weights, with its own quotas: ``DensitySampler(weights, num_samples=over).plan(2**64 - 1 -
+    epoch)``, an epoch that no run reaches. So the draws before them stay what they are without ``over``, a longer file
+    continues a run that began with a shorter one, and whatever is dropped, items that are left keep their proportions: an
+    item of weight p is drawn floor or ceil of ``num_samples`` x p times, then floor or ceil of ``over`` x p times
+    (systematic). More draws of one plan would have other quotas, and another order from the first draw on.
+
+    Parameters
+    ----------
+    weights, num_samples, seed, epoch, method, no_repeat_within, positional
+        See ``DensitySampler``. Repeats are kept apart among the draws and among the spare ones, not across.
+    over
+        Number of spare draws. If items that have a share d of the weight are dropped, d / (1 - d) x ``num_samples`` are
+        needed on average.
+
+    Returns
+    -------
+    int64 [num_samples + over].
+
+    Raises
+    ------
+    ConfigError
+        ``over`` is negative, or given with ``method="without_replacement"``, whose draws are no item twice; others as in
+        ``DensitySampler``.
+    """
+    if over < 0 or (over and method == "without_replacement"):
+        raise ConfigError(
+            f"over must be at least 0, and 0 with without_replacement; got {over} with {method}",
+            hint="draw more: a larger num_samples",
+        )
+
+    def sampler(count: int | None) -> DensitySampler:
+        return DensitySampler(
+            weights,
+            num_samples=count,
+            method=method,
+            seed=seed,
+            no_repeat_within=no_repeat_within,
+            positional=positional,
+        )
+
+    drawn_n = sampler(num_samples).plan(epoch)
+    return np.concatenate([drawn_n, sampler(over).plan(LAST_EPOCH - epoch)]) if over else drawn_n
 
 
 def resample_dataset(
@@ -81,6 +118,8 @@ def resample_dataset(
     seed: int = 0,
     epoch: int = 0,
     method: Method = "systematic",
+    no_repeat_within: int = 0,
+    over: int = 0,
     reindex: str | None = None,
     positional: bool = False,
 ) -> _Dataset:
@@ -92,8 +131,8 @@ def resample_dataset(
         ``datasets.Dataset``; its columns stay, and ``embstore_draw`` (int64) numbers the draws.
     weights
         One per item: ``load_weights(STORE).for_dataset(dataset)``.
-    num_samples, seed, epoch, method, positional
-        See ``DensitySampler``.
+    num_samples, seed, epoch, method, no_repeat_within, over, positional
+        See ``resample_indices``.
     reindex
         A column to renumber, 0 to n - 1: for trainers that look items up by number.
 
@@ -109,7 +148,16 @@ def resample_dataset(
         raise ConfigError(f"the dataset has a column {DRAW_COLUMN}: it is resampled already", hint="resample the original")
     if reindex is not None and reindex not in dataset.column_names:
         raise ConfigError(f"the dataset has no column {reindex!r} to renumber; it has {', '.join(dataset.column_names)}")
-    rows_n = resample_indices(weights, num_samples, seed=seed, epoch=epoch, method=method, positional=positional)
+    rows_n = resample_indices(
+        weights,
+        num_samples,
+        seed=seed,
+        epoch=epoch,
+        method=method,
+        no_repeat_within=no_repeat_within,
+        over=over,
+        positional=positional,
+    )
     drawn = dataset.select(rows_n)
     if reindex is not None:
         drawn = drawn.remove_columns(reindex).add_column(reindex, np.arange(len(rows_n)))

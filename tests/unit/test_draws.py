@@ -7,6 +7,7 @@ import math
 import sys
 import tracemalloc
 import types
+from typing import Any
 
 import datasets
 import numpy as np
@@ -288,11 +289,79 @@ def test_importance_weights_undo_the_sampling() -> None:
         importance_weights(UNEVEN, [1, 3])
 
 
-def test_the_lines_for_nanochat_draw_pass_after_pass_on_each_rank() -> None:
-    """As docs/training.md has them: two ranks together see the plans of successive epochs."""
-    whole = DensitySampler(MANY, num_samples=60, seed=0)
-    expected = np.concatenate([whole.plan(epoch) for epoch in range(3)])
-    for rank in range(2):
-        sampler = DensitySampler(MANY, num_samples=60, seed=0, rank=rank, num_replicas=2)
-        forever = itertools.chain.from_iterable(itertools.repeat(sampler))
-        assert list(itertools.islice(forever, 90)) == expected[rank::2].tolist()
+def test_what_is_left_of_spare_draws_keeps_its_proportions() -> None:
+    """A trainer drops some items, whichever, and trains on the first ``draws`` that are left."""
+    draws, over, trained = 120, 40, 100
+    share = UNEVEN / UNEVEN.sum()
+    for dropped in ([], [4], [2, 5, 6]):
+        is_left = ~np.isin(np.arange(len(UNEVEN)), dropped)
+        seen = np.zeros(len(UNEVEN))
+        for seed in range(200):
+            rows = resample_indices(UNEVEN, draws, over=over, seed=seed)
+            for part, count in ((rows[:draws], draws), (rows[draws:], over)):
+                times = np.bincount(part, minlength=len(UNEVEN))
+                assert (np.floor(count * share - 1e-9) <= times).all()
+                assert (times <= np.ceil(count * share + 1e-9)).all()
+            left = rows[is_left[rows]][:trained]
+            seen += np.bincount(left, minlength=len(UNEVEN)) / len(left)
+        expected = np.where(is_left, share, 0)
+        assert seen / 200 == pytest.approx(expected / expected.sum(), abs=4e-3)
+
+
+def test_spare_draws_change_no_other_and_are_of_no_other_epoch() -> None:
+    for method in ("systematic", "iid"):
+        plain = resample_indices(MANY, 500, seed=2, epoch=3, method=method)
+        assert plain.tolist() == DensitySampler(MANY, num_samples=500, seed=2, method=method).plan(3).tolist()
+        spare = {}
+        for over in (1, 60, 500):
+            rows = resample_indices(MANY, 500, seed=2, epoch=3, method=method, over=over)
+            assert (len(rows), rows[:500].tolist()) == (500 + over, plain.tolist())
+            spare[over] = rows[500:].tolist()
+        assert spare[500] not in [
+            resample_indices(MANY, 500, seed=2, epoch=epoch, method=method).tolist() for epoch in range(9)
+        ]
+    table = datasets.Dataset.from_dict({"number": list(range(len(MANY)))})
+    drawn = resample_dataset(table, MANY, 500, seed=2, epoch=3, over=60, no_repeat_within=9)
+    assert drawn["number"][:] == resample_indices(MANY, 500, seed=2, epoch=3, over=60, no_repeat_within=9).tolist()
+    for wrong in ({"over": -1}, {"over": 5, "method": "without_replacement"}):
+        with pytest.raises(ConfigError, match="over must be at least 0"):
+            resample_indices(MANY, 500, **wrong)  # type: ignore[arg-type]
+
+
+def seeds_of_a_step(step: int, rows: list[int]) -> list[int]:
+    """nanochat's seeds of the first rollouts in a step (scripts/chat_rl.py, line 105 of commit 92d63d4)."""
+    return [hash((step, row, 0)) & 0x7FFFFFFF for row in rows]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_lines_for_nanochat_draw_the_plan_and_no_row_twice_in_a_step(ranks: int, evidence: Any) -> None:
+    """As docs/train/nanochat.md has them: all ranks together see one plan, in steps of ``per_step`` draws."""
+    rows, per_step, num_epochs = 203, 8, 3
+    num_steps = rows // per_step * num_epochs
+    whole = DensitySampler(MANY[:rows], num_samples=num_steps * per_step, no_repeat_within=per_step)
+    drawn = []
+    for rank in range(ranks):
+        rank_indices = DensitySampler(
+            MANY[:rows],
+            num_samples=num_steps * per_step,
+            no_repeat_within=per_step,
+            rank=rank,
+            num_replicas=ranks,
+        )
+        drawn.append(list(itertools.islice(itertools.cycle(rank_indices), num_steps * per_step // ranks)))
+    together = np.stack(drawn, axis=1).reshape(-1)
+    assert together.tolist() == whole.plan(0).tolist()
+    for step, batch in enumerate(together.reshape(num_steps, per_step).tolist()):
+        assert len(set(seeds_of_a_step(step, batch))) == per_step
+    evidence(
+        trainer="nanochat",
+        version="92d63d4",
+        kind="double",
+        what="the order of get_batch in scripts/chat_rl.py, on one rank and on two",
+    )
+
+
+def test_nanochat_gives_a_row_that_is_drawn_twice_in_a_step_the_same_rollouts() -> None:
+    plan = DensitySampler(MANY[:203], num_samples=200).plan(0)
+    steps = plan.reshape(-1, 8).tolist()
+    assert any(len(set(seeds_of_a_step(step, batch))) < 8 for step, batch in enumerate(steps))

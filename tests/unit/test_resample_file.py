@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from embstore.cli import app
 from embstore.core.errors import ConfigError, KeyMismatchError, PromptError, StorageError, StoreExistsError
 from embstore.host.memory import read_memory
-from embstore.training import dataset_file, file_resampling, load_weights, resample_file, resample_indices
+from embstore.training import DensitySampler, dataset_file, file_resampling, load_weights, resample_file, resample_indices
 from tests.support.stores import small_lines, write_lines
 from tests.unit.test_prompt_inputs import pipe, zstd
 
@@ -325,6 +325,36 @@ def test_the_command_writes_the_same_file(finished_store: Path, tmp_path: Path) 
     refused = CliRunner().invoke(app, ["resample", str(finished_store), *options[:3], str(tmp_path / "c.jsonl")])
     assert refused.exit_code == 1
     assert np.array_equal(sorted(path.name for path in tmp_path.iterdir()), ["a.jsonl", "b.jsonl", "data.jsonl"])
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_spare_draws_come_behind_the_others(finished_store: Path, tmp_path: Path, format: str) -> None:
+    """A file with spare draws begins with the file without them, so a run can go on with it."""
+    rows = [{"uid": name, "n": number} for number, name in enumerate(store_ids(finished_store))]
+    source = tmp_path / f"data.{format}"
+    if format == "jsonl":
+        write_lines(source, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), source, row_group_size=9)
+
+    def drawn(name: str, *options: str) -> list[dict[str, Any]]:
+        out = tmp_path / f"{name}.{format}"
+        line = ["--dataset", str(source), "--out", str(out), "--num-samples", "200", "--id-column", "uid", *options]
+        done = CliRunner().invoke(app, ["resample", str(finished_store), *line])
+        assert done.exit_code == 0, done.output
+        assert ("200 draws and 30 to spare" in done.output) == ("--over" in options)
+        found = pq.read_table(out).to_pylist() if format == "parquet" else map(json.loads, out.read_text().splitlines())
+        return list(found)
+
+    apart = ("--no-repeat-within", "8")
+    plain, longer = drawn("plain", *apart), drawn("longer", *apart, "--over", "30")
+    assert longer[:200] == plain
+    assert [row["embstore_draw"] for row in longer] == list(range(230))
+    weights = load_weights(finished_store).for_dataset(rows, id_column="uid")
+    spare = DensitySampler(weights, num_samples=30, no_repeat_within=8).plan(2**64 - 1)
+    assert [row["n"] for row in longer[200:]] == spare.tolist()
+    numbers = [row["n"] for row in plain]
+    assert all(len(set(numbers[start : start + 8])) == 8 for start in range(193))
 
 
 def test_a_byte_order_mark_stays_out_and_a_broken_line_is_never_drawn(finished_store: Path, tmp_path: Path) -> None:
