@@ -131,7 +131,7 @@ def configured(data_config: Mapping[str, Any]) -> dict[str, Any]:
     """
     density = data_config.get("density")
     if density is None:
-        raise ConfigError("the settings of the data have no density part", hint="add +data.density.store=STORE")
+        raise ConfigError("the settings of the data have no density part", hint="name the store in it: density.store=STORE")
     taken = list(inspect.signature(StoreSampler).parameters)[2:]
     if unknown := [str(option) for option in density if option not in taken]:
         raise ConfigError(f"density has no option {', '.join(unknown)}", hint=f"it takes {', '.join(taken)}")
