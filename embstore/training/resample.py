@@ -87,7 +87,7 @@ def resample_indices(
     Raises
     ------
     ConfigError
-        ``over`` is negative, or given with ``method="without_replacement"``, whose draws are no item twice; others as in
+        ``over`` is negative, or given with ``method="without_replacement"``, which draws an item at most once; others as in
         ``DensitySampler``.
     """
     if over < 0 or (over and method == "without_replacement"):

@@ -36,7 +36,89 @@ class Trainer:
     traps: tuple[Trap, ...] = ()
 
 
-TRAINERS: tuple[Trainer, ...] = ()
+TRAINERS: tuple[Trainer, ...] = (
+    Trainer(
+        name="nanochat",
+        title="nanochat",
+        versions="commit 92d63d4",
+        hook="two lines in scripts/chat_rl.py",
+        joined_by="the first user message of each example",
+        order="one plan for the run; each rank takes its share of every step",
+        resume="nanochat does not resume",
+        traps=(
+            Trap(
+                "A row that is drawn twice in one step gets one seed, so its rollouts are identical: set no_repeat_within "
+                "to args.examples_per_step.",
+                test="tests/unit/test_draws.py::test_nanochat_gives_a_row_that_is_drawn_twice_in_a_step_the_same_rollouts",
+            ),
+        ),
+    ),
+    Trainer(
+        name="nemo-rl",
+        title="NeMo-RL",
+        versions="commit 7ea279a",
+        hook="data.train.dataset_name, a dataset of the drawn prompts",
+        joined_by="the chat without its answer; or key_column, id_column",
+        order="one plan for the run, in order if data.shuffle=false",
+        resume="the loader's state in train_dataloader.pt continues exactly",
+        traps=(
+            Trap(
+                "Equal prompts of one step become one group, with one baseline: set density.no_repeat_within to "
+                "grpo.num_prompts_per_step.",
+                test="tests/oracle/test_nemo_rl.py::test_nemo_rl_merges_the_groups_of_a_prompt_that_is_drawn_twice_in_a_step",
+            ),
+            Trap(
+                "data.shuffle=true trains on each draw once, but in another order, and repeats meet in one step again.",
+                test="tests/oracle/test_nemo_rl.py::test_nemo_rl_must_not_shuffle_the_draws",
+            ),
+            Trap(
+                "Every pass over the dataset has the same draws: set density.num_samples to those of the whole run.",
+                test="tests/oracle/test_nemo_rl.py::test_every_pass_of_nemo_rl_is_the_same_plan",
+            ),
+        ),
+    ),
+    Trainer(
+        name="skyrl",
+        title="SkyRL",
+        versions="0.3.0",
+        hook="SFT: sampler_class_path; RL: a file of embstore resample",
+        joined_by="SFT: source or keys, because the items are tokens; RL: the prompt",
+        order="SFT: the plan, each pass with its own draws; RL: the draws of the file, shuffled by SkyRL",
+        resume="the loader's state in data.pt continues exactly",
+        traps=(
+            Trap(
+                "RL knows a prompt by the number of its row: with a sampler that repeats rows, groups are merged, and fully "
+                "async training fails. In a resampled file each draw is a row.",
+                test="tests/trainers/test_skyrl.py::test_skyrl_rl_merges_the_groups_of_a_row_that_comes_twice",
+            ),
+            Trap(
+                "RL always shuffles its file: each draw is trained on once a pass, but repeats may meet in one step.",
+                test="tests/trainers/test_skyrl.py::test_skyrl_rl_shuffles_a_resampled_file",
+            ),
+            Trap(
+                "SFT drops rows whose answer is missing or cut off; then a source has other rows, and is refused: drop "
+                "these rows from the file, or name the keys of the others.",
+                test="tests/trainers/test_skyrl.py::test_skyrl_sft_hands_over_tokens_and_drops_rows",
+            ),
+        ),
+    ),
+    Trainer(
+        name="slime",
+        title="slime",
+        versions="commit 624b824 (0.3.1)",
+        hook="--data-source-path, with --rollout-shuffle",
+        joined_by="the prompt; rendered ones by an id in their metadata",
+        order="the plan, each pass with its own draws",
+        resume="slime's own place, a pass and an offset, continues exactly; other weights are refused",
+        traps=(
+            Trap(
+                "Prompts that --apply-chat-template rendered are not those of a store: name the field with their ids, "
+                "density.id_column.",
+                test="tests/oracle/test_slime.py::test_what_slime_cannot_order_is_refused",
+            ),
+        ),
+    ),
+)
 
 
 def trainer_of(name: str) -> Trainer:

@@ -203,7 +203,14 @@ def test_skyrl_sft_hands_over_tokens_and_drops_rows(skyrl: Any, folder: Path, fi
     assert "keys=" in str(caught.value.hint)
 
 
-def rl_dataset(skyrl: Any, *files: Path) -> Any:
+def rl_config(skyrl: Any, file: Path, *, batch: int) -> Any:
+    """SkyRL's settings for RL from the command line of docs/train/skyrl.md."""
+    line = [f"data.train_data=['{file}']", "trainer.epochs=1", f"trainer.train_batch_size={batch}"]
+    line += ["data.dataloader.num_workers=0", "data.dataloader.persistent_workers=false"]
+    return skyrl.config.SkyRLTrainConfig.from_cli_overrides(line)
+
+
+def rl_dataset(skyrl: Any, *files: Path | str) -> Any:
     return skyrl.dataset.PromptDataset([str(file) for file in files], tokenizer(), 512, num_workers=1)
 
 
@@ -253,10 +260,8 @@ def test_skyrl_rl_trains_on_each_draw_of_a_resampled_file_once_a_pass(
     source = write_lines(tmp_path / "train.jsonl", chats)
     resample_file(finished_store, source, tmp_path / "drawn.jsonl", num_samples=DRAWS, seed=3, key_column="text")
     in_file = [json.loads(line)["text"] for line in (tmp_path / "drawn.jsonl").read_text().splitlines()]
-    dataset = rl_dataset(skyrl, tmp_path / "drawn.jsonl")
-    config = skyrl.config.SkyRLTrainConfig()
-    config.trainer.train_batch_size, config.data.dataloader.num_workers = BATCH, 0
-    config.data.dataloader.persistent_workers = False
+    config = rl_config(skyrl, tmp_path / "drawn.jsonl", batch=BATCH)
+    dataset = rl_dataset(skyrl, *config.data.train_data)
 
     def drawn(batches: typing.Iterable[list[dict[str, Any]]]) -> list[str]:
         return [prompt["env_extras"]["text"] for batch in batches for prompt in batch]
@@ -308,9 +313,7 @@ def test_skyrl_rl_shuffles_a_resampled_file(skyrl: Any, finished_store: Path, tm
     source = write_lines(tmp_path / "train.jsonl", chats)
     options: dict[str, Any] = {"num_samples": 120, "key_column": "text", "no_repeat_within": 20}
     resample_file(finished_store, source, tmp_path / "drawn.jsonl", **options)
-    config = skyrl.config.SkyRLTrainConfig()
-    config.trainer.train_batch_size, config.data.dataloader.num_workers = 20, 0
-    config.data.dataloader.persistent_workers = False
+    config = rl_config(skyrl, tmp_path / "drawn.jsonl", batch=20)
     loader = skyrl.trainer_utils.build_dataloader(config, rl_dataset(skyrl, tmp_path / "drawn.jsonl"))
     distinct = [len({prompt["env_extras"]["text"] for prompt in batch}) for batch in loader]
     assert min(distinct) < 20
