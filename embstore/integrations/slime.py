@@ -17,9 +17,9 @@ from embstore.integrations.sampler import StoreSampler, configured
 
 
 class DensityDataSource(RolloutDataSourceWithBuffer):  # type: ignore[misc]  # slime is untyped
-    """slime's data source with a buffer, whose prompts are drawn by the store's weights.
+    """slime's data source with a buffer, whose prompts are drawn by the store's weights; each pass has its own draws.
 
-    Each pass has its own draws. Prompts are joined by content, or by ``density.id_column``, a field of their metadata. Templated ones (slime's
+    Prompts are joined by content, or by ``density.id_column``, a field of their metadata. Templated ones (slime's
     ``--apply-chat-template``) are no longer what a store was built from, so they need that field. ``seed`` defaults to
     ``--rollout-seed``, and a pass is ``num_samples`` draws.
 
