@@ -38,7 +38,7 @@ class DensityDataSource(RolloutDataSourceWithBuffer):  # type: ignore[misc]  # s
             raise ConfigError(
                 "the order of slime's prompts is not the data source's", hint="set --prompt-data and --rollout-shuffle"
             )
-        if args.apply_chat_template and "id_column" not in options:
+        if args.apply_chat_template and options.keys().isdisjoint(("id_column", "keys")):
             raise ConfigError(
                 "slime renders the prompts with a chat template, and a store has them without one",
                 hint="join by an id in the metadata of each prompt: density.id_column",
