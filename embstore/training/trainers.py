@@ -112,9 +112,9 @@ TRAINERS: tuple[Trainer, ...] = (
         resume="slime's own place, a pass and an offset, continues exactly; other weights are refused",
         traps=(
             Trap(
-                "Prompts that --apply-chat-template rendered are not those of a store: name the field with their ids, "
-                "density.id_column.",
-                test="tests/oracle/test_slime.py::test_what_slime_cannot_order_is_refused",
+                "Groups that wait in slime's buffer, such as those of partial rollouts, are not saved: a resumed run skips "
+                "their draws.",
+                test="tests/oracle/test_slime.py::test_slime_does_not_save_the_groups_in_its_buffer",
             ),
         ),
     ),

@@ -114,6 +114,17 @@ def test_slimes_buffer_comes_first_and_moves_no_draw(source_class: Any, settings
     assert source.get_samples(BATCH) == first[2:4] + expected[BATCH : 2 * BATCH - 2]
 
 
+def test_slime_does_not_save_the_groups_in_its_buffer(source_class: Any, settings: Callable[..., Namespace]) -> None:
+    source = source_class(settings())
+    first = source.get_samples(BATCH)
+    source.add_samples(first[4:])
+    source.save(0)
+    again = source_class(settings())
+    again.load(0)
+    assert source.get_samples(3)[:2] == first[4:]
+    assert again.get_samples(3) == source_class(settings()).get_samples(BATCH + 3)[BATCH:]
+
+
 def test_slime_does_not_go_on_with_other_weights(source_class: Any, settings: Callable[..., Namespace]) -> None:
     source = source_class(settings())
     source.get_samples(BATCH)
