@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from embstore.core.errors import ConfigError, KeyMismatchError, LengthMismatchError
@@ -38,6 +38,16 @@ def expected(finished_store: Path) -> DensitySampler:
     return DensitySampler(load_weights(finished_store).for_dataset(items()), seed=SEED, num_samples=200)
 
 
+class TorchItems(Dataset[dict[str, Any]]):
+    """A map-style dataset that is not iterable."""
+
+    def __len__(self) -> int:
+        return len(items())
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return items()[index]
+
+
 def as_file(folder: Path, rows: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
     return str(write_lines(folder / name, [{"text": json.dumps(row), **row} for row in rows]))
 
@@ -53,6 +63,8 @@ def joins(store: Path, folder: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
     halves = [as_file(folder, items()[:40], "a.jsonl"), as_file(folder, items()[40:], "b.jsonl")]
     return {
         "items": (items(), {}),
+        "torch": (TorchItems(), {}),
+        "datasets": (datasets.Dataset.from_list([{"uid": name, "input_ids": [1]} for name in names]), {"id_column": "uid"}),
         "a column of ids": ([{"uid": name, "input_ids": [1]} for name in names], {"id_column": "uid"}),
         "keys": (TOKENS, {"keys": prompt_keys(items())}),
         "file of keys": (TOKENS, {"keys": folder / "keys.npy"}),
