@@ -122,7 +122,7 @@ def run_grpo(model: Path, out: Path, *, resume: int | None = None, **settings: A
         callbacks=[losses],
     )
     _train(trainer, out, resume)
-    return Record(prompts=prompts, completions=completions, losses=losses.losses, weights_sha256=_digest(trainer.model))
+    return Record(prompts=prompts, completions=completions, losses=losses.losses, weights_sha256=digest(trainer.model))
 
 
 def run_sft(model: Path, out: Path, *, resume: int | None = None, **settings: Any) -> Record:
@@ -139,7 +139,7 @@ def run_sft(model: Path, out: Path, *, resume: int | None = None, **settings: An
     )
     trainer.seen = []
     _train(trainer, out, resume)
-    return Record(prompts=trainer.seen, completions=[], losses=losses.losses, weights_sha256=_digest(trainer.model))
+    return Record(prompts=trainer.seen, completions=[], losses=losses.losses, weights_sha256=digest(trainer.model))
 
 
 def _train(trainer: Any, out: Path, resume: int | None) -> None:
@@ -147,7 +147,7 @@ def _train(trainer: Any, out: Path, resume: int | None) -> None:
     trainer.train(resume_from_checkpoint=str(out / f"checkpoint-{resume}") if resume else None)
 
 
-def _digest(model: torch.nn.Module) -> str:
+def digest(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for _, tensor in sorted(model.state_dict().items()):
         digest.update(tensor.detach().contiguous().numpy().tobytes())
