@@ -141,10 +141,13 @@ class SamplerHook(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             return
         batches = len(kwargs["train_dataloader"])
         epoch, step = divmod(state.global_step, max(1, -(-batches // args.gradient_accumulation_steps)))
+        if step and args.ignore_data_skip:
+            raise ConfigError(
+                f"ignore_data_skip=True would draw epoch {epoch} from its beginning again, of which {step} steps are done",
+                hint="leave ignore_data_skip at False: what is skipped is not read",
+            )
         self.order.set_epoch(epoch)
-        # a trainer skips what it has trained on, counted from the epoch's first draw, unless it was told not to
-        done = step * args.gradient_accumulation_steps if args.ignore_data_skip else 0
-        self.order.seek(done * len(self.order) // batches)
+        self.order.seek(0)  # the trainer itself skips what it has trained on, counting from the epoch's first draw
         self._untouched = self.order.state_dict()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -213,9 +216,9 @@ def _sampler(
             weights = _joined(trainer, weights, id_column, key_column)
     elif joins or (isinstance(weights, DensitySampler) and options):
         raise ConfigError(
-            f"a {type(weights).__name__} is not joined, and a sampler is set up already: got id_column={id_column!r}, "
+            f"weights of type {type(weights).__name__} are taken as they are: got id_column={id_column!r}, "
             f"key_column={key_column!r}, options {sorted(options)}",
-            hint="pass load_weights(STORE) with these arguments",
+            hint="attach(trainer, load_weights(STORE), ...) takes these arguments",
         )
     return weights if isinstance(weights, DensitySampler) else DensitySampler(weights, **options)
 
@@ -236,7 +239,7 @@ def _pattern(trainer: Any, own: Any) -> tuple[int, int, int]:  # noqa: ANN401
     if any(hasattr(own, name) for name in ("rank", "num_replicas")):
         raise ConfigError(
             f"{type(own).__name__} of {type(trainer).__name__} splits its order by rank, and draws are one order",
-            hint=f"switch context parallelism off, or {_RESAMPLE}",
+            hint=f"no context parallelism and no train_sampling_strategy='batch_rebalance', or {_RESAMPLE}",
         )
     if hasattr(own, "mini_repeat_count"):
         return own.mini_repeat_count, own.batch_size, own.repeat_count

@@ -40,7 +40,7 @@ def reward(completions: list[Any], **_: Any) -> list[float]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What a trainer class needs beyond a model, a tokenizer and a folder. ``teacher``: it wants the model as a teacher, too."""
+    """What a trainer class needs beyond a model, a tokenizer and a folder; ``teacher``: the model as a teacher, too."""
 
     rows: dict[str, list[Any]]
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -18,7 +18,10 @@ from tests.support.models import make_tokenizer
 from tests.support.stores import build_small, write_lines
 from tests.support.trl_runs import COMMON, PROMPTS, digest
 
+SEED = 0  # of a sampler that the mixin makes of weights
 KINDS = {"grpo": "GRPO", "rloo": "RLOO", "sft": "SFT", "dpo": "DPO", "reward": "Reward"}
+_PROMPT, _PAIR = ["prompt", "row_id"], ["prompt", "chosen", "rejected", "row_id"]
+_COLUMNS = {"grpo": _PROMPT, "rloo": _PROMPT, "sft": ["prompt", "completion", "row_id"], "dpo": _PAIR, "reward": _PAIR}
 WAYS = ("mixin", "attach")
 GROUP = 2
 TEXTS = [text if row % 3 else " ".join([text] * 40) for row, text in enumerate(PROMPTS)]  # every third is too long
@@ -75,6 +78,11 @@ def run(kind: str, way: str, folder: Path, *, steps: int, resume: int | None = N
         drawn.extend(group[0] for group in groups)
         return [float(len(set(text))) for text in completions]
 
+    tokenizer = make_tokenizer()
+    tokenizer.model_input_names = [
+        "input_ids",
+        "attention_mask",
+    ]  # before transformers 5, others are made unless this is said
     generates = kind in ("grpo", "rloo")
     own = getattr(trl, f"{KINDS[kind]}Trainer")
     chosen: dict[str, Any] = {
@@ -90,7 +98,7 @@ def run(kind: str, way: str, folder: Path, *, steps: int, resume: int | None = N
             output_dir=str(folder / f"{kind}-{way}"), max_steps=steps, **(COMMON | chosen | settings)
         ),
         "train_dataset": make_dataset().select_columns(_COLUMNS[kind]),
-        "processing_class": make_tokenizer(),
+        "processing_class": tokenizer,
         **({"reward_funcs": [reward]} if generates else {}),
     }
     weights = load_weights(folder / "STORE")
@@ -109,11 +117,3 @@ def run(kind: str, way: str, folder: Path, *, steps: int, resume: int | None = N
         trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
     trained = 2 * (steps - (resume or 0))  # the loader reads ahead
     return Run(kept=list(trainer.train_dataset["row_id"]), drawn=drawn[:trained], weights_sha256=digest(trainer.model))
-
-
-SEED = 0  # of a sampler that the mixin makes of weights
-_COLUMNS = {
-    **dict.fromkeys(("grpo", "rloo"), ["prompt", "row_id"]),
-    **dict.fromkeys(("dpo", "reward"), ["prompt", "chosen", "rejected", "row_id"]),
-    "sft": ["prompt", "completion", "row_id"],
-}
