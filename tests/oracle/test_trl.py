@@ -92,7 +92,7 @@ def test_groups_are_repeated_as_trl_itself_repeats_them(
     folder: Path, trainer: type, config: type, settings: dict[str, int]
 ) -> None:
     made = make_grouped(folder, trainer, config, density_sampler=sampler(), **settings)
-    own = trainer.__mro__[2]._get_train_sampler(made)  # type: ignore[attr-defined]  # what TRL itself would use
+    own = trainer._get_train_sampler(made)  # type: ignore[attr-defined]  # the class's: what TRL itself would use
     assert isinstance(own, RepeatSampler)
     over_places = RepeatSampler(
         PROMPTS, own.mini_repeat_count, batch_size=own.batch_size, repeat_count=own.repeat_count, shuffle=False
@@ -131,6 +131,12 @@ def test_two_processes_see_one_order_and_resume_exactly(two_processes: Path, kin
         return [trl_runs.Record(**json.loads(file.read_text())) for file in files]
 
     check(kind, {name: read(name) for name in ("whole", *RESUMED[kind])})
+
+
+def test_a_loader_that_only_the_first_process_reads_draws_the_plan(two_processes: Path) -> None:
+    records = [json.loads((two_processes / f"sft-dispatched-{rank}.json").read_text()) for rank in range(2)]
+    calls = zip(*(record["prompts"] for record in records), strict=True)
+    assert [prompt for shares in calls for share in shares for prompt in share] == plan(2)[:14]
 
 
 def check(kind: str, runs: dict[str, list[trl_runs.Record]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from embstore.core.errors import ConfigError, KeyMismatchError, LengthMismatchEr
 from embstore.integrations.trl import attach
 from embstore.training import DensitySampler, load_weights
 from tests.support.models import make_tokenizer
+from tests.support.stores import write_lines
 from tests.support.trl_classes import reward
 from tests.support.trl_kinds import IDS, TEXTS, make_dataset, make_store
 from tests.support.trl_runs import COMMON, GROUP, PROMPTS, WEIGHTS, make_folder, sampler
@@ -137,6 +139,19 @@ def test_a_prompt_that_the_trainer_has_rewritten_needs_ids(folder: Path) -> None
     assert "pass id_column" in "".join(caught.value.__notes__)
     attach(trainer, weights, id_column="row_id")
     assert list(trainer._get_train_sampler()) == DensitySampler(weights.align(IDS)).plan(0).tolist()
+
+
+def test_weights_that_were_joined_before_rows_were_dropped_are_refused(folder: Path) -> None:
+    dataset = make_dataset().select_columns(["prompt", "completion"])
+    weights = load_weights(folder / "STORE")
+    trainer = sft(folder, dataset, max_length=32)
+    assert len(trainer.train_dataset) == 6
+    with pytest.raises(LengthMismatchError, match="over 10 weights, the trainer's dataset has 6 rows") as caught:
+        attach(trainer, weights.for_dataset(dataset))
+    assert "attach(trainer, load_weights(STORE))" in str(caught.value.hint)
+    attach(trainer, weights)
+    kept = weights.for_dataset(trainer.train_dataset)
+    assert list(trainer._get_train_sampler()) == DensitySampler(kept).plan(0).tolist()
 
 
 def test_packed_rows_have_no_prompt(folder: Path) -> None:
@@ -302,3 +317,31 @@ def test_a_resume_that_skips_nothing_is_refused_inside_an_epoch(folder: Path) ->
     trainer = attach(plain(folder, seen=seen, ignore_data_skip=True, **settings), sampler())
     trainer.train(resume_from_checkpoint=str(folder / "skip" / "checkpoint-5"))
     assert seen == sampler().plan(1)[:4].tolist()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of settings that the pages leave to the trainer, such as pinned memory
+def test_the_snippets_of_the_pages_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "MODEL").symlink_to(folder / "model")
+    (tmp_path / "STORE").symlink_to(folder / "STORE")
+    write_lines(tmp_path / "prompts.jsonl", [{"id": name, "prompt": text} for name, text in zip(IDS, TEXTS, strict=True)])
+    weights = load_weights("STORE").align(IDS)
+    plan = DensitySampler(weights).plan(0).tolist()
+    ran = []
+    for page in ("trl", "transformers"):
+        text = (Path(__file__).parents[2] / "docs" / "train" / f"{page}.md").read_text(encoding="utf-8")
+        for body in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            names: dict[str, Any] = {}
+            exec(compile(body, page, "exec"), names)
+            if "trainer" in names:
+                assert names["trainer"].state.global_step == 3
+                order = names["trainer"]._get_train_sampler()
+                order.set_epoch(0)
+                assert list(dict.fromkeys(order)) == list(dict.fromkeys(plan))
+                ran.append(page)
+            elif "train_dataset" in names:
+                drawn = DensitySampler(weights, num_samples=1000).plan(0)
+                assert names["train_dataset"]["prompt"] == [TEXTS[row] for row in drawn]
+                ran.append("resampled")
+    assert ran == ["trl", "resampled", "transformers"]

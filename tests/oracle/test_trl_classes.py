@@ -5,6 +5,7 @@ A class that TRL adds, or a hook that it changes, fails here.
 
 from __future__ import annotations
 
+import itertools
 import queue
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,13 @@ import trl
 from datasets import Dataset
 from trl.trainer.utils import RepeatSampler
 
-from embstore.core.errors import ConfigError
+from embstore.core.errors import ConfigError, LengthMismatchError
 from embstore.integrations.trl import DensitySampling, attach
-from embstore.training import DensitySampler
+from embstore.training import DensitySampler, resample_dataset
 from tests.support.models import make_tokenizer
 from tests.support.trl_classes import CASES, ROWS, WITHOUT_SAMPLER, make, reward, trainer_classes
 from tests.support.trl_runs import COMMON, PROMPTS, make_folder
+from tests.support.trl_runs import WEIGHTS as RUN_WEIGHTS
 
 WEIGHTS = np.random.default_rng(3).gamma(1.0, size=ROWS)
 SETTINGS: list[dict[str, int]] = [
@@ -161,3 +163,57 @@ def test_asynchronous_trainers_stop_before_their_first_step(
     assert "resample_dataset" in str(caught.value.hint)
     assert trainer.state.global_step == 0
     assert worker.stopped
+
+
+def test_a2po_keeps_its_prompts_only_without_its_filter(model: Path, tmp_path: Path) -> None:
+    name = "trl.experimental.a2po.a2po_trainer.A2POTrainer"
+    for keeps in (False, True):
+        trainer = make(name, model, tmp_path, filter_all_incorrect=not keeps, num_value_samples=2, max_steps=1)
+        trainer.reward_funcs = [lambda completions, **_: [0.0] * len(completions)]
+        attach(trainer, WEIGHTS)
+        if keeps:
+            assert trainer.train().global_step == 1
+        else:
+            with pytest.raises(LengthMismatchError, match="over 64 weights, the trainer's dataset has 0 rows"):
+                trainer.train()
+
+
+def test_asynchronous_rollouts_of_a_resampled_dataset_are_the_plan(evidence: Any) -> None:
+    """The loop of AsyncGRPO that takes prompts, from the beginning and after each number of groups trained on."""
+    from trl.experimental.async_grpo.async_rollout_worker import _AsyncRolloutLoop
+
+    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in PROMPTS], "row": list(range(10))})
+    drawn = resample_dataset(rows, RUN_WEIGHTS, 25, seed=5)
+    plan = DensitySampler(RUN_WEIGHTS, num_samples=25, seed=5).plan(0).tolist()
+    tokenizer = make_tokenizer()
+    tokenizer.response_template = ""  # so that none is looked up for this tokenizer
+
+    def prompts(start: int, count: int) -> list[int]:
+        channels = ("rollout_buffer", "model_version_value", "heartbeat_value", "failed_event", "exception_info_queue")
+        loop = _AsyncRolloutLoop(
+            model_name="none",
+            dataset=drawn,
+            reward_funcs=[reward],
+            processing_class=tokenizer,
+            eos_token_ids=[tokenizer.eos_token_id],
+            metrics_queue=queue.Queue(),
+            num_generations=2,
+            dataset_start_index=start,
+            **dict.fromkeys(channels),
+        )
+        groups = list(itertools.islice(loop._repeat_iterator(), 2 * count))
+        assert [row["row"] for _, row in groups[::2]] == [row["row"] for _, row in groups[1::2]]
+        return [row["row"] for _, row in groups[::2]]
+
+    assert prompts(0, 50) == plan * 2  # a second pass is the same again
+    stops = range(1, 25)
+    for stop in stops:
+        assert prompts(stop, 50 - stop) == (plan * 2)[stop:]
+    evidence(
+        trainer="trl",
+        version=trl.__version__,
+        kind="run",
+        what="the rollout loop of AsyncGRPO on a resampled dataset",
+        stops=len(stops),
+        exact=len(stops),
+    )

@@ -175,6 +175,15 @@ def run_all(folder: Path, kind: str, *, world_size: int) -> dict[str, Record]:
     return records
 
 
+# the first process reads every batch and sends the others theirs
+DISPATCHED: dict[str, Any] = {
+    "max_steps": 7,
+    "per_device_train_batch_size": 1,
+    "save_strategy": "no",
+    "accelerator_config": {"dispatch_batches": True},
+}
+
+
 def main(folder: Path) -> None:
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -182,6 +191,8 @@ def main(folder: Path) -> None:
     for kind in RUNS:
         for name, record in run_all(folder, kind, world_size=world_size).items():
             (folder / f"{kind}-{name}-{rank}.json").write_text(json.dumps(dataclasses.asdict(record)))
+    dispatched = run_sft(folder / "model", folder / "dispatched", **DISPATCHED)
+    (folder / f"sft-dispatched-{rank}.json").write_text(json.dumps(dataclasses.asdict(dispatched)))
     if world_size > 1:  # a process that ends while another one still speaks to it is aborted
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

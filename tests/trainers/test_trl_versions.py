@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import trl
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
+from embstore.core.errors import ConfigError
+from embstore.integrations.trl import attach
 from embstore.training import DensitySampler, load_weights
-from tests.support.trl_kinds import KINDS, SEED, WAYS, make_store, run
-from tests.support.trl_runs import make_folder
+from tests.support.models import make_tokenizer
+from tests.support.trl_kinds import IDS, KINDS, SEED, TEXTS, WAYS, make_store, run
+from tests.support.trl_runs import COMMON, make_folder
 
 STEPS = 12  # two prompts each: two epochs and a half of ten rows, four and a half of six
 # transformers and TRL deprecate names that each other's versions use
@@ -63,3 +69,23 @@ def test_a_run_draws_the_plan_and_resumes_exactly_at_every_step(
     check(kind, way, folder, stops=list(range(1, STEPS)))
     stops = STEPS - 1
     evidence(trainer="trl", version=trl.__version__, kind="run", what=f"{KINDS[kind]}, {way}", stops=stops, exact=stops)
+
+
+@pytest.mark.trainers
+def test_kto_is_refused_while_it_has_a_kl_term(folder: Path, tmp_path: Path) -> None:
+    """Versions differ in where they insist on the dataset's order."""
+    rows = {"prompt": TEXTS, "completion": [" the"] * len(TEXTS), "label": [True, False] * (len(TEXTS) // 2)}
+
+    def make(**settings: str) -> Any:
+        return trl.KTOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(folder / "model"),
+            args=trl.KTOConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, **COMMON, **settings),
+            train_dataset=Dataset.from_dict(rows),
+            processing_class=make_tokenizer(),
+        )
+
+    weights = load_weights(folder / "STORE")
+    with pytest.raises(ConfigError, match="KTOTrainer estimates its KL term from neighbours"):
+        attach(make(), weights)
+    trainer = attach(make(loss_type="apo_zero_unpaired"), weights)
+    assert list(trainer._get_train_sampler()) == DensitySampler(weights.align(IDS)).plan(0).tolist()
