@@ -47,17 +47,17 @@ TRAINERS: tuple[Trainer, ...] = (
         resume="the trainer skips what it has trained on; attach sets the epoch",
         traps=(
             Trap(
-                "An order that was asked for (`train_sampling_strategy` other than random, `group_by_length`) is not replaced: "
-                "attach refuses it.",
+                "An order that was asked for (`train_sampling_strategy` other than random, `group_by_length`) is not "
+                "replaced: attach refuses it.",
                 "tests/oracle/test_trl_attach.py::test_an_order_that_was_asked_for_is_not_replaced",
             ),
             Trap(
-                "With `ignore_data_skip=True`, the trainer begins an epoch again after a resume inside it: attach refuses that. "
-                "Leave it False: skipped rows are not read.",
+                "With `ignore_data_skip=True`, the trainer begins an epoch again after a resume inside it: attach refuses "
+                "that. Leave it False: skipped rows are not read.",
                 "tests/oracle/test_trl_attach.py::test_a_resume_that_skips_nothing_is_refused_inside_an_epoch",
             ),
             Trap(
-                "A stream has no rows to draw: resample it before.",
+                "A stream has no rows to draw: resample it first.",
                 "tests/oracle/test_trl_attach.py::test_a_stream_is_refused",
             ),
         ),
@@ -77,8 +77,8 @@ TRAINERS: tuple[Trainer, ...] = (
                 "tests/oracle/test_trl_attach.py::test_weights_that_were_joined_before_rows_were_dropped_are_refused",
             ),
             Trap(
-                "A trainer may rewrite the column with the prompt (DPO of TRL 0.24 renders chats): give the dataset a column "
-                "with the ids of the store, and pass `id_column`.",
+                "A trainer may rewrite the column with the prompt (DPO of TRL 0.24 renders chats): give the dataset a "
+                "column with the ids of the store, and pass `id_column`.",
                 "tests/oracle/test_trl_attach.py::test_a_prompt_that_the_trainer_has_rewritten_needs_ids",
             ),
             Trap(
@@ -96,7 +96,8 @@ TRAINERS: tuple[Trainer, ...] = (
                 "tests/oracle/test_trl_classes.py::test_asynchronous_trainers_stop_before_their_first_step",
             ),
             Trap(
-                "A2PO drops prompts inside `train()`, and its dataset is then refused: `filter_all_incorrect=False` keeps them.",
+                "A2PO drops prompts inside `train()`, and its dataset is then refused: `filter_all_incorrect=False` keeps "
+                "them.",
                 "tests/oracle/test_trl_classes.py::test_a2po_keeps_its_prompts_only_without_its_filter",
             ),
             Trap(
