@@ -35,7 +35,6 @@ class Trainer:
     resume: str
     traps: tuple[Trap, ...] = ()
 
-
 TRAINERS: tuple[Trainer, ...] = (
     Trainer(
         name="nanochat",
@@ -115,6 +114,76 @@ TRAINERS: tuple[Trainer, ...] = (
                 "Groups that wait in slime's buffer, such as those of partial rollouts, are not saved: a resumed run skips "
                 "their draws.",
                 test="tests/oracle/test_slime.py::test_slime_does_not_save_the_groups_in_its_buffer",
+            ),
+        ),
+    ),
+    Trainer(
+        name="transformers",
+        title="transformers Trainer",
+        versions="4.57 to 5.24",
+        hook="`attach(trainer, weights)`, or the mixin `DensitySampling`",
+        joined_by="content or an id column, in `trainer.train_dataset`",
+        order="each draw once; a last batch that would not be whole on all processes is left out",
+        resume="the trainer skips what it has trained on; attach sets the epoch",
+        traps=(
+            Trap(
+                "An order that was asked for (`train_sampling_strategy` other than random, `group_by_length`) is not "
+                "replaced: attach refuses it.",
+                "tests/oracle/test_trl_attach.py::test_an_order_that_was_asked_for_is_not_replaced",
+            ),
+            Trap(
+                "With `ignore_data_skip=True`, the trainer begins an epoch again after a resume inside it: attach refuses "
+                "that. Leave it False: skipped rows are not read.",
+                "tests/oracle/test_trl_attach.py::test_a_resume_that_skips_nothing_is_refused_inside_an_epoch",
+            ),
+            Trap(
+                "A stream has no rows to draw: resample it first.",
+                "tests/oracle/test_trl_attach.py::test_a_stream_is_refused",
+            ),
+        ),
+    ),
+    Trainer(
+        name="trl",
+        title="TRL",
+        versions="0.24 to 1.16",
+        hook="`attach(trainer, weights)`, or the mixin `DensitySampling`",
+        joined_by="content or an id column, in the rows that the trainer has kept",
+        order="as the trainer's own sampler repeats its rows: whole groups, for all steps that use a generation",
+        resume="the trainer skips what it has trained on; attach sets the epoch",
+        traps=(
+            Trap(
+                "SFT, DPO, Reward and KTO drop rows that are too long: weights that were joined before are refused. Pass "
+                "`load_weights(STORE)` itself.",
+                "tests/oracle/test_trl_attach.py::test_weights_that_were_joined_before_rows_were_dropped_are_refused",
+            ),
+            Trap(
+                "A trainer may rewrite the column with the prompt (DPO of TRL 0.24 renders chats): give the dataset a "
+                "column with the ids of the store, and pass `id_column`.",
+                "tests/oracle/test_trl_attach.py::test_a_prompt_that_the_trainer_has_rewritten_needs_ids",
+            ),
+            Trap(
+                "Rows that SFT has packed have no prompt: resample the dataset before it is packed.",
+                "tests/oracle/test_trl_attach.py::test_packed_rows_have_no_prompt",
+            ),
+            Trap(
+                "KTO estimates its KL term from neighbours in the dataset's order: it is refused, unless "
+                "`loss_type='apo_zero_unpaired'` switches the term off.",
+                "tests/oracle/test_trl_attach.py::test_kto_is_refused_while_it_has_a_kl_term",
+            ),
+            Trap(
+                "AsyncGRPO and AsyncDistillation do not ask for a sampler: they stop before their first step. Give them a "
+                "resampled dataset.",
+                "tests/oracle/test_trl_classes.py::test_asynchronous_trainers_stop_before_their_first_step",
+            ),
+            Trap(
+                "A2PO drops prompts inside `train()`, and its dataset is then refused: `filter_all_incorrect=False` keeps "
+                "them.",
+                "tests/oracle/test_trl_classes.py::test_a2po_keeps_its_prompts_only_without_its_filter",
+            ),
+            Trap(
+                "TRL forgets which part of a generated batch comes next: save at multiples of "
+                "`steps_per_generation * num_iterations` micro-batches. Other `save_steps` cause a warning.",
+                "tests/oracle/test_trl.py::test_checkpoints_inside_a_generated_batch_are_warned_of",
             ),
         ),
     ),

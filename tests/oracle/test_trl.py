@@ -92,7 +92,7 @@ def test_groups_are_repeated_as_trl_itself_repeats_them(
     folder: Path, trainer: type, config: type, settings: dict[str, int]
 ) -> None:
     made = make_grouped(folder, trainer, config, density_sampler=sampler(), **settings)
-    own = trainer.__mro__[2]._get_train_sampler(made)  # type: ignore[attr-defined]  # what TRL itself would use
+    own = trainer._get_train_sampler(made)  # type: ignore[attr-defined]  # the class's: what TRL itself would use
     assert isinstance(own, RepeatSampler)
     over_places = RepeatSampler(
         PROMPTS, own.mini_repeat_count, batch_size=own.batch_size, repeat_count=own.repeat_count, shuffle=False
@@ -131,6 +131,12 @@ def test_two_processes_see_one_order_and_resume_exactly(two_processes: Path, kin
         return [trl_runs.Record(**json.loads(file.read_text())) for file in files]
 
     check(kind, {name: read(name) for name in ("whole", *RESUMED[kind])})
+
+
+def test_a_loader_that_only_the_first_process_reads_draws_the_plan(two_processes: Path) -> None:
+    records = [json.loads((two_processes / f"sft-dispatched-{rank}.json").read_text()) for rank in range(2)]
+    calls = zip(*(record["prompts"] for record in records), strict=True)
+    assert [prompt for shares in calls for share in shares for prompt in share] == plan(2)[:14]
 
 
 def check(kind: str, runs: dict[str, list[trl_runs.Record]]) -> None:
@@ -218,10 +224,13 @@ def test_the_plain_trainer_sees_the_plan_epoch_by_epoch(folder: Path) -> None:
 
 def test_a_dataset_of_another_length_is_refused(folder: Path) -> None:
     longer = DensitySampler(np.ones(len(PROMPTS) + 1))
-    trainer = make_grouped(folder, DensityGRPO, GRPOConfig, density_sampler=longer, per_device_train_batch_size=4)
     with pytest.raises(LengthMismatchError, match="over 11 weights, the trainer's dataset has 10 rows") as caught:
+        make_grouped(folder, DensityGRPO, GRPOConfig, density_sampler=longer, per_device_train_batch_size=4)
+    assert "attach(trainer, load_weights(STORE))" in str(caught.value.hint)
+    trainer = make_grouped(folder, DensityGRPO, GRPOConfig, density_sampler=sampler(), per_device_train_batch_size=4)
+    trainer.train_dataset = Dataset.from_dict({"prompt": PROMPTS[1:]})
+    with pytest.raises(LengthMismatchError, match="over 10 weights, the trainer's dataset has 9 rows"):
         trainer.train()
-    assert "for_dataset" in str(caught.value.hint)
 
 
 def test_a_sampler_that_is_split_by_rank_is_refused(folder: Path) -> None:

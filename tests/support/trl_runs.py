@@ -122,7 +122,7 @@ def run_grpo(model: Path, out: Path, *, resume: int | None = None, **settings: A
         callbacks=[losses],
     )
     _train(trainer, out, resume)
-    return Record(prompts=prompts, completions=completions, losses=losses.losses, weights_sha256=_digest(trainer.model))
+    return Record(prompts=prompts, completions=completions, losses=losses.losses, weights_sha256=digest(trainer.model))
 
 
 def run_sft(model: Path, out: Path, *, resume: int | None = None, **settings: Any) -> Record:
@@ -139,7 +139,7 @@ def run_sft(model: Path, out: Path, *, resume: int | None = None, **settings: An
     )
     trainer.seen = []
     _train(trainer, out, resume)
-    return Record(prompts=trainer.seen, completions=[], losses=losses.losses, weights_sha256=_digest(trainer.model))
+    return Record(prompts=trainer.seen, completions=[], losses=losses.losses, weights_sha256=digest(trainer.model))
 
 
 def _train(trainer: Any, out: Path, resume: int | None) -> None:
@@ -147,7 +147,7 @@ def _train(trainer: Any, out: Path, resume: int | None) -> None:
     trainer.train(resume_from_checkpoint=str(out / f"checkpoint-{resume}") if resume else None)
 
 
-def _digest(model: torch.nn.Module) -> str:
+def digest(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for _, tensor in sorted(model.state_dict().items()):
         digest.update(tensor.detach().contiguous().numpy().tobytes())
@@ -175,6 +175,15 @@ def run_all(folder: Path, kind: str, *, world_size: int) -> dict[str, Record]:
     return records
 
 
+# the first process reads every batch and sends the others theirs
+DISPATCHED: dict[str, Any] = {
+    "max_steps": 7,
+    "per_device_train_batch_size": 1,
+    "save_strategy": "no",
+    "accelerator_config": {"dispatch_batches": True},
+}
+
+
 def main(folder: Path) -> None:
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -182,6 +191,8 @@ def main(folder: Path) -> None:
     for kind in RUNS:
         for name, record in run_all(folder, kind, world_size=world_size).items():
             (folder / f"{kind}-{name}-{rank}.json").write_text(json.dumps(dataclasses.asdict(record)))
+    dispatched = run_sft(folder / "model", folder / "dispatched", **DISPATCHED)
+    (folder / f"sft-dispatched-{rank}.json").write_text(json.dumps(dataclasses.asdict(dispatched)))
     if world_size > 1:  # a process that ends while another one still speaks to it is aborted
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
