@@ -35,6 +35,7 @@ class Trainer:
     resume: str
     traps: tuple[Trap, ...] = ()
 
+
 TRAINERS: tuple[Trainer, ...] = (
     Trainer(
         name="nanochat",
