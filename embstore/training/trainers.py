@@ -188,6 +188,37 @@ TRAINERS: tuple[Trainer, ...] = (
             ),
         ),
     ),
+    Trainer(
+        name="verl",
+        title="verl",
+        versions="0.7 to 0.9",
+        hook="VERL_USE_EXTERNAL_MODULES=embstore.integrations.verl and +data.density.store",
+        joined_by="data.prompt_key, in the dataset after verl's length filter",
+        order="the plan, with other draws in each epoch; data.shuffle does not matter",
+        resume="the loader's state in data.pt continues exactly, also between epochs",
+        traps=(
+            Trap(
+                "verl ignores data.density where the variable does not reach the Ray actor that makes the loader: its "
+                "output must say 'embstore: an epoch is'.",
+                test="tests/trainers/test_verl.py::test_verl_ignores_the_settings_without_the_variable",
+            ),
+            Trap(
+                "Since 0.9 trainer.total_epochs counts the rows of the dataset, not num_samples: set "
+                "trainer.total_training_steps, too.",
+                test="tests/trainers/test_verl.py::test_the_newer_trainer_counts_an_epoch_by_the_rows_of_the_dataset",
+            ),
+            Trap(
+                "In a file of embstore resample, verl drops the draws of prompts that are too long, and the run is shorter "
+                "than planned: --over draws spare ones.",
+                test="tests/trainers/test_verl.py::test_a_file_of_draws_loses_those_of_rows_that_verl_drops",
+            ),
+            Trap(
+                "The trainer for SFT ignores data.density, and shuffles its file: embstore resample gives it the draws, in "
+                "another order.",
+                test="tests/trainers/test_verl.py::test_the_trainer_of_sft_ignores_the_settings_and_shuffles_a_file",
+            ),
+        ),
+    ),
 )
 
 
