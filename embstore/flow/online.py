@@ -32,9 +32,11 @@ class DensityAwareSampler:
     prompts
         Texts, none of them blank. Equal ones share one weight.
     base_model, tokenizer
-        A causal LM of transformers and its tokenizer. The model is copied in float32 and not changed.
+        A causal LM of transformers, also under DDP, and its tokenizer. The model is not changed; what its active PEFT adapters
+        add counts. Its layers are copied where the pass has another dtype. FSDP and ZeRO-3 leave a process only parts of a
+        model, and are refused.
     device
-        Device of the copy.
+        Device of the pass.
     k
         Number of nearest distinct prompts whose mean distance is a prompt's rarity, at most 32.
     observer

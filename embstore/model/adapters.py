@@ -67,14 +67,18 @@ def with_adapter(model: Any, adapter: Path) -> tuple[Any, dict[nn.Module, Merge]
 
 
 def without_adapter(adapted: Any) -> tuple[Any, dict[nn.Module, Merge]]:  # noqa: ANN401
-    """A PEFT model in memory: its base model, and a merge for each module that the adapter changes. It is taken apart.
+    """A PEFT model in memory: its base model, and a merge for each module that its active adapters change still.
+
+    It is taken apart. Disabled adapters change nothing, and those that are merged in place are not merged again.
 
     Raises
     ------
     ModelError
         The adapter cannot be merged one weight at a time.
     """
-    where = f"the adapter of {type(adapted.base_model.model).__name__}"
+    where = f"the adapter of {type(adapted.get_base_model()).__name__}"
+    if not hasattr(adapted, "unload"):
+        raise ModelError(f"{where} does not change weights, so it cannot be merged", hint=_MERGE_FIRST)
     if any("modules_to_save" in name.split(".") for name, _ in adapted.named_modules()):
         raise ModelError(f"{where} has trained whole modules (modules_to_save)", hint=_MERGE_FIRST)
     return _taken_out(adapted, _shared_parameters(adapted), where)
@@ -86,8 +90,23 @@ def _taken_out(adapted: Any, shared: set[int], where: str) -> tuple[Any, dict[nn
     tuner: Any = adapted.base_model
     layers = {name: each for name, each in tuner.model.named_modules() if isinstance(each, BaseTunerLayer)}
     tuner._check_merge_allowed()
-    merges = {each.get_base_layer(): _merge_of(each, name, shared, where) for name, each in layers.items()}
+    merges = {}
+    for name, each in layers.items():
+        if names := _left_to_merge(each, name, where):
+            merges[each.get_base_layer()] = _merge_of(each, names, name, shared, where)
     return adapted.unload(), merges
+
+
+def _left_to_merge(layer: Any, name: str, adapter: str) -> list[str]:  # noqa: ANN401
+    """The adapters of a layer that are active and not in its base weight yet."""
+    if layer.disable_adapters:
+        if layer.merged:
+            raise ModelError(
+                f"{adapter} is disabled, and merged into {name}", hint="call unmerge_adapter() of the model, or enable it"
+            )
+        return []
+    known = layer._get_available_adapters()
+    return [each for each in layer.active_adapters if each in known and each not in layer.merged_adapters]
 
 
 def is_headless(adapter: Path) -> bool:
@@ -113,7 +132,7 @@ def _shared_parameters(model: Any) -> set[int]:  # noqa: ANN401
     return shared
 
 
-def _merge_of(layer: Any, name: str, shared: set[int], adapter: str) -> Merge:  # noqa: ANN401
+def _merge_of(layer: Any, names: list[str], name: str, shared: set[int], adapter: str) -> Merge:  # noqa: ANN401
     base = layer.get_base_layer()
     if not isinstance(getattr(base, "weight", None), Tensor) or isinstance(base, nn.MultiheadAttention):
         raise ModelError(
@@ -133,7 +152,7 @@ def _merge_of(layer: Any, name: str, shared: set[int], adapter: str) -> Merge:  
         own._caches = {}  # what DoRA keeps between its own steps
         before = stand_in._parameters.get("bias")
         bias = None if before is None else before.data
-        own.merge(safe_merge=True)
+        own.merge(safe_merge=True, adapter_names=names)
         after = stand_in._parameters.get("bias")
         if bias is not None and (after is None or after.data_ptr() != bias.data_ptr()):
             raise ModelError(f"{adapter} changes the bias of {name} when it is merged", hint=_MERGE_FIRST)

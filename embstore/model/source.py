@@ -328,6 +328,8 @@ class InMemorySource(TorchSource):
     """A causal LM of transformers that is loaded already, with its tokenizer. It is copied, and stays as it is."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any) -> None:  # noqa: ANN401 - transformers is untyped
+        if isinstance(model, nn.parallel.DistributedDataParallel):  # every process has all of it
+            model = model.module
         self._model, self._tokenizer, self._model_memory_bytes = model, tokenizer, None
 
     def identity(self, observer: Observer = ignore) -> ModelIdentity:
@@ -357,7 +359,7 @@ class InMemorySource(TorchSource):
         model: Any = copy.deepcopy(self._model, shared)
         model, merges = without_adapter(model) if hasattr(model, "peft_config") else (model, {})
         if getattr(model.config, "_attn_implementation", "sdpa") not in ("eager", "sdpa"):
-            model.set_attn_implementation("sdpa")  # kernels of training refuse float32
+            model.set_attn_implementation("sdpa")  # the copy's: kernels of training refuse float32, and builds use this one
         part = model.base_model if space == "hidden" else model
         return LoadedCheckpoint(model=part.eval(), tokenizer=self._tokenizer, merges=merges)
 
@@ -367,13 +369,25 @@ class InMemorySource(TorchSource):
 
 
 def _refuse_scattered(model: torch.nn.Module) -> None:
-    """Refuse a model whose weights are not whole in this process."""
+    """Refuse a model whose weights are not whole in this process, or that is not a model of transformers."""
+    scattered = [(name, "FSDP") for name, part in model.named_modules() if type(part).__name__ == "FullyShardedDataParallel"]
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") or parameter.is_meta:
-            raise ModelError(
-                f"{type(model).__name__}.{name} is not whole in this process (FSDP, ZeRO-3 or offloading)",
-                hint="build a store from the checkpoint with embstore build, and give its weights to the trainer",
-            )
+        if hasattr(parameter, "device_mesh"):
+            scattered.append((name, "FSDP2 or tensor parallelism"))
+        elif hasattr(parameter, "ds_id"):
+            scattered.append((name, "DeepSpeed ZeRO-3"))
+        elif parameter.is_meta:
+            scattered.append((name, "offloading"))
+    for name, by in scattered[:1]:
+        raise ModelError(
+            f"{'.'.join(filter(None, (type(model).__name__, name)))} is not whole in this process, because of {by}",
+            hint="embstore build PROMPTS --model MODEL --out STORE, from the checkpoint; load_weights(STORE) in the trainer",
+        )
+    if not hasattr(model, "config"):
+        raise ModelError(
+            f"{type(model).__name__} is not a model of transformers: it has no config",
+            hint="give the model that it wraps: model.module, or accelerator.unwrap_model(model)",
+        )
 
 
 def _versions() -> Versions:

@@ -38,6 +38,103 @@ class Trainer:
 
 TRAINERS: tuple[Trainer, ...] = (
     Trainer(
+        name="accelerate",
+        title="accelerate",
+        versions="1.15",
+        hook="`DataLoader(sampler=...)`, then `accelerator.prepare(loader)`",
+        joined_by="content or an id, in the dataset of the loader",
+        order="the plan, dealt to the processes batch by batch, with all settings of DataLoaderConfiguration",
+        resume="`loader.set_epoch(epoch)`, then `skip_first_batches`, or a stateful loader with save_state and load_state",
+        traps=(
+            Trap(
+                "accelerate splits the sampler itself: one with a rank is split twice, and a third of the draws or "
+                "more never "
+                "comes. Leave `rank` and `num_replicas` out.",
+                "tests/trainers/test_loaders.py::test_a_sampler_that_knows_its_rank_is_split_twice_by_accelerate",
+            ),
+            Trap(
+                "A restored loader counts epochs from 0, and the loaded place is then discarded: call "
+                "`loader.set_epoch(epoch)` "
+                "before the loop over its batches.",
+                "tests/trainers/test_loaders.py::test_an_epoch_that_is_not_announced_after_a_state_was_loaded_is_drawn_anew",
+            ),
+            Trap(
+                "With `dispatch_batches`, `skip_first_batches` must be given one batch for each process and step (not with "
+                "`split_batches`), and saved states are wrong, with any sampler.",
+                "tests/trainers/test_loaders.py::test_a_loader_that_dispatches_skips_too_little_and_saves_a_wrong_state",
+            ),
+            Trap(
+                "`even_batches`, the default, fills the last step of an epoch with its first draws: choose "
+                "`num_samples` as a "
+                "multiple of the batch of all processes.",
+                "tests/trainers/test_loaders.py::test_a_last_batch_that_is_not_whole_is_filled_with_the_first_draws",
+            ),
+        ),
+    ),
+    Trainer(
+        name="axolotl",
+        title="axolotl",
+        versions="0.19",
+        hook="`plugins: [embstore.integrations.axolotl.DensityPlugin]` and `embstore_store:` in the YAML",
+        joined_by="content or an id column, in the rows that axolotl has kept",
+        order="as the trainer's own sampler repeats its rows: whole groups in GRPO",
+        resume="the trainer skips what it has trained on; the plugin sets the epoch",
+        traps=(
+            Trap(
+                "A plugin that cannot be imported is only logged, its keys are dropped, and the run is uniform: look for "
+                "'Plugin loaded successfully' in the output.",
+                "tests/trainers/test_axolotl.py::"
+                "test_a_plugin_that_cannot_be_imported_is_only_logged_and_its_keys_are_dropped",
+            ),
+            Trap(
+                "SFT keeps nothing of a row but its tokens, so it cannot be joined: give axolotl tokenized rows with an id "
+                "column, or a file of draws.",
+                "tests/trainers/test_axolotl.py::test_prompts_survive_for_rl_and_only_tokens_for_sft",
+            ),
+            Trap(
+                "`sample_packing` packs rows with another sampler, and is refused: it takes a file of draws.",
+                "tests/trainers/test_axolotl.py::test_sample_packing_is_refused",
+            ),
+            Trap(
+                "`trl.use_data_producer` and `trl.async_prefetch` take prompts past the loader, and are refused.",
+                "tests/trainers/test_axolotl.py::test_a_producer_of_prompts_beside_the_loader_is_refused",
+            ),
+            Trap(
+                "GRPO with `context_parallel_size` above 1 splits its sampler by rank, and is refused.",
+                "tests/trainers/test_axolotl.py::test_context_parallelism_is_refused",
+            ),
+        ),
+    ),
+    Trainer(
+        name="lightning",
+        title="Lightning",
+        versions="2.6",
+        hook="`DataLoader(sampler=...)`; on several processes with a rank, and `Trainer(use_distributed_sampler=False)`",
+        joined_by="content or an id, in the dataset of the loader",
+        order="the plan; Lightning announces each epoch to the sampler",
+        resume="exact at every step with torchdata's StatefulDataLoader, whose place is in Lightning's checkpoint",
+        traps=(
+            Trap(
+                "`use_distributed_sampler=True`, the default, shuffles the draws of a sampler without a rank, and fills up "
+                "the last step.",
+                "tests/trainers/test_lightning.py::test_its_default_keeps_the_draws_and_shuffles_them",
+            ),
+            Trap(
+                "The same default splits a sampler with a rank again: half of the draws of two processes never come.",
+                "tests/trainers/test_lightning.py::test_its_default_splits_a_sampler_that_knows_its_rank_again",
+            ),
+            Trap(
+                "Without the default, a sampler without a rank gives every process all draws.",
+                "tests/trainers/test_lightning.py::"
+                "test_without_the_default_a_sampler_without_a_rank_gives_every_process_all_draws",
+            ),
+            Trap(
+                "A plain DataLoader is not resumed inside an epoch: other draws follow.",
+                "tests/trainers/test_lightning.py::test_a_loader_without_states_begins_the_epoch_again",
+            ),
+        ),
+    ),
+    Trainer(
         name="nanochat",
         title="nanochat",
         versions="commit 92d63d4",
@@ -119,6 +216,26 @@ TRAINERS: tuple[Trainer, ...] = (
         ),
     ),
     Trainer(
+        name="torch",
+        title="torch DataLoader and DDP",
+        versions="2.6 to 2.13, torchdata 0.11",
+        hook='`DataLoader(sampler=DensitySampler(weights, rank="auto"))`',
+        joined_by="content or an id, in the dataset of the loader",
+        order="the plan; with a rank, the processes take its draws in turn",
+        resume="exact with the state of torchdata's StatefulDataLoader, or by counting steps",
+        traps=(
+            Trap(
+                '`rank="auto"` finds the rank of a process group that exists: a sampler that is made before '
+                "`init_process_group` is not split.",
+                "tests/oracle/test_trainers_order.py::test_a_rank_is_not_found_before_the_process_group_is_made",
+            ),
+            Trap(
+                "With workers, the sampler's own state is ahead of the batches that were trained on: take the loader's.",
+                "tests/oracle/test_trainers_order.py::test_with_workers_the_state_of_the_sampler_is_ahead_of_the_batches",
+            ),
+        ),
+    ),
+    Trainer(
         name="transformers",
         title="transformers Trainer",
         versions="4.57 to 5.24",
@@ -185,6 +302,21 @@ TRAINERS: tuple[Trainer, ...] = (
                 "TRL forgets which part of a generated batch comes next: save at multiples of "
                 "`steps_per_generation * num_iterations` micro-batches. Other `save_steps` cause a warning.",
                 "tests/oracle/test_trl.py::test_checkpoints_inside_a_generated_batch_are_warned_of",
+            ),
+        ),
+    ),
+    Trainer(
+        name="unsloth",
+        title="unsloth",
+        versions="2026.10",
+        hook="`attach(trainer, weights)` on the trainer of TRL that unsloth has patched",
+        joined_by="content or an id column, in the rows that the trainer has kept",
+        order="as in TRL",
+        resume="the trainer skips what it has trained on; attach sets the epoch",
+        traps=(
+            Trap(
+                "Packed rows have no prompt, and cannot be joined: leave `packing` off, or resample the dataset before.",
+                "tests/trainers/test_unsloth.py::test_packed_rows_are_refused",
             ),
         ),
     ),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState, GradientState
+from torch import distributed
 from torch.utils.data import DataLoader, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from trl.trainer.utils import RepeatSampler
@@ -16,6 +20,7 @@ from trl.trainer.utils import RepeatSampler
 from embstore.core.errors import ConfigError, WeightsError
 from embstore.training import DensitySampler, GroupRepeat
 from embstore.training.resumable import Resumable
+from tests.support import loader_runs
 
 WEIGHTS = np.random.default_rng(2).gamma(0.7, size=31)
 
@@ -199,3 +204,57 @@ def test_a_torch_sampler_is_one_and_draws_the_same() -> None:
     assert isinstance(grouped, Sampler)
     loaded = DataLoader(list(range(len(WEIGHTS))), batch_size=10, sampler=grouped, collate_fn=list)
     assert list(itertools.chain.from_iterable(loaded)) == GroupRepeat(DensitySampler(WEIGHTS, seed=3), 2, 5).plan(0).tolist()
+
+
+@pytest.fixture
+def accelerate_is_reset() -> Iterator[None]:
+    """It keeps its state in classes, which would decide of the trainers of other tests."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+@pytest.mark.parametrize("name", loader_runs.SETTINGS)
+@pytest.mark.usefixtures("accelerate_is_reset")
+def test_accelerate_hands_out_the_plan_on_one_process(name: str, tmp_path: Path, evidence: Callable[..., None]) -> None:
+    """On two: tests/trainers/test_loaders.py."""
+    settings = loader_runs.SETTINGS[name]
+    whole = loader_runs.whole(settings)
+    plan = [loader_runs.draws().plan(epoch).tolist() for epoch in range(loader_runs.EPOCHS)]
+    assert list(itertools.chain.from_iterable(whole)) == list(itertools.chain.from_iterable(plan))
+    length = len(whole) // loader_runs.EPOCHS
+    stops = (1, length, length + 2)
+    for stop in stops:
+        assert loader_runs.skipped(settings, stop, length) == whole[stop:]
+        if settings["use_stateful_dataloader"]:
+            assert loader_runs.restored(settings, stop, length, tmp_path / str(stop)) == whole[stop:]
+    exact, version = len(stops), importlib.metadata.version("accelerate")
+    evidence(trainer="accelerate", version=version, kind="run", what="loaders of 1 process", stops=exact, exact=exact)
+
+
+def test_a_rank_is_not_found_before_the_process_group_is_made(process_group_of_two: Callable[[], None]) -> None:
+    before = DensitySampler(WEIGHTS, rank="auto")
+    process_group_of_two()
+    after = DensitySampler(WEIGHTS, rank="auto")
+    assert (before.rank, before.num_replicas) == (0, 1)
+    assert (after.rank, after.num_replicas) == (1, 2)
+
+
+@pytest.fixture
+def process_group_of_two() -> Iterator[Callable[[], None]]:
+    """Makes one in which this process is the second; the first never speaks."""
+    yield lambda: distributed.init_process_group("fake", store=distributed.HashStore(), rank=1, world_size=2)
+    distributed.destroy_process_group()
+
+
+def test_with_workers_the_state_of_the_sampler_is_ahead_of_the_batches() -> None:
+    sampler = MAKERS["draws"]()
+    first = next(
+        iter(DataLoader(list(range(len(WEIGHTS))), batch_size=BATCH, sampler=sampler, num_workers=1, collate_fn=list))
+    )
+    resumed = MAKERS["draws"]()
+    resumed.load_state_dict(sampler.state_dict())
+    plan = resumed.plan(0).tolist()
+    assert first == plan[:BATCH]
+    assert list(resumed) != plan[BATCH:]
