@@ -1,6 +1,6 @@
 """Drawn items of a file of JSON records: JSONL, a JSON array, or objects over several lines.
 
-Lines are found by offset in the mapped file. Records that are not one a line are written so to a scratch file first; a line
+Lines are found by offset in the mapped file. Other records are first written to a scratch file, one per line; a line
 break between the parts of a record is white space, and a text cannot contain one.
 
 Shapes: n draws.

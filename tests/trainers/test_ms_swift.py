@@ -108,9 +108,18 @@ def test_grpo_generates_for_the_draws_in_order_and_after_every_stop(recipe: Reci
     from swift.pipelines import rlhf_main
     from swift.rlhf_trainers.grpo_trainer import GRPOTrainer
 
-    recipe.draw(rows(), draws=45)  # 11 batches of 4 prompts; the rest is dropped
-    recipe.order = recipe.order[:44]
-    words = [*recipe.words("swift rlhf "), *HERE, "--max_completion_length", "2", "--add_version", "false"]
+    recipe.draw(rows(), draws=45)
+    recipe.order = recipe.order[:24]  # what the run is told to train on: 6 batches of 4 prompts
+    words = [
+        *recipe.words("swift rlhf "),
+        *HERE,
+        "--max_completion_length",
+        "2",
+        "--max_steps",
+        "6",
+        "--add_version",
+        "false",
+    ]
     seen: list[int] = []
     original = GRPOTrainer._generate_and_score_completions
 
@@ -122,7 +131,7 @@ def test_grpo_generates_for_the_draws_in_order_and_after_every_stop(recipe: Reci
     try:
         rlhf_main(words)
         assert seen == [row for row in recipe.order for _ in range(4)]
-        stops = (1, 6, 10)
+        stops = (1, 3, 5)
         for stop in stops:
             seen.clear()
             rlhf_main(
