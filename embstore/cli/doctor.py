@@ -37,7 +37,7 @@ _SHOWN_CHARACTERS = 90
 @reporting
 def doctor(
     store: Store,
-    dataset: Annotated[Path, typer.Argument(help="The trainer's file, JSONL or Parquet; - for stdin.")],
+    dataset: Annotated[Path, typer.Argument(help="The trainer's file: JSONL, a JSON array, or Parquet; - for stdin.")],
     trainer: Annotated[str, typer.Option(help="Name of the trainer, as in docs/train: trl, verl, axolotl and others.")],
     name: Name = "default",
     num_samples: NumSamples = None,

@@ -28,8 +28,8 @@ from embstore.cli.joining import (
 @reporting
 def resample(
     store: Store,
-    dataset: Annotated[Path, typer.Option(help="The trainer's file, JSONL or Parquet; - for stdin.")],
-    out: Annotated[Path, typer.Option(help="File to write, .jsonl or .parquet as the dataset is. Must not exist.")],
+    dataset: Annotated[Path, typer.Option(help="The trainer's file: JSONL, a JSON array, or Parquet; - for stdin.")],
+    out: Annotated[Path, typer.Option(help="File to write: .jsonl, .json or .parquet, as the dataset is. Must not exist.")],
     name: Name = "default",
     num_samples: NumSamples = None,
     over: Annotated[
@@ -46,6 +46,9 @@ def resample(
     id_column: IdColumn = None,
     on_missing: Missing = "error",
     duplicates: Duplicates = "repeat",
+    reindex: Annotated[
+        str | None, typer.Option(help="Column to renumber, 0 for the first draw: for trainers that find items by it.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Draw a dataset's items by density and write them to a file.
@@ -70,6 +73,7 @@ def resample(
             id_column=id_column,
             on_missing=policy_of(on_missing),
             duplicates=duplicates,
+            reindex=reindex,
         )
     if as_json:
         print_json(report)

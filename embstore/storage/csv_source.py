@@ -15,8 +15,8 @@ from typing import BinaryIO
 
 from embstore.core.errors import PromptError
 from embstore.core.file_kinds import DELIMITERS, ending_of
+from embstore.core.json_text import MAX_LINE_BYTES, lines
 from embstore.core.prompts import Rejected
-from embstore.storage.json_source import MAX_LINE_BYTES, lines
 
 Cell = str | bytes
 CsvRecord = dict[str, Cell | None] | Rejected

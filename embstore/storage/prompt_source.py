@@ -22,11 +22,11 @@ from embstore.core.errors import PromptError
 from embstore.core.events import Notice, Observer, ignore
 from embstore.core.file_kinds import PACKED, TABLES
 from embstore.core.inputs import Input, check_input, open_input
+from embstore.core.json_text import elements, is_elements, lines
 from embstore.core.prompts import Prompt, Rejected, parse_line, prompt_fields, prompt_of
 from embstore.core.values import as_json
 from embstore.storage.csv_source import CsvRecords, delimiter_of
 from embstore.storage.hub_dataset import HubDataset, streamed_parts
-from embstore.storage.json_source import elements, is_elements, lines
 from embstore.storage.parquet_source import table_records
 from embstore.storage.prompt_folder import Shard, missing_shards, refuse_choice, shards
 

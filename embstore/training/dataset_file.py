@@ -1,4 +1,4 @@
-"""A trainer's file of prompts, JSONL or Parquet: its items in order, and a copy of some of them in any order.
+"""A trainer's file of prompts, JSON or Parquet: its items in order, and a copy of some of them in any order.
 
 Draws have a random order. Lines are found by offset, but a row group of Parquet can only be read as a whole, so its rows are
 sorted outside of memory: each row group is read once, in file order, drawn rows go to a scratch file, and from there to the
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import tempfile
-from array import array
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +22,11 @@ from numpy.typing import NDArray
 
 from embstore.core.arrow_values import decoders, records
 from embstore.core.errors import ConfigError
-from embstore.core.file_kinds import LINES, PARQUET
+from embstore.core.file_kinds import PARQUET
 from embstore.core.inputs import INSTALL_PARQUET, open_input
-from embstore.core.prompts import Rejected, decode_object
+from embstore.core.json_text import is_elements
 from embstore.core.rows import slices
+from embstore.training.drawn_lines import Lines, one_a_line
 from embstore.training.reading import PromptReading
 from embstore.training.resample import DRAW_COLUMN
 
@@ -36,77 +36,46 @@ _BLOCK_DRAWS = 1 << 16
 
 
 @contextlib.contextmanager
-def open_table(dataset: str | Path, scratch: Path | None = None) -> Iterator[Lines | ParquetRows]:
+def open_table(
+    dataset: str | Path, scratch: Path | None = None, *, reindex: str | None = None, keeps_arrays: bool = False
+) -> Iterator[Lines | ParquetRows]:
     """The items of a file, which is opened once and mapped.
 
     Parameters
     ----------
     dataset
-        JSONL (also compressed, a pipe, or ``-`` for standard input) or Parquet, by content.
+        JSONL or a JSON array (also compressed, a pipe, or ``-`` for standard input), or Parquet, by content.
     scratch
-        Folder for an uncompressed copy of what cannot be mapped; default: the system's.
+        Folder for an uncompressed copy of what cannot be mapped, and for the lines of an array; default: the system's.
+    reindex
+        Column to renumber in a copy.
+    keeps_arrays
+        A copy of an array is one.
 
     Raises
     ------
-    ConfigError
-        It is a folder, empty, or neither JSONL nor Parquet.
+    ConfigError, PromptError
+        It is a folder, empty, or neither JSON nor Parquet; or ``reindex`` is not a column of numbers or texts.
     """
     if Path(dataset).is_dir():
-        raise ConfigError(f"{dataset} is not a file", hint="give the prompts file that the trainer reads")
+        raise ConfigError(
+            f"{dataset} is not a file",
+            hint="give the file that the trainer reads; several of lines: cat *.jsonl | embstore resample ... --dataset -",
+        )
     with open_input(dataset) as opened:
-        is_list = opened.kind is None and opened.head.lstrip()[:1] == b"["
-        if is_list or opened.kind not in (None, PARQUET):
-            kind = opened.kind.name if opened.kind is not None else "a JSON array"
+        if opened.kind not in (None, PARQUET):
             raise ConfigError(
-                f"{opened.name} is {kind}, neither JSONL nor Parquet",
-                hint="jq -c '.[]' makes lines of a JSON array" if is_list else "convert it to one of them",
+                f"{opened.name} is {opened.kind.name}, neither JSON nor Parquet", hint="convert it to one of them"
             )
         if not opened.head:
             raise ConfigError(f"{opened.name} is empty", hint="give the prompts file that the trainer reads")
-        with opened.mapped(scratch) as content:
-            yield ParquetRows(opened.name, content) if opened.kind is PARQUET else Lines(opened.name, content)
-
-
-class Lines:
-    """Lines of JSON that are found by offset; blank lines do not count as items."""
-
-    kind, suffixes = "JSONL", LINES
-
-    def __init__(self, name: str, content: mmap.mmap) -> None:
-        self.name = name
-        self.content = content
-        self.offsets = array("q")  # of the items, once they have been read
-        self.unreadable: str | None = None  # the first line that is not a JSON object
-
-    def records(self, reading: PromptReading, id_column: str | None) -> Iterator[dict[str, Any] | Rejected]:
-        """Every item, in order; a line that is not a JSON object has no prompt."""
-        self.offsets = array("q")
-        offset = len(BOM_UTF8) if self.content[: len(BOM_UTF8)] == BOM_UTF8 else 0
-        self.content.seek(offset)
-        for number, line in enumerate(iter(self.content.readline, b""), start=1):
-            if line.strip():
-                self.offsets.append(offset)
-                yield self._record(line, number, reading)
-            offset += len(line)
-
-    def _record(self, line: bytes, number: int, reading: PromptReading) -> dict[str, Any] | Rejected:
-        record = decode_object(line, reading.rule)
-        if isinstance(record, Rejected):
-            self.unreadable = self.unreadable or f"line {number} of {self.name}: {record.reason}"
-        elif DRAW_COLUMN in record:
-            raise ConfigError(
-                f"{self.name} has a field {DRAW_COLUMN}: it is resampled already", hint="resample the original"
-            )
-        return record
-
-    def write(self, out: Path, rows_n: NDArray[np.int64]) -> None:
-        """Write the lines of these items, verbatim, with one more field at the end."""
-        with out.open("wb") as copy:
-            for number, row in enumerate(rows_n):
-                self.content.seek(self.offsets[row])
-                body = self.content.readline().rstrip()[:-1].rstrip()
-                comma = b"" if body.endswith(b"{") else b", "
-                copy.write(body + comma + f'"{DRAW_COLUMN}": {number}}}\n'.encode())
+        if opened.kind is PARQUET:
+            with opened.mapped(scratch) as content:
+                yield ParquetRows(opened.name, content, reindex=reindex)
+            return
+        is_array = opened.head.removeprefix(BOM_UTF8).lstrip()[:1] == b"[" and is_elements(opened.head)
+        with one_a_line(opened, scratch) as content:
+            yield Lines(opened.name, content, reindex=reindex, as_array=is_array and keeps_arrays)
 
 
 class ParquetRows:
@@ -115,7 +84,7 @@ class ParquetRows:
     kind, suffixes = "Parquet", (".parquet",)
     unreadable = None
 
-    def __init__(self, name: str, content: mmap.mmap) -> None:
+    def __init__(self, name: str, content: mmap.mmap, *, reindex: str | None = None) -> None:
         try:
             import pyarrow  # noqa: PLC0415 - only who has such a file needs it
             import pyarrow.parquet  # noqa: PLC0415
@@ -132,6 +101,23 @@ class ParquetRows:
             ) from error
         if DRAW_COLUMN in self.file.schema_arrow.names:
             raise ConfigError(f"{name} has a column {DRAW_COLUMN}: it is resampled already", hint="resample the original")
+        self.reindex = -1 if reindex is None else self._column_to_renumber(reindex)
+
+    def _column_to_renumber(self, column: str) -> int:
+        schema, types = self.file.schema_arrow, self.arrow.types
+        at: int = schema.get_field_index(column)
+        kind = schema.field(at).type if at >= 0 else None
+        if kind is None or not any(
+            is_one(kind) for is_one in (types.is_integer, types.is_string, types.is_large_string, types.is_string_view)
+        ):
+            found = (
+                f"has {kind} in the column {column}" if kind else f"has no column {column}; it has {', '.join(schema.names)}"
+            )
+            raise ConfigError(
+                f"{self.name} {found}; --reindex takes a column of numbers or texts",
+                hint="name the column by which the trainer finds an item",
+            )
+        return at
 
     def records(self, reading: PromptReading, id_column: str | None) -> Iterator[dict[str, Any]]:
         """Every item, with the columns that identify its prompt."""
@@ -153,6 +139,9 @@ class ParquetRows:
             draw_n, ends = self._write_runs(scratch, rows_n)
             for first, table in self._merged(scratch, draw_n, ends):
                 numbers = self.arrow.array(np.arange(first, first + len(table)))
+                if self.reindex >= 0:
+                    field = table.schema.field(self.reindex)
+                    table = table.set_column(self.reindex, field, numbers.cast(field.type))  # noqa: PLW2901
                 writer.write_table(table.append_column(schema.field(DRAW_COLUMN), numbers).cast(schema))
 
     def _write_runs(self, scratch: BinaryIO, rows_n: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[int]]:

@@ -1,4 +1,4 @@
-"""A density-resampled copy of a prompts file, for trainers that take a file and no sampler. JSONL, and Parquet with pyarrow.
+"""A density-resampled copy of a prompts file, for trainers that take a file and no sampler. JSON, and Parquet with pyarrow.
 
 Items are joined to the store by content or id. The copy appears under its name when it is complete and on the disk.
 
@@ -15,15 +15,12 @@ import numpy as np
 
 from embstore.core.errors import ConfigError, PromptError, StoreExistsError
 from embstore.core.files import fsync_directory, storage_errors, temp_path
-from embstore.training.dataset_file import Lines, ParquetRows, open_table
+from embstore.training.dataset_file import ParquetRows, open_table
+from embstore.training.drawn_lines import Lines
 from embstore.training.draws import Method
 from embstore.training.join import Duplicates, OnMissing
 from embstore.training.resample import resample_indices
 from embstore.training.weights import Weights, load_weights
-
-_BATCH_ROWS = 1024  # of Parquet that are decoded at a time
-_BLOCK_BYTES = 32 << 20  # of rows of Arrow in memory at a time
-_BLOCK_DRAWS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +51,7 @@ def resample_file(
     id_column: str | None = None,
     on_missing: OnMissing = "error",
     duplicates: Duplicates = "repeat",
+    reindex: str | None = None,
 ) -> ResampleReport:
     """Write the drawn items of a dataset, in order, each with the number of its draw as ``embstore_draw``.
 
@@ -62,12 +60,15 @@ def resample_file(
     store, name
         A finished store, and the name of its weighting.
     dataset, out
-        JSONL (also compressed, a pipe, or ``-`` for standard input) or Parquet, by content; ``out``, which must not exist,
-        has the format's suffix: ``.jsonl`` or ``.parquet``.
+        JSONL or a JSON array (also compressed, a pipe, or ``-`` for standard input), or Parquet, by content; ``out``, which
+        must not exist, has the format's suffix: ``.jsonl`` or ``.parquet``. Of an array, ``.json`` is an array, too.
     num_samples, over, seed, epoch, method, no_repeat_within
         See ``resample_indices``; default: one draw per item, none to spare.
     key_column, id_column, on_missing, duplicates
         See ``Weights.for_dataset``.
+    reindex
+        A column of numbers or texts that gets the numbers of the draws, 0 to n - 1: for trainers that find or group items by
+        it, where two draws of one item must be two items.
 
     Raises
     ------
@@ -77,7 +78,7 @@ def resample_file(
     target = Path(out)
     if os.path.lexists(target):
         raise StoreExistsError(f"{target} exists already", hint="give another --out, or remove it")
-    with open_table(dataset, target.parent) as table:
+    with open_table(dataset, target.parent, reindex=reindex, keeps_arrays=target.suffix == ".json") as table:
         if target.suffix not in table.suffixes:
             raise ConfigError(
                 f"dataset and copy must both be JSONL or both Parquet: {table.name} is {table.kind}, and the copy is named "

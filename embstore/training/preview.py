@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from embstore.core.decode import printable
 from embstore.core.errors import ConfigError
 from embstore.core.prompts import Rejected, collapse_whitespace
-from embstore.training.dataset_file import Lines, ParquetRows, open_table
+from embstore.training.dataset_file import ParquetRows, open_table
+from embstore.training.drawn_lines import Lines
 from embstore.training.draws import Method
 from embstore.training.join import Duplicates, OnMissing
 from embstore.training.reading import PromptReading

@@ -21,6 +21,7 @@ from rich.console import Console
 from embstore.core.decode import decode_array_header, parse_json, printable, printable_json
 from embstore.core.errors import ConfigError, CorruptStoreError, EmbstoreError, PromptError
 from embstore.core.format import decode_manifest, decode_metadata, decode_neighbors_spec
+from embstore.core.json_text import MAX_LINE_BYTES
 from embstore.core.prompts import Prompt, decode_row, parse_line
 from embstore.core.records import (
     JournalState,
@@ -33,7 +34,6 @@ from embstore.core.records import (
 from embstore.core.spec import decode_spec
 from embstore.flow.first_checks import _model_of_last_run
 from embstore.storage.ingest import ingest
-from embstore.storage.json_source import MAX_LINE_BYTES
 from embstore.views.info import inspect, neighbors_of
 from embstore.views.terminal import print_info, print_neighbors
 from tests.support.forged import HEADERS, RAW, damaged, dumps, mutated

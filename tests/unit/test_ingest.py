@@ -195,7 +195,7 @@ def test_a_line_of_ten_megabytes_is_a_row(source: Path) -> None:
 def test_a_line_beyond_the_limit_is_quarantined_and_the_next_ones_are_read(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embstore.storage.json_source.MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr("embstore.core.json_text.MAX_LINE_BYTES", 1 << 20)
     long = json.dumps({"prompt": "x" * (5 << 19)}).encode() + b"\n"
     found = _ingest(source, [{"prompt": "a"}, long, {"prompt": "b"}, long.rstrip()])
     assert found.texts == ["a", "b"]

@@ -15,7 +15,15 @@ from scripts.kat_hints import spelled
 
 PACKAGE = Path(__file__).parents[2] / "embstore"
 # what no kat script calls
-NOT_CALLED = ("cli", "views", "engines/ray.py", "training/file_resampling.py", "training/dataset_file.py")
+NOT_CALLED = (
+    "cli",
+    "views",
+    "engines/ray.py",
+    "training/file_resampling.py",
+    "training/dataset_file.py",
+    "training/drawn_lines.py",
+    "training/trainers.py",
+)
 NOT_SAID = {"--resume was not given", "give another --name"}  # of a build that is not resumed, and of embstore weights
 MODULE = "scripts.kat_compute_embeddings_offline"
 COMPUTE = f"python -m {MODULE}"

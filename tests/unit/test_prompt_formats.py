@@ -81,18 +81,16 @@ def test_elements_of_an_array_are_what_json_loads_gives(
     values: list[Any], indent: int | None, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the blocks in which it is read: a number, an escape or a character may lie across two of them."""
-    from embstore.storage import json_source
+    from embstore.core import json_text
 
-    monkeypatch.setattr(json_source, "_READ_BYTES", block)
+    monkeypatch.setattr(json_text, "_READ_BYTES", block)
     content = json.dumps(values, indent=indent, ensure_ascii=block % 2 == 0).encode("utf-8", "surrogatepass")
     if values:
         expected = json.loads(content.decode("utf-8", "surrogatepass"))
-        found = [
-            json.loads(each.decode("utf-8", "surrogatepass")) for each in json_source.elements(io.BytesIO(content), "f")
-        ]
+        found = [json.loads(each.decode("utf-8", "surrogatepass")) for each in json_text.elements(io.BytesIO(content), "f")]
         assert found == expected
     else:
-        assert list(json_source.elements(io.BytesIO(content), "f")) == []
+        assert list(json_text.elements(io.BytesIO(content), "f")) == []
 
 
 @pytest.mark.parametrize(
@@ -163,7 +161,7 @@ def test_an_array_is_known_however_its_elements_lie_on_lines(content: str, tmp_p
 
 
 def test_an_element_beyond_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embstore.storage.json_source.MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr("embstore.core.json_text.MAX_LINE_BYTES", 1 << 20)
     (tmp_path / "p.json").write_text(json.dumps([{"prompt": "a"}, {"prompt": "x" * (5 << 20)}]))
     with pytest.raises(PromptError, match="element 2 is longer than 1 MiB"):
         ingested(tmp_path / "p.json", tmp_path / "out")

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from embstore.cli import app
 from embstore.core.errors import ConfigError, KeyMismatchError, PromptError, StorageError, StoreExistsError
 from embstore.host.memory import read_memory
-from embstore.training import DensitySampler, dataset_file, file_resampling, load_weights, resample_file, resample_indices
+from embstore.training import DensitySampler, dataset_file, load_weights, resample_file, resample_indices
 from tests.support.stores import small_lines, write_lines
 from tests.unit.test_prompt_inputs import pipe, zstd
 
@@ -88,9 +88,9 @@ def test_parquet_rows_of_every_type_are_those_of_the_plan(
     block_bytes: int, finished_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many runs and blocks there are, and where each row group has another dictionary."""
-    monkeypatch.setattr(file_resampling, "_BLOCK_DRAWS", 64)
-    monkeypatch.setattr(file_resampling, "_BLOCK_BYTES", block_bytes)
-    monkeypatch.setattr(file_resampling, "_BATCH_ROWS", 4)
+    monkeypatch.setattr(dataset_file, "_BLOCK_DRAWS", 64)
+    monkeypatch.setattr(dataset_file, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(dataset_file, "_BATCH_ROWS", 4)
     ids = store_ids(finished_store)
     rows = [
         {
@@ -169,7 +169,7 @@ def test_each_row_group_is_read_once_however_many_rows_are_drawn(
     finished_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ten million draws of a file of 10 GB read it 153 times."""
-    monkeypatch.setattr(file_resampling, "_BLOCK_DRAWS", 100)
+    monkeypatch.setattr(dataset_file, "_BLOCK_DRAWS", 100)
     texts = np.random.default_rng(0).bytes(70 * 4000)  # does not compress
     rows = [
         {"uid": name, "text": texts[4000 * number : 4000 * (number + 1)].hex()}
@@ -247,7 +247,13 @@ def test_what_cannot_be_resampled_leaves_nothing(finished_store: Path, tmp_path:
         (tmp_path, "out.jsonl", "is not a file"),
         (_written(tmp_path / "bad.parquet", b"no Parquet"), "out.parquet", "must both be JSONL or both Parquet"),
         (_written(tmp_path / "cut.parquet", b"PAR1\x15\x04" + bytes(40)), "out.parquet", "not a Parquet file"),
-        (_written(tmp_path / "list.json", json.dumps(items()).encode()), "out.json", "is a JSON array"),
+        (
+            _written(tmp_path / "list.json", json.dumps(items()).encode()),
+            "out.parquet",
+            "must both be JSONL or both Parquet",
+        ),
+        (_written(tmp_path / "cut.json", json.dumps(items()).encode()[:-1]), "out.json", "cut.json is not valid JSON"),
+        (_written(tmp_path / "none.json", b"[]\n"), "out.json", "none.json has no records"),
         (_written(tmp_path / "text.jsonl", b'{"prompt": "a"}'.decode().encode("utf-16")), "out.jsonl", "is UTF-16 text"),
         (_written(tmp_path / "empty.jsonl", b""), "out.jsonl", "is empty"),
         (_written(tmp_path / "cut.jsonl.gz", gzip.compress(source.read_bytes())[:-9]), "out.jsonl", "failed"),
@@ -312,6 +318,84 @@ def test_parquet_is_drawn_from_a_pipe_and_with_json_columns(finished_store: Path
     plan = resample_indices(load_weights(finished_store).for_dataset(small_lines()), seed=3)
     for name in "ab":
         assert pq.read_table(tmp_path / f"{name}.parquet")["n"].to_pylist() == plan.tolist()
+
+
+SPREAD = {
+    "a line": lambda: json.dumps(items(), ensure_ascii=False),
+    "indented": lambda: "\ufeff" + json.dumps(items(), indent=2, ensure_ascii=False),
+    "no array": lambda: "\r\n".join(json.dumps(item, indent=1) for item in items()),
+}
+
+
+@pytest.mark.parametrize("form", SPREAD)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_json_array_is_drawn_as_its_lines_are(form: str, packed: bool, finished_store: Path, tmp_path: Path) -> None:
+    """As LLaMA-Factory's own data files are."""
+    content = SPREAD[form]().encode()
+    source = _written(tmp_path / "data.json", gzip.compress(content) if packed else content)
+    for name in ("out.jsonl", "out.json"):
+        resample_file(finished_store, source, tmp_path / name, num_samples=200, seed=4)
+    resample_file(finished_store, write_lines(tmp_path / "l.jsonl", items()), tmp_path / "e.jsonl", num_samples=200, seed=4)
+    expected = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
+    assert len(expected) == 200
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == expected
+    text = (tmp_path / "out.json").read_text()
+    assert (json.loads(text) if form != "no array" else [json.loads(line) for line in text.splitlines()]) == expected
+
+
+def test_a_disk_that_is_full_of_an_arrays_lines_is_an_expected_error(
+    finished_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    source = _written(tmp_path / "data.json", SPREAD["a line"]().encode())
+    monkeypatch.setattr("embstore.training.drawn_lines.tempfile.TemporaryFile", lambda dir: Full())
+    with pytest.raises(StorageError, match="No space left on device"):
+        resample_file(finished_store, source, tmp_path / "out.json")
+
+
+@pytest.mark.parametrize("kind", [int, str])
+def test_a_column_is_renumbered_in_both_formats(kind: type, finished_store: Path, tmp_path: Path) -> None:
+    rows = [
+        {"n": kind(900 - row), "uid": name, "é": {"a": [row, 0.1]}} for row, name in enumerate(store_ids(finished_store))
+    ]
+    write_lines(tmp_path / "data.jsonl", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet", row_group_size=9)
+    options: dict[str, Any] = {"num_samples": 200, "seed": 2, "id_column": "uid", "reindex": "n"}
+    for suffix in ("jsonl", "parquet"):
+        resample_file(finished_store, tmp_path / f"data.{suffix}", tmp_path / f"out.{suffix}", **options)
+    plan = resample_indices(load_weights(finished_store).for_dataset(rows, id_column="uid"), 200, seed=2)
+    expected = [{**rows[row], "n": kind(draw), "embstore_draw": draw} for draw, row in enumerate(plan)]
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == expected
+    assert "é" in lines[0]
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table.to_pylist() == expected
+    assert table.schema.field("n") == pq.read_schema(tmp_path / "data.parquet").field("n")
+
+
+def test_a_column_that_cannot_be_renumbered_is_named(finished_store: Path, tmp_path: Path) -> None:
+    rows = [{"uid": name, "score": 0.5} for name in store_ids(finished_store)]
+    write_lines(tmp_path / "data.jsonl", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    for suffix, column, complaint in (
+        ("jsonl", "index", r"line 1 of .* has no number or text in the field index, .*; it has uid, score"),
+        ("jsonl", "score", "no number or text in the field score"),
+        ("parquet", "index", "has no column index; it has uid, score"),
+        ("parquet", "score", "has double in the column score; --reindex takes a column of numbers or texts"),
+    ):
+        with pytest.raises(ConfigError, match=complaint) as caught:
+            resample_file(
+                finished_store,
+                tmp_path / f"data.{suffix}",
+                tmp_path / f"out.{suffix}",
+                id_column="uid",
+                reindex=column,
+            )
+        assert caught.value.hint
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_the_command_writes_the_same_file(finished_store: Path, tmp_path: Path) -> None:
