@@ -29,7 +29,7 @@ import numpy as np
 from sklearn.neighbors import NearestNeighbors
 
 from embstore import open_store
-from embstore.core.density import total_variation
+from embstore.core.diagnostics import total_variation
 from embstore.host.threads import num_cores
 
 RESULTS = Path(__file__).parent / "results"

@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from benchmarks.acceptance import RESULTS, machine
 from benchmarks.methods import PromptList
 from embstore.core.config import EmbeddingConfig
-from embstore.core.density import NOISE_FLOOR, total_variation
+from embstore.core.density import NOISE_FLOOR
+from embstore.core.diagnostics import total_variation
 from embstore.core.events import ignore
 from embstore.core.prompts import Prompt, parse_line
 from embstore.model.backbone import SplitModel

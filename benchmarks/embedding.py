@@ -33,7 +33,7 @@ import transformers
 from benchmarks.acceptance import cpu_name
 from benchmarks.interleaving import run_interleaved
 from embstore import open_store
-from embstore.core.density import total_variation
+from embstore.core.diagnostics import total_variation
 from embstore.core.format import chunk_name
 from embstore.core.interfaces import RowBlock, WindowCounts
 from embstore.core.plan import grid_of

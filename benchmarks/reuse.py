@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.acceptance import RESULTS, Job, fresh, machine, run, shown
 from embstore import open_store, verify
-from embstore.core.density import total_variation
+from embstore.core.diagnostics import total_variation
 
 
 def main() -> int:

@@ -26,10 +26,11 @@ from embstore.core.config import USUAL_FIELDS
 from embstore.core.decode import printable
 from embstore.core.errors import EmbstoreError, KeyMismatchError, WeightsError
 from embstore.core.format import decode_manifest
+from embstore.core.row_keys import StoredKeys, key_of
 from embstore.training import load_weights
-from embstore.training.join import Join, StoredKeys, align_weights, join_dataset, notices
+from embstore.training.join import Join, align_weights, join_dataset, notices
 from embstore.training.published import read_aliases, read_keys, read_manifest
-from embstore.training.reading import key_of, other_form
+from embstore.training.reading import other_form
 from scripts.kat_files import PromptLine, read_lines, require
 from scripts.kat_hints import COMPUTE, spelled
 from scripts.kat_original import is_original, read_original

@@ -8,18 +8,18 @@ import typer
 
 from embstore.cli.frame import AsJson, Store, app, print_json, reporting
 from embstore.cli.options import takes
-from embstore.core.config import WeightingConfig
 from embstore.core.errors import ConfigError
+from embstore.core.factors import WeightsConfig
 from embstore.core.format import DEFAULT_WEIGHTS
 
 
 @app.command()
 @reporting
-@takes(WeightingConfig)
+@takes(WeightsConfig)
 def weights(
     store: Store,
     *,
-    config: WeightingConfig,
+    config: WeightsConfig,
     name: Annotated[
         str, typer.Option(help="Store the weights under this name. Those that had it stay, as NAME@DIGEST.")
     ] = DEFAULT_WEIGHTS,
@@ -32,13 +32,17 @@ def weights(
 ) -> None:
     """Compute new weights without a new search, in seconds.
 
+    A weight is density x score x share of its group, then limited and mixed. Fields of the input lines cost a pass
+    over the prompts.
+
     Weights that were replaced stay, 4 bytes a prompt, because training runs may use them.
     """
     from embstore.flow import artifact, stored_weights  # noqa: PLC0415
+    from embstore.flow.weight_factors import make_factors  # noqa: PLC0415
     from embstore.views import info, terminal  # noqa: PLC0415
 
     if listed or drop:
-        if config != WeightingConfig() or name != DEFAULT_WEIGHTS:
+        if config != WeightsConfig() or name != DEFAULT_WEIGHTS:
             raise ConfigError(
                 "--list and --drop compute no weights, so they take no options of weights",
                 hint="leave out all options but --list, --drop and --json",
@@ -51,7 +55,7 @@ def weights(
         else:
             terminal.print_weightings(terminal.results(), found)
         return
-    metadata = artifact.recompute_weights(store, config, name=name)
+    metadata = artifact.recompute_weights(store, config.weighting, name=name, factors=make_factors(store, config.factors))
     if as_json:
         print_json(metadata)
     else:

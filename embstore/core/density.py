@@ -13,7 +13,6 @@ Shapes: N rows, K neighbours.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,12 +21,13 @@ from numpy.typing import NDArray
 
 from embstore.core.config import WeightingConfig
 from embstore.core.errors import ConfigError, CorruptStoreError
+from embstore.core.factors import NO_FACTORS, Factors
+from embstore.core.weight_parts import PartEffect, WeightParts, mixed
 
 # float16 rows carry about 2e-4 of rounding noise each, so distances below this are noise (docs/decisions/0005).
 NOISE_FLOOR = 1e-3
 # The floor of the original method, kept for --weighting legacy-inverse only.
 LEGACY_FLOOR = 1e-6
-_LOG_SMALLEST = -600.0  # exp of this is a normal float64, with room for sums
 
 FloatVector = NDArray[np.float64]
 Statistic = Literal["uniform", "inverse-density", "legacy-inverse"]
@@ -40,7 +40,7 @@ class WeightsResult:
     ``weights`` is float32 [N], finite, >= 0, with a float64 sum within 1e-6 of 1. ``method`` differs from the requested one
     only when there were too few rows. ``gamma`` is the exponent used (solved for if a target ESS was given).
     ``limited_rows`` counts rows whose weight ``max_ratio`` lowered; ``max_over_mean_vector`` is the largest v divided by the
-    mean of v.
+    mean of v. ``effects`` says what each part of the weights does, if there are factors besides density.
     """
 
     weights: NDArray[np.float32]
@@ -48,6 +48,7 @@ class WeightsResult:
     gamma: float
     limited_rows: int
     max_over_mean_vector: float
+    effects: tuple[PartEffect, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -90,6 +91,7 @@ def sampling_weights(
     config: WeightingConfig,
     *,
     noise_floor: float = NOISE_FLOOR,
+    factors: Factors = NO_FACTORS,
 ) -> WeightsResult:
     """Sampling weights from mean neighbour distances; see the module docstring for the method.
 
@@ -105,6 +107,8 @@ def sampling_weights(
         Method, ``k``, ``gamma`` or ``target_ess``, ``uniform_mix``, ``max_ratio``, ``duplicates``.
     noise_floor
         Smaller distances are noise and are raised to this value.
+    factors
+        Scores and shares of groups.
 
     Returns
     -------
@@ -113,14 +117,16 @@ def sampling_weights(
     Raises
     ------
     ConfigError
-        No row has a vector.
+        No row has a vector, or none of them can be drawn; a group's share is wrong, or out of reach of ``max_ratio``; or
+        legacy-inverse was given factors.
 
     Notes
     -----
-    Monotone: among rows with equal group size a larger distance never gets a smaller weight. Scale-free above the noise
-    floor. With fewer than k + 1 distinct vectors there is no density to estimate: weights are uniform over vectors, and a
-    warning says so. ``target_ess`` and ``max_ratio`` hold for the returned weights: gamma is solved for with limit and mix
-    applied, and the limit is set so that ``max_ratio`` holds after mixing. ``legacy-inverse`` is never limited.
+    Monotone: among rows with equal group size and equal factors a larger distance never gets a smaller weight. Scale-free
+    above the noise floor. With fewer than k + 1 distinct vectors there is no density to estimate: it is left out, and a
+    warning says so. ``target_ess``, ``max_ratio`` and shares hold for the returned weights: each group is limited and mixed
+    in itself, so that its share stays, and gamma is solved for with all of it applied. A mix is uniform over the rows of a
+    group that can be drawn. ``legacy-inverse`` is never limited.
     """
     valid_N = groups_N >= 0
     if not valid_N.any():
@@ -133,37 +139,56 @@ def sampling_weights(
     usable = bool(np.isfinite(mean_distance_N[valid_N]).all())
     warnings: list[str] = []
     method: Statistic = config.weighting
-    gamma = config.gamma
     if not usable:
         method = "uniform"
         if config.weighting != "uniform":
             warnings.append(f"there are fewer than k + 1 = {config.k + 1} distinct vectors: weights are uniform")
-    limited_rows = 0
-    if method == "uniform":
-        weights_N = share_N / share_N.sum()
-    elif method == "legacy-inverse":
+    if method == "legacy-inverse":
+        if factors is not NO_FACTORS:
+            raise ConfigError(
+                "legacy-inverse takes no scores and no shares: it is for comparison with the original scripts only",
+                hint="leave out --weighting, or the scores and shares",
+            )
         warnings.append(
             "legacy-inverse is the original formula 1 / mean distance, which favours crowded prompts: for comparison only"
         )
         weights_N = share_N / np.maximum(np.where(valid_N, mean_distance_N, 1.0), LEGACY_FLOOR)
-        weights_N = _mixed(weights_N / weights_N.sum(), share_N, config.uniform_mix)
-    else:
-        log_r_N = np.log(np.maximum(np.where(valid_N, mean_distance_N, 1.0), noise_floor))
-        log_r_N -= log_r_N[valid_N].max()  # largest becomes 1: powers cannot overflow
-        if config.target_ess is not None:
-            gamma, reached = _solve_gamma(log_r_N[valid_N], share_N[valid_N], config, config.target_ess)
-            if not reached:
-                warnings.append(f"target ESS/N {config.target_ess} is out of reach of any gamma; used gamma {gamma:.4g}")
-        weights_N = np.zeros(len(share_N))
-        weights_N[valid_N], limited_rows = _power_weights(log_r_N[valid_N], share_N[valid_N], gamma, config)
+        weights_N = mixed(weights_N / weights_N.sum(), share_N, config.uniform_mix)
+        return _result(weights_N, share_N, method, config.gamma, 0, (), warnings)
+    if method == "uniform" and factors is NO_FACTORS:
+        return _result(share_N / share_N.sum(), share_N, method, config.gamma, 0, (), warnings)
+    distance_N = np.where(valid_N, mean_distance_N, 1.0) if method == "inverse-density" else np.ones(len(groups_N))
+    parts = WeightParts(np.log(np.maximum(distance_N, noise_floor)), share_N, config, factors)
+    gamma = config.gamma
+    if method == "inverse-density" and config.target_ess is not None:
+        gamma, reached = parts.solve_gamma(config.target_ess)
+        if not reached:
+            warnings.append(f"target ESS/N {config.target_ess} is out of reach of any gamma; used gamma {gamma:.4g}")
+    weights_N, limited_rows = parts.weights(gamma)
     if limited_rows and config.target_ess is None:
         warnings.append(f"max_ratio {config.max_ratio:g} lowered the weights of {limited_rows} rows below r ** gamma")
+    effects = parts.effects(gamma, weights_N) if factors is not NO_FACTORS else ()
+    return _result(weights_N, share_N, method, gamma, limited_rows, effects, warnings)
+
+
+def _result(
+    weights_N: FloatVector,
+    share_N: FloatVector,
+    method: Statistic,
+    gamma: float,
+    limited_rows: int,
+    effects: tuple[PartEffect, ...],
+    warnings: list[str],
+) -> WeightsResult:
+    has_vector_N = share_N > 0
+    vector_N = weights_N[has_vector_N] / share_N[has_vector_N]
     return WeightsResult(
         weights=normalise_float32(weights_N),
         method=method,
         gamma=gamma,
         limited_rows=limited_rows,
-        max_over_mean_vector=float((weights_N[valid_N] / share_N[valid_N]).max() * share_N.sum() / weights_N.sum()),
+        max_over_mean_vector=float(vector_N.max() * share_N.sum() / weights_N.sum()),
+        effects=effects,
         warnings=tuple(warnings),
     )
 
@@ -183,88 +208,3 @@ def normalise_float32(weights_N: FloatVector) -> NDArray[np.float32]:
     if abs(total - 1) > 1e-6:
         raise CorruptStoreError(f"weights sum to {total!r}, not 1", hint="run embstore verify")
     return rounded
-
-
-def effective_sample_size(weights_N: NDArray[np.floating]) -> float:
-    """Kish's effective sample size (sum w)^2 / sum w^2, in rows.
-
-    Examples
-    --------
-    >>> effective_sample_size(np.array([0.25, 0.25, 0.25, 0.25]))
-    4.0
-    """
-    weights = weights_N.astype(np.float64)
-    return float(weights.sum() ** 2 / np.square(weights).sum())
-
-
-def total_variation(first_N: NDArray[np.floating], second_N: NDArray[np.floating]) -> float:
-    """Total-variation distance of two weightings, each normalised to sum 1: half the L1 distance, 0..1.
-
-    Examples
-    --------
-    >>> total_variation(np.array([1.0, 0.0]), np.array([0.0, 2.0]))
-    1.0
-    """
-    first = first_N / first_N.sum(dtype=np.float64)
-    second = second_N / second_N.sum(dtype=np.float64)
-    return float(np.abs(first - second).sum() / 2)
-
-
-def _power_weights(
-    log_r_N: FloatVector, share_N: FloatVector, gamma: float, config: WeightingConfig
-) -> tuple[FloatVector, int]:
-    """Normalised ``share * r ** gamma``, limited, then mixed, and the number of limited rows. All shares are positive."""
-    weights_N = share_N * np.exp(gamma * log_r_N)
-    weights_N /= weights_N.sum()
-    limited_rows, mix = 0, config.uniform_mix
-    if config.max_ratio is not None and mix < 1:
-        before_mix = (config.max_ratio - mix) / (1 - mix)  # (1 - mix) * before_mix + mix is max_ratio
-        if (weights_N / share_N).max() * share_N.sum() > before_mix * (1 + 1e-12):
-            weights_N, limited_rows = _limited(gamma * log_r_N, share_N, before_mix)
-    return _mixed(weights_N, share_N, mix), limited_rows
-
-
-def _mixed(weights_N: FloatVector, share_N: FloatVector, mix: float) -> FloatVector:
-    return (1 - mix) * weights_N + mix * share_N / share_N.sum() if mix else weights_N
-
-
-def _limited(log_v_N: FloatVector, share_N: FloatVector, max_ratio: float) -> tuple[FloatVector, int]:
-    """Normalised min(v, c), where c is ``max_ratio`` times the mean of min(v, c), and the number of rows above c.
-
-    Let the m largest v be lowered to c, let C of all shares S be theirs, and let W be the weight of the other rows. Then
-    c S = max_ratio (c C + W). The right m is the first whose c is not below the next v. The computation is in logarithms,
-    because under a large gamma all but the largest v underflow to 0.
-    """
-    order_N = np.argsort(-log_v_N, kind="stable")
-    sorted_N, shares_N = log_v_N[order_N], share_N[order_N]
-    if sorted_N[-1] > _LOG_SMALLEST:
-        log_rest_N = np.log(np.cumsum((shares_N * np.exp(sorted_N))[::-1])[::-1])  # row m and all after it
-    else:
-        log_rest_N = np.logaddexp.accumulate((sorted_N + np.log(shares_N))[::-1])[::-1]  # equal, but ten times slower
-    free_N = shares_N.sum() - max_ratio * np.concatenate([[0.0], np.cumsum(shares_N)[:-1]])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        log_cap_N = np.where(free_N > 0, np.log(max_ratio) + log_rest_N - np.log(free_N), np.inf)
-    m = int(np.argmax(log_cap_N >= sorted_N))
-    # if no cap qualifies (max_ratio 1), all weights are lowered to the smallest
-    log_cap = log_cap_N[m] if np.isfinite(log_cap_N[m]) and log_cap_N[m] >= sorted_N[m] else sorted_N[-1]
-    weights_N = share_N * np.exp(np.minimum(log_v_N - log_cap, 0.0))
-    return weights_N / weights_N.sum(), int(np.count_nonzero(log_v_N > log_cap))
-
-
-def _solve_gamma(log_r_N: FloatVector, share_N: FloatVector, config: WeightingConfig, target: float) -> tuple[float, bool]:
-    """The gamma in [0, 1024] at which ESS/N of the finished weights falls to ``target``, by bisection."""
-    order_N = np.argsort(-log_r_N, kind="stable")  # once: _limited sorts on every call, and sorted input is cheap to sort
-    log_r_N, share_N = log_r_N[order_N], share_N[order_N]
-
-    def ess(gamma: float) -> float:
-        return effective_sample_size(_power_weights(log_r_N, share_N, gamma, config)[0]) / len(share_N)
-
-    low, high = 0.0, 1024.0
-    if ess(low) <= target:
-        return low, math.isclose(ess(low), target, rel_tol=1e-9)
-    if ess(high) > target:
-        return high, False
-    for _ in range(45):
-        middle = (low + high) / 2
-        low, high = (middle, high) if ess(middle) > target else (low, middle)
-    return high, True

@@ -129,3 +129,28 @@ def concerns(
     if correlation is not None and correlation > 0:
         found.append(f"weights rise with density (rank correlation {correlation:+.2f}): crowded prompts are favoured")
     return found
+
+
+def effective_sample_size(weights_N: NDArray[np.floating]) -> float:
+    """Kish's effective sample size (sum w)^2 / sum w^2, in rows.
+
+    Examples
+    --------
+    >>> effective_sample_size(np.array([0.25, 0.25, 0.25, 0.25]))
+    4.0
+    """
+    weights = weights_N.astype(np.float64)
+    return float(weights.sum() ** 2 / np.square(weights).sum())
+
+
+def total_variation(first_N: NDArray[np.floating], second_N: NDArray[np.floating]) -> float:
+    """Total-variation distance of two weightings, each normalised to sum 1: half the L1 distance, 0..1.
+
+    Examples
+    --------
+    >>> total_variation(np.array([1.0, 0.0]), np.array([0.0, 2.0]))
+    1.0
+    """
+    first = first_N / first_N.sum(dtype=np.float64)
+    second = second_N / second_N.sum(dtype=np.float64)
+    return float(np.abs(first - second).sum() / 2)

@@ -17,16 +17,10 @@ from numpy.typing import NDArray
 
 from embstore.core.config import WeightingConfig
 from embstore.core.decode import shown
-from embstore.core.density import (
-    NOISE_FLOOR,
-    WeightsResult,
-    effective_sample_size,
-    mean_distance,
-    sampling_weights,
-    total_variation,
-)
-from embstore.core.diagnostics import concerns, hubness, rank_correlation
+from embstore.core.density import NOISE_FLOOR, WeightsResult, mean_distance, sampling_weights
+from embstore.core.diagnostics import concerns, effective_sample_size, hubness, rank_correlation, total_variation
 from embstore.core.errors import ConfigError, CorruptStoreError
+from embstore.core.factors import NO_FACTORS, Factors
 from embstore.core.files import file_problem
 from embstore.core.format import (
     CHUNKS,
@@ -48,6 +42,7 @@ from embstore.core.format import (
 )
 from embstore.core.records import JournalState, chunk_table
 from embstore.core.spec import StoreSpec
+from embstore.flow.weight_factors import factors_metadata
 from embstore.storage.atomic import make_directory, save_array, write_durable
 from embstore.storage.reader import EmbeddingStore, open_store
 from embstore.storage.row_files import row_files
@@ -118,8 +113,9 @@ def write_weights(
     neighbors: NeighborFiles,
     residual_N: NDArray[np.float32],
     config: WeightingConfig,
+    factors: Factors = NO_FACTORS,
 ) -> WeightFiles:
-    """Compute weights from stored distances and write them durably with their metadata."""
+    """Compute weights from stored distances and factors, and write them durably with their metadata."""
     mean_distance_N = mean_distance(neighbors.distances_NK, config.k)
     with_vector = neighbors.groups_N >= 0
     if np.isnan(mean_distance_N).any() or not np.isfinite(residual_N[with_vector]).all():
@@ -127,8 +123,10 @@ def write_weights(
             "a row with a vector has a distance or residual that is not finite", hint=f"run embstore verify {root}"
         )
     noise_floor = float(neighbors.spec.get("noise_floor", NOISE_FLOOR))  # stores from before --center lack it
-    result = sampling_weights(mean_distance_N, neighbors.groups_N, config, noise_floor=noise_floor)
+    result = sampling_weights(mean_distance_N, neighbors.groups_N, config, noise_floor=noise_floor, factors=factors)
     metadata = _metadata(spec, state, neighbors, mean_distance_N, residual_N, config, result, noise_floor)
+    if factors is not NO_FACTORS:
+        metadata["factors"] = factors_metadata(factors, result, neighbors.groups_N)
     # named by content: any change makes new files and leaves those that a manifest lists
     digest = short_digest({"weights": hashlib.sha256(result.weights.tobytes()).hexdigest(), "metadata": metadata})
     array, sidecar = weights_paths(digest)
@@ -208,7 +206,9 @@ def _are_sound(root: Path, files: Mapping[str, FileDigest]) -> bool:
     return all(file_problem(root, path, digest) is None for path, digest in files.items())
 
 
-def recompute_weights(path: str | Path, config: WeightingConfig, *, name: str = DEFAULT_WEIGHTS) -> JsonObject:
+def recompute_weights(
+    path: str | Path, config: WeightingConfig, *, name: str = DEFAULT_WEIGHTS, factors: Factors = NO_FACTORS
+) -> JsonObject:
     """New weights from the neighbours that a store already has, in seconds and without a search.
 
     Parameters
@@ -220,6 +220,8 @@ def recompute_weights(path: str | Path, config: WeightingConfig, *, name: str = 
     name
         ``default`` replaces the weights that training uses; weights of another name are kept in addition. What had this name
         stays as ``NAME@DIGEST``, until ``drop_weights``.
+    factors
+        Scores and shares; see ``flow.weight_factors``.
 
     Returns
     -------
@@ -246,7 +248,7 @@ def recompute_weights(path: str | Path, config: WeightingConfig, *, name: str = 
         if store.manifest is None:
             raise AssertionError("open_store returned an unfinished store")
         neighbors = read_neighbors(store)
-        weights = write_weights(store.root, store.spec, writer.state, neighbors, store.residuals, config)
+        weights = write_weights(store.root, store.spec, writer.state, neighbors, store.residuals, config, factors)
         publish(writer, store.spec, neighbors, weights, name=name, kept=store.manifest)
     return weights.metadata
 

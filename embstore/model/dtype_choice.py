@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from embstore.core.density import total_variation
+from embstore.core.diagnostics import total_variation
 from embstore.core.events import Notice, Observer, stage
 from embstore.host.device import has_fast_bfloat16
 from embstore.model.backbone import SplitModel

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.core.density import NOISE_FLOOR, total_variation
+from embstore.core.density import NOISE_FLOOR
+from embstore.core.diagnostics import total_variation
 from embstore.core.sampling import seeded_sample
 
 TIE_TOLERANCE = 1e-4

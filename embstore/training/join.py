@@ -22,13 +22,13 @@ from embstore.core.decode import printable
 from embstore.core.errors import ConfigError, KeyMismatchError, PromptError
 from embstore.core.prompts import Prompt, Rejected
 from embstore.core.reasons import by_kind, count_reason
+from embstore.core.row_keys import StoredKeys, key_of
 from embstore.core.values import Unusable, plain
 from embstore.training.items import blocks_of
 from embstore.training.reading import (
     BlockPrompts,
     PromptReading,
     is_bare,
-    key_of,
     no_column,
     other_form,
     record_of,
@@ -58,33 +58,6 @@ class Join:
     first_rejected: str = ""
     form: Literal["", "text", "chat"] = ""
     has_answers: bool = False
-
-
-class StoredKeys:
-    """The row keys of a store, uint64 [N], sorted to look others up. Price: one sort."""
-
-    def __init__(self, stored_N: NDArray[np.uint64]) -> None:
-        self._order_N = np.argsort(stored_N, kind="stable")
-        self._sorted_N = stored_N[self._order_N]
-
-    def rows(self, wanted_B: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Row of each key, int64 [B], -1 where the store has none.
-
-        Raises
-        ------
-        KeyMismatchError
-            A wanted key belongs to two rows: the first 64 bits of their sha256 are equal.
-        """
-        slot_B = np.searchsorted(self._sorted_N, wanted_B)
-        last = len(self._sorted_N) - 1
-        is_row_B = self._sorted_N[np.minimum(slot_B, last)] == wanted_B
-        is_twice_B = is_row_B & (slot_B < last) & (self._sorted_N[np.minimum(slot_B + 1, last)] == wanted_B)
-        if is_twice_B.any():
-            key = int(wanted_B[int(np.argmax(is_twice_B))])
-            raise KeyMismatchError(
-                f"two rows of the store have the key {key:016x}", hint="join by ids: for_dataset(id_column=...)"
-            )
-        return np.where(is_row_B, self._order_N[np.minimum(slot_B, last)], -1)
 
 
 def join_keys(stored_N: NDArray[np.uint64], keys_M: NDArray[np.uint64]) -> Join:

@@ -14,6 +14,7 @@ from typing import Any
 from embstore.core.config import FIRST_RULE, USUAL_FIELDS, PromptFields, PromptRule
 from embstore.core.errors import ConfigError
 from embstore.core.prompts import TEMPLATE_FIELDS, Prompt, Rejected, content_fields, prompt_of
+from embstore.core.row_keys import key_of
 from embstore.core.values import Unreadable, as_json
 from embstore.training.items import Block
 from embstore.training.text_keys import text_keys
@@ -118,11 +119,6 @@ class BlockPrompts:
         columns = self._block.columns
         item = self._block.items[index] if columns is None else {name: columns[name][index] for name in columns}
         return self._reading.prompt(item, int(self._block.positions_B[index]))
-
-
-def key_of(prompt: Prompt) -> int:
-    """The row key of a prompt: the first 64 bits of its identity."""
-    return int.from_bytes(prompt.digest[:8], "little")
 
 
 def without_nulls(prompt: Prompt) -> Prompt | None:

@@ -92,7 +92,7 @@ class Weights:
 
     def ess(self) -> float:
         """Kish's effective sample size, in rows."""
-        from embstore.core.density import effective_sample_size  # noqa: PLC0415
+        from embstore.core.diagnostics import effective_sample_size  # noqa: PLC0415
 
         return effective_sample_size(self.array)
 

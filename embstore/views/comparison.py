@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from embstore.core.density import effective_sample_size
-from embstore.core.diagnostics import rank_correlation
+from embstore.core.diagnostics import effective_sample_size, rank_correlation
 from embstore.core.errors import ConfigError
 from embstore.core.rows import slices
 from embstore.storage.prompt_table import PromptTable

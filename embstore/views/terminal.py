@@ -23,6 +23,7 @@ from embstore.views.info import NeighborInfo, PromptInfo, StoreInfo
 
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _HISTOGRAM_WIDTH = 40
+_SHOWN_GROUPS = 10
 _SHOWN_RANGES = 5
 
 
@@ -248,6 +249,8 @@ def _print_density(console: Console, metadata: JsonObject) -> None:
         console.print(
             "  the weighting is mild: sampling is close to uniform; [bold]--target-ess 0.5[/bold] makes it stronger"
         )
+    if "factors" in metadata:
+        _print_factors(console, metadata["factors"])
     groups = metadata["vector_groups"]
     if groups["rows"]:
         console.print(
@@ -262,6 +265,30 @@ def _print_density(console: Console, metadata: JsonObject) -> None:
         )
     for warning in metadata["warnings"]:
         console.print(f"  [yellow]note[/yellow]: {plain(warning)}", highlight=False)
+
+
+def _print_factors(console: Console, factors: JsonObject) -> None:
+    """Scores, shares, and what each part of the weights does."""
+    if "score" in factors:
+        score, factor = factors["score"], factors["score"]["factor"]
+        origin = f"field {score['field']}" if "field" in score else "a file"
+        console.print(
+            f"  score from {plain(origin)}, {plain(score['rule'])}: factors {factor['min']:.3g} to {factor['max']:.3g}, "
+            f"median {factor['median']:.3g}; never drawn: {score['never_drawn']:,}",
+            highlight=False,
+        )
+    if "shares" in factors:
+        shares = factors["shares"]
+        named = [
+            f"{group['name']} {group['share']:.1%} ({group['rows']:,} rows)" for group in shares["groups"][:_SHOWN_GROUPS]
+        ]
+        more = f", and {shares['all_groups'] - len(named):,} more" if shares["all_groups"] > len(named) else ""
+        console.print(f"  shares by {plain(shares['by'])}: {plain(', '.join(named))}{more}", highlight=False)
+    for effect in factors["parts"]:
+        without = (
+            "" if effect["tv_without"] is None else f"; without it, {effect['tv_without']:.1%} of the draws would differ"
+        )
+        console.print(f"    after {effect['part']:<8} effective sample size {effect['ess']:,.0f}{without}", highlight=False)
 
 
 def _print_names(console: Console, info: StoreInfo) -> None:

@@ -39,7 +39,7 @@ GENERATED = {"cli.md", "performance.md"}
 PAGES = [ROOT / name for name in ("README.md", "SECURITY.md", "CONTRIBUTING.md", "docs/guide.md", "docs/limits.md")]
 PAGES += [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in GENERATED and path not in PAGES]
 PAGES += sorted((ROOT / "docs" / "train").glob("*.md"))
-RUN = ["README.md", "docs/guide.md", "docs/prompts.md"]
+RUN = ["README.md", "docs/guide.md", "docs/prompts.md", "docs/weights.md"]
 OURS = ("benchmarks", "embstore", "scripts")
 # needs a checkout of somebody else's code, or the network
 NOT_HERE = ("PYTHONPATH=", "pip ", "HNSWLIB_NO_NATIVE=")
@@ -101,7 +101,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("documents")
     save_model(folder / "MODEL", make_model("llama"), make_tokenizer())
     lines = [*small_lines()[:40], {"id": "ID", "prompt": "A prompt that documents call ID.", "src": "docs"}]
+    for number, line in enumerate(lines[:36]):
+        line["src"] = "maths" if number % 3 else "code"
+    for line in lines[36:]:
+        line.pop("src", None)
+    lines[-1]["src"] = "code"
     write_lines(folder / "prompts.jsonl", lines)
+    rated = [{"prompt": line["prompt"], "pass_rate": number / 40} for number, line in enumerate(lines[:38])]
+    write_lines(folder / "scores.jsonl", [*rated, {"id": "ID", "pass_rate": 0.5}])
     write_lines(folder / "new_prompts.jsonl", [*lines[5:], {"prompt": "Entirely new.", "src": "new"}])
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"question": [f"What is {index}?" for index in range(20)], "uid": list(range(20))})

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import embstore
-from embstore.core.density import total_variation
+from embstore.core.diagnostics import total_variation
 from embstore.core.errors import (
     ConfigError,
     EmbstoreError,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from embstore.core.density import total_variation
+from embstore.core.diagnostics import total_variation
 from tests.support.models import (
     embed,
     make_model,

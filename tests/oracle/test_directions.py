@@ -12,7 +12,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from embstore import build, open_store
 from embstore.core.config import BuildConfig, DensityConfig, EmbeddingConfig, WeightingConfig
-from embstore.core.density import NOISE_FLOOR, total_variation
+from embstore.core.density import NOISE_FLOOR
+from embstore.core.diagnostics import total_variation
 from embstore.search.directions import directions_from_mean
 from tests.support.fake import FakeSource
 

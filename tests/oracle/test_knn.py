@@ -18,7 +18,8 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.neighbors import NearestNeighbors
 
 from embstore.core.config import K_MAX, DensityConfig, WeightingConfig
-from embstore.core.density import mean_distance, sampling_weights, total_variation
+from embstore.core.density import mean_distance, sampling_weights
+from embstore.core.diagnostics import total_variation
 from embstore.core.errors import CorruptStoreError
 from embstore.core.events import Event, Notice, ignore
 from embstore.search import node_search, nodes, search_plan

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import embstore
 from embstore.core.config import BuildConfig, EmbeddingConfig, WeightingConfig
-from embstore.core.density import total_variation
+from embstore.core.diagnostics import total_variation
 from embstore.core.errors import ConfigError, ModelError, PromptError
 from tests.support.models import make_model, make_prompts, make_tokenizer, save_model
 

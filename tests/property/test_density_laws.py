@@ -11,14 +11,8 @@ from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
 from embstore.core.config import WeightingConfig
-from embstore.core.density import (
-    NOISE_FLOOR,
-    effective_sample_size,
-    mean_distance,
-    normalise_float32,
-    sampling_weights,
-    total_variation,
-)
+from embstore.core.density import NOISE_FLOOR, mean_distance, normalise_float32, sampling_weights
+from embstore.core.diagnostics import effective_sample_size, total_variation
 from embstore.core.errors import ConfigError, CorruptStoreError
 
 Vector = NDArray[np.float64]
