@@ -43,7 +43,7 @@ def run(*words: str | Path) -> Any:
     return CliRunner().invoke(app, ["doctor", *map(str, words)])
 
 
-@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+@pytest.mark.parametrize("format", ["jsonl", "json", "parquet"])
 def test_the_draws_are_those_of_the_sampler_over_the_joined_dataset(
     finished_store: Path, tmp_path: Path, format: str
 ) -> None:
@@ -51,6 +51,8 @@ def test_the_draws_are_those_of_the_sampler_over_the_joined_dataset(
     texts = [item["prompt"] for item in items() if isinstance(item.get("prompt"), str)]
     if format == "jsonl":
         write_lines(source, [{"prompt": text} for text in texts])
+    elif format == "json":
+        source.write_text(json.dumps([{"prompt": text} for text in texts], indent=1))
     else:
         pq.write_table(pa.table({"prompt": texts}), source)
     words = (finished_store, source, "--trainer", "rig", "--num-samples", "200", "--seed", "3", "--epoch", "2")
