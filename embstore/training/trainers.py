@@ -47,15 +47,13 @@ TRAINERS: tuple[Trainer, ...] = (
         resume="`loader.set_epoch(epoch)`, then `skip_first_batches`, or a stateful loader with save_state and load_state",
         traps=(
             Trap(
-                "accelerate splits the sampler itself: one with a rank is split twice, and a third of the draws or "
-                "more never "
-                "comes. Leave `rank` and `num_replicas` out.",
+                "accelerate splits the sampler itself: one with a rank is split twice, and a third of the draws or more "
+                "never comes. Leave `rank` and `num_replicas` out.",
                 "tests/trainers/test_loaders.py::test_a_sampler_that_knows_its_rank_is_split_twice_by_accelerate",
             ),
             Trap(
                 "A restored loader counts epochs from 0, and the loaded place is then discarded: call "
-                "`loader.set_epoch(epoch)` "
-                "before the loop over its batches.",
+                "`loader.set_epoch(epoch)` before the loop over its batches.",
                 "tests/trainers/test_loaders.py::test_an_epoch_that_is_not_announced_after_a_state_was_loaded_is_drawn_anew",
             ),
             Trap(
@@ -64,9 +62,8 @@ TRAINERS: tuple[Trainer, ...] = (
                 "tests/trainers/test_loaders.py::test_a_loader_that_dispatches_skips_too_little_and_saves_a_wrong_state",
             ),
             Trap(
-                "`even_batches`, the default, fills the last step of an epoch with its first draws: choose "
-                "`num_samples` as a "
-                "multiple of the batch of all processes.",
+                "`even_batches`, the default, fills the last step of an epoch with its first draws: choose `num_samples` as "
+                "a multiple of the batch of all processes.",
                 "tests/trainers/test_loaders.py::test_a_last_batch_that_is_not_whole_is_filled_with_the_first_draws",
             ),
         ),
