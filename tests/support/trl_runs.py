@@ -175,12 +175,12 @@ def run_all(folder: Path, kind: str, *, world_size: int) -> dict[str, Record]:
     return records
 
 
-# the first process reads every batch and sends the others theirs
+# the first process reads every batch and sends the others their parts
 DISPATCHED: dict[str, Any] = {
-    "max_steps": 7,
-    "per_device_train_batch_size": 1,
+    "max_steps": 4,
+    "per_device_train_batch_size": 2,
     "save_strategy": "no",
-    "accelerator_config": {"dispatch_batches": True},
+    "accelerator_config": {"dispatch_batches": True, "split_batches": True},
 }
 
 
