@@ -32,9 +32,9 @@ class DensityAwareSampler:
     prompts
         Texts, none of them blank. Equal ones share one weight.
     base_model, tokenizer
-        A causal LM of transformers, also under DDP, and its tokenizer. The model is not changed; what its active PEFT adapters
-        add counts. Its layers are copied where the pass has another dtype. FSDP and ZeRO-3 leave a process only parts of a
-        model, and are refused.
+        A causal LM of transformers, also under DDP, and its tokenizer. The model is not changed. What its active PEFT
+        adapters add counts. Layers are copied where the pass has another dtype. FSDP and ZeRO-3 leave a process only parts
+        of a model, and are refused.
     device
         Device of the pass.
     k

@@ -456,8 +456,9 @@ TRAINERS: tuple[Trainer, ...] = (
         resume="the trainer skips what it has trained on; attach sets the epoch",
         traps=(
             Trap(
-                "Packed rows have no prompt, and cannot be joined: leave `packing` off, or resample the dataset before.",
-                "tests/trainers/test_unsloth.py::test_packed_rows_are_refused",
+                "SFT appends the token that ends a text to the column itself, and the text no longer joins: give the "
+                "dataset a column with the ids of the store, and pass `id_column`.",
+                "tests/trainers/test_unsloth.py::test_the_page_trains_and_its_texts_have_another_end",
             ),
         ),
     ),

@@ -93,7 +93,9 @@ def tokenized(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def configured(file: Path, keys: dict[str, Any]) -> Any:
     from axolotl.cli.config import load_cfg
+    from axolotl.integrations.base import PluginManager
 
+    PluginManager.get_instance().plugins.clear()  # those of an earlier run in this process
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(keys))
     return load_cfg(str(file))
@@ -206,10 +208,8 @@ def test_a_plugin_that_cannot_be_imported_is_only_logged_and_its_keys_are_droppe
     from axolotl.integrations.base import PluginManager
 
     keys = settings(folder, tmp_path, **grpo(folder, plugins=["embstore.integrations.nowhere.DensityPlugin"]))
-    plugins = PluginManager.get_instance().plugins
-    plugins.clear()
     cfg = configured(tmp_path / "run.yml", keys)
-    assert not plugins
+    assert not PluginManager.get_instance().plugins
     assert cfg.embstore_store is None
 
 
@@ -238,9 +238,10 @@ def test_a_file_of_draws_keeps_its_order(folder: Path, tmp_path: Path, evidence:
     rows = {"path": str(file), "ds_type": "json", "type": "completion", "field": "text"}
     order = {"shuffle_merged_datasets": False, "curriculum_sampling": True}
     plain = {"plugins": [], "embstore_store": None, "embstore_seed": None}
-    trainer, _ = trained(folder, tmp_path, {"datasets": [rows], "max_steps": 3, **order, **plain})
+    trainer, first = trained(folder, tmp_path, {"datasets": [rows], "max_steps": 3, **order, **plain})
     sampler = trainer._get_train_sampler(trainer.train_dataset)
     tokens = [trainer.train_dataset[row]["input_ids"] for row in sampler]
     assert trainer.processing_class.batch_decode(tokens, skip_special_tokens=True) == [texts[row] for row in drawn]
+    assert first == [row[0] for row in tokens]
     version = importlib.metadata.version("axolotl")
     evidence(trainer="axolotl", version=version, kind="run", what="a YAML run of SFT on a file of draws")

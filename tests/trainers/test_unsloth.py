@@ -12,9 +12,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from embstore.core.errors import LengthMismatchError
+from embstore.core.errors import KeyMismatchError
 from embstore.integrations.trl import DensitySampling, attach
-from embstore.training import DensitySampler
+from embstore.training import DensitySampler, load_weights
 from tests.support.models import make_model, make_tokenizer, save_model
 from tests.support.pages import run_page
 
@@ -46,7 +46,7 @@ def unsloth(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     torch.set_num_threads(before)
 
 
-def made(unsloth: Any, folder: Path, how: str, **changes: Any) -> Any:
+def made(unsloth: Any, folder: Path, how: str) -> Any:
     from trl import SFTConfig, SFTTrainer
 
     model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
@@ -65,7 +65,6 @@ def made(unsloth: Any, folder: Path, how: str, **changes: Any) -> Any:
             learning_rate=1e-3,
             report_to="none",
             disable_tqdm=True,
-            **changes,
         ),
     }
     if how == "attach":
@@ -91,11 +90,6 @@ def trained(trainer: Any, checkpoint: Path | None = None) -> list[str]:
     return seen
 
 
-def test_packed_rows_are_refused(unsloth: Any, folder: Path) -> None:
-    with pytest.raises(LengthMismatchError):
-        made(unsloth, folder, "attach", packing=True)
-
-
 @pytest.mark.parametrize("how", ["attach", "mixin"])
 def test_supervised_training_draws_the_plan_and_resumes_exactly(
     how: str, unsloth: Any, folder: Path, evidence: Callable[..., None]
@@ -119,5 +113,8 @@ def test_the_hook_of_grpo_is_trls_own(unsloth: Any) -> None:
     assert trl.GRPOTrainer._get_train_sampler.__code__.co_filename == grpo_trainer.__file__
 
 
-def test_the_page_trains(folder: Path) -> None:
-    assert run_page("unsloth", folder)["trainer"].state.global_step == 3
+def test_the_page_trains_and_its_texts_have_another_end(folder: Path) -> None:
+    trainer = run_page("unsloth", folder)["trainer"]
+    assert trainer.state.global_step == 3
+    with pytest.raises(KeyMismatchError):
+        load_weights("STORE").for_dataset(trainer.train_dataset, key_column="text")
