@@ -458,10 +458,11 @@ def test_python_does_not_warn_of_the_module_that_it_runs(tmp_path: Path) -> None
 def test_a_file_of_draws_loses_those_of_rows_that_verl_drops(folder: Path, evidence: Callable[..., None]) -> None:
     """In order with ``data.shuffle=False``, but shorter than planned; spare draws make up for it."""
     drawn = folder / "drawn.parquet"
-    resample_file(folder / "STORE", folder / "all.parquet", drawn, num_samples=60, seed=2)
+    resample_file(folder / "STORE", folder / "all.parquet", drawn, num_samples=60, over=30, seed=2)
     draws = [row["index"] for row in pq.read_table(drawn)["extra_info"].to_pylist()]
     kept = [index for index in draws if index in KEPT]
-    assert len(draws) == 60 > len(kept)
+    assert len(draws) == 90
+    assert sum(index in KEPT for index in draws[:60]) < 60 <= len(kept)
     config = settings(folder, "data.shuffle=False")
     config.data.train_files = str(drawn)
     trainer = usual_trainer(config)
