@@ -201,6 +201,7 @@ def test_asynchronous_rollouts_of_a_resampled_dataset_are_the_plan(evidence: Any
             dataset_start_index=start,
             **dict.fromkeys(channels),
         )
+        loop._loop.close()  # as at the end of its run
         groups = list(itertools.islice(loop._repeat_iterator(), 2 * count))
         assert [row["row"] for _, row in groups[::2]] == [row["row"] for _, row in groups[1::2]]
         return [row["row"] for _, row in groups[::2]]
