@@ -127,11 +127,13 @@ def configured(data_config: Mapping[str, Any]) -> dict[str, Any]:
     Raises
     ------
     ConfigError
-        There is no such part, or it has an option that the sampler does not take.
+        There is no such part, it is not a group, or it has an option that the sampler does not take.
     """
     density = data_config.get("density")
     if density is None:
         raise ConfigError("the settings of the data have no density part", hint="name the store in it: density.store=STORE")
+    if not isinstance(density, Mapping):
+        raise ConfigError(f"density is {density!r}, not a group of options", hint=f"write density.store={density}")
     taken = list(inspect.signature(StoreSampler).parameters)[2:]
     if unknown := [str(option) for option in density if option not in taken]:
         raise ConfigError(f"density has no option {', '.join(unknown)}", hint=f"it takes {', '.join(taken)}")

@@ -150,6 +150,7 @@ def test_what_cannot_be_joined_is_refused(finished_store: Path, tmp_path: Path) 
         assert getattr(caught.value, "hint", None)
     for settings, complaint in [
         ({"seed": 1}, "no density part"),
+        ({"density": "STORE"}, "density is 'STORE', not a group of options"),
         ({"density": {"store": str(finished_store), "nmae": "x"}}, "density has no option nmae"),
     ]:
         with pytest.raises(ConfigError, match=complaint):
