@@ -92,14 +92,14 @@ def _drawn(found: Preview, weights: str, epoch: int) -> Iterator[str]:
     if found.never_drawn:
         yield f"  never drawn, because their weight is 0: {found.never_drawn:,} items"
     yield (
-        f"  epoch {epoch}: {found.num_samples:,} draws of {found.distinct_items:,} items, none of them more than "
+        f"  epoch {epoch}: {found.num_samples:,} draws of {found.distinct_items:,} items, none more than "
         f"{found.most_times} times; effective sample size {found.ess:,.0f}"
     )
     if found.steps is not None:
         yield f"  {found.steps_with_repeats:,} of {found.steps:,} steps draw an item twice"
     for number, draw in enumerate(found.first):
         text = draw.text[:_SHOWN_CHARACTERS] + ("..." if len(draw.text) > _SHOWN_CHARACTERS else "")
-        yield f"  draw {number}: item {draw.item}, drawn {draw.times} times  [dim]{escape(text)}[/dim]"
+        yield f"  draw {number}: item {draw.item} ({draw.times} x)  [dim]{escape(text)}[/dim]"
 
 
 def _described(entry: Trainer) -> Iterator[str]:

@@ -72,7 +72,7 @@ def test_the_draws_are_those_of_the_sampler_over_the_joined_dataset(
     assert found["steps"] == 12
     assert found["steps_with_repeats"] == sum(len(set(step)) < 16 for step in steps) > 0
     shown = run(*words, "--count", "2", "--prompts-per-step", "16").stdout
-    assert f"draw 1: item {plan[1]}, drawn {times[plan[1]]} times" in shown
+    assert f"draw 1: item {plan[1]} ({times[plan[1]]} x)" in shown
     assert f"{found['steps_with_repeats']} of 12 steps draw an item twice" in shown
 
 
