@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import shutil
 import time
@@ -21,6 +22,9 @@ from tests.support.tally import Counter, Row, Tally
 # torch's threads sleep while they wait for each other: spinning, they take the cores of the other test processes. libgomp
 # reads it once, so it is set before anything imports torch, and processes that tests start inherit it
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# pytest imports every module for its doctests, and this one imports a trainer that only make test-trainers installs
+collect_ignore = [] if importlib.util.find_spec("lightning") else ["support/lightning_runs.py"]
 
 _TALLY = pytest.StashKey[Tally]()
 _EVIDENCE = pytest.StashKey[list[Evidence]]()
