@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import model_tables, plots, speed_tables, tables, trainer_tables
+from benchmarks import model_tables, plots, signal_tables, speed_tables, tables, trainer_tables
 from benchmarks.tables import Report
 from embstore.training.trainers import TRAINERS
 
@@ -61,6 +61,8 @@ BLOCKS = (
     Block("docs/guide.md", "costs", "embedding gpu", tables.costs),
     Block("docs/guide.md", "reuse", "reuse", tables.reuse),
     Block("docs/training.md", "training", "training", tables.training),
+    Block("docs/weights.md", "example", "signals", signal_tables.example),
+    Block("docs/weights.md", "costs", "signals", signal_tables.costs),
     Block("docs/train/README.md", "trainers", "trainers", trainer_tables.index),
     *(
         Block(f"docs/train/{each.name}.md", f"trainer {each.name}", "trainers", functools.partial(trainer_tables.page, each))

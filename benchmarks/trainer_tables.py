@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from benchmarks.tables import Report, paragraphs, table
-from embstore.training.trainers import TRAINERS, Trainer
+from embstore.training.trainer_entry import Trainer
+from embstore.training.trainers import TRAINERS
 
 _KINDS = {"run": "run", "double": "a double of its contract", "parser": "its parser of settings"}
 

@@ -86,6 +86,17 @@ def fork_server() -> Iterator[ForkServer]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Steps of a tiny model gain nothing from more threads of torch, and lose much where other processes want the cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Joins are kept in a folder of the test run, not in the user's."""

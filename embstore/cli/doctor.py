@@ -28,7 +28,7 @@ from embstore.cli.joining import (
 
 if TYPE_CHECKING:
     from embstore.training.preview import Preview
-    from embstore.training.trainers import Trainer
+    from embstore.training.trainer_entry import Trainer
 
 _SHOWN_CHARACTERS = 90
 

@@ -130,15 +130,15 @@ class ShareRule:
         names = [name for name, _ in pairs]
         if not pairs or len(set(names)) < len(names):
             raise ConfigError(f"shares {shown(text)} name a group twice, or none", hint=f"give {SHARE_RULES}")
+        shares: list[tuple[str, float]] = []
         for name, share in pairs:
             if not (isinstance(share, int | float) and math.isfinite(share) and share > 0):
                 raise ConfigError(
                     f"the share of {shown(name)} must be a positive number, got {shown(share)}",
                     hint="a group is left out by --missing-group drop, or by a band of scores",
                 )
-        return cls(
-            kind="given", shares=tuple((name, float(share)) for name, share in pairs if isinstance(share, int | float))
-        )
+            shares.append((name, float(share)))
+        return cls(kind="given", shares=tuple(shares))
 
     def merged(self, group_N: NDArray[np.integer], names: Sequence[str]) -> tuple[NDArray[np.integer], tuple[str, ...]]:
         """The groups with those that ``*`` stands for as one: codes [N], and names [G]."""
@@ -157,7 +157,7 @@ class ShareRule:
         Raises
         ------
         ConfigError
-            A group has no share, or a share no rows that can be drawn.
+            A group has no share, or a group with a share has no rows that can be drawn.
         """
         if self.kind == "equal":
             return np.full(len(names), 1 / len(names))

@@ -12,10 +12,9 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +23,7 @@ from embstore.core.decode import printable, shown
 from embstore.core.errors import ConfigError, PromptError
 from embstore.core.factors import FloatVector, ScoreRule
 from embstore.core.format import JsonObject
-from embstore.core.prompts import Prompt, Rejected, content_fields, decode_object
+from embstore.core.prompts import Prompt, Rejected, content_fields, decode_object, prompt_of
 from embstore.core.row_keys import StoredKeys, key_of
 from embstore.storage.prompt_source import Record, open_records, read_record
 from embstore.storage.reader import EmbeddingStore
@@ -77,15 +76,15 @@ def read_scores(store: EmbeddingStore, path: str | Path, rule: ScoreRule, *, col
     Raises
     ------
     PromptError
-        The file cannot be read, or a line names no row, has no score that the rule takes, or contradicts another line.
+        The file cannot be read, or a line is of another prompt, lacks a score that the rule takes, or contradicts another.
     ConfigError
         There is no such field, or several fields could be meant.
     """
-    reader = _ScoreReader(store, rule, column)
     with open_records(path, store.published.fields, rule=store.published.rule) as records:
+        reader = _ScoreReader(store, rule, column, records.where)
         for line, record in enumerate(records, start=1):
-            reader.add(record, records.where, line)
-    values_N = reader.finish()
+            reader.add(record, line)
+        values_N = reader.finish()
     if reader.faults.counts:
         raise PromptError(
             f"{path} cannot be used as scores: {reader.faults.described()}",
@@ -99,85 +98,88 @@ def read_scores(store: EmbeddingStore, path: str | Path, rule: ScoreRule, *, col
 class _ScoreReader:
     """Lines to scores by row."""
 
-    def __init__(self, store: EmbeddingStore, rule: ScoreRule, column: str | None) -> None:
-        self._store, self._rule, self.column = store, rule, column
+    def __init__(self, store: EmbeddingStore, rule: ScoreRule, column: str | None, where: Callable[[int], str]) -> None:
+        self._store, self._rule, self.column, self._where = store, rule, column, where
         self._keys = StoredKeys(store.keys)
         self._values_N = np.full(store.num_rows, np.nan)
         self.faults = _Faults()
-        # of lines that are joined by their prompt, until a block is looked up
-        self._pending: list[tuple[int, float, str]] = []
+        # lines that are joined by their prompt, until a block is looked up: key, score and number
+        self._pending: list[tuple[int, float, int]] = []
 
-    def add(self, record: Record, where: Any, line: int) -> None:  # noqa: ANN401 - a method of Records
+    def add(self, record: Record, line: int) -> None:
         """Note one line."""
         names, rule = self._store.published.fields, self._store.published.rule
         row = decode_object(record, rule) if isinstance(record, bytes) else record
         if isinstance(row, Rejected):
-            self.faults.add("cannot be read", f"{where(line)} ({printable(row.reason)})")
+            self.faults.add("cannot be read", f"{self._where(line)} ({printable(row.reason)})")
             return
-        value = self._number(row, where, line)
+        value = self._number(row, line)
         if value is None:
             return
         if any(row.get(name) is not None for name in content_fields(names)):
-            prompt = read_record(record, names, rule)
+            prompt = prompt_of(row, names, rule) if isinstance(record, bytes) else read_record(record, names, rule)
             if isinstance(prompt, Rejected):
-                self.faults.add("have no prompt", f"{where(line)} ({printable(prompt.reason)})")
+                self.faults.add("have no prompt", f"{self._where(line)} ({printable(prompt.reason)})")
                 return
-            self._pending.append((key_of(prompt), value, where(line)))
+            self._pending.append((key_of(prompt), value, line))
             if len(self._pending) == _BLOCK_LINES:
                 self._look_up()
             return
         name = row.get(names.id or "id")
         if name is None or isinstance(name, bool | float | Mapping | list):
-            self.faults.add("have neither a prompt nor an id", where(line))
+            self.faults.add("have neither a prompt nor an id", self._where(line))
             return
-        self._note(self._store.aliases.get(str(name), -1), value, f"{where(line)}, id {shown(str(name))}")
+        self._note(self._store.aliases.get(str(name), -1), value, line)
 
     def finish(self) -> FloatVector:
         """Scores of all rows."""
         self._look_up()
         return self._values_N
 
-    def _number(self, row: Mapping[str, object], where: Any, line: int) -> float | None:  # noqa: ANN401
+    def _number(self, row: Mapping[str, object], line: int) -> float | None:
         if self.column is None:
-            self.column = self._only_number(row, where(line))
+            self.column = self._only_number(row, line)
         if self.column not in row:
-            self.faults.add(f"have no field {shown(self.column)}", where(line))
+            self.faults.add(f"have no field {shown(self.column)}", self._where(line))
             return None
         given = row[self.column]
         number = number_of(given)
         if number is None:
-            self.faults.add("have a score that is not a number", f"{where(line)}: {shown(given)}")
+            self.faults.add("have a score that is not a number", f"{self._where(line)}: {shown(given)}")
         elif not math.isfinite(number):
-            self.faults.add("have a score that is not finite", f"{where(line)}: {shown(given)}")
+            self.faults.add("have a score that is not finite", f"{self._where(line)}: {shown(given)}")
         elif not self._rule.takes(np.array([number]))[0]:
-            self.faults.add(f"have a score outside {_range(self._rule)}", f"{where(line)}: {number:g}")
+            self.faults.add(f"have a score outside {_range(self._rule)}", f"{self._where(line)}: {number:g}")
         else:
             return number
         return None
 
-    def _only_number(self, row: Mapping[str, object], place: str) -> str:
+    def _only_number(self, row: Mapping[str, object], line: int) -> str:
         if _USUAL_COLUMN in row:
             return _USUAL_COLUMN
         names = self._store.published.fields
         found = [name for name, value in row.items() if name != (names.id or "id") and number_of(value) is not None]
         if len(found) == 1:
             return found[0]
+        listed = ", ".join(map(shown, found[:5])) or "none"
         raise ConfigError(
-            f"{place} has {len(found)} numbers that could be the score: {', '.join(map(shown, found[:5])) or 'none'}",
+            f"{self._where(line)} has {len(found)} numbers that could be the score: {listed}",
             hint=f"name the field: --score-column; there are {', '.join(shown(name) for name in list(row)[:10])}",
         )
 
     def _look_up(self) -> None:
         keys = np.array([key for key, _, _ in self._pending], dtype=np.uint64)
-        for row, (_, value, place) in zip(self._keys.rows(keys).tolist(), self._pending, strict=True):
-            self._note(row, value, place)
+        for row, (_, value, line) in zip(self._keys.rows(keys).tolist(), self._pending, strict=True):
+            self._note(row, value, line)
         self._pending.clear()
 
-    def _note(self, row: int, value: float, place: str) -> None:
+    def _note(self, row: int, value: float, line: int) -> None:
         if row < 0:
-            self.faults.add("are of prompts that the store does not have", place)
+            self.faults.add("are of prompts that the store does not have", self._where(line))
         elif not math.isnan(before := self._values_N[row]) and before != value:
-            self.faults.add("give a prompt another score than a line before", f"{place}: {before:g} and {value:g}")
+            self.faults.add(
+                "give a prompt another score than a line before", f"{self._where(line)}: {before:g} and {value:g}"
+            )
         else:
             self._values_N[row] = value
 

@@ -35,8 +35,8 @@ class StoreSampler(DensitySampler):
         ``dataframe`` (verl's ``RLHFDataset``, SkyRL's ``PromptDataset``). Only its length is used with ``keys``,
         ``source`` and ``positional``, which are for items that have no prompt any more.
     data_config
-        For trainers that hand over their settings (verl): ``data_config["density"]`` has the options below, and there are
-        no other arguments. ``key_column`` and ``seed`` default to its ``prompt_key`` and ``seed``.
+        For trainers that hand over their settings (verl): unless ``store`` is given, ``data_config["density"]`` has the
+        options below. ``key_column`` and ``seed`` default to its ``prompt_key`` and ``seed``.
     store, name
         A finished store, and the name of its weighting.
     key_column, id_column, on_missing, duplicates
@@ -84,9 +84,14 @@ class StoreSampler(DensitySampler):
         no_repeat_within: int = 0,
         recount_epochs: bool = False,
     ) -> None:
-        if data_config is not None:
+        if data_config is not None and store is None:
             StoreSampler.__init__(self, data_source, **configured(data_config))
             return
+        if data_config is not None and data_config.get("density") is not None:
+            raise ConfigError(
+                f"the store is given twice: {store}, and in the settings of the data, {data_config['density']}",
+                hint="remove the argument, or data.density",
+            )
         if store is None:
             raise ConfigError("the sampler was given no store", hint="set store: the folder that embstore build made")
         if sum((keys is not None, source is not None, positional)) > 1:

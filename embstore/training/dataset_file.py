@@ -60,7 +60,7 @@ def open_table(
     if Path(dataset).is_dir():
         raise ConfigError(
             f"{dataset} is not a file",
-            hint="give the file that the trainer reads; several of lines: cat *.jsonl | embstore resample ... --dataset -",
+            hint="give the file that the trainer reads; - reads several files of lines from a pipe, as cat *.jsonl | ...",
         )
     with open_input(dataset) as opened:
         if opened.kind not in (None, PARQUET):
@@ -126,7 +126,7 @@ class ParquetRows:
             raise ConfigError(f"{self.name} has no column {id_column}; it has {', '.join(present)}", hint="set --id-column")
         wanted = reading.choose(present) if id_column is None else [id_column]
         to_decode = decoders(self.file.schema_arrow, wanted)
-        for batch in self.file.iter_batches(batch_size=1024, columns=wanted):
+        for batch in self.file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
             yield from records(batch, to_decode, frozenset(wanted))
 
     def write(self, out: Path, rows_n: NDArray[np.int64]) -> None:

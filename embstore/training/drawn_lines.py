@@ -71,7 +71,7 @@ class Lines:
         The copy is a JSON array.
     """
 
-    kind, suffixes = "JSONL", LINES
+    kind, suffixes = "JSON", LINES
 
     def __init__(self, name: str, content: mmap.mmap, *, reindex: str | None = None, as_array: bool = False) -> None:
         self.name = name

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from embstore.core.errors import ConfigError, PromptError, StoreExistsError
 from embstore.core.files import fsync_directory, storage_errors, temp_path
@@ -20,7 +21,7 @@ from embstore.training.drawn_lines import Lines
 from embstore.training.draws import Method
 from embstore.training.join import Duplicates, OnMissing
 from embstore.training.resample import resample_indices
-from embstore.training.weights import Weights, load_weights
+from embstore.training.weights import load_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,57 +82,38 @@ def resample_file(
     with open_table(dataset, target.parent, reindex=reindex, keeps_arrays=target.suffix == ".json") as table:
         if target.suffix not in table.suffixes:
             raise ConfigError(
-                f"dataset and copy must both be JSONL or both Parquet: {table.name} is {table.kind}, and the copy is named "
+                f"dataset and copy must both be JSON or both Parquet: {table.name} is {table.kind}, and the copy is named "
                 f"{target.name}",
                 hint=f"give --out the suffix {table.suffixes[0]}; a copy is never compressed",
             )
-        return _resampled(
-            table,
-            load_weights(store, name=name),
-            target,
-            num_samples=num_samples,
-            over=over,
-            seed=seed,
-            epoch=epoch,
-            method=method,
-            no_repeat_within=no_repeat_within,
+        stored = load_weights(store, name=name)
+        weights = stored.for_dataset(
+            table.records(stored.reading(key_column), id_column),
             key_column=key_column,
             id_column=id_column,
             on_missing=on_missing,
             duplicates=duplicates,
         )
-
-
-def _resampled(
-    table: Lines | ParquetRows,
-    stored: Weights,
-    target: Path,
-    *,
-    num_samples: int | None,
-    over: int,
-    seed: int,
-    epoch: int,
-    method: Method,
-    no_repeat_within: int,
-    key_column: str | None,
-    id_column: str | None,
-    on_missing: OnMissing,
-    duplicates: Duplicates,
-) -> ResampleReport:
-    weights = stored.for_dataset(
-        table.records(stored.reading(key_column), id_column),
-        key_column=key_column,
-        id_column=id_column,
-        on_missing=on_missing,
-        duplicates=duplicates,
-    )
-    if table.unreadable is not None and on_missing not in ("error", "drop"):
-        raise PromptError(
-            f"{table.unreadable}: such a line cannot be drawn", hint="correct it, or leave it out with --on-missing drop"
+        if table.unreadable is not None and on_missing not in ("error", "drop"):
+            raise PromptError(
+                f"{table.unreadable}: such a line cannot be drawn", hint="correct it, or leave it out with --on-missing drop"
+            )
+        rows_n = resample_indices(
+            weights, num_samples, over=over, seed=seed, epoch=epoch, method=method, no_repeat_within=no_repeat_within
         )
-    rows_n = resample_indices(
-        weights, num_samples, over=over, seed=seed, epoch=epoch, method=method, no_repeat_within=no_repeat_within
+        _write(table, target, rows_n)
+    return ResampleReport(
+        out=target,
+        num_items=len(weights),
+        num_samples=len(rows_n) - over,
+        num_spare=over,
+        distinct_items=len(np.unique(rows_n)),
+        ess=weights.ess(),
     )
+
+
+def _write(table: Lines | ParquetRows, target: Path, rows_n: NDArray[np.int64]) -> None:
+    """Write the copy durably; it has its name once it is complete."""
     unfinished = temp_path(target)
     with storage_errors("writing", target, opening=True):
         try:
@@ -142,11 +124,3 @@ def _resampled(
             fsync_directory(target.parent)
         finally:
             unfinished.unlink(missing_ok=True)
-    return ResampleReport(
-        out=target,
-        num_items=len(weights),
-        num_samples=len(rows_n) - over,
-        num_spare=over,
-        distinct_items=len(np.unique(rows_n)),
-        ess=weights.ess(),
-    )

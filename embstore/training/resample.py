@@ -13,11 +13,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from embstore.core.errors import ConfigError, LengthMismatchError
 from embstore.training.draws import Method
+from embstore.training.resumable import LAST_EPOCH
 from embstore.training.sampler import DensitySampler
 from embstore.training.weights import Weights, check_vector, vector_of
 
 DRAW_COLUMN = "embstore_draw"
-LAST_EPOCH = (1 << 64) - 1
 
 _Item_co = TypeVar("_Item_co", covariant=True)
 

@@ -22,7 +22,7 @@ from embstore.core.errors import ConfigError, WeightsError
 from embstore.core.rows import slices
 
 _BLOCK = 4096
-_EPOCHS = 1 << 64
+LAST_EPOCH = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class Resumable(ABC):
         The epoch that a loaded state has just finished is not drawn again: its next iteration is empty, and the one after
         it starts the epoch that follows. ``seek(0)`` draws it again.
         """
-        if not 0 <= epoch < _EPOCHS - self._first_epoch:
+        if not 0 <= epoch <= LAST_EPOCH - self._first_epoch:
             raise ConfigError(f"epoch must lie in 0..2**64 - 1, got {epoch}")
         self._announced = epoch + self._first_epoch
         self._empty_iterations = 0
@@ -164,7 +164,7 @@ class Resumable(ABC):
         epoch, position = state.get("epoch"), state.get("position")
         if strict and (found := _difference(self._identity(), state)):
             raise differs("sampler state", *found, epoch=epoch, hint=self._other_weights(state, *found))
-        if type(epoch) is not int or type(position) is not int or not 0 <= epoch < _EPOCHS:
+        if type(epoch) is not int or type(position) is not int or not 0 <= epoch <= LAST_EPOCH:
             raise WeightsError(
                 f"this is not a sampler state: epoch {epoch!r}, position {position!r}", hint="pass state_dict()"
             )

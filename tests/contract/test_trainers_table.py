@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from embstore.training.trainers import TRAINERS, Trainer, trainer_of
+from embstore.training.trainer_entry import Trainer
+from embstore.training.trainers import TRAINERS, trainer_of
 from scripts.test_trainers import environments
 from tests.support.evidence import Evidence, write_evidence
 

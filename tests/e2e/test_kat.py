@@ -8,7 +8,6 @@ import resource
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +46,12 @@ from tests.support.checkpoints import make_base
 from tests.support.models import make_model, make_tokenizer, save_model
 from tests.support.stores import build_small, write_lines
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 K = 5
 SMALL = ["--max_completion_tokens", "8", "--max_prompt_tokens", "128", "--num_generations", "4"]
 FEW_STEPS = ["--max_steps", "3", "--log_interval", "1", "--device_batch_size", "8", "--reward", "format", "--lr", "1e-3"]
 FEW_STEPS += SMALL
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Steps of this size gain nothing from more, and lose much where other processes want the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -155,6 +155,10 @@ def test_what_cannot_be_joined_is_refused(finished_store: Path, tmp_path: Path) 
     ]:
         with pytest.raises(ConfigError, match=complaint):
             StoreSampler(items(), settings)
+    with pytest.raises(ConfigError, match="the store is given twice"):
+        StoreSampler(items(), {"density": {"store": "OTHER"}}, store=finished_store)
+    own = StoreSampler(items(), {"seed": 9}, store=finished_store, seed=SEED)  # as its signature says
+    assert own.plan(0).tolist() == StoreSampler(items(), store=finished_store, seed=SEED).plan(0).tolist()
 
 
 @pytest.fixture(params=["DensitySampler", "GroupRepeat", "StoreSampler"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,9 @@ from tests.support.trl_classes import reward
 from tests.support.trl_kinds import IDS, TEXTS, make_dataset, make_store
 from tests.support.trl_runs import COMMON, GROUP, PROMPTS, WEIGHTS, make_folder, sampler
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PLAN = sampler().plan(0).tolist()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

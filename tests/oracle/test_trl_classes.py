@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import itertools
 import queue
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import trl
 from datasets import Dataset
 from trl.trainer.utils import RepeatSampler
@@ -33,15 +31,10 @@ SETTINGS: list[dict[str, int]] = [
     {"gradient_accumulation_steps": 4, "num_iterations": 2},
 ]
 # experimental classes say so, and SDPO and others warn of settings that they change
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 
 
 @pytest.fixture(scope="module")

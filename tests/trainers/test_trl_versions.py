@@ -5,12 +5,11 @@ Run with each version that ``tests/trainers/environments.toml`` has; ``make test
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
@@ -24,15 +23,10 @@ from tests.support.trl_runs import COMMON, make_folder
 
 STEPS = 12  # two prompts each: two epochs and a half of ten rows, four and a half of six
 # transformers and TRL deprecate names that each other's versions use
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from embstore.cli import app
 from embstore.core.errors import ExitCode
 from embstore.training import DensitySampler, load_weights, trainers
-from embstore.training.trainers import Trainer, Trap
+from embstore.training.trainer_entry import Trainer, Trap
 from tests.support.stores import small_lines, write_lines
 
 ENTRY = Trainer(
@@ -114,4 +114,4 @@ def test_what_does_not_join_is_an_error_with_a_hint(finished_store: Path, tmp_pa
 def test_an_unknown_trainer_is_named_before_anything_is_read(tmp_path: Path) -> None:
     result = run(tmp_path / "none", tmp_path / "none.jsonl", "--trainer", "rigg")
     assert result.exit_code == ExitCode.USAGE
-    assert "there is no trainer named 'rigg': rig" in result.stderr
+    assert "'rigg' is not the name of a trainer: rig" in result.stderr

@@ -31,7 +31,7 @@ NOT_CALLED = (
     "training/file_resampling.py",
     "training/dataset_file.py",
     "training/drawn_lines.py",
-    "training/trainers.py",
+    "training/trainer",
 )
 NOT_SAID = {"--resume was not given", "give another --name"}  # of a build that is not resumed, and of embstore weights
 MODULE = "scripts.kat_compute_embeddings_offline"

@@ -242,15 +242,15 @@ def test_what_cannot_be_resampled_leaves_nothing(finished_store: Path, tmp_path:
     ):
         resample_file(finished_store, source, tmp_path / "out.jsonl")
     wrong: list[tuple[Path, str, str]] = [
-        (source, "out.parquet", "must both be JSONL or both Parquet"),
+        (source, "out.parquet", "must both be JSON or both Parquet"),
         (tmp_path / "none.jsonl", "out.jsonl", "No such file"),
         (tmp_path, "out.jsonl", "is not a file"),
-        (_written(tmp_path / "bad.parquet", b"no Parquet"), "out.parquet", "must both be JSONL or both Parquet"),
+        (_written(tmp_path / "bad.parquet", b"no Parquet"), "out.parquet", "must both be JSON or both Parquet"),
         (_written(tmp_path / "cut.parquet", b"PAR1\x15\x04" + bytes(40)), "out.parquet", "not a Parquet file"),
         (
             _written(tmp_path / "list.json", json.dumps(items()).encode()),
             "out.parquet",
-            "must both be JSONL or both Parquet",
+            "must both be JSON or both Parquet",
         ),
         (_written(tmp_path / "cut.json", json.dumps(items()).encode()[:-1]), "out.json", "cut.json is not valid JSON"),
         (_written(tmp_path / "none.json", b"[]\n"), "out.json", "none.json has no records"),
